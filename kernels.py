@@ -103,10 +103,14 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
 
 
 def block_attention_torch(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyRanges, scale: float) -> Tensor:
-    """One unmasked attention per run of queries that see the same keys: one per scale, nothing computed in vain."""
-    parts = [F.scaled_dot_product_attention(q_BHLD[:, :, begin:end], k_BHSD[:, :, first:last], v_BHSD[:, :, first:last],
-                                            scale=scale)
-             for begin, end, first, last in ranges.runs]
+    n=next((b for b,e,f,l in ranges.runs if e-b>=64), len(ranges)) if len(ranges.runs)>1 else 0
+    parts=[]
+    groups=([(0,n,0,ranges.last[n-1])] if n else [])+[r for r in ranges.runs if r[0]>=n]
+    for b,e,f,l in groups:
+        s=q_BHLD[:,:,b:e]*scale@k_BHSD[:,:,f:l].transpose(-1,-2)
+        if b==0 and n:
+            s=s.masked_fill(~ranges.rows(0,n).dense(),-torch.inf)
+        parts.append(s.softmax(-1)@v_BHSD[:,:,f:l])
     return torch.cat(parts, dim=2)
 
 

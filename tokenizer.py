@@ -75,9 +75,8 @@ class Quantizer(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.scales, V, C = config.scales, config.vocabulary, config.code_channels
-        # Codes of N(0, 1) are so far from the first latents that a handful of them wins every time, for good.
-        self.codebook_VC = nn.Parameter(torch.empty(V, C).uniform_(-1 / V, 1 / V))
-        self.phis = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(config.phis))
+        self.codebook_VC = nn.Parameter(torch.zeros(V, C))   # `start_from` fills it
+        self.phis = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(config.phis))   # identity at first
         self.phi_of_scale = choose_phis(len(self.scales), config.phis)
         # Kept while training only, for `revive`: how often each code was hit of late, and a residual it could become.
         self.register_buffer("hits_V", torch.ones(V))
@@ -89,12 +88,13 @@ class Quantizer(nn.Module):
         return self.codebook_VC.new_zeros(batch, C, self.scales[-1], self.scales[-1])
 
     def accumulate(self, f_hat_BCSS: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
-        """Add scale k, given by its tokens, to the running latent."""
+        """Add scale k, given by its tokens, to the running latent; in fp32, as sums of small differences need."""
         s, S = self.scales[k], self.scales[-1]
-        h_BCss = F.embedding(tokens_Bl, self.codebook_VC).transpose(1, 2).unflatten(2, (s, s))
-        h_BCSS = h_BCss if s == S else F.interpolate(h_BCss, size=(S, S), mode="bicubic")
-        phi = self.phis[self.phi_of_scale[k]]
-        return f_hat_BCSS + torch.lerp(h_BCSS, phi(h_BCSS), PHI_STRENGTH)
+        with torch.autocast(f_hat_BCSS.device.type, enabled=False):
+            h_BCss = F.embedding(tokens_Bl, self.codebook_VC).transpose(1, 2).unflatten(2, (s, s))
+            h_BCSS = h_BCss if s == S else F.interpolate(h_BCss, size=(S, S), mode="bicubic")
+            phi = self.phis[self.phi_of_scale[k]]
+            return f_hat_BCSS + torch.lerp(h_BCSS, phi(h_BCSS), PHI_STRENGTH)
 
     def read(self, f_BCSS: Tensor, k: int) -> Tensor:
         """What scale k sees of a latent: vectors [B, l, C]."""
@@ -148,21 +148,33 @@ class Quantizer(nn.Module):
 
             L_vq = 1/K sum_k [ |f_hat_k - sg f|^2 + 0.25 |sg f_hat_k - f|^2 ]
 
-        Every scale's running sum is held to the latent, so coarse scales carry as much as they can. In fp32
-        throughout: the late residuals are small differences of large numbers.
+        Every scale's running sum is held to the latent, so coarse scales carry as much as they can.
         """
-        with torch.autocast(f_BCSS.device.type, enabled=False):
-            f_BCSS = f_BCSS.float()
-            target_BCSS, f_hat_BCSS = f_BCSS.detach(), self.empty(len(f_BCSS))
-            loss, residuals, tokens = 0.0, [], []
-            for k in range(len(self.scales)):
-                residuals.append(self.read(target_BCSS - f_hat_BCSS.detach(), k))
-                tokens.append(self.nearest(residuals[-1]))
-                f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens[-1], k)
-                loss = loss + F.mse_loss(f_hat_BCSS, target_BCSS) + COMMITMENT * F.mse_loss(f_hat_BCSS.detach(), f_BCSS)
-            if self.training:
-                self.remember(residuals, tokens)
-            return f_BCSS + (f_hat_BCSS - f_BCSS).detach(), loss / len(self.scales)
+        target_BCSS, f_hat_BCSS = f_BCSS.detach(), self.empty(len(f_BCSS))
+        loss, residuals, tokens = 0.0, [], []
+        for k in range(len(self.scales)):
+            residuals.append(self.read(target_BCSS - f_hat_BCSS.detach(), k))
+            tokens.append(self.nearest(residuals[-1]))
+            f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens[-1], k)
+            loss = loss + F.mse_loss(f_hat_BCSS, target_BCSS) + COMMITMENT * F.mse_loss(f_hat_BCSS.detach(), f_BCSS)
+        if self.training:
+            self.remember(residuals, tokens)
+        return f_BCSS + (f_hat_BCSS - f_BCSS).detach(), loss / len(self.scales)
+
+    @torch.no_grad()
+    def start_from(self, f_BCSS: Tensor) -> None:
+        """The first codebook: residuals of real latents, every scale giving an equal share of the codes.
+
+        Codes drawn from N(0, 1), or all near zero, are far from most residuals: a handful of them wins every time,
+        for good. These are where the residuals are, of the coarse scales too, from the first quantized step on.
+        """
+        V, K = len(self.codebook_VC), len(self.scales)
+        f_hat_BCSS, self.codebook_VC[:] = self.empty(len(f_BCSS)), 1e4   # far away: no code yet
+        for k in range(K):
+            residual_BlC = self.read(f_BCSS - f_hat_BCSS, k)
+            residual_NC, begin, end = residual_BlC.flatten(0, 1), V * k // K, V * (k + 1) // K
+            self.codebook_VC[begin:end] = residual_NC[torch.randint(len(residual_NC), (end - begin,))]
+            f_hat_BCSS = self.accumulate(f_hat_BCSS, self.nearest(residual_BlC), k)
 
     @torch.no_grad()
     def remember(self, residuals: list[Tensor], tokens: list[Tensor]) -> None:
@@ -343,6 +355,21 @@ class Tokenizer(nn.Module):
         self.to_latent = nn.Conv2d(C, C, 3, padding=1)
         self.from_latent = nn.Conv2d(C, C, 3, padding=1)
         self.quantizer = Quantizer(config)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Convolutions that keep the size of what passes through; phi as the identity.
+
+        PyTorch's default shrinks a signal by sqrt(3) per layer, and costs 4 dB after 300 steps of the tiny preset
+        (without quantization, PSNR 19.9 against 24.0). A random phi is noise added to every code.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+        for phi in self.quantizer.phis:
+            nn.init.dirac_(phi.weight)
 
     def latent(self, images: Tensor) -> Tensor:
         """f [B, C, S, S]. Raises ValueError for images of any other side than the scales stand for."""
@@ -350,7 +377,7 @@ class Tokenizer(nn.Module):
         if images.shape[2:] != (side, side):
             raise ValueError(f"images are {tuple(images.shape[2:])}; scales {self.config.scales} at "
                              f"downsampling {self.config.downsampling} need {side} x {side}")
-        return self.to_latent(self.encoder(images))
+        return self.to_latent(self.encoder(images)).float()
 
     def render(self, f_BCSS: Tensor) -> Tensor:
         """A latent as images, not clamped."""
@@ -359,7 +386,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images to tokens [B, L] (paper: Algorithm 1)."""
-        return self.quantizer.encode(self.latent(images).float())
+        return self.quantizer.encode(self.latent(images))
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
@@ -370,12 +397,15 @@ class Tokenizer(nn.Module):
         """What the transformer reads for scales 2..K when it is taught on tokens: [B, L-1, C]."""
         return self.quantizer.teacher_inputs(tokens_BL)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """One training pass: reconstructions, and the losses by name; `total` is the one to minimise.
 
             total = |x - y|^2 + 0.2 |x - y|_1 + L_vq       (means over pixels)
+
+        quantize: False trains the encoder and decoder alone, as a plain autoencoder.
         """
-        f_BCSS, codebook_loss = self.quantizer(self.latent(images))
+        f_BCSS = self.latent(images)
+        f_BCSS, codebook_loss = self.quantizer(f_BCSS) if quantize else (f_BCSS, f_BCSS.new_zeros(()))
         reconstruction = self.render(f_BCSS).float()
         mse, l1 = F.mse_loss(reconstruction, images), F.l1_loss(reconstruction, images)
         total = mse + L1_WEIGHT * l1 + codebook_loss
