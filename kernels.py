@@ -78,7 +78,7 @@ class KeyRanges:
         if self.first[0] < 0 or any(b <= a for a, b in zip(self.first, self.last)):
             raise ValueError("every query must see at least one key, and no key before 0")
         self.runs = self._runs()
-        self._tables: dict[tuple[torch.device, int], tuple[Tensor, ...]] = {}
+        self._tables: dict[torch.device, tuple[Tensor, ...]] = {}
         self._calls: dict[torch.device, list[tuple[int, int, int, int, Tensor | None]]] = {}
 
     @classmethod
@@ -121,18 +121,18 @@ class KeyRanges:
                 begin = i
         return runs
 
-    def tables(self, device: torch.device, S: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tables(self, device: torch.device) -> tuple[Tensor, ...]:
         """The table and its transpose as int32 on a device, made once: first_L, last_L, first_S, last_S.
 
         The queries that see key j are a range as well, first_S[j] <= i < last_S[j], empty where no query sees it:
         they begin after the queries whose range ends at or before j and end with the last whose range has begun.
         """
-        if (device, S) not in self._tables:
-            first_L, last_L, keys_S = torch.tensor(self.first), torch.tensor(self.last), torch.arange(S)
+        if device not in self._tables:
+            first_L, last_L, keys_S = torch.tensor(self.first), torch.tensor(self.last), torch.arange(self.last[-1])
             first_S = torch.searchsorted(last_L, keys_S, right=True)
             last_S = torch.searchsorted(first_L, keys_S, right=True)
-            self._tables[device, S] = tuple(t.to(device, torch.int32) for t in (first_L, last_L, first_S, last_S))
-        return self._tables[device, S]
+            self._tables[device] = tuple(t.to(device, torch.int32) for t in (first_L, last_L, first_S, last_S))
+        return self._tables[device]
 
     def calls(self, device: torch.device) -> list[tuple[int, int, int, int, Tensor | None]]:
         """Runs as (first query, last query + 1, first key, last key + 1, mask or None), short ones merged.
@@ -390,7 +390,7 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHLD, k_BHSD, v_BHSD, ranges, scale):
         (B, H, L, D), S = q_BHLD.shape, k_BHSD.shape[2]
-        first_L, last_L, _, _ = ranges.tables(q_BHLD.device, S)
+        first_L, last_L, _, _ = ranges.tables(q_BHLD.device)
         o_BHLD, logsumexp_BHL = torch.empty_like(q_BHLD), q_BHLD.new_empty(B, H, L, dtype=torch.float32)
         tiles = attention_tiles("forward", q_BHLD)
         launch(attention_forward, B * H * -(-L // tiles["TILE_L"]), q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD,
@@ -405,7 +405,7 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx, do_BHLD):
         q_BHLD, k_BHSD, v_BHSD, o_BHLD, logsumexp_BHL = ctx.saved_tensors
         (B, H, L, D), S = q_BHLD.shape, k_BHSD.shape[2]
-        first_L, last_L, first_S, last_S = ctx.ranges.tables(q_BHLD.device, S)
+        first_L, last_L, first_S, last_S = ctx.ranges.tables(q_BHLD.device)
         delta_BHL = torch.empty_like(logsumexp_BHL)
         dq_BHLD, dk_BHSD, dv_BHSD = map(torch.empty_like, (q_BHLD, k_BHSD, v_BHSD))
         strides = q_BHLD.stride(), k_BHSD.stride(), v_BHSD.stride()
@@ -426,6 +426,9 @@ def block_attention_triton(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, range
         raise ValueError(f"the Triton kernel takes a head width of 16 to 128: it is {q_BHLD.shape[3]}")
     if q_BHLD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"the Triton kernel takes float32, float16 and bfloat16: q is {q_BHLD.dtype}")
+    seen = ranges.last[-1]
+    if seen < k_BHSD.shape[2]:   # the keys after those in sight may hold anything, as in a cache not yet full
+        k_BHSD, v_BHSD = k_BHSD[:, :, :seen], v_BHSD[:, :, :seen]
     return BlockAttention.apply(q_BHLD, k_BHSD, v_BHSD, ranges, float(scale))
 
 
