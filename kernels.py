@@ -15,7 +15,12 @@ Inside the kernels T is one tile of an axis: q_TD is a tile of queries, scores_T
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -234,16 +239,23 @@ def tile_partners(n, start, before, whole, CUT: tl.constexpr, TILE: tl.constexpr
 
 
 @kernel
-def head_offset(batch_head, H, strides):
+def aligned(stride, D: tl.constexpr):
+    """The stride, visibly a multiple of 8 where D is one: then 16 bytes can be moved at once. `rows_first` sees to it."""
+    return stride // 8 * 8 if D % 8 == 0 else stride
+
+
+@kernel
+def head_offset(batch_head, H, strides, D: tl.constexpr):
     """Where a head of an image begins, in 64 bits: B H L D may pass 2^31."""
-    return (batch_head // H).to(tl.int64) * strides[0] + (batch_head % H).to(tl.int64) * strides[1]
+    return ((batch_head // H).to(tl.int64) * aligned(strides[0], D)
+            + (batch_head % H).to(tl.int64) * aligned(strides[1], D))
 
 
 @kernel
 def row_offsets(rows_T, strides, D: tl.constexpr):
     """Offsets of rows of a head, and which of them lie within D: a block's width must be a power of two."""
     columns = tl.arange(0, triton.next_power_of_2(D))[None, :]
-    return rows_T[:, None] * strides[2] + columns * strides[3], columns < D
+    return rows_T[:, None] * aligned(strides[2], D) + columns, columns < D
 
 
 @kernel
@@ -276,9 +288,9 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, logsumexp
     tiles = tl.cdiv(L, TILE_L)
     tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles   # the last see most: they go first
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
-    k_SD = k_BHSD + head_offset(head, H, k_strides)
-    v_SD = v_BHSD + head_offset(head, H, v_strides)
-    q_TD = load_rows(q_BHLD + head_offset(head, H, q_strides), queries_T, L, q_strides, D, True)
+    k_SD = k_BHSD + head_offset(head, H, k_strides, D)
+    v_SD = v_BHSD + head_offset(head, H, v_strides, D)
+    q_TD = load_rows(q_BHLD + head_offset(head, H, q_strides, D), queries_T, L, q_strides, D, True)
     bits = scale * 1.4426950408889634   # exp(x) = 2^(x log2 e), and 2^x is one instruction
     # Finite, so that a query that sees nothing of its first tile computes exp2(-inf - highest) = 0 and not a NaN.
     highest_T = tl.full([TILE_L], -3.0e38, tl.float32)
@@ -299,7 +311,7 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, logsumexp
             v_TD = load_rows(v_SD, keys_T, S, v_strides, D, CUT)
             o_TD = tl.dot(weights_TS.to(v_TD.dtype), v_TD, o_TD * shrink_T[:, None], input_precision="ieee")
             highest_T = new_T
-    store_rows(o_BHLD + head_offset(head, H, o_strides), o_TD / total_T[:, None], queries_T, L, o_strides, D)
+    store_rows(o_BHLD + head_offset(head, H, o_strides, D), o_TD / total_T[:, None], queries_T, L, o_strides, D)
     tl.store(logsumexp_BHL + head * L + queries_T, highest_T + tl.log2(total_T), mask=queries_T < L)
 
 
@@ -310,11 +322,11 @@ def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHL
     tiles = tl.cdiv(L, TILE_L)
     tile, head = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
-    k_SD = k_BHSD + head_offset(head, H, k_strides)
-    v_SD = v_BHSD + head_offset(head, H, v_strides)
-    q_TD = load_rows(q_BHLD + head_offset(head, H, q_strides), queries_T, L, q_strides, D, True)
-    o_TD = load_rows(o_BHLD + head_offset(head, H, o_strides), queries_T, L, o_strides, D, True)
-    do_TD = load_rows(do_BHLD + head_offset(head, H, do_strides), queries_T, L, do_strides, D, True)
+    k_SD = k_BHSD + head_offset(head, H, k_strides, D)
+    v_SD = v_BHSD + head_offset(head, H, v_strides, D)
+    q_TD = load_rows(q_BHLD + head_offset(head, H, q_strides, D), queries_T, L, q_strides, D, True)
+    o_TD = load_rows(o_BHLD + head_offset(head, H, o_strides, D), queries_T, L, o_strides, D, True)
+    do_TD = load_rows(do_BHLD + head_offset(head, H, do_strides, D), queries_T, L, do_strides, D, True)
     logsumexp_T = tl.load(logsumexp_BHL + head * L + queries_T, mask=queries_T < L, other=0.0)
     delta_T = tl.sum(o_TD.to(tl.float32) * do_TD.to(tl.float32), 1)
     tl.store(delta_BHL + head * L + queries_T, delta_T, mask=queries_T < L)   # for attention_backward_kv
@@ -332,7 +344,7 @@ def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHL
             dweights_TS = tl.dot(do_TD, v_TD.T, input_precision="ieee")
             dscores_TS = weights_TS * (dweights_TS - delta_T[:, None])
             dq_TD = tl.dot(dscores_TS.to(k_TD.dtype), k_TD, dq_TD, input_precision="ieee")
-    store_rows(dq_BHLD + head_offset(head, H, dq_strides), dq_TD * scale, queries_T, L, dq_strides, D)
+    store_rows(dq_BHLD + head_offset(head, H, dq_strides, D), dq_TD * scale, queries_T, L, dq_strides, D)
 
 
 @kernel
@@ -342,10 +354,10 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, logs
     tiles = tl.cdiv(S, TILE_S)
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles   # the first keys are seen by most: they go first
     keys_T = tile * TILE_S + tl.arange(0, TILE_S)
-    q_LD = q_BHLD + head_offset(head, H, q_strides)
-    do_LD = do_BHLD + head_offset(head, H, do_strides)
-    k_TD = load_rows(k_BHSD + head_offset(head, H, k_strides), keys_T, S, k_strides, D, True)
-    v_TD = load_rows(v_BHSD + head_offset(head, H, v_strides), keys_T, S, v_strides, D, True)
+    q_LD = q_BHLD + head_offset(head, H, q_strides, D)
+    do_LD = do_BHLD + head_offset(head, H, do_strides, D)
+    k_TD = load_rows(k_BHSD + head_offset(head, H, k_strides, D), keys_T, S, k_strides, D, True)
+    v_TD = load_rows(v_BHSD + head_offset(head, H, v_strides, D), keys_T, S, v_strides, D, True)
     bits = scale * 1.4426950408889634
     dk_TD = tl.zeros(k_TD.shape, tl.float32)
     dv_TD = tl.zeros(k_TD.shape, tl.float32)
@@ -364,19 +376,20 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, logs
             dweights_ST = tl.dot(v_TD, do_TD.T, input_precision="ieee")
             dscores_ST = weights_ST * (dweights_ST - delta_T[None, :])
             dk_TD = tl.dot(dscores_ST.to(q_TD.dtype), q_TD, dk_TD, input_precision="ieee")
-    store_rows(dk_BHSD + head_offset(head, H, dk_strides), dk_TD * scale, keys_T, S, dk_strides, D)
-    store_rows(dv_BHSD + head_offset(head, H, dv_strides), dv_TD, keys_T, S, dv_strides, D)
+    store_rows(dk_BHSD + head_offset(head, H, dk_strides, D), dk_TD * scale, keys_T, S, dk_strides, D)
+    store_rows(dv_BHSD + head_offset(head, H, dv_strides, D), dv_TD, keys_T, S, dv_strides, D)
 
 
-# For each kernel, by bytes per number and by head width up to 64 and up to 128: queries and keys in a tile, warps,
-# stages of the load pipeline. Chosen so that nothing spills and all fits the 99 kB of shared memory of a consumer card.
+# By kernel, bytes per number and head width up to: queries and keys in a tile, warps, stages of the load pipeline.
+# Compiled for sm_80, sm_90 and sm_100, each of them spills no register and fits the 99 kB of shared memory that a
+# program may use on a consumer card. fp32 is multiplied without tensor cores (TF32 would round it), in small tiles.
 ATTENTION_TILES = {
-    ("forward", 2, 64): (128, 64, 4, 3), ("forward", 2, 128): (128, 64, 8, 2),
-    ("forward", 4, 64): (64, 32, 4, 2), ("forward", 4, 128): (32, 32, 4, 2),
-    ("backward_q", 2, 64): (128, 64, 8, 2), ("backward_q", 2, 128): (64, 64, 8, 2),
-    ("backward_q", 4, 64): (32, 32, 4, 2), ("backward_q", 4, 128): (32, 16, 4, 2),
-    ("backward_kv", 2, 64): (64, 128, 8, 2), ("backward_kv", 2, 128): (32, 64, 4, 2),
-    ("backward_kv", 4, 64): (32, 32, 4, 2), ("backward_kv", 4, 128): (16, 32, 4, 2),
+    ("forward", 2, 64): (128, 64, 8, 3), ("forward", 2, 128): (128, 64, 8, 2),
+    ("forward", 4, 64): (64, 32, 8, 2), ("forward", 4, 128): (32, 64, 8, 2),
+    ("backward_q", 2, 64): (128, 64, 8, 2), ("backward_q", 2, 128): (64, 64, 4, 2),
+    ("backward_q", 4, 64): (64, 32, 8, 2), ("backward_q", 4, 128): (32, 16, 4, 2),
+    ("backward_kv", 2, 64): (32, 128, 8, 2), ("backward_kv", 2, 128): (32, 64, 8, 2),
+    ("backward_kv", 4, 64): (32, 32, 8, 2), ("backward_kv", 4, 128): (16, 32, 8, 2),
 }
 
 
@@ -386,9 +399,17 @@ def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
     return dict(D=q_BHLD.shape[3], TILE_L=TILE_L, TILE_S=TILE_S, num_warps=num_warps, num_stages=num_stages)
 
 
+def rows_first(x_BHLD: Tensor) -> Tensor:
+    """x itself if the kernels can read it: rows in one piece and, where D is a multiple of 8, so is every stride."""
+    *strides, last = x_BHLD.stride()
+    fits = last == 1 and (x_BHLD.shape[3] % 8 != 0 or all(stride % 8 == 0 for stride in strides))
+    return x_BHLD if fits else x_BHLD.contiguous()
+
+
 class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHLD, k_BHSD, v_BHSD, ranges, scale):
+        q_BHLD, k_BHSD, v_BHSD = map(rows_first, (q_BHLD, k_BHSD, v_BHSD))
         (B, H, L, D), S = q_BHLD.shape, k_BHSD.shape[2]
         first_L, last_L, _, _ = ranges.tables(q_BHLD.device)
         o_BHLD, logsumexp_BHL = torch.empty_like(q_BHLD), q_BHLD.new_empty(B, H, L, dtype=torch.float32)
@@ -404,6 +425,7 @@ class BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do_BHLD):
         q_BHLD, k_BHSD, v_BHSD, o_BHLD, logsumexp_BHL = ctx.saved_tensors
+        do_BHLD = rows_first(do_BHLD)
         (B, H, L, D), S = q_BHLD.shape, k_BHSD.shape[2]
         first_L, last_L, first_S, last_S = ctx.ranges.tables(q_BHLD.device)
         delta_BHL = torch.empty_like(logsumexp_BHL)
@@ -438,7 +460,7 @@ def block_attention_torch(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges
     parts = [F.scaled_dot_product_attention(q_BHLD[:, :, begin:end], k_BHSD[:, :, first:last], v_BHSD[:, :, first:last],
                                             attn_mask=mask, scale=scale)
              for begin, end, first, last, mask in ranges.calls(q_BHLD.device)]
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -753,3 +775,192 @@ def sample_tokens_torch(cond_BlV: Tensor, uncond_BlV: Tensor | None, guidance: f
             kept_BlV &= units_BlV.cumsum(dim=-1) - units_BlV < target_Bl1
         score_BlV.masked_fill_(~torch.empty_like(kept_BlV).scatter_(-1, order_BlV, kept_BlV), -torch.inf)
     return score_BlV.argmax(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Benchmark: python kernels.py
+
+BENCHMARK_SCALES = {   # tokens: sides of the token maps
+    130: (1, 2, 3, 4, 6, 8), 521: (1, 2, 4, 6, 8, 20), 680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), 9451: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)}
+ATTENTION_CASES = {    # B, H, L, D: the published models at 256, 512 and 1024 pixels, and PyTorch's issue 173933
+    "cuda": [(64, 16, 680, 64), (16, 16, 2240, 64), (2, 16, 9451, 64), (64, 16, 521, 72)],
+    "cpu": [(16, 4, 130, 32), (2, 4, 680, 64), (1, 4, 2240, 64), (1, 1, 9451, 64), (2, 4, 521, 72)]}
+
+
+def time_call(call: Callable, cold: Tensor) -> float:
+    """Seconds of one call after `cold`, larger than any cache, was written: no input is in a cache any more.
+
+    It also keeps a GPU busy while Python prepares the call, so that the GPU's time is measured and not Python's.
+    """
+    cold.zero_()
+    if not cold.is_cuda:
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def extra_memory(call: Callable, cold: Tensor) -> str:
+    if not cold.is_cuda:
+        return "-"
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.1f}"
+
+
+def measure(calls: dict[str, Callable], cold: Tensor, seconds: float = 4.0) -> dict[str, tuple[float, str]]:
+    """{name: (median seconds, peak extra MB or what went wrong)}; all are called in turn, so that they share the noise."""
+    memory, times = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        try:
+            for _ in range(2):   # the first call compiles
+                call()
+            memory[name] = extra_memory(call, cold)
+        except Exception as error:   # one alternative that fails here must not hide the others
+            memory[name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            del times[name]
+    stop = time.monotonic() + seconds
+    while times and (len(next(iter(times.values()))) < 5 or time.monotonic() < stop):
+        for name, samples in times.items():
+            samples.append(time_call(calls[name], cold))
+    return {name: (statistics.median(times[name]) if name in times else math.nan, memory[name]) for name in calls}
+
+
+def print_table(title: str, calls: dict[str, Callable], work: float, unit: str, ceiling: float, cold: Tensor) -> dict:
+    """Time the calls, ours first, and print a line for each. work: FLOP or bytes that the operation cannot avoid."""
+    results = measure(calls, cold)
+    ours = next(iter(results.values()))[0]
+    print(f"\n{title:58}{'ms':>9}{'/ ours':>8}{unit:>10}{'of ceiling':>12}{'extra MB':>10}")
+    for name, (seconds, memory) in results.items():
+        print(f"  {name:56}{seconds * 1e3:9.3f}{seconds / ours:8.2f}{work / seconds / 1e9:10.1f}"
+              f"{work / seconds / ceiling:12.0%}{memory:>10}", flush=True)
+    return {name: seconds for name, (seconds, _) in results.items()}
+
+
+def with_gradients(function: Callable, *inputs: Tensor) -> Callable:
+    """A call of the function and of its backward."""
+    def call():
+        out = function(*inputs)
+        torch.autograd.grad(out, inputs, out.detach())
+    return call
+
+
+def attention_alternatives(ranges: KeyRanges, scale: float, dtype: torch.dtype, device: str) -> dict[str, Callable]:
+    mask_LS = ranges.dense().to(device)
+    bias_LS = torch.zeros(mask_LS.shape, dtype=dtype, device=device).masked_fill_(~mask_LS, -torch.inf)
+
+    def dense(mask):
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    alternatives = {"ours": lambda q, k, v: block_attention(q, k, v, ranges, scale),
+                    "dense boolean mask": dense(mask_LS), "dense additive bias": dense(bias_LS)}
+    if device == "cuda":
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        first_L, last_L = ranges.tables(mask_LS.device)[:2]
+        block_mask = create_block_mask(lambda b, h, i, j: (j >= first_L[i]) & (j < last_L[i]), None, None,
+                                       *mask_LS.shape, device=device)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        alternatives["compiled FlexAttention"] = lambda q, k, v: compiled(q, k, v, block_mask=block_mask, scale=scale)
+    return alternatives
+
+
+def benchmark_attention(device: str, dtype: torch.dtype, ceiling: float, cold: Tensor) -> dict:
+    """{forward or both: {alternative: [(L, seconds) of width 64]}}"""
+    curves: dict = {}
+    for B, H, L, D in ATTENTION_CASES[device]:
+        ranges = KeyRanges.from_scales(BENCHMARK_SCALES[L])
+        seen = sum(last - first for first, last in zip(ranges.first, ranges.last))
+        q, k, v = (torch.randn(B, L, H, D, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for _ in "qkv")
+        alternatives = attention_alternatives(ranges, D**-0.5, dtype, device)
+        for what, products in ("forward", 2), ("forward + backward", 7):
+            calls = {name: with_gradients(function, q, k, v) if products == 7 else torch.no_grad()(partial(function, q, k, v))
+                     for name, function in alternatives.items()}
+            times = print_table(f"attention {what}, B {B} H {H} L {L} D {D} {str(dtype)[6:]}", calls,
+                                2 * products * B * H * D * seen, "GFLOP/s", ceiling, cold)
+            for name, seconds in times.items():
+                if D == 64:
+                    curves.setdefault(what, {}).setdefault(name, []).append((L, seconds))
+    return curves
+
+
+def benchmark_the_rest(flops: float, bandwidth: float, cold: Tensor) -> None:
+    """The other three operations at the sizes of the published model of width 1024 with a batch of 64, on a GPU."""
+    x_NC, codebook_VC = torch.randn(64 * 680, 32, device="cuda"), torch.randn(4096, 32, device="cuda")
+    print_table("nearest code, N 43520 V 4096 C 32 float32", {
+        "ours": lambda: nearest_code(x_NC, codebook_VC),
+        "cdist, argmin": lambda: torch.cdist(x_NC, codebook_VC).argmin(dim=1),
+        "addmm, argmin": lambda: nearest_code_torch(x_NC, codebook_VC),
+    }, 2 * 64 * 680 * 4096 * 32, "GFLOP/s", flops, cold)
+
+    x_BLW = torch.randn(64, 680, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    scale_BW, shift_BW = (torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "ab")
+    faces = {"ours": adaln, "eager": adaln_torch, "compiled": torch.compile(adaln_torch, dynamic=False)}
+    inputs = x_BLW, scale_BW, shift_BW
+    print_table("AdaLN forward, B 64 L 680 W 1024 bfloat16",
+                {name: torch.no_grad()(partial(face, *inputs)) for name, face in faces.items()},
+                2 * 2 * x_BLW.numel(), "GB/s", bandwidth, cold)
+    print_table("AdaLN forward + backward, B 64 L 680 W 1024 bfloat16",
+                {name: with_gradients(face, *inputs) for name, face in faces.items()},
+                2 * 5 * x_BLW.numel(), "GB/s", bandwidth, cold)
+
+    cond_BlV, uncond_BlV, noise_BlV = (torch.rand(64, 256, 4096, device="cuda") for _ in range(3))
+    arguments = cond_BlV, uncond_BlV, 1.5, 900, 0.96, noise_BlV
+    print_table("sampling, B 64 l 256 V 4096 float32, top-k 900, top-p 0.96",
+                {"ours": lambda: sample_tokens(*arguments), "sorted": lambda: sample_tokens_torch(*arguments)},
+                3 * 4 * cond_BlV.numel(), "GB/s", bandwidth, cold)
+
+
+def ceilings(device: str, dtypes: list[torch.dtype], cold: Tensor) -> tuple[float, list[float]]:
+    """(bytes a second of a large copy, FLOP/s of a large matrix product in each dtype)"""
+    n, flops = 8192 if device == "cuda" else 1024, []
+    source, target = torch.ones_like(cold), torch.ones_like(cold)
+    bandwidth = 2 * cold.nbytes / measure({"copy": lambda: target.copy_(source)}, cold, 1.0)["copy"][0]
+    for dtype in dtypes:
+        a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in "ab")
+        flops.append(2 * n**3 / measure({"product": lambda: a @ b}, cold, 1.0)["product"][0])
+        print(f"a large matrix product in {str(dtype)[6:]}: {flops[-1] / 1e9:,.0f} GFLOP/s")
+    print(f"a large copy: {bandwidth / 1e9:,.0f} GB/s")
+    return bandwidth, flops
+
+
+def save_plot(curves: dict, file: str) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, panels = pyplot.subplots(1, len(curves), figsize=(11, 4.5), sharey=True, layout="constrained")
+    for panel, (what, lines) in zip(panels, curves.items()):
+        for name, points in lines.items():
+            panel.loglog(*zip(*[(L, seconds * 1e3) for L, seconds in points]), marker="o", label=name)
+        panel.set(title=f"attention, {what}", xlabel="tokens L", ylabel="milliseconds")
+        panel.legend()
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time every operation against what PyTorch offers, on this machine.")
+    parser.add_argument("--plot", metavar="FILE", help="save the time of attention against L, all alternatives, here")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}; PyTorch {torch.__version__}; Triton {triton.__version__ if triton else 'not installed'}")
+    cold = torch.zeros((512 if device == "cuda" else 64) * 2**20, dtype=torch.uint8, device=device)
+    dtypes = [torch.bfloat16, torch.float32]
+    bandwidth, flops = ceilings(device, dtypes, cold)
+    curves = [benchmark_attention(device, dtype, ceiling, cold) for dtype, ceiling in zip(dtypes, flops)]
+    if device == "cuda":
+        benchmark_the_rest(flops[1], bandwidth, cold)
+    else:
+        print("\nThese were the PyTorch faces. The Triton kernels need a GPU to be timed, and there is none here.")
+    if arguments.plot:
+        save_plot(curves[0], arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
