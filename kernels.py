@@ -41,10 +41,23 @@ def use_triton(tensor: Tensor) -> bool:
     return FACE == "triton" or (FACE is None and triton is not None and tensor.is_cuda)
 
 
-def launch(function, programs: int, *arguments, **constants) -> None:
+def launch(function: Callable, programs: int, *arguments, **constants) -> None:
     """Start a kernel where its tensors are: Triton alone would take the current GPU, which may be another."""
     with torch.cuda.device_of(arguments[0]):
         function[(programs,)](*arguments, **constants)
+
+
+@kernel
+def load_row(x_BLW, image, place, strides, columns_W, W):
+    """x[image, place] in fp32, with zeros beyond W; the offset of an image in 64 bits."""
+    offsets_W = image.to(tl.int64) * strides[0] + place * strides[1] + columns_W * strides[2]
+    return tl.load(x_BLW + offsets_W, mask=columns_W < W, other=0.0).to(tl.float32)
+
+
+@kernel
+def store_row(x_BLW, x_W, image, place, strides, columns_W, W):
+    offsets_W = image.to(tl.int64) * strides[0] + place * strides[1] + columns_W * strides[2]
+    tl.store(x_BLW + offsets_W, x_W.to(x_BLW.dtype.element_ty), mask=columns_W < W)
 
 
 def check_tensors(**tensors: Tensor) -> None:
@@ -146,18 +159,16 @@ class KeyRanges:
         has 64 queries. Measured on two CPU cores at L 130, where one call per scale lost to a dense mask.
         """
         if device not in self._calls:
-            groups: list[list[tuple[int, int, int, int]]] = []
-            for run in self.runs:
-                if not groups or groups[-1][-1][1] - groups[-1][0][0] >= 64:
-                    groups.append([])
-                groups[-1].append(run)
-            self._calls[device] = [self._call(group, device) for group in groups]
+            calls: list[tuple[int, int, int, int, bool]] = []
+            for begin, end, first, last in self.runs:
+                masked = bool(calls) and calls[-1][1] - calls[-1][0] < 64
+                if masked:
+                    begin, _, first, _, _ = calls.pop()
+                calls.append((begin, end, first, last, masked))
+            self._calls[device] = [
+                (begin, end, first, last, self.rows(begin, end).dense()[:, first:].to(device) if masked else None)
+                for begin, end, first, last, masked in calls]
         return self._calls[device]
-
-    def _call(self, group: list[tuple[int, int, int, int]], device: torch.device):
-        begin, end, first, last = group[0][0], group[-1][1], group[0][2], group[-1][3]
-        mask = self.rows(begin, end).dense()[:, first:].to(device) if len(group) > 1 else None
-        return begin, end, first, last, mask
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -381,14 +392,15 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, logs
 
 
 # By kernel, bytes per number and head width up to: queries and keys in a tile, warps, stages of the load pipeline.
-# Compiled for sm_80, sm_90 and sm_100, each of them spills no register and fits the 99 kB of shared memory that a
-# program may use on a consumer card. fp32 is multiplied without tensor cores (TF32 would round it), in small tiles.
+# The largest of those tried that spill next to no register on sm_80, sm_90 and sm_100 (tests/test_kernels.py prints
+# it) and fit in shared memory, 99 kB on the consumer cards that run the code of sm_80 and 227 kB on the other two.
+# fp32 is multiplied without tensor cores, which would round it to TF32, and wants small tiles.
 ATTENTION_TILES = {
-    ("forward", 2, 64): (128, 64, 8, 3), ("forward", 2, 128): (128, 64, 8, 2),
+    ("forward", 2, 64): (128, 64, 8, 3), ("forward", 2, 128): (128, 64, 8, 3),
     ("forward", 4, 64): (64, 32, 8, 2), ("forward", 4, 128): (32, 64, 8, 2),
-    ("backward_q", 2, 64): (128, 64, 8, 2), ("backward_q", 2, 128): (64, 64, 4, 2),
+    ("backward_q", 2, 64): (128, 64, 8, 3), ("backward_q", 2, 128): (64, 64, 4, 2),
     ("backward_q", 4, 64): (64, 32, 8, 2), ("backward_q", 4, 128): (32, 16, 4, 2),
-    ("backward_kv", 2, 64): (32, 128, 8, 2), ("backward_kv", 2, 128): (32, 64, 8, 2),
+    ("backward_kv", 2, 64): (64, 128, 8, 3), ("backward_kv", 2, 128): (32, 64, 8, 3),
     ("backward_kv", 4, 64): (32, 32, 8, 2), ("backward_kv", 4, 128): (16, 32, 8, 2),
 }
 
@@ -568,54 +580,42 @@ def check_adaln(x_BLW: Tensor, scale_BW: Tensor, shift_BW: Tensor) -> None:
 
 
 @kernel
-def normalise(x_W, columns_W, stride, W):
-    """A row of x normalised, and 1 / sqrt(variance + eps); two passes over registers, so nothing cancels."""
-    x_W = tl.load(x_W + columns_W * stride, mask=columns_W < W, other=0.0).to(tl.float32)
-    centred_W = tl.where(columns_W < W, x_W - tl.sum(x_W) / W, 0.0)
+def normalise(x_W, inside_W, W):
+    """A row with mean 0 and variance 1, and 1 / sqrt(variance + eps); both passes in registers, so nothing cancels."""
+    centred_W = tl.where(inside_W, x_W - tl.sum(x_W) / W, 0.0)
     inverse = 1 / tl.sqrt(tl.sum(centred_W * centred_W) / W + 1e-6)
     return centred_W * inverse, inverse
 
 
 @kernel
-def load_modulation(scale_BW, image, columns_W, strides, W):
-    return tl.load(scale_BW + image * strides[0] + columns_W * strides[1], mask=columns_W < W, other=0.0).to(tl.float32)
-
-
-@kernel
-def adaln_forward(x_BLW, scale_BW, shift_BW, y_BLW, x_strides, scale_strides, shift_strides, y_strides, L, W,
+def adaln_forward(x_BLW, scale_B1W, shift_B1W, y_BLW, x_strides, scale_strides, shift_strides, y_strides, L, W,
                   TILE_W: tl.constexpr):
-    image, token = (tl.program_id(0) // L).to(tl.int64), tl.program_id(0) % L
-    columns_W = tl.arange(0, TILE_W)
-    normed_W, _ = normalise(x_BLW + image * x_strides[0] + token * x_strides[1], columns_W, x_strides[2], W)
-    scale_W = load_modulation(scale_BW, image, columns_W, scale_strides, W)
-    shift_W = load_modulation(shift_BW, image, columns_W, shift_strides, W)
-    y_W = normed_W * (1 + scale_W) + shift_W
-    tl.store(y_BLW + image * y_strides[0] + token * y_strides[1] + columns_W * y_strides[2],
-             y_W.to(y_BLW.dtype.element_ty), mask=columns_W < W)
+    image, token, columns_W = tl.program_id(0) // L, tl.program_id(0) % L, tl.arange(0, TILE_W)
+    x_W = load_row(x_BLW, image, token, x_strides, columns_W, W)
+    scale_W = load_row(scale_B1W, image, 0, scale_strides, columns_W, W)
+    shift_W = load_row(shift_B1W, image, 0, shift_strides, columns_W, W)
+    normed_W, _ = normalise(x_W, columns_W < W, W)
+    store_row(y_BLW, normed_W * (1 + scale_W) + shift_W, image, token, y_strides, columns_W, W)
 
 
 @kernel
-def adaln_backward(x_BLW, scale_BW, dy_BLW, dx_BLW, sums_2BPW, x_strides, scale_strides, dy_strides, dx_strides,
-                   B, L, W, TOKENS: tl.constexpr, TILE_W: tl.constexpr):
-    """One program per TOKENS tokens of an image, its parts P of the sums added up afterwards in a fixed order."""
+def adaln_backward(x_BLW, scale_B1W, dy_BLW, dx_BLW, dscale_BPW, dshift_BPW, x_strides, scale_strides, dy_strides,
+                   dx_strides, sum_strides, L, W, TOKENS: tl.constexpr, TILE_W: tl.constexpr):
+    """TOKENS tokens of an image, part P of its sums: they are added up afterwards, in the same order every time."""
     parts = tl.cdiv(L, TOKENS)
-    image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
-    columns_W = tl.arange(0, TILE_W)
-    scale_W = load_modulation(scale_BW, image, columns_W, scale_strides, W)
+    image, part, columns_W = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.arange(0, TILE_W)
+    scale_W = load_row(scale_B1W, image, 0, scale_strides, columns_W, W)
     dscale_W, dshift_W = tl.zeros([TILE_W], tl.float32), tl.zeros([TILE_W], tl.float32)
     for token in range(part * TOKENS, tl.minimum(L, (part + 1) * TOKENS)):
-        normed_W, inverse = normalise(x_BLW + image * x_strides[0] + token * x_strides[1], columns_W, x_strides[2], W)
-        dy_W = tl.load(dy_BLW + image * dy_strides[0] + token * dy_strides[1] + columns_W * dy_strides[2],
-                       mask=columns_W < W, other=0.0).to(tl.float32)
+        normed_W, inverse = normalise(load_row(x_BLW, image, token, x_strides, columns_W, W), columns_W < W, W)
+        dy_W = load_row(dy_BLW, image, token, dy_strides, columns_W, W)
         dscale_W += dy_W * normed_W
         dshift_W += dy_W
         g_W = dy_W * (1 + scale_W)
         dx_W = (g_W - tl.sum(g_W) / W - normed_W * (tl.sum(g_W * normed_W) / W)) * inverse
-        tl.store(dx_BLW + image * dx_strides[0] + token * dx_strides[1] + columns_W * dx_strides[2],
-                 dx_W.to(dx_BLW.dtype.element_ty), mask=columns_W < W)
-    sums_W = sums_2BPW + (image * parts + part) * W + columns_W
-    tl.store(sums_W, dscale_W, mask=columns_W < W)
-    tl.store(sums_W + B.to(tl.int64) * parts * W, dshift_W, mask=columns_W < W)
+        store_row(dx_BLW, dx_W, image, token, dx_strides, columns_W, W)
+    store_row(dscale_BPW, dscale_W, image, part, sum_strides, columns_W, W)
+    store_row(dshift_BPW, dshift_W, image, part, sum_strides, columns_W, W)
 
 
 def adaln_tiles(W: int) -> dict[str, int]:
@@ -626,33 +626,33 @@ def adaln_tiles(W: int) -> dict[str, int]:
 
 class AdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BLW, scale_BW, shift_BW):
-        B, L, W = x_BLW.shape
-        y_BLW = torch.empty_like(x_BLW)
-        launch(adaln_forward, B * L, x_BLW, scale_BW, shift_BW, y_BLW, x_BLW.stride(), scale_BW.stride(),
-               shift_BW.stride(), y_BLW.stride(), L, W, **adaln_tiles(W))
-        ctx.save_for_backward(x_BLW, scale_BW)
-        ctx.shift_dtype = shift_BW.dtype
+    def forward(ctx, x_BLW, scale_B1W, shift_B1W):
+        (B, L, W), y_BLW = x_BLW.shape, torch.empty_like(x_BLW)
+        launch(adaln_forward, B * L, x_BLW, scale_B1W, shift_B1W, y_BLW, x_BLW.stride(), scale_B1W.stride(),
+               shift_B1W.stride(), y_BLW.stride(), L, W, **adaln_tiles(W))
+        ctx.save_for_backward(x_BLW, scale_B1W)
+        ctx.shift_dtype = shift_B1W.dtype
         return y_BLW
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BLW):
-        x_BLW, scale_BW = ctx.saved_tensors
-        (B, L, W), tokens = x_BLW.shape, 32
-        parts = -(-L // tokens)
-        dx_BLW, sums_2BPW = torch.empty_like(x_BLW), x_BLW.new_empty(2, B, parts, W, dtype=torch.float32)
-        launch(adaln_backward, B * parts, x_BLW, scale_BW, dy_BLW, dx_BLW, sums_2BPW, x_BLW.stride(),
-               scale_BW.stride(), dy_BLW.stride(), dx_BLW.stride(), B, L, W, TOKENS=tokens, **adaln_tiles(W))
-        dscale_BW, dshift_BW = sums_2BPW.sum(dim=2)
-        return dx_BLW, dscale_BW.to(scale_BW.dtype), dshift_BW.to(ctx.shift_dtype)
+        x_BLW, scale_B1W = ctx.saved_tensors
+        (B, L, W), tokens = x_BLW.shape, 32   # the sums are an eighth or less of what is read and written
+        parts, dx_BLW = -(-L // tokens), torch.empty_like(x_BLW)
+        dscale_BPW, dshift_BPW = x_BLW.new_empty(2, B, parts, W, dtype=torch.float32)
+        launch(adaln_backward, B * parts, x_BLW, scale_B1W, dy_BLW, dx_BLW, dscale_BPW, dshift_BPW, x_BLW.stride(),
+               scale_B1W.stride(), dy_BLW.stride(), dx_BLW.stride(), dscale_BPW.stride(), L, W, TOKENS=tokens,
+               **adaln_tiles(W))
+        dscale_B1W, dshift_B1W = dscale_BPW.sum(dim=1, keepdim=True), dshift_BPW.sum(dim=1, keepdim=True)
+        return dx_BLW, dscale_B1W.to(scale_B1W.dtype), dshift_B1W.to(ctx.shift_dtype)
 
 
 def adaln_triton(x_BLW: Tensor, scale_BW: Tensor, shift_BW: Tensor) -> Tensor:
     check_adaln(x_BLW, scale_BW, shift_BW)
     if x_BLW.shape[2] > 16384:
         raise ValueError(f"the Triton kernel holds a row in registers, a width up to 16384: it is {x_BLW.shape[2]}")
-    return AdaLN.apply(x_BLW, scale_BW, shift_BW)
+    return AdaLN.apply(x_BLW, scale_BW[:, None], shift_BW[:, None])
 
 
 def adaln_torch(x_BLW: Tensor, scale_BW: Tensor, shift_BW: Tensor) -> Tensor:
@@ -714,14 +714,11 @@ def ranked_within(keys_V, weights_V, target):
 @kernel
 def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, cond_strides, uncond_strides, noise_strides,
                          guidance, top_k, top_p, l, V, GUIDED: tl.constexpr, TILE_V: tl.constexpr):
-    image, place = (tl.program_id(0) // l).to(tl.int64), tl.program_id(0) % l
-    tokens_V = tl.arange(0, TILE_V)
+    image, place, tokens_V = tl.program_id(0) // l, tl.program_id(0) % l, tl.arange(0, TILE_V)
     inside_V = tokens_V < V
-    logits_V = tl.load(cond_BlV + image * cond_strides[0] + place * cond_strides[1] + tokens_V * cond_strides[2],
-                       mask=inside_V, other=0.0).to(tl.float32)
+    logits_V = load_row(cond_BlV, image, place, cond_strides, tokens_V, V)
     if GUIDED:
-        uncond_V = tl.load(uncond_BlV + image * uncond_strides[0] + place * uncond_strides[1]
-                           + tokens_V * uncond_strides[2], mask=inside_V, other=0.0).to(tl.float32)
+        uncond_V = load_row(uncond_BlV, image, place, uncond_strides, tokens_V, V)
         logits_V = logits_V + guidance * (logits_V - uncond_V)
     logits_V = tl.where(inside_V, logits_V, -float("inf"))
     bits_V = tl.where(logits_V == 0, 0.0, logits_V).to(tl.uint32, bitcast=True)   # -0 and 0 are one number
@@ -734,8 +731,7 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, cond_strides
         units_V = tl.where(kept_V, share_V * (1 << 40), 0.0).to(tl.int64)
         target = (tl.sum(units_V).to(tl.float32) * top_p).to(tl.int64)
         kept_V &= ranked_within(keys_V, units_V, tl.maximum(target, 1))   # 1: the most likely token stays, whatever p
-    noise_V = tl.load(noise_BlV + image * noise_strides[0] + place * noise_strides[1] + tokens_V * noise_strides[2],
-                      mask=inside_V, other=1.0).to(tl.float32)
+    noise_V = load_row(noise_BlV, image, place, noise_strides, tokens_V, V)
     score_V = tl.where(kept_V, logits_V - tl.log(noise_V), -float("inf"))
     tl.store(token_Bl + tl.program_id(0), tl.argmax(score_V, 0).to(tl.int64))
 
