@@ -1,0 +1,72 @@
+"""The math of kernels.py in NumPy and float64: slow and obvious, to hold the fast versions to.
+
+Where an output is a sum, the size of what was summed (the same sum over absolute values) comes with it: rounding
+errors are in proportion to that, also where the sum itself cancels to nothing.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+
+def attention(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, scale, do_BHLD) -> tuple[dict, dict]:
+    """({name: value}, {name: size of its terms}) of the output o and of the gradients dq, dk, dv of sum(o do)."""
+    keys_S = np.arange(k_BHSD.shape[2])
+    seen_LS = (keys_S >= np.array(first_L)[:, None]) & (keys_S < np.array(last_L)[:, None])
+    scores = np.where(seen_LS, scale * q_BHLD @ k_BHSD.swapaxes(2, 3), -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    o = weights @ v_BHSD
+    delta = (o * do_BHLD).sum(axis=-1, keepdims=True)
+    dscores = weights * (do_BHLD @ v_BHSD.swapaxes(2, 3) - delta)
+    value = dict(o=o, dq=scale * dscores @ k_BHSD, dk=scale * dscores.swapaxes(2, 3) @ q_BHLD,
+                 dv=weights.swapaxes(2, 3) @ do_BHLD)
+    q, k, v, do = map(np.abs, (q_BHLD, k_BHSD, v_BHSD, do_BHLD))
+    dscores = weights * (do @ v.swapaxes(2, 3) + (weights @ v * do).sum(axis=-1, keepdims=True))
+    size = dict(o=weights @ v, dq=scale * dscores @ k, dk=scale * dscores.swapaxes(2, 3) @ q,
+                dv=weights.swapaxes(2, 3) @ do)
+    return value, size
+
+
+def distances(x_NC, codebook_VC, cosine: bool):
+    """[N, V] of what the nearest code is the least of: the squared distance, or minus the cosine times |x|."""
+    if not cosine:
+        return np.square(x_NC[:, None] - codebook_VC[None]).sum(axis=2)
+    norm_V1 = np.sqrt(np.square(codebook_VC).sum(axis=1, keepdims=True))
+    return -x_NC @ (codebook_VC / np.maximum(norm_V1, 1e-12)).T
+
+
+def adaln(x_BLW, scale_BW, shift_BW, dy_BLW) -> tuple[dict, dict]:
+    """As `attention`: the output y and the gradients dx, dscale, dshift of sum(y dy)."""
+    scale, shift = scale_BW[:, None], shift_BW[:, None]
+    centred = x_BLW - x_BLW.mean(axis=-1, keepdims=True)
+    inverse = 1 / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
+    n, g = centred * inverse, dy_BLW * (1 + scale)
+    mean_g, mean_gn = g.mean(axis=-1, keepdims=True), (g * n).mean(axis=-1, keepdims=True)
+    value = dict(y=n * (1 + scale) + shift, dx=(g - mean_g - n * mean_gn) * inverse,
+                 dscale=(dy_BLW * n).sum(axis=1), dshift=dy_BLW.sum(axis=1))
+    # The mean of x rounds in proportion to x, not to what is left after it is taken away.
+    n = np.abs(n) + np.abs(x_BLW).max(axis=-1, keepdims=True) * inverse
+    g, dy = np.abs(g), np.abs(dy_BLW)
+    mean_g, mean_gn = g.mean(axis=-1, keepdims=True), (g * n).mean(axis=-1, keepdims=True)
+    size = dict(y=n * (1 + np.abs(scale)) + np.abs(shift), dx=(g + mean_g + n * mean_gn) * inverse,
+                dscale=(dy * n).sum(axis=1), dshift=dy.sum(axis=1))
+    return value, size
+
+
+def kept_probabilities(logits_V, top_k: int, top_p: float):
+    """(probability of each token after top-k and top-p, how near a token came to the edge of top-p)."""
+    order = sorted(range(len(logits_V)), key=lambda token: (-logits_V[token], token))
+    if 0 < top_k:
+        order = order[:top_k]
+    probability_V = np.zeros(len(logits_V))
+    probability_V[order] = np.exp(logits_V[order] - logits_V[order[0]])
+    probability_V /= probability_V.sum()
+    before, margin = 0.0, np.inf
+    for rank, token in enumerate(order):
+        share = probability_V[token]
+        if rank > 0 and top_p < 1:
+            margin = min(margin, abs(before - top_p))
+            if before >= top_p:
+                probability_V[token] = 0
+        before += share
+    return probability_V / probability_V.sum(), margin

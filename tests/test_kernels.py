@@ -1,0 +1,528 @@
+"""Every operation of kernels.py, each face of it, against the float64 math of reference.py.
+
+With a GPU the Triton kernels run compiled, in every dtype and at real sizes. Without one they run in Triton's
+interpreter in fp32 (its bf16 product is wrong) at small sizes, and are compiled for GPUs that are not there:
+
+    python tests/test_kernels.py 90      compiles all for sm_90 and prints registers, spills and shared memory
+
+Rounding errors are in proportion to the terms of a sum, so an error may be, times the size of the terms,
+    TERMS[dtype] units of the dtype: the weights, the gradients of the scores and the result are each rounded to it
+        once, and in fp32 the sum itself as it grows,
+    and twice the rounding of the largest score, since a weight is wrong by as much: scores are kept in fp32, only
+        PyTorch's backward on a CPU has them in the dtype of its inputs.
+"""
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+import reference
+from kernels import KeyRanges
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+FACES = ["torch"] if kernels.triton is None else ["torch", "triton"]
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}   # half the gap after 1
+TERMS = {torch.float32: 32, torch.float16: 8, torch.bfloat16: 8}
+VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # 680 tokens: the published models at 256 x 256
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}   # bytes; consumer cards run the code of sm_80
+
+draws = settings(max_examples=200 if GPU else 30, deadline=None, derandomize=True, database=None,
+                 suppress_health_check=list(HealthCheck))
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+
+
+def dtypes(face: str) -> list[torch.dtype]:
+    return [torch.float32] if face == "triton" and not GPU else list(UNIT)
+
+
+def face_of(operation: str, face: str):
+    return getattr(kernels, f"{operation}_{face}")
+
+
+def values(rng: np.random.Generator, pattern: str, shape: tuple[int, ...]) -> np.ndarray:
+    return {"normal": lambda: rng.standard_normal(shape),
+            "large": lambda: 8 * rng.standard_normal(shape),
+            "tiny": lambda: 1e-3 * rng.standard_normal(shape),
+            "ties": lambda: rng.integers(-1, 2, shape).astype(float),
+            "equal": lambda: np.full(shape, 0.75)}[pattern]()
+
+
+patterns = st.sampled_from(["normal", "large", "tiny", "ties", "equal"])
+
+
+def on_device(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(array, dtype=dtype, device=DEVICE)
+
+
+def double(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().double().cpu().numpy()
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Memory that nothing was written to yet holds NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_close(got: dict, value: dict, size: dict, dtype: torch.dtype, score_error: float = 0.0) -> None:
+    for name in value:
+        unit = TERMS[dtype] * UNIT[dtype] + 2 * score_error
+        allowed = unit * size[name] + torch.finfo(dtype).smallest_normal
+        excess = np.abs(double(got[name]) - value[name]) / allowed
+        assert np.all(excess <= 1), f"{name}: {np.nanmax(excess):.3g} times the error allowed, NaN: {np.isnan(excess).any()}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+@st.composite
+def key_ranges(draw) -> KeyRanges:
+    if draw(st.booleans()):
+        sides = st.integers(1, 16 if GPU else 5)
+        scales = [1] + sorted(draw(st.lists(sides, max_size=6 if GPU else 4)))
+        ranges = KeyRanges.from_scales(scales, draw(st.sampled_from([None, 1, 2])))
+        begin = draw(st.integers(0, len(ranges) - 1)) if draw(st.booleans()) else 0
+        return ranges.rows(begin, draw(st.integers(begin + 1, len(ranges))) if begin else len(ranges))
+    L = draw(st.integers(1, 300 if GPU else 50))
+    steps = st.lists(st.sampled_from([0, 0, 0, 1, 2, 9]), min_size=L, max_size=L)
+    first, width = np.cumsum(draw(steps)), draw(st.lists(st.integers(1, 40), min_size=L, max_size=L))
+    return KeyRanges(first, np.maximum.accumulate(first + width))
+
+
+def heads(rng, pattern: str, layout: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """[B, H, n, D] in one of the ways its memory may be laid out."""
+    B, H, n, D = shape
+    if layout == "BHLD":
+        return on_device(values(rng, pattern, (B, H, n, D)), dtype)
+    if layout == "BLHD":
+        return on_device(values(rng, pattern, (B, n, H, D)), dtype).transpose(1, 2)
+    if layout == "packed":
+        return on_device(values(rng, pattern, (B, n, 3, H, D)), dtype)[:, :, 1].transpose(1, 2)
+    return on_device(values(rng, pattern, (B, H, D, n)), dtype).mT
+
+
+def check_block_attention(face, ranges, S, shape, dtype, scale=0.2, pattern="normal", layout="BLHD", seed=0):
+    B, H, D = shape
+    rng = np.random.default_rng(seed)
+    q, k, v = (heads(rng, pattern, layout, (B, H, n, D), dtype).requires_grad_() for n in (len(ranges), S, S))
+    do = heads(rng, "normal" if pattern == "equal" else pattern, layout, (B, H, len(ranges), D), dtype)
+    with poisoned():
+        o = face_of("block_attention", face)(q, k, v, ranges, scale)
+        got = dict(zip(("o", "dq", "dk", "dv"), (o, *torch.autograd.grad(o, (q, k, v), do))))
+    value, size = reference.attention(*map(double, (q, k, v)), ranges.first, ranges.last, scale, double(do))
+    score = scale * (np.abs(double(q)) @ np.abs(double(k)).swapaxes(2, 3)).max()
+    assert all(tensor.dtype == dtype for tensor in got.values())
+    assert_close(got, value, size, dtype, score * UNIT[torch.float32 if face == "triton" else dtype])
+
+
+@contextlib.contextmanager
+def attention_tiles(tiles: tuple[int, int] | None):
+    """Tiles smaller than any that is offered meet more range ends in fewer tokens."""
+    offered = dict(kernels.ATTENTION_TILES)
+    if tiles:
+        kernels.ATTENTION_TILES.update({name: (*tiles, 4, 1) for name in offered})
+    try:
+        yield
+    finally:
+        kernels.ATTENTION_TILES.update(offered)
+
+
+@pytest.mark.parametrize("face", FACES)
+@given(data=st.data())
+@draws
+def test_attention_and_its_gradients(face, data):
+    draw = data.draw
+    ranges = draw(key_ranges())
+    shape = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3])), draw(st.sampled_from([16, 17, 64, 72, 80, 128]))
+    with attention_tiles(draw(st.sampled_from([None, (16, 16), (16, 32), (32, 16)]))):
+        check_block_attention(face, ranges, ranges.last[-1] + draw(st.sampled_from([0, 0, 1, 30])), shape,
+                              draw(st.sampled_from(dtypes(face))), draw(st.sampled_from([0.03, 0.25, 1.0])),
+                              draw(patterns), draw(st.sampled_from(["BHLD", "BLHD", "packed", "BHDL"])),
+                              draw(st.integers(0, 99)))
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("last_scales", [None, 1, 2])
+def test_attention_at_the_length_of_the_published_models(face, last_scales):
+    ranges = KeyRanges.from_scales(VAR_SCALES, last_scales)
+    for dtype in dtypes(face):
+        check_block_attention(face, ranges, len(ranges), (2, 4, 64) if GPU else (1, 1, 64), dtype)
+
+
+@needs_triton
+def test_tiles_out_of_range_are_not_visited():
+    """Were a weight of 0 multiplied with their values, NaN would come out."""
+    ranges = KeyRanges.from_scales((4, 4, 4), last_scales=1)
+    q, k, v = (torch.randn(1, 2, 48, 16, device=DEVICE) for _ in range(3))
+    k[:, :, :16], v[:, :, 32:] = torch.nan, torch.nan
+    with attention_tiles((16, 16)):
+        o = kernels.block_attention_triton(q, k, v, ranges, 1.0)
+    assert o[:, :, 16:32].isfinite().all() and o[:, :, :16].isnan().all() and o[:, :, 32:].isnan().all()
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_the_unused_end_of_a_cache_may_hold_anything(face):
+    ranges = KeyRanges.from_scales((1, 2, 3)).rows(1, 5)
+    q, k, v = (torch.randn(1, 2, n, 16, device=DEVICE) for n in (4, 14, 14))
+    k[:, :, 5:], v[:, :, 5:] = torch.nan, torch.inf
+    assert face_of("block_attention", face)(q, k, v, ranges, 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("last_scales", [None, 1, 2])
+@pytest.mark.parametrize("begin, end", [(0, 30), (5, 14), (14, 30)])
+def test_the_transposed_table_is_the_transposed_mask(begin, end, last_scales):
+    ranges = KeyRanges.from_scales((1, 2, 3, 4), last_scales).rows(begin, end)
+    first_L, last_L, first_S, last_S = ranges.tables(torch.device("cpu"))
+    queries = torch.arange(len(ranges))
+    assert torch.equal(((queries >= first_S[:, None]) & (queries < last_S[:, None])).T, ranges.dense())
+    assert ranges.tables(torch.device("cpu"))[0] is first_L   # made once
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@needs_triton
+def test_attention_allocates_nothing_larger_than_its_inputs(monkeypatch):
+    monkeypatch.setattr(kernels, "launch", lambda *arguments, **constants: None)
+    ranges = KeyRanges.from_scales(VAR_SCALES)
+    q = torch.zeros(1, 1, len(ranges), 16, requires_grad=True)
+    with LargestTensor() as largest:
+        kernels.block_attention_triton(q, q, q, ranges, 1.0).sum().backward()
+    assert largest.numel == q.numel()
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("change, message", [
+    (dict(k=torch.zeros(1, 2, 5, 16, dtype=torch.float16)), "one dtype"),
+    (dict(k=torch.zeros(1, 2, 5, 16, device="meta")), "k is on meta"),
+    (dict(k=torch.zeros(1, 2, 4, 16), v=torch.zeros(1, 2, 4, 16)), "5 queries and 4 keys"),
+    (dict(v=torch.zeros(1, 2, 4, 16)), r"\(1, 2, 4, 16\)"),
+    (dict(q=torch.zeros(1, 2, 6, 16)), "do not fit 6 queries"),
+    (dict(q=torch.zeros(0, 2, 5, 16)), r"\(0, 2, 5, 16\)"),
+    (dict(q=torch.zeros(1, 2, 5, 16, dtype=torch.int32)), "int32"),
+    (dict(scale=0.0), "scale must be positive: it is 0.0"),
+])
+def test_attention_names_what_it_cannot_take(face, change, message):
+    given = dict(q=torch.zeros(1, 2, 5, 16), k=torch.zeros(1, 2, 5, 16), v=torch.zeros(1, 2, 5, 16), scale=1.0) | change
+    with pytest.raises(ValueError, match=message):
+        face_of("block_attention", face)(given["q"], given["k"], given["v"], KeyRanges.from_scales((1, 2)), given["scale"])
+
+
+@needs_triton
+@pytest.mark.parametrize("D, dtype, message", [(136, torch.float32, "head width of 16 to 128: it is 136"),
+                                               (8, torch.float32, "it is 8"), (16, torch.float64, "float64")])
+def test_the_triton_face_names_what_it_alone_cannot_take(D, dtype, message):
+    q = torch.zeros(1, 2, 5, D, dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        kernels.block_attention_triton(q, q, q, KeyRanges.from_scales((1, 2)), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_chooses_the_dtype_as_it_does_for_pytorch(dtype):
+    q, k, v = (torch.randn(1, 2, n, 16, device=DEVICE) for n in (5, 5, 5))
+    with torch.autocast(DEVICE, dtype):
+        assert kernels.block_attention(q, k.to(dtype), v, KeyRanges.from_scales((1, 2)), 1.0).dtype == dtype
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Nearest code
+
+
+@pytest.mark.parametrize("face", FACES)
+@given(data=st.data())
+@draws
+def test_nearest_code_is_nearest(face, data):
+    N, V = data.draw(st.integers(1, 150)), data.draw(st.sampled_from([1, 2, 33, 64, 200, 4096 if GPU else 130]))
+    C, cosine = data.draw(st.sampled_from([1, 5, 16, 32, 40, 100])), data.draw(st.booleans())
+    pattern, dtype = data.draw(patterns), data.draw(st.sampled_from(list(UNIT)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    x, codebook = (on_device(values(rng, pattern, shape), dtype) for shape in ((N, C), (V, C)))
+    if data.draw(st.booleans()):
+        x = x.T.contiguous().T
+    with poisoned():
+        index = face_of("nearest_code", face)(x, codebook, cosine).cpu().numpy()
+    distance_NV = reference.distances(double(x), double(codebook), cosine)
+    chosen_N = distance_NV[np.arange(N), index]
+    size_N = np.square(np.abs(double(x)).sum(axis=1) + np.abs(double(codebook)).sum(axis=1).max())
+    assert np.all(chosen_N - distance_NV.min(axis=1) <= 4 * UNIT[torch.float32] * size_N)
+    if pattern in ("ties", "equal") and not cosine:   # small whole numbers: exact in fp32, and so are the ties
+        assert np.array_equal(index, distance_NV.argmin(axis=1))
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_nearest_code_at_the_published_size(face):
+    rng = np.random.default_rng(0)
+    x, codebook = rng.standard_normal((680 if GPU else 70, 32)), rng.standard_normal((4096, 32))
+    codebook[1::2] = codebook[::2]   # every code twice: the first of the two must win
+    index = face_of("nearest_code", face)(*(on_device(a, torch.float32) for a in (x, codebook))).cpu().numpy()
+    assert index.dtype == np.int64 and np.array_equal(index, reference.distances(x, codebook, False).argmin(axis=1))
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("cosine", [False, True])
+def test_nearest_code_stays_in_fp32_under_autocast(face, cosine):
+    """Two codes that bf16 cannot tell apart."""
+    x, codebook = torch.tensor([[1.0, 1.0]], device=DEVICE), torch.tensor([[1.0, 1.002], [1.0, 1.001]], device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert face_of("nearest_code", face)(x, codebook, cosine).item() == 1
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("N, V, width, message", [(3, 0, 4, r"codebook .*\(0, 4\)"), (0, 3, 4, r"x .*\(0, 4\)"),
+                                                  (3, 3, 5, r"\(3, 4\) and \(3, 5\)")])
+def test_nearest_code_names_what_it_cannot_take(face, N, V, width, message):
+    with pytest.raises(ValueError, match=message):
+        face_of("nearest_code", face)(torch.zeros(N, 4), torch.zeros(V, width))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Adaptive layer norm
+
+
+@pytest.mark.parametrize("face", FACES)
+@given(data=st.data())
+@draws
+def test_adaln_and_its_gradients(face, data):
+    B, L = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 5, 32, 33, 70]))
+    W = data.draw(st.sampled_from([1, 2, 24, 64, 100] + [1024, 1920] * GPU))
+    x_dtype, dtype = data.draw(st.sampled_from(list(UNIT))), data.draw(st.sampled_from(list(UNIT)))
+    rng, pattern = np.random.default_rng(data.draw(st.integers(0, 99))), data.draw(patterns)
+    x, dy = (on_device(values(rng, p, (L, B, W)), x_dtype).transpose(0, 1) for p in (pattern, "normal"))
+    modulation = on_device(values(rng, "normal", (B, 3 * W)), dtype)[:, W:]   # as a layer hands it over: a slice
+    scale, shift = (part.requires_grad_() for part in modulation.chunk(2, dim=1))
+    x.requires_grad_()
+    with poisoned():
+        y = face_of("adaln", face)(x, scale, shift)
+        gradients = torch.autograd.grad(y, (x, scale, shift), dy)
+    got = dict(zip(("y", "dx", "dscale", "dshift"), (y, *gradients)))
+    assert [tensor.dtype for tensor in got.values()] == [x_dtype, x_dtype, dtype, dtype]
+    value, size = reference.adaln(*map(double, (x, scale, shift, dy)))
+    coarser = max(x_dtype, dtype, key=UNIT.get)
+    assert_close(got, value, size, coarser)
+
+
+@needs_triton
+def test_adaln_sums_gradients_in_one_order():
+    x, scale, shift = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 70, 24), (2, 24), (2, 24)))
+    y = kernels.adaln_triton(x, scale, shift)
+    once, again = (torch.autograd.grad(y, (x, scale, shift), x, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_adaln_names_what_it_cannot_take(face):
+    with pytest.raises(ValueError, match=r"\(2, 3, 8\), \(3, 8\) and \(2, 8\)"):
+        face_of("adaln", face)(torch.zeros(2, 3, 8), torch.zeros(3, 8), torch.zeros(2, 8))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@st.composite
+def sampling_cases(draw) -> dict:
+    V = draw(st.sampled_from([1, 2, 7, 33, 64, 300] + [4096] * GPU))
+    rng, shape = np.random.default_rng(draw(st.integers(0, 999))), (draw(st.integers(1, 2)), draw(st.integers(1, 3)), V)
+    pattern, dtype = draw(patterns), draw(st.sampled_from(list(UNIT)))
+    cond, uncond = (on_device(values(rng, pattern, shape), dtype) for _ in range(2))
+    if draw(st.booleans()):
+        uncond = None
+        cond[..., 1:V // 2] = -torch.inf   # tokens that the caller rules out
+    noise = on_device(rng.exponential(size=shape) + 1e-30, torch.float32)
+    return dict(cond_BlV=cond, uncond_BlV=uncond, noise_BlV=noise,
+                guidance=draw(st.sampled_from([0.0, 1.5, 4])), top_k=draw(st.sampled_from([0, 1, 2, 5, V - 1, V, V + 9])),
+                top_p=draw(st.sampled_from([1.0, 0.96, 0.5, 0.3, 1e-3, 0.0])))
+
+
+@pytest.mark.parametrize("face", FACES)
+@given(case=sampling_cases())
+@draws
+def test_a_draw_is_the_best_of_the_tokens_kept(face, case):
+    logits, noise = double(case["cond_BlV"]).astype(np.float32), double(case["noise_BlV"])
+    if case["uncond_BlV"] is not None:   # in fp32, which makes or breaks ties, and those decide what is kept
+        logits += np.float32(case["guidance"]) * (logits - double(case["uncond_BlV"]).astype(np.float32))
+    with poisoned():
+        token_Bl = face_of("sample_tokens", face)(**case).cpu().numpy()
+    for place in np.ndindex(token_Bl.shape):
+        logits_V = logits[place].astype(float)
+        probability_V, margin = reference.kept_probabilities(logits_V, case["top_k"], case["top_p"])
+        score_V = np.where(probability_V > 0, logits_V - np.log(noise[place]), -np.inf)
+        if margin > 1e-5:   # nearer to the edge of top-p, rounding may decide
+            assert score_V[token_Bl[place]] >= score_V.max() - 1e-5 * (1 + np.abs(score_V.max()))
+
+
+@needs_triton
+@given(case=sampling_cases())
+@draws
+def test_both_faces_draw_the_same_token(case):
+    before = case["cond_BlV"].clone()
+    assert torch.equal(kernels.sample_tokens_triton(**case), kernels.sample_tokens_torch(**case))
+    assert torch.equal(case["cond_BlV"], before)   # the caller's logits are left alone
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (4, 1.0), (0, 0.8), (5, 0.9)])
+def test_frequencies_follow_the_distribution(face, top_k, top_p):
+    """Chi-square: with n draws, sum (count - n p)^2 / (n p) passes mean + 5 standard deviations once in millions."""
+    draws = 150 if face == "triton" and not GPU else 20_000
+    logits = np.array([1.0, 0.0, 2.0, 2.0, -1.0, 0.5, -9.0])
+    noise = np.random.default_rng(3).exponential(size=(1, draws, len(logits)))
+    cond = on_device(np.broadcast_to(logits, noise.shape), torch.float32)
+    token_Bl = face_of("sample_tokens", face)(cond, None, 0.0, top_k, top_p, on_device(noise, torch.float32))
+    counts = np.bincount(token_Bl.flatten().cpu().numpy(), minlength=len(logits))
+    expected = draws * reference.kept_probabilities(logits, top_k, top_p)[0]
+    assert np.all(counts[expected == 0] == 0)
+    likely = expected >= 5   # where the normal approximation holds
+    statistic, freedom = np.sum((counts - expected)[likely] ** 2 / expected[likely]), likely.sum() - 1
+    assert statistic <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_sampling_names_what_it_cannot_take(face):
+    with pytest.raises(ValueError, match=r"cond .*\(1, 2, 0\)"):
+        face_of("sample_tokens", face)(torch.zeros(1, 2, 0), None, 0.0, 0, 1.0, torch.zeros(1, 2, 0))
+    with pytest.raises(ValueError, match=r"noise is \(1, 2, 4\)"):
+        face_of("sample_tokens", face)(torch.zeros(1, 2, 3), None, 0.0, 0, 1.0, torch.zeros(1, 2, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The choice of a face
+
+
+def test_the_face_follows_the_tensors_unless_told_otherwise(monkeypatch):
+    cpu = torch.zeros(1)
+    assert not kernels.use_triton(cpu)
+    monkeypatch.setattr(kernels, "FACE", "triton")
+    assert kernels.use_triton(cpu)
+    monkeypatch.setattr(kernels, "FACE", "torch")
+    assert not kernels.use_triton(torch.zeros(1, device=DEVICE))
+
+
+def test_without_triton_the_pytorch_faces_do_everything():
+    script = """if True:
+        import sys; sys.modules["triton"] = None
+        import torch, kernels
+        x = torch.randn(1, 2, 5, 16)
+        assert kernels.triton is None
+        assert kernels.block_attention(x, x, x, kernels.KeyRanges.from_scales((1, 2)), 1.0).shape == x.shape
+        assert kernels.nearest_code(x[0, 0], x[0, 0]).tolist() == [0, 1, 2, 3, 4]
+        assert kernels.adaln(x[0], x[0, :, 0], x[0, :, 0]).shape == (2, 5, 16)
+        assert kernels.sample_tokens(x[0], None, 0.0, 3, 0.9, torch.rand(2, 5, 16)).shape == (2, 5)
+    """
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(kernels.__file__).parent)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Compiling for GPUs that are not there: the interpreter accepts what a GPU refuses
+
+
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
+            torch.int64: "*i64"}
+
+
+def argument_type(argument, place: tuple[int, ...], constants: dict, attributes: dict):
+    """The type Triton gives an argument of a launch: 1 becomes a constant, and multiples of 16 are noted."""
+    if isinstance(argument, tuple):
+        return tuple(argument_type(a, (*place, i), constants, attributes) for i, a in enumerate(argument))
+    if isinstance(argument, float):
+        return "fp32"
+    if isinstance(argument, int) and argument == 1:
+        constants[place] = 1
+        return "constexpr"
+    if isinstance(argument, torch.Tensor) or argument % 16 == 0:
+        attributes[place] = [["tt.divisibility", 16]]
+    return POINTERS[argument.dtype] if isinstance(argument, torch.Tensor) else "i32"
+
+
+def compile_launch(function, capability: int, arguments: tuple, constants: dict) -> dict:
+    """Compile what a launch would; its resources as the assembler reports them."""
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    constexprs = {(function.arg_names.index(name),): value for name, value in constants.items() if name not in OPTIONS}
+    attributes: dict = {}
+    types = {name: argument_type(argument, (i,), constexprs, attributes)
+             for i, (name, argument) in enumerate(zip(function.arg_names, arguments))}
+    types |= {name: "constexpr" for name in constants if name not in OPTIONS}
+    compiled = compile(ASTSource(function, types, constexprs, attributes), target=GPUTarget("cuda", capability, 32),
+                       options={name: constants[name] for name in OPTIONS if name in constants})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([Path(nvidia.__file__).parent / "bin" / "cuobjdump", "-res-usage", cubin.name],
+                               capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return dict(kernel=function.__name__, dtype=str(arguments[0].dtype)[6:], registers=int(registers),
+                stack_bytes=int(stack), shared_bytes=compiled.metadata.shared, **constants)
+
+
+def compile_everything(capability: int):
+    """Yield the resources of every kernel in every configuration, as its own launch code asks for it."""
+    launches: list[tuple] = []
+    kernels.launch = lambda function, programs, *arguments, **constants: launches.append((function, arguments, constants))
+    ranges = KeyRanges([0] * 32, [32] * 32)
+    for dtype, D in [(torch.bfloat16, 64), (torch.bfloat16, 72), (torch.bfloat16, 128), (torch.float16, 64),
+                     (torch.float32, 64), (torch.float32, 128)]:
+        q_BHLD = torch.zeros(2, 2, 32, D, dtype=dtype, requires_grad=True)
+        kernels.block_attention_triton(q_BHLD, q_BHLD, q_BHLD, ranges, 1.0).sum().backward()
+    for V, C in [(4096, 32), (33, 5)]:
+        kernels.nearest_code_triton(torch.zeros(64, C), torch.zeros(V, C))
+    for dtype, W in [(torch.bfloat16, 1024), (torch.bfloat16, 1920), (torch.float32, 64)]:
+        x_BLW, scale_BW = torch.zeros(2, 32, W, dtype=dtype, requires_grad=True), torch.zeros(2, W, dtype=dtype)
+        kernels.adaln_triton(x_BLW, scale_BW, scale_BW).sum().backward()
+    for V, uncond in itertools.product([4096, 33], [True, False]):
+        logits_BlV = torch.zeros(2, 32, V)
+        kernels.sample_tokens_triton(logits_BlV, logits_BlV if uncond else None, 1.5, 900, 0.95, logits_BlV)
+    for function, arguments, constants in launches:
+        yield compile_launch(function, capability, arguments, constants)
+
+
+@needs_triton
+def test_every_configuration_compiles_and_fits_in_shared_memory():
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(kernels.__file__).parent)}
+    compilers = {capability: subprocess.Popen([sys.executable, __file__, str(capability)], env=environment, text=True,
+                                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for capability in SHARED_MEMORY}
+    for capability, compiler in compilers.items():
+        output, errors = compiler.communicate()
+        assert compiler.returncode == 0, f"sm_{capability}: {errors[-3000:]}"
+        reports = [json.loads(line) for line in output.splitlines()]
+        assert {report["kernel"] for report in reports} == {
+            "attention_forward", "attention_backward_q", "attention_backward_kv", "nearest_code_kernel",
+            "adaln_forward", "adaln_backward", "sample_tokens_kernel"}
+        for report in reports:
+            assert report["shared_bytes"] <= SHARED_MEMORY[capability], f"sm_{capability}: {report}"
+
+
+if __name__ == "__main__":
+    for report in compile_everything(int(sys.argv[1])):
+        print(json.dumps(report), flush=True)
