@@ -31,6 +31,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -59,7 +60,7 @@ def option(default, text: str):
 class Preset:
     """The shape of a model and of its training; every field is a flag."""
     image_size: int = option(32, "side of the images")
-    scales: tuple[int, ...] = option((1, 2, 3, 4, 6, 8), "sides of the token maps, from 1 to the latent's side")
+    scales: tuple[int, ...] = option((1, 2, 4, 8), "sides of the token maps, from 1 to the latent's side")
     vocabulary: int = option(512, "codes in the codebook")
     code_channels: int = option(8, "channels of a code")
     tokenizer_width: int = option(16, "the tokenizer's channels at full resolution")
@@ -67,11 +68,11 @@ class Preset:
     blocks: int = option(1, "residual blocks per resolution")
     phis: int = option(4, "distinct phi convolutions")
     norm_groups: int = option(2, "groups of the tokenizer's group norms")
-    tokenizer_steps: int = option(1200, "training steps of the tokenizer")
+    tokenizer_steps: int = option(1100, "training steps of the tokenizer")
     tokenizer_batch: int = option(16, "images per step of the tokenizer")
-    tokenizer_lr: float = option(3e-3, "peak learning rate of the tokenizer")
+    tokenizer_lr: float = option(1.5e-3, "peak learning rate of the tokenizer")
     unquantized: float = option(0.25, "share of the tokenizer's steps, at the start, without quantization")
-    depth: int = option(6, "layers of the transformer")
+    depth: int = option(4, "layers of the transformer")
     width: int = option(192, "width of the transformer")
     heads: int = option(4, "attention heads")
     shared_adaln: bool = option(False, "one AdaLN modulation shared by all layers")
@@ -79,13 +80,13 @@ class Preset:
     label_dropout: float = option(0.1, "share of labels replaced by the null class in training")
     drop_path: float = option(0.0, "stochastic depth of the last layer; the first has none")
     last_scales: int | None = option(None, "how many scales a token sees, its own among them (default: all so far)")
-    var_steps: int = option(400, "training steps of the transformer")
-    var_batch: int = option(64, "images per step of the transformer")
-    var_lr: float = option(1e-3, "peak learning rate of the transformer")
+    var_steps: int = option(1000, "training steps of the transformer")
+    var_batch: int = option(32, "images per step of the transformer")
+    var_lr: float = option(2e-3, "peak learning rate of the transformer")
     weight_decay: float = option(0.05, "of the transformer's matrices")
     final_lr: float = option(0.05, "learning rate at the end, as a share of the peak")
     warmup: int = option(30, "steps of linear warm-up, in both stages")
-    ema: float = option(0.99, "decay of the running average of the transformer's weights, which is what is kept")
+    ema: float = option(0.98, "decay of the running average of the transformer's weights, which is what is kept")
 
     def tokenizer_config(self, image_channels: int) -> TokenizerConfig:
         return TokenizerConfig(self.scales, self.vocabulary, self.code_channels, image_channels, self.tokenizer_width,
@@ -99,7 +100,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(),
-    "cifar": Preset(vocabulary=1024, code_channels=32, tokenizer_width=96, multipliers=(1, 2, 2), blocks=2,
+    "cifar": Preset(scales=(1, 2, 3, 4, 6, 8), vocabulary=1024, code_channels=32, tokenizer_width=96, multipliers=(1, 2, 2), blocks=2,
                     norm_groups=32, tokenizer_steps=20_000, tokenizer_batch=256, tokenizer_lr=4e-4, depth=12, width=768,
                     heads=12, drop_path=0.05, var_steps=40_000, var_batch=256, var_lr=3e-4, warmup=1000, ema=0.9995),
     # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
@@ -187,16 +188,21 @@ def draw_shapes(count: int, side: int, seed: int) -> ArrayImages:
     """The built-in data set: one coloured shape on a background that runs from one colour to another."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % len(SHAPES)
-    size, angle = rng.uniform(0.22, 0.36, count), rng.uniform(-0.5, 0.5, count)
-    x, y = 0.5 + rng.uniform(-1, 1, (2, count)) * (0.46 - size)
+    size, angle = rng.uniform(0.28, 0.42, count), rng.uniform(-0.35, 0.35, count)
+    x, y = 0.5 + rng.uniform(-1, 1, (2, count)) * (0.48 - size)
     cover = np.stack([draw_shape(SHAPES[labels[i]], size[i], angle[i], x[i], y[i], side) for i in range(count)])
     cover = cover[:, None].astype(np.float32) / 255
 
-    # The shape's colour and the background's differ in lightness, so that no shape is ever hidden.
-    light, dark = rng.uniform(140, 235, (count, 3)), rng.uniform(25, 110, (2, count, 3))
-    flip = rng.random(count)[:, None] < 0.5
-    shape = np.where(flip, light, dark[0])
-    start, end = np.where(flip, dark, light * rng.uniform(0.8, 1, (2, count, 1)))
+    # One is light and the other dark, so that no shape is hidden; the background's two ends have neighbouring hues.
+    def colours(saturation: tuple[float, float], value: tuple[float, float], hue: np.ndarray) -> np.ndarray:
+        hsv = np.stack([hue % 1, rng.uniform(*saturation, count), rng.uniform(*value, count)], axis=-1)
+        return 255 * hsv_to_rgb(hsv)
+
+    hue, shift = rng.random((2, count)), rng.uniform(-0.12, 0.12, (2, count))
+    light = [colours((0.3, 0.65), (0.75, 0.95), hue[0] + shift[i]) for i in (0, 1)]
+    dark = [colours((0.4, 0.8), (0.28, 0.52), hue[1] + shift[i]) for i in (0, 1)]
+    flip = (rng.random(count) < 0.5)[:, None]
+    shape, start, end = np.where(flip, light[0], dark[0]), np.where(flip, dark[0], light[0]), np.where(flip, dark[1], light[1])
     direction = rng.uniform(0, 2 * math.pi, (count, 1, 1))
     rows, columns = (np.mgrid[:side, :side] + 0.5) / side - 0.5
     blend = (0.5 + 0.7 * (np.cos(direction) * columns + np.sin(direction) * rows))[:, None].astype(np.float32)
@@ -543,8 +549,7 @@ def fit(stage: str, model: nn.Module, optimizer: torch.optim.Optimizer, options:
         begin = resumed["training"]["step"]
         average.n_averaged.fill_(begin)
     log, saved, started = Log(options.out / "log.jsonl", stage, begin), begin, time.time()
-    progress = tqdm(initial=begin, total=steps, desc=stage, unit="step")
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, tqdm(initial=begin, total=steps, desc=stage, unit="step", mininterval=0.5) as progress:
         for step, indices in enumerate(shuffled(len(data), batch, options.seed, begin, steps), begin):
             # Every random draw of a step follows from the seed and the step: a resumed run repeats them exactly.
             torch.manual_seed(options.seed * 1_000_003 + step)
@@ -564,7 +569,8 @@ def fit(stage: str, model: nn.Module, optimizer: torch.optim.Optimizer, options:
             average.update_parameters(model)
 
             done = step + 1
-            progress.set_postfix_str(f"loss {loss.item():.4f}, {(done - begin) * batch / (time.time() - started):.0f} images/s")
+            speed = (done - begin) * batch / (time.time() - started)
+            progress.set_postfix_str(f"loss {loss.item():.4f}, {speed:.0f} images/s", refresh=False)
             progress.update()
             if step % 10 == 0:
                 log.write(step, "train", loss=loss.item(), **{name: value.tolist() for name, value in values.items()})
@@ -574,10 +580,8 @@ def fit(stage: str, model: nn.Module, optimizer: torch.optim.Optimizer, options:
                 save(average.module, {"step": done, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
                 saved = done
             if interrupt.asked and done < steps:
-                progress.close()
                 raise Stopped(f"stopped after step {done} of {steps} and saved to {options.out}; the same command "
                               f"with --resume goes on from there")
-    progress.close()
     save(average.module, None)
     return average.module.eval()
 
@@ -873,7 +877,7 @@ def settle(options: argparse.Namespace) -> None:
     given = {f.name: getattr(options, f.name) for f in fields(Preset) if hasattr(options, f.name)}
     options.preset = replace(PRESETS[options.preset], **given)
     options.device, options.autocast = device_and_autocast(options.device, options.precision)
-    options.out = options.out or Path("out") / Path(options.data).name
+    options.out = options.out or Path("out") / Path(options.data).resolve().name
 
 
 def device_and_autocast(device: str, precision: str) -> tuple[torch.device, Callable]:
@@ -928,8 +932,8 @@ def run_program(main: Callable) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except Stopped as stopped:
-        print(stopped)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(stopped or "stopped")
         sys.exit(130)
 
 

@@ -1,0 +1,200 @@
+"""The whole program through its command line: tiny runs end to end, and every mistake told in one sentence."""
+import gzip
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--image-size", "8", "--scales", "1,2,4", "--multipliers", "1,2", "--tokenizer-width", "8", "--vocabulary", "32",
+        "--code-channels", "4", "--tokenizer-steps", "40", "--tokenizer-batch", "8", "--depth", "1", "--width", "32",
+        "--heads", "2", "--var-steps", "30", "--var-batch", "8", "--warmup", "5"]
+
+
+def run(script: str, *arguments, timeout: int = 240) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
+                          timeout=timeout)
+
+
+def refused(script: str, *arguments) -> str:
+    """The one sentence a mistake is told in."""
+    result = run(script, *arguments)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ") and "Traceback" not in result.stderr
+    return lines[-1]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A data set of one's own: two classes, several modes and formats, and one file that is no image."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for label, name in enumerate(("cat", "dog")):
+        (root / name).mkdir()
+        for i in range(12):
+            pixels = (rng.random((10 + i, 14, 3)) * 100 + 120 * label).astype(np.uint8)
+            mode, ending = (("RGB", "jpg"), ("L", "png"), ("RGBA", "webp"), ("P", "png"))[i % 4]
+            Image.fromarray(pixels).convert(mode).save(root / name / f"{i:02}.{ending}")
+    (root / "dog" / "05.jpg").write_bytes(b"this is no image")
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(folder, tmp_path_factory) -> Path:
+    """A whole run on that folder."""
+    out = tmp_path_factory.mktemp("run")
+    result = run("train.py", "--data", folder, "--out", out, *TINY)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("05.jpg cannot be read as an image") == 1   # named once, however often it is met
+    return out
+
+
+def test_a_run_writes_what_it_promises(finished):
+    assert {p.name for p in finished.iterdir()} == {"tokenizer.pt", "var.pt", "log.jsonl", "reconstructions.png",
+                                                    "samples.png", "curves.png"}
+    for name in ("reconstructions.png", "samples.png", "curves.png"):
+        with Image.open(finished / name) as image:
+            assert len(np.unique(np.asarray(image.convert("L")))) > 20   # not a blank sheet
+    log = train.read_log(finished / "log.jsonl")
+    for stage, steps in (("tokenizer", 40), ("var", 30)):
+        assert [x["step"] for x in log if (x["stage"], x["split"]) == (stage, "train")] == list(range(0, steps, 10))
+    health = next(x for x in log if x["stage"] == "tokenizer health")
+    assert len(health["psnr_per_scale"]) == 3 and 0 < health["codes_used"] <= 1
+    first = next(x for x in log if (x["stage"], x["split"], x["step"]) == ("var", "train", 0))
+    assert abs(first["loss"] - np.log(32)) < 0.1
+
+
+def test_the_losses_fall(finished):
+    log = train.read_log(finished / "log.jsonl")
+    for stage in ("tokenizer", "var"):
+        losses = [x["loss"] for x in log if (x["stage"], x["split"]) == (stage, "train")]
+        assert losses[-1] < losses[0]
+
+
+def test_sampling(finished, tmp_path):
+    def draw(name, *arguments):
+        result = run("sample.py", "--run", finished, "--out", tmp_path / name, "--per-class", 3, *arguments)
+        assert result.returncode == 0, result.stderr
+        return Image.open(tmp_path / name)
+
+    one, again, other = draw("a.png", "--seed", 4), draw("b.png", "--seed", 4), draw("c.png", "--seed", 5)
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    assert one.height == 2 * 66   # a row per class
+    assert draw("d.png", "--classes", "dog").height == 66
+    progress = draw("e.png", "--classes", "dog", "--progress")
+    assert progress.height == 3 * 66   # a row per image
+    assert progress.width < one.width + 10   # a column per scale: three
+
+
+def test_the_stages_alone_equal_the_whole(folder, finished, tmp_path):
+    for stage in ("tokenizer", "var"):
+        assert run("train.py", "--data", folder, "--out", tmp_path, "--stage", stage, *TINY).returncode == 0
+    for name in ("tokenizer.pt", "var.pt"):
+        apart, whole = (torch.load(path / name, weights_only=True)["model"] for path in (tmp_path, finished))
+        assert all(torch.equal(apart[key], whole[key]) for key in whole)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--data", folder, "--out", tmp_path, *TINY]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.time() + 120
+        while not (tmp_path / "log.jsonl").exists() or "train" not in (tmp_path / "log.jsonl").read_text():
+            assert time.time() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate()[0]
+    assert process.returncode == 130 and "--resume" in said
+    assert "training" in torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    assert run("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume").returncode == 0
+    stopped, whole = (train.read_log(path / "log.jsonl") for path in (tmp_path, finished))
+    assert stopped == whole
+
+
+def test_mistakes_in_training(folder, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    out = tmp_path / "out"
+    assert "neither a folder nor one of" in refused("train.py", "--data", tmp_path / "missing", "--out", out, *TINY)
+    assert "no sub-folders" in refused("train.py", "--data", empty, "--out", out, *TINY)
+    (empty / "nothing").mkdir()
+    assert "has 0 images" in refused("train.py", "--data", empty, "--out", out, *TINY)
+    assert "start at 1" in refused("train.py", "--data", folder, "--out", out, *TINY, "--scales", "2,4")
+    assert "and grow" in refused("train.py", "--data", folder, "--out", out, *TINY, "--scales", "1,4,4")
+    assert "are images of 6" in refused("train.py", "--data", folder, "--out", out, *TINY, "--scales", "1,2,3")
+    assert "are images of 8" in refused("train.py", "--data", folder, "--out", out, *TINY, "--image-size", "9")
+    assert "no tokenizer checkpoint" in refused("train.py", "--data", folder, "--out", out, *TINY, "--stage", "var")
+    assert not (out / "tokenizer.pt").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
+    told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--tokenizer-lr", "1e30", "--precision", "fp32")
+    assert "became nan at step" in told and "no checkpoint" in told
+
+
+def test_mistakes_in_sampling(finished, tmp_path):
+    assert "no transformer checkpoint" in refused("sample.py", "--run", tmp_path)
+    assert "there is no class bird; there are cat, dog" in refused("sample.py", "--run", finished, "--classes", "bird")
+    assert "is a checkpoint of a tokenizer" in refused("sample.py", "--run", finished, "--var", finished / "tokenizer.pt")
+    assert "must be" in refused("sample.py", "--run", finished, "--top-p", "0")
+    cut = tmp_path / "var.pt"
+    cut.write_bytes((finished / "var.pt").read_bytes()[:5000])
+    assert "cannot be read as a checkpoint" in refused("sample.py", "--run", finished, "--var", cut)
+    other = train.Tokenizer(train.TokenizerConfig(**torch.load(finished / "tokenizer.pt", weights_only=True)["config"]))
+    train.save_checkpoint(tmp_path / "tokenizer.pt", "tokenizer", other.config, model=other.state_dict())
+    assert "another tokenizer" in refused("sample.py", "--run", finished, "--tokenizer", tmp_path / "tokenizer.pt")
+
+
+def idx(values: np.ndarray) -> bytes:
+    header = bytes((0, 0, 8, values.ndim)) + b"".join(int(n).to_bytes(4, "big") for n in values.shape)
+    return gzip.compress(header + values.astype(np.uint8).tobytes())
+
+
+def test_idx_files(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 255, (6, 28, 28)), np.arange(6)
+    for name, content in zip(train.IDX_FILES, (x, y, x[:2], y[:2])):
+        (tmp_path / name).write_bytes(idx(content))
+    data = train.load_data("mnist", tmp_path, 32, 3, 0)
+    assert data.train.images.shape == (6, 1, 32, 32) and len(data.held_out) == 2
+    assert np.array_equal(data.train.images[:, 0, 2:30, 2:30], x)
+    whole = idx(x)
+    for broken, told in ((whole[:200], "gzip"), (idx(y), "magic number"), (gzip.compress(gzip.decompress(whole)[:-1]), "header says")):
+        (tmp_path / train.IDX_FILES[0]).write_bytes(broken)
+        with pytest.raises(train.UserError, match=told):
+            train.load_data("mnist", tmp_path, 32, 3, 0)
+
+
+def test_the_built_in_shapes_are_deterministic_and_distinct():
+    one, again, other = (train.draw_shapes(30, 32, seed) for seed in (3, 3, 4))
+    assert torch.equal(one.images, again.images) and not torch.equal(one.images, other.images)
+    assert one.labels.bincount().tolist() == [3] * 10
+    flat = one.images.flatten(1).float()
+    assert flat.std(dim=1).min() > 10   # no shape is hidden in its background
+
+
+def test_training_order_visits_everything_once_a_pass():
+    steps = list(train.shuffled(10, 4, seed=0, begin=0, end=5))
+    seen = [i for indices in steps for i in indices]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    assert list(train.shuffled(10, 4, seed=0, begin=3, end=5)) == steps[3:]
+
+
+def test_help_explains_every_flag():
+    for script in ("train.py", "sample.py"):
+        text = run(script, "--help").stdout
+        assert text.count("\n") > 20 and "==SUPPRESS==" not in text
+
+
+def test_every_preset_is_a_possible_model():
+    for preset in train.PRESETS.values():
+        config = preset.tokenizer_config(3)
+        assert config.image_side == preset.image_size
+        preset.var_config(config, 10)
