@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenizer import Tokenizer
-from train import (UserError, chunks, device_and_autocast, fingerprint, grid, load_checkpoint, load_published,
+from train import (FILTERS, UserError, chunks, device_and_autocast, fingerprint, grid, load_checkpoint, load_published,
                    load_tokenizer, restore, run_program, save_image, to_bytes)
 from var import VAR, VARConfig
 
@@ -92,9 +92,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="the PNG to write (default: sample.png or progress.png in the run's folder)")
     add("--classes", nargs="+", metavar="NAME", help="names of classes; numbers for a published model (default: all, at most 20)")
     add("--per-class", type=int, default=8, help="images per class")
-    add("--cfg", type=float, default=1.5, help="strength of classifier-free guidance at the last scale; 0 is none")
-    add("--top-k", type=int, default=900, help="draw from the k most likely tokens; 0 is no limit")
-    add("--top-p", type=float, default=0.96, help="draw from the most likely tokens that hold this much probability")
+    add("--cfg", type=float, default=FILTERS["cfg"], help="strength of classifier-free guidance at the last scale; 0 is none")
+    add("--top-k", type=int, default=FILTERS["top_k"], help="draw from the k most likely tokens; 0 is no limit")
+    add("--top-p", type=float, default=FILTERS["top_p"], help="draw from the most likely tokens that hold this much probability")
     add("--seed", type=int, default=0, help="the same seed gives the same picture")
     add("--batch", type=int, default=100, help="images generated at a time")
     add("--progress", action="store_true", help="one row per image: the image after each scale, coarse to fine")
