@@ -8,8 +8,9 @@ interpreter in fp32 (its bf16 product is wrong) at small sizes, and are compiled
 Rounding errors are in proportion to the terms of a sum, so an error may be, times the size of the terms,
     TERMS[dtype] units of the dtype: the weights, the gradients of the scores and the result are each rounded to it
         once, and in fp32 the sum itself as it grows,
-    and twice the rounding of the largest score, since a weight is wrong by as much: scores are kept in fp32, only
-        PyTorch's backward on a CPU has them in the dtype of its inputs.
+    and four times the rounding of the largest score, since a weight is wrong by as much: the score and the logsumexp
+        it is held against are each rounded, and the backward computes both again. Scores are kept in fp32, only
+        PyTorch's backward may have them in the dtype of its inputs.
 """
 from __future__ import annotations
 
@@ -38,11 +39,11 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 FACES = ["torch"] if kernels.triton is None else ["torch", "triton"]
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}   # half the gap after 1
-TERMS = {torch.float32: 32, torch.float16: 8, torch.bfloat16: 8}
+TERMS = {torch.float32: 64, torch.float16: 8, torch.bfloat16: 8}
 VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # 680 tokens: the published models at 256 x 256
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}   # bytes; consumer cards run the code of sm_80
 
-draws = settings(max_examples=200 if GPU else 30, deadline=None, derandomize=True, database=None,
+draws = settings(max_examples=200 if GPU else 8, deadline=None, derandomize=True, database=None,
                  suppress_health_check=list(HealthCheck))
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 
@@ -86,7 +87,7 @@ def poisoned():
 
 def assert_close(got: dict, value: dict, size: dict, dtype: torch.dtype, score_error: float = 0.0) -> None:
     for name in value:
-        unit = TERMS[dtype] * UNIT[dtype] + 2 * score_error
+        unit = TERMS[dtype] * UNIT[dtype] + 4 * score_error
         allowed = unit * size[name] + torch.finfo(dtype).smallest_normal
         excess = np.abs(double(got[name]) - value[name]) / allowed
         assert np.all(excess <= 1), f"{name}: {np.nanmax(excess):.3g} times the error allowed, NaN: {np.isnan(excess).any()}"
