@@ -31,7 +31,7 @@ DEAD_BELOW = 0.05           # a code hit less than this share of the average is 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Everything that fixes the tokenizer's shape. The published one: `published_config` in the tests, or README."""
+    """Everything that fixes the tokenizer's shape; `Tokenizer.from_official` reads the published one off its tensors."""
     scales: tuple[int, ...]         # sides of the token maps, from 1 to the latent's side
     vocabulary: int                 # V
     code_channels: int              # C
