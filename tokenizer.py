@@ -23,7 +23,7 @@ PUBLISHED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # of the 256-pixel models
 PHI_STRENGTH = 0.5          # phi(h) = (1 - strength) h + strength conv(h), as published
 COMMITMENT = 0.25           # weight of pulling the latent to its codes, against 1 for pulling the codes to it
 L1_WEIGHT = 0.2             # beside the squared error: keeps edges sharp where the squared error is already small
-COARSE_WEIGHT = 4.0         # of the squared error after averaging 8 x 8 pixels: hue is learned late, or never, without
+COARSE_WEIGHT = 4.0         # of the squared error after averaging 8 x 8 pixels, where hue shows; needs a rate near 1e-3
 NOISE = 0.3                 # of the latent's standard deviation, before there are codes: about what they will lose
 HITS_MEMORY = 0.99          # how much of a code's hit count is carried over from one step to the next
 DEAD_BELOW = 0.05           # a code hit less than this share of the average is dead
@@ -410,8 +410,8 @@ class Tokenizer(nn.Module):
 
             total = |x - y|^2 + 0.2 |x - y|_1 + 4 |mean8(x - y)|^2 + L_vq       (means over pixels)
 
-        quantize: False trains the encoder and decoder alone, with noise in the place of the quantization error.
-        Without the noise, what varies little in the latent (the hue of the built-in shapes) is lost to the codes.
+        quantize: False trains the encoder and decoder alone, with noise in the place of the quantization error, so
+        that the decoder is used to some. (No gain from the noise itself has been measured.)
         """
         f_BCSS, codebook_loss = self.latent(images), images.new_zeros(())
         if quantize:
