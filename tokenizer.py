@@ -23,8 +23,6 @@ PUBLISHED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # of the 256-pixel models
 PHI_STRENGTH = 0.5          # phi(h) = (1 - strength) h + strength conv(h), as published
 COMMITMENT = 0.25           # weight of pulling the latent to its codes, against 1 for pulling the codes to it
 L1_WEIGHT = 0.2             # beside the squared error: keeps edges sharp where the squared error is already small
-COARSE_WEIGHT = 4.0         # of the squared error after averaging 8 x 8 pixels, where hue shows; needs a rate near 1e-3
-NOISE = 0.3                 # of the latent's standard deviation, before there are codes: about what they will lose
 HITS_MEMORY = 0.99          # how much of a code's hit count is carried over from one step to the next
 DEAD_BELOW = 0.05           # a code hit less than this share of the average is dead
 
@@ -80,9 +78,9 @@ class Quantizer(nn.Module):
         self.codebook_VC = nn.Parameter(torch.zeros(V, C))   # `start_from` fills it
         self.phis = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(config.phis))   # identity at first
         self.phi_of_scale = choose_phis(len(self.scales), config.phis)
-        # Kept while training only, for `revive`: how often each code was hit of late, and a residual it could become.
+        # Kept while training, for `revive`: how often each code was hit of late, and what the last step had to code.
         self.register_buffer("hits_V", torch.ones(V))
-        self.register_buffer("candidates_VC", torch.zeros(V, C), persistent=False)
+        self.residuals: list[Tensor] = []
 
     def empty(self, batch: int) -> Tensor:
         """f_hat before any scale: zeros [B, C, S, S]."""
@@ -160,7 +158,8 @@ class Quantizer(nn.Module):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens[-1], k)
             loss = loss + F.mse_loss(f_hat_BCSS, target_BCSS) + COMMITMENT * F.mse_loss(f_hat_BCSS.detach(), f_BCSS)
         if self.training:
-            self.remember(residuals, tokens)
+            self.remember(tokens)
+            self.residuals = residuals
         return f_BCSS + (f_hat_BCSS - f_BCSS).detach(), loss / len(self.scales)
 
     @torch.no_grad()
@@ -179,35 +178,30 @@ class Quantizer(nn.Module):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, self.nearest(residual_BlC), k)
 
     @torch.no_grad()
-    def remember(self, residuals: list[Tensor], tokens: list[Tensor]) -> None:
-        """Count which codes were hit, and draw the vectors that dead codes may become.
-
-        A candidate's scale is drawn first, each alike, and then its place: drawn from all residuals alike, nine in
-        ten would come from the finest two scales, and the coarse ones would starve.
-        """
-        V = len(self.hits_V)
-        hits_V = torch.bincount(torch.cat(tokens, dim=1).flatten(), minlength=V)
+    def remember(self, tokens: list[Tensor]) -> None:
+        """Count which codes were hit."""
+        hits_V = torch.bincount(torch.cat(tokens, dim=1).flatten(), minlength=len(self.hits_V))
         self.hits_V.mul_(HITS_MEMORY).add_(hits_V, alpha=1 - HITS_MEMORY)
-        scale_V = torch.randint(len(self.scales), (V,), device=hits_V.device)
-        for k, residual_BlC in enumerate(residuals):
-            residual_NC, chosen = residual_BlC.flatten(0, 1), scale_V == k
-            place = torch.randint(len(residual_NC), (int(chosen.sum()),), device=hits_V.device)
-            self.candidates_VC[chosen] = residual_NC[place]
 
     @torch.no_grad()
     def revive(self, optimizer: torch.optim.Optimizer) -> int:
-        """Move codes that nothing chooses to where residuals are; returns how many.
+        """Move codes that nothing chooses to where the last step's residuals are; returns how many.
 
-        A revived code starts with an average hit count, so it has time to find its place, and without the momentum
-        of the code it replaces.
+        A residual's scale is drawn first, each alike, and then its place: drawn from all residuals alike, nine in ten
+        would come from the finest two scales, and the coarse ones would starve. A revived code starts with an average
+        hit count, so it has time to find its place, and without the momentum of the code it replaces.
         """
         average = self.hits_V.mean()
-        dead_V = self.hits_V < DEAD_BELOW * average
-        self.codebook_VC[dead_V] = self.candidates_VC[dead_V]
-        self.hits_V[dead_V] = average
+        dead_N = (self.hits_V < DEAD_BELOW * average).nonzero().flatten()
+        scale_N = torch.randint(len(self.scales), dead_N.shape, device=dead_N.device)
+        for k, residual_BlC in enumerate(self.residuals):
+            chosen_n = dead_N[scale_N == k]
+            place_n = torch.randint(residual_BlC.shape[:2].numel(), chosen_n.shape, device=dead_N.device)
+            self.codebook_VC[chosen_n] = residual_BlC.flatten(0, 1)[place_n]
+        self.hits_V[dead_N] = average
         for name in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[self.codebook_VC][name][dead_V] = 0
-        return int(dead_V.sum())
+            optimizer.state[self.codebook_VC][name][dead_N] = 0
+        return len(dead_N)
 
 
 def choose_phis(scales: int, phis: int) -> list[int]:
@@ -408,21 +402,17 @@ class Tokenizer(nn.Module):
     def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """One training pass: reconstructions, and the losses by name; `total` is the one to minimise.
 
-            total = |x - y|^2 + 0.2 |x - y|_1 + 4 |mean8(x - y)|^2 + L_vq       (means over pixels)
+            total = |x - y|^2 + 0.2 |x - y|_1 + L_vq       (means over pixels)
 
-        quantize: False trains the encoder and decoder alone, with noise in the place of the quantization error, so
-        that the decoder is used to some. (No gain from the noise itself has been measured.)
+        quantize: False trains the encoder and decoder alone.
         """
         f_BCSS, codebook_loss = self.latent(images), images.new_zeros(())
         if quantize:
             f_BCSS, codebook_loss = self.quantizer(f_BCSS)
-        else:
-            f_BCSS = f_BCSS + NOISE * f_BCSS.detach().std() * torch.randn_like(f_BCSS)
         reconstruction = self.render(f_BCSS).float()
         mse, l1 = F.mse_loss(reconstruction, images), F.l1_loss(reconstruction, images)
-        coarse = F.avg_pool2d(reconstruction - images, min(8, images.shape[-1])).square().mean()
-        total = mse + L1_WEIGHT * l1 + COARSE_WEIGHT * coarse + codebook_loss
-        return reconstruction, {"total": total, "mse": mse, "l1": l1, "coarse": coarse, "codebook": codebook_loss}
+        total = mse + L1_WEIGHT * l1 + codebook_loss
+        return reconstruction, {"total": total, "mse": mse, "l1": l1, "codebook": codebook_loss}
 
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor], scales: tuple[int, ...] | None = None) -> Tokenizer:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kernels import KeyRanges, adaln, block_attention, sample_tokens
 
 if TYPE_CHECKING:
-    from tokenizer import Tokenizer
+    from tokenizer import Quantizer, Tokenizer
 
 LARGEST_QK_SCALE = 100.0   # of the learned attention scale, when queries and keys are normalised
 
@@ -49,6 +49,36 @@ class VARConfig:
     @property
     def length(self) -> int:
         return sum(s * s for s in self.scales)
+
+
+@dataclass
+class Kept:
+    """What a generation keeps of an image: in-painting and its kin (paper: Sec. 5.3).
+
+    latent_BCSS: the image's latent. where_B1SS: the share of each place that is kept; elsewhere tokens are generated.
+    scales: how many of the scales, from the coarsest, keep anything. own_tokens_BL: if given, those of the image, which
+    are then pasted as they are, as published (the open loop).
+    """
+    latent_BCSS: Tensor
+    where_B1SS: Tensor
+    scales: int
+    own_tokens_BL: Tensor | None = None
+
+    def tokens(self, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Tokens [B, l] for the kept part of scale k, and where to take them.
+
+        The image's own tokens stand for what its own coarser scales left over. Here some of those were generated, so
+        the loop is closed: a token stands for what the image has more than the latent that was generated so far.
+        Coarse cells give the surroundings of what is generated, so one that is kept in part counts as kept; at the
+        finest scale it takes half.
+        """
+        share_Bl = quantizer.read(self.where_B1SS, k).squeeze(-1)
+        kept_Bl = share_Bl >= 0.5 if k + 1 == len(quantizer.scales) else share_Bl > 0
+        if self.own_tokens_BL is None:
+            tokens_Bl = quantizer.nearest(quantizer.read(self.latent_BCSS - f_hat_BCSS, k))
+        else:
+            tokens_Bl = quantizer.split(self.own_tokens_BL)[k]
+        return tokens_Bl, kept_Bl & (k < self.scales)
 
 
 class LayerCache:
@@ -79,7 +109,8 @@ class Attention(nn.Module):
         if config.normalise_qk:
             self.log_scale_H11 = nn.Parameter(torch.full((self.heads, 1, 1), math.log(4)))
 
-    def forward(self, x_BLW: Tensor, ranges: KeyRanges, cache: LayerCache | None) -> Tensor:
+    def project(self, x_BLW: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Queries, keys and values [B, H, L, D], and the scale of their products."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv_BL3HD = F.linear(x_BLW, self.qkv.weight, bias).unflatten(2, (3, self.heads, -1))
         q_BHLD, k_BHLD, v_BHLD = qkv_BL3HD.permute(2, 0, 3, 1, 4)
@@ -89,6 +120,10 @@ class Attention(nn.Module):
             learned_H11 = self.log_scale_H11.clamp(max=math.log(LARGEST_QK_SCALE)).exp()
             q_BHLD = (F.normalize(q_BHLD.float(), dim=-1) * learned_H11).to(v_BHLD.dtype)
             k_BHLD = F.normalize(k_BHLD.float(), dim=-1).to(v_BHLD.dtype)
+        return q_BHLD, k_BHLD, v_BHLD, scale
+
+    def forward(self, x_BLW: Tensor, ranges: KeyRanges, cache: LayerCache | None) -> Tensor:
+        q_BHLD, k_BHLD, v_BHLD, scale = self.project(x_BLW)
         if cache is not None:
             k_BHLD, v_BHLD = cache.extend(k_BHLD, v_BHLD)
         o_BHLD = block_attention(q_BHLD, k_BHLD, v_BHLD, ranges, scale)
@@ -185,12 +220,13 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokenizer: Tokenizer, labels_B: Tensor, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96,
-                 generator: torch.Generator | None = None) -> Tensor:
+                 generator: torch.Generator | None = None, kept: Kept | None = None) -> Tensor:
         """Tokens [B, L] of new images, one scale per pass (paper: Fig. 4).
 
         cfg: strength of classifier-free guidance at the last scale, growing from 0 at the first; 0 is none.
         top_k, top_p: how many tokens, and how much probability, to draw from; see `sample_tokens`.
         generator: on the device of the labels; the same state gives the same tokens.
+        kept: what to keep of an image, one for each label.
         """
         B, K, quantizer = len(labels_B), len(self.config.scales), tokenizer.quantizer
         null_B = torch.full_like(labels_B, self.config.classes)
@@ -208,6 +244,9 @@ class VAR(nn.Module):
             noise_BlV = torch.empty(cond_BlV.shape, device=cond_BlV.device).exponential_(generator=generator)
             guidance = cfg * k / max(K - 1, 1)
             tokens.append(sample_tokens(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV))
+            if kept is not None:
+                kept_tokens_Bl, kept_Bl = kept.tokens(quantizer, f_hat_BCSS, k)
+                tokens[-1] = torch.where(kept_Bl, kept_tokens_Bl, tokens[-1])
             if k + 1 < K:
                 f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens[-1], k)
                 x_BlW = self.code_embedding(quantizer.read(f_hat_BCSS, k + 1))

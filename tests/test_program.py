@@ -1,8 +1,10 @@
 """The whole program through its command line: tiny runs end to end, and every mistake told in one sentence."""
 import gzip
+import io
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -65,10 +67,10 @@ def test_a_run_writes_what_it_promises(finished):
             assert len(np.unique(np.asarray(image.convert("L")))) > 20   # not a blank sheet
     log = train.read_log(finished / "log.jsonl")
     for stage, steps in (("tokenizer", 40), ("var", 30)):
-        assert [x["step"] for x in log if (x["stage"], x["split"]) == (stage, "train")] == list(range(0, steps, 10))
+        assert [x["step"] for x in log if (x["stage"], x["split"]) == (stage, "train")] == list(range(1, steps, 10))
     health = next(x for x in log if x["stage"] == "tokenizer health")
     assert len(health["psnr_per_scale"]) == 3 and 0 < health["codes_used"] <= 1
-    first = next(x for x in log if (x["stage"], x["split"], x["step"]) == ("var", "train", 0))
+    first = next(x for x in log if (x["stage"], x["split"], x["step"]) == ("var", "train", 1))
     assert abs(first["loss"] - np.log(32)) < 0.1
 
 
@@ -116,6 +118,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path
     assert run("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume").returncode == 0
     stopped, whole = (train.read_log(path / "log.jsonl") for path in (tmp_path, finished))
     assert stopped == whole
+
+
+def test_resuming_with_other_flags_is_refused(folder, finished, tmp_path):
+    (tmp_path / "tokenizer.pt").write_bytes((finished / "tokenizer.pt").read_bytes())
+    assert "does not go on with these flags" in refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume",
+                                                        "--vocabulary", 16)
 
 
 def test_mistakes_in_training(folder, tmp_path):
@@ -170,6 +178,47 @@ def test_idx_files(tmp_path):
         (tmp_path / train.IDX_FILES[0]).write_bytes(broken)
         with pytest.raises(train.UserError, match=told):
             train.load_data("mnist", tmp_path, 32, 3, 0)
+
+
+def write_cifar10(path: Path, records: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in records.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_cifar10_files(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8), np.arange(6, dtype=np.uint8)
+    records = [bytes([label]) + image.tobytes() for label, image in zip(labels, pixels)]
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    files, path = dict(zip(names, records)), tmp_path / "cifar-10-binary.tar.gz"
+    write_cifar10(path, files)
+    data = train.load_data("cifar10", tmp_path, 32, 3, 0)
+    assert np.array_equal(data.train.images, pixels[:5]) and data.train.labels.tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(data.held_out.images, pixels[5:]) and data.classes[5] == "dog"
+    half = train.load_data("cifar10", tmp_path, 16, 3, 0).held_out.images
+    assert np.array_equal(half, pixels[5:].reshape(1, 3, 16, 2, 16, 2).mean(axis=(3, 5)).round())
+    whole = path.read_bytes()
+    for broken, told in (({**files, "data_batch_2.bin": records[1][:-1]}, "cut short"),
+                         ({**files, "test_batch.bin": b"\x0b" + records[5][1:]}, "label over 9"),
+                         ({"readme.html": b"no batches"}, "not the binary version"), (whole[:300], "not the binary version")):
+        path.write_bytes(broken) if isinstance(broken, bytes) else write_cifar10(path, broken)
+        with pytest.raises(train.UserError, match=told):
+            train.load_data("cifar10", tmp_path, 32, 3, 0)
+
+
+def test_downloads_are_checked_before_they_are_used(tmp_path):
+    served = tmp_path / "served"
+    served.write_bytes(b"content")
+    right = "ed7002b439e9ac845f22357d822bac1444730fbdb6016d3ec9432297b9ec9f73"   # of b"content"
+    train.download(served.as_uri(), tmp_path / "good", right)
+    assert (tmp_path / "good").read_bytes() == b"content"
+    for url, checksum, told in ((served.as_uri(), "0" * 64, "not used"), ((tmp_path / "none").as_uri(), right, "cannot download")):
+        with pytest.raises(train.UserError, match=told):
+            train.download(url, tmp_path / "bad", checksum)
+    assert {path.name for path in tmp_path.iterdir()} == {"served", "good"}
 
 
 def test_the_built_in_shapes_are_deterministic_and_distinct():

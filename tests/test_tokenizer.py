@@ -82,8 +82,7 @@ def test_dead_codes_become_residuals_and_live_ones_stay():
     with torch.no_grad():
         quantizer.codebook_VC[5:] = 1e3   # no residual is near
     for _ in range(400):   # the hit counts forget slowly
-        quantizer.remember([quantizer.read(torch.randn(2, 4, 4, 4), k) for k in range(4)],
-                           [torch.randint(0, 5, (2, s * s)) for s in quantizer.scales])
+        quantizer.remember([torch.randint(0, 5, (2, s * s)) for s in quantizer.scales])
     made(images(made, 8))[1]["total"].backward()
     optimizer.step()
     before_VC = quantizer.codebook_VC.detach().clone()
