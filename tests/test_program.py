@@ -1,4 +1,5 @@
 """The whole program through its command line: tiny runs end to end, and every mistake told in one sentence."""
+import contextlib
 import gzip
 import io
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sample
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -27,12 +29,15 @@ def run(script: str, *arguments, timeout: int = 240) -> subprocess.CompletedProc
 
 
 def refused(script: str, *arguments) -> str:
-    """The one sentence a mistake is told in."""
-    result = run(script, *arguments)
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert lines[-1].startswith("error: ") and "Traceback" not in result.stderr
-    return lines[-1]
+    """The one sentence a mistake is told in. In this process: starting one takes longer than the mistake."""
+    program, said = {"train.py": train, "sample.py": sample}[script], io.StringIO()
+    with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        train.run_program(program.main)
+    assert end.value.code == 2, said.getvalue()
+    last = said.getvalue().strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +150,11 @@ def test_mistakes_in_training(folder, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
     told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--tokenizer-lr", "1e30", "--precision", "fp32")
     assert "became nan at step" in told and "no checkpoint" in told
+
+
+def test_a_mistake_ends_a_program_with_one_sentence(tmp_path):
+    result = run("sample.py", "--run", tmp_path)
+    assert result.returncode == 2 and result.stderr == f"error: there is no transformer checkpoint at {tmp_path / 'var.pt'}\n"
 
 
 def test_mistakes_in_sampling(finished, tmp_path):
