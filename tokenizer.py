@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -179,8 +180,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def remember(self, tokens: list[Tensor]) -> None:
-        """Count which codes were hit."""
+        """Count which codes were hit, in all processes."""
         hits_V = torch.bincount(torch.cat(tokens, dim=1).flatten(), minlength=len(self.hits_V))
+        if dist.is_initialized():
+            dist.all_reduce(hits_V)
         self.hits_V.mul_(HITS_MEMORY).add_(hits_V, alpha=1 - HITS_MEMORY)
 
     @torch.no_grad()
@@ -194,7 +197,7 @@ class Quantizer(nn.Module):
         average = self.hits_V.mean()
         dead_N = (self.hits_V < DEAD_BELOW * average).nonzero().flatten()
         scale_N = torch.randint(len(self.scales), dead_N.shape, device=dead_N.device)
-        for k, residual_BlC in enumerate(self.residuals):
+        for k, residual_BlC in enumerate(map(over_processes, self.residuals)):
             chosen_n = dead_N[scale_N == k]
             place_n = torch.randint(residual_BlC.shape[:2].numel(), chosen_n.shape, device=dead_N.device)
             self.codebook_VC[chosen_n] = residual_BlC.flatten(0, 1)[place_n]
@@ -202,6 +205,15 @@ class Quantizer(nn.Module):
         for name in ("exp_avg", "exp_avg_sq"):
             optimizer.state[self.codebook_VC][name][dead_N] = 0
         return len(dead_N)
+
+
+def over_processes(x_B: Tensor) -> Tensor:
+    """The rows of all processes, the same in each: codebooks that draw from them stay alike."""
+    if not dist.is_initialized():
+        return x_B
+    parts = [torch.empty_like(x_B) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x_B.contiguous())
+    return torch.cat(parts)
 
 
 def choose_phis(scales: int, phis: int) -> list[int]:

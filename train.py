@@ -13,6 +13,7 @@ through the same loop, `Stage.run`. What a run writes, all in one folder:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import json
@@ -23,18 +24,21 @@ import sys
 import tarfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tokenizer import PUBLISHED_SCALES, Tokenizer, TokenizerConfig
@@ -375,7 +379,7 @@ def load_folder(folder: Path, side: int, channels: int) -> Data:
         raise UserError(f"{folder} has no sub-folders; it needs one for each class, with images inside")
     split = {"train": ([], []), "held_out": ([], [])}
     for label, name in enumerate(classes):
-        paths = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_ENDINGS)
+        paths = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
         if len(paths) < 2:
             raise UserError(f"{folder / name} has {len(paths)} images ({', '.join(IMAGE_ENDINGS)}); "
                             f"two are needed, one to train on and one to hold out")
@@ -405,6 +409,12 @@ def to_float(images: Tensor, device: torch.device) -> Tensor:
 def to_bytes(images: Tensor) -> np.ndarray:
     """[-1, 1] to bytes [N, side, side, channels], on the CPU."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def read_ahead(data, steps: Iterable[list[int]], options: argparse.Namespace) -> Iterable[tuple[Tensor, Tensor]]:
+    """The rows of each step, read by --workers processes while the step before it is computed."""
+    return DataLoader(data, batch_size=None, sampler=steps, num_workers=options.workers,
+                      pin_memory=options.device.type == "cuda")
 
 
 def shuffled(count: int, batch: int, seed: int, begin: int, end: int) -> Iterator[list[int]]:
@@ -486,6 +496,39 @@ def restore(path: Path, build: Callable[[], nn.Module], content: dict) -> nn.Mod
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun starts one for each GPU, and all of them run this program
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's number, and how many there are; 0 and 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes(device: str) -> str:
+    """Meet the other processes that torchrun started; returns the device that is this one's."""
+    if "WORLD_SIZE" not in os.environ:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group()   # NCCL between GPUs, gloo between CPUs
+    return device
+
+
+def own_part(rows: list[int]) -> list[int]:
+    """This process's share of the rows, in order; the shares of all processes together are the rows."""
+    rank, ranks = rank_and_ranks()
+    return rows[len(rows) * rank // ranks:len(rows) * (rank + 1) // ranks]
+
+
+def mean_over_processes(*numbers: float, device: torch.device) -> list[float]:
+    values = torch.tensor(numbers, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return (values / rank_and_ranks()[1]).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The loop that both stages share
 
 
@@ -495,18 +538,26 @@ class Log:
     def __init__(self, path: Path, stage: str, done: int):
         """Lines of this stage for steps after `done`, left by an earlier try, are dropped."""
         self.path, self.stage = path, stage
+        if rank_and_ranks()[0] > 0:
+            return
         lines = read_log(path)
         kept = [line for line in lines if line["stage"] != stage or line["step"] <= done]
         save_whole(path, lambda partial: partial.write_text("".join(json.dumps(line) + "\n" for line in kept)))
 
     def write(self, step: int, split: str, **values) -> None:
+        if rank_and_ranks()[0] > 0:
+            return
         line = {"stage": self.stage, "step": step, "split": split, **values}
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def read_log(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of a log; one that a killed run did not finish is left out."""
+    try:
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); move it away to go on without it")
 
 
 class Interrupt:
@@ -548,6 +599,12 @@ class Stage:
         self.model, self.optimizers, self.data, self.options = model, optimizers, data, options
         self.steps, self.batch = (getattr(options.preset, f"{self.name}_{what}") for what in ("steps", "batch"))
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        self.replica, (_, ranks) = model, rank_and_ranks()   # the model, its gradients averaged over the processes
+        if ranks > 1:   # a stage may leave parameters out, as before there are codes; the quantizer agrees by itself
+            self.replica = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+        if self.batch % (ranks * options.grad_accumulation):
+            raise UserError(f"--{self.name}-batch {self.batch} does not divide into {ranks} processes times "
+                            f"--grad-accumulation {options.grad_accumulation}")
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.path, self.step, self.saved = options.out / f"{self.name}.pt", 0, 0
 
@@ -565,6 +622,9 @@ class Stage:
         return {"data": {"name": o.data, "data_dir": str(o.data_dir), "side": o.preset.image_size, "channels": o.channels,
                          "seed": o.seed}}
 
+    def before_step(self) -> None:
+        """What changes the model before a step."""
+
     def after_step(self) -> None:
         """What else changes the model, once the optimizers have."""
 
@@ -574,41 +634,40 @@ class Stage:
         if options.resume and self.path.exists() and self.resume():
             print(f"{self.path} is finished")
             return self.average.module.eval()
-        log, every, begin, started = Log(options.out / "log.jsonl", self.name, self.step), max(1, self.steps // 8), self.step, time.time()
-        batches = shuffled(len(self.data), self.batch, options.seed, begin, self.steps)
-        with Interrupt() as interrupt, tqdm(initial=begin, total=self.steps, desc=self.name, unit="step", mininterval=0.5) as bar:
-            for indices in batches:
-                loss, values = self.advance(indices)
-                bar.set_postfix_str(f"loss {loss:.4f}, {(self.step - begin) * self.batch / (time.time() - started):.0f} images/s",
-                                    refresh=False)
+        log, begin, started = Log(options.out / "log.jsonl", self.name, self.step), self.step, time.time()
+        steps = map(own_part, shuffled(len(self.data), self.batch, options.seed, begin, self.steps))
+        with Interrupt() as interrupt, tqdm(initial=begin, total=self.steps, desc=self.name, unit="step", mininterval=0.5,
+                                            disable=rank_and_ranks()[0] > 0) as bar:
+            for rows in read_ahead(self.data, steps, options):
+                loss, values, stop = self.advance(rows, interrupt.asked)
+                speed = (self.step - begin) * self.batch / (time.time() - started)
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
                 bar.update()
                 if self.step % 10 == 1:
                     log.write(self.step, "train", loss=loss, **{name: value.tolist() for name, value in values.items()})
-                if self.step == self.steps or self.step % every == 0:
+                if self.step == self.steps or self.step % max(1, self.steps // 8) == 0:
                     log.write(self.step, "held_out", **self.validate(self.average.module.eval()))
-                if self.step < self.steps and (interrupt.asked or self.step % options.checkpoint_every == 0):
+                if self.step < self.steps and (stop or self.step % options.checkpoint_every == 0):
                     self.save(finished=False)
-                if self.step < self.steps and interrupt.asked:
+                if self.step < self.steps and stop:
                     raise Stopped(f"stopped after step {self.step} of {self.steps} and saved to {options.out}; the same "
                                   f"command with --resume goes on from there")
         self.save(finished=True)
         return self.average.module.eval()
 
-    def advance(self, indices: list[int]) -> tuple[float, dict[str, Tensor]]:
-        """One step of training: the loss before it, and what to log."""
+    def advance(self, rows: tuple[Tensor, Tensor], asked: bool) -> tuple[float, dict[str, Tensor], bool]:
+        """One step of training: the loss before it, what to log, and whether any process was asked to stop."""
         # Every random draw of a step follows from the seed and the step: a resumed run repeats them exactly.
         torch.manual_seed(self.options.seed * 1_000_003 + self.step)
-        rate = learning_rate(self.step, self.steps, self.options.preset.warmup, self.options.preset.final_lr)
+        self.before_step()
         self.model.train()
-        with self.options.autocast():
-            loss, values = self.loss(*self.data[indices])
-        if not math.isfinite(loss.item()):
+        loss, values = self.gradients(rows)
+        loss, stop = mean_over_processes(loss, asked, device=self.options.device)
+        if not math.isfinite(loss):
             where = f"the last good checkpoint, of step {self.saved}, is {self.path}" if self.saved else "no checkpoint yet"
-            raise UserError(f"the {self.name} loss became {loss.item()} at step {self.step}; {where}; "
-                            f"try a lower --{self.name}-lr")
-        self.model.zero_grad()
-        loss.backward()
+            raise UserError(f"the {self.name} loss became {loss} at step {self.step}; {where}; try a lower --{self.name}-lr")
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        rate = learning_rate(self.step, self.steps, self.options.preset.warmup, self.options.preset.final_lr)
         for optimizer, peaks in zip(self.optimizers, self.peaks):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * rate
@@ -616,16 +675,32 @@ class Stage:
         self.after_step()
         self.average.update_parameters(self.model)
         self.step += 1
-        return loss.item(), values
+        return loss, values, stop > 0
+
+    def gradients(self, rows: tuple[Tensor, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        """The gradients of this process's rows, in --grad-accumulation parts; their mean loss, what the last part logs."""
+        self.model.zero_grad()
+        parts, total = self.options.grad_accumulation, 0.0
+        for i, part in enumerate(zip(*(tensor.chunk(parts) for tensor in rows))):
+            last = i + 1 == parts
+            alone = contextlib.nullcontext() if last or self.replica is self.model else self.replica.no_sync()
+            with alone:   # the processes exchange gradients once, at the last part
+                with self.options.autocast():
+                    loss, values = self.loss(*part)
+                (loss / parts).backward()
+            total += loss.item() / parts
+        return total, values
 
     def save(self, finished: bool) -> None:
         """The average is what a checkpoint is for; until the end it also holds what going on takes."""
+        self.saved = self.step
+        if rank_and_ranks()[0] > 0:
+            return
         training = {} if finished else {"training": {
             "step": self.step, "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}}
         save_checkpoint(self.path, self.kind, self.model.config, model=self.average.module.state_dict(), **self.facts(),
                         **training)
-        self.saved = self.step
 
     def resume(self) -> bool:
         """Take over what `save` wrote; returns whether that was a finished training."""
@@ -662,12 +737,15 @@ class TokenizerStage(Stage):
         optimizer = torch.optim.AdamW(model.parameters(), preset.tokenizer_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         super().__init__(model, [optimizer], data.train, options, ema=0.0)
 
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    @torch.no_grad()
+    def before_step(self) -> None:
         if self.step == self.quantized_from:   # only now is there a latent worth taking codes from
-            with torch.no_grad():
-                sample = to_float(self.data[spread(self.data, 512)][0], self.options.device)
+            sample = to_float(self.data[spread(self.data, 512)][0], self.options.device)
+            with self.options.autocast():
                 self.model.quantizer.start_from(self.model.latent(sample))
-        _, losses = self.model(to_float(images, self.options.device), quantize=self.step >= self.quantized_from)
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        _, losses = self.replica(to_float(images, self.options.device), quantize=self.step >= self.quantized_from)
         return losses["total"], losses
 
     def after_step(self) -> None:
@@ -685,6 +763,8 @@ class TokenizerStage(Stage):
 def train_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
     torch.manual_seed(options.seed)
     tokenizer = TokenizerStage(data, options).run()
+    if rank_and_ranks()[0] > 0:
+        return tokenizer
     health = tokenizer_health(tokenizer, data, options)
     Log(options.out / "log.jsonl", "tokenizer health", 0).write(options.preset.tokenizer_steps, "held_out", **health)
     draw_reconstructions(options.out / "reconstructions.png", tokenizer, data, options)
@@ -746,13 +826,19 @@ def tokenizer_health(tokenizer: Tokenizer, data: Data, options: argparse.Namespa
 def tokenise(tokenizer: Tokenizer, images: ArrayImages | FolderImages, options: argparse.Namespace, what: str) -> TokenData:
     """Every image once: the tokenizer does not change any more."""
     kept = torch.int16 if tokenizer.config.vocabulary <= 2 ** 15 else torch.int32
+    rank, ranks = rank_and_ranks()
+    own = own_part(list(range(len(images))))
+    batches = [own[begin:begin + 128] for begin in range(0, len(own), 128)]
     tokens, labels = [], []
-    for indices in tqdm(list(chunks(len(images), 128)), desc=f"tokenise {what}", unit="batch"):
-        batch, batch_labels = images[indices]
+    for batch, batch_labels in tqdm(read_ahead(images, batches, options), total=len(batches), desc=f"tokenise {what}",
+                                    unit="batch", disable=rank > 0):
         with options.autocast():
             tokens.append(tokenizer.encode(to_float(batch, options.device)).to(kept).cpu())
         labels.append(batch_labels)
-    return TokenData(torch.cat(tokens), torch.cat(labels))
+    parts = [(tokens, labels)] * ranks
+    if ranks > 1:
+        dist.all_gather_object(parts, (tokens, labels))
+    return TokenData(torch.cat([t for tokens, _ in parts for t in tokens]), torch.cat([l for _, labels in parts for l in labels]))
 
 
 class TokenData:
@@ -779,14 +865,14 @@ class VARStage(Stage):
         super().__init__(model, var_optimizers(model, options.preset), train, options, options.preset.ema)
 
     def loss(self, tokens_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss_of(self.model, tokens_BL, labels_B)
+        return self.loss_of(self.replica, tokens_BL, labels_B)
 
-    def loss_of(self, model: VAR, tokens_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(self, model: nn.Module, tokens_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy over all tokens; beside it, and beside the accuracy, their means per scale."""
         tokens_BL, labels_B = tokens_BL.to(self.options.device), labels_B.to(self.options.device)
         logits_BLV = model(labels_B, self.tokenizer.teacher_inputs(tokens_BL)).float()
         loss_BL = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none").view(tokens_BL.shape)
-        hit_BL, sizes = (logits_BLV.argmax(dim=-1) == tokens_BL).float(), [s * s for s in model.config.scales]
+        hit_BL, sizes = (logits_BLV.argmax(dim=-1) == tokens_BL).float(), [s * s for s in self.model.config.scales]
         per_scale = {name: torch.stack([x.mean() for x in values_BL.detach().split(sizes, dim=1)])
                      for name, values_BL in (("loss_per_scale", loss_BL), ("accuracy_per_scale", hit_BL))}
         return loss_BL.mean(), {"accuracy": hit_BL.mean(), **per_scale}
@@ -805,8 +891,8 @@ def var_optimizers(model: VAR, preset: Preset) -> list[torch.optim.Optimizer]:
     """Decay pulls matrices that multiply features toward zero; biases, embeddings and scales are left alone.
 
     Muon (Jordan et al., 2024) makes each update of a matrix orthogonal, so that all its directions learn, at the step
-    size AdamW would have. Tiny preset, equal minutes, one seed: held-out loss 3.22 after 116 s, AdamW 4.21 after 92 s
-    and 3.27 after 240 s.
+    size AdamW would have. Tiny preset but 512 codes, one seed: held-out loss 3.22 after 116 s; AdamW 4.21 after 92 s and
+    3.27 after 240 s.
     """
     lr, decay, betas = preset.var_lr, preset.weight_decay, (0.9, 0.95)
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
@@ -827,6 +913,8 @@ def var_optimizers(model: VAR, preset: Preset) -> list[torch.optim.Optimizer]:
 def train_var(tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> VAR:
     torch.manual_seed(options.seed)
     model = VARStage(tokenizer, data, options).run()
+    if rank_and_ranks()[0] > 0:
+        return model
     draw_samples(options.out / "samples.png", model, tokenizer, data.classes, options)
     return model
 
@@ -929,6 +1017,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=("all", "tokenizer", "var"), default="all", help="what to train")
     parser.add_argument("--tokenizer", type=Path, help="for the transformer: another tokenizer than the run's own, a .pt of this program or a published .pth")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the folder")
+    parser.add_argument("--grad-accumulation", type=int, default=1, metavar="PARTS", help="compute a step's batch in this many parts, to need less memory")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images ahead; 4 or so for a folder of large ones")
     parser.add_argument("--checkpoint-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps, ...")
@@ -947,7 +1037,12 @@ def settle(options: argparse.Namespace) -> None:
     """Turn flags into the preset, the device and the precision they mean; raises UserError for what cannot be."""
     given = {f.name: getattr(options, f.name) for f in fields(Preset) if hasattr(options, f.name)}
     options.preset = replace(PRESETS[options.preset], **given)
-    options.device, options.autocast = device_and_autocast(options.device, options.precision)
+    for name in ("grad_accumulation", "checkpoint_every"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more")
+    if options.workers < 0:
+        raise UserError(f"--workers {options.workers} must be 0 or more")
+    options.device, options.autocast = device_and_autocast(join_processes(options.device), options.precision)
     options.out = options.out or Path("out") / Path(options.data).resolve().name
 
 
@@ -986,17 +1081,26 @@ def main() -> None:
     if config.image_side != preset.image_size:
         raise UserError(f"--image-size {preset.image_size} does not fit: scales up to {preset.scales[-1]} at "
                         f"downsampling {config.downsampling} are images of {config.image_side}")
+    rank, ranks = rank_and_ranks()
+    if ranks > 1 and rank > 0:   # process 0 downloads what is missing
+        dist.barrier()
     data = load_data(options.data, options.data_dir, preset.image_size, options.channels, options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
-    print(f"{options.data}: {len(data.train)} training and {len(data.held_out)} held-out images, {len(data.classes)} "
-          f"classes; to {options.out} on {options.device}")
+    if ranks > 1 and rank == 0:
+        dist.barrier()
+    if rank == 0:
+        print(f"{options.data}: {len(data.train)} training and {len(data.held_out)} held-out images, {len(data.classes)} "
+              f"classes; to {options.out} on {options.device}" + (f" and {ranks - 1} more" if ranks > 1 else ""))
     if options.stage != "var" and not options.tokenizer:
         tokenizer = train_tokenizer(data, options)
     else:
         tokenizer = load_tokenizer(options.tokenizer or options.out / "tokenizer.pt").to(options.device)
     if options.stage != "tokenizer":
         train_var(tokenizer, data, options)
-    draw_curves(options.out / "curves.png", read_log(options.out / "log.jsonl"), tokenizer.config.scales)
+    if rank == 0:
+        draw_curves(options.out / "curves.png", read_log(options.out / "log.jsonl"), tokenizer.config.scales)
+    if ranks > 1:
+        dist.destroy_process_group()
 
 
 def run_program(main: Callable) -> None:

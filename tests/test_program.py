@@ -2,11 +2,15 @@
 import contextlib
 import gzip
 import io
+import os
+import pickle
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +127,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path
     assert run("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume").returncode == 0
     stopped, whole = (train.read_log(path / "log.jsonl") for path in (tmp_path, finished))
     assert stopped == whole
+
+
+@pytest.mark.parametrize("how", ["two processes", "parts", "workers"])
+def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path, how):
+    same = ["--data", folder, *TINY, "--precision", "fp32", "--label-dropout", 0, "--tokenizer-steps", 30, "--var-steps", 12]
+    assert run("train.py", "--out", tmp_path / "one", *same).returncode == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if how == "two processes" else []
+    extra = {"two processes": [], "parts": ["--grad-accumulation", 4], "workers": ["--workers", 2]}[how]
+    command = [sys.executable, *launcher, ROOT / "train.py", "--out", tmp_path / "other", *same, *extra]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    logs = [train.read_log(tmp_path / name / "log.jsonl") for name in ("one", "other")]
+    assert [(x["stage"], x["step"], x["split"]) for x in logs[0]] == [(x["stage"], x["step"], x["split"]) for x in logs[1]]
+    losses = [[x["loss"] for x in log if x["split"] == "train"] for log in logs]
+    assert losses[0] == losses[1] if how == "workers" else np.allclose(*losses, rtol=0, atol=1e-5)
 
 
 def test_resuming_with_other_flags_is_refused(folder, finished, tmp_path):
@@ -250,6 +269,54 @@ def test_help_explains_every_flag():
     for script in ("train.py", "sample.py"):
         text = run(script, "--help").stdout
         assert text.count("\n") > 20 and "==SUPPRESS==" not in text
+
+
+class Malicious:
+    """What a pickle may do: run anything when it is loaded."""
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "here")
+
+
+def test_a_checkpoint_that_would_run_code_does_not(finished, tmp_path):
+    trace = tmp_path / "trace"
+    for name in ("var.pt", "var.pth"):
+        torch.save({"kind": "transformer", "config": Malicious(trace), "pos_1LC": Malicious(trace)}, tmp_path / name)
+        assert "cannot be read" in refused("sample.py", "--run", finished, "--var", tmp_path / name)
+        (tmp_path / name).write_bytes(pickle.dumps(Malicious(trace)))
+        assert "cannot be read" in refused("sample.py", "--run", finished, "--var", tmp_path / name)
+    assert not trace.exists()
+    torch.load(tmp_path / "var.pt", weights_only=False)
+    assert trace.exists()   # so it was a real one
+
+
+def test_strange_files_among_the_images(tmp_path, capsys):
+    data, rng = tmp_path / "data" / "a", np.random.default_rng(0)
+    data.mkdir(parents=True)
+    Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(data / "line\nbreak.jpg")
+    Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "outside.png")
+    (data / "link.png").symlink_to(tmp_path / "outside.png")
+    (data / "cut.jpg").write_bytes((data / "line\nbreak.jpg").read_bytes()[:500])
+    (data / "folder.png").mkdir()
+    (data / "nowhere.png").symlink_to(tmp_path / "missing.png")
+    os.mkfifo(data / "pipe.jpg")
+    chunk = struct.pack(">II5B", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
+    (data / "bomb.png").write_bytes(bomb)
+    before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.exists()}
+    loaded = train.load_data(str(tmp_path / "data"), tmp_path, 8, 3, 0)
+    images, labels = loaded.train[list(range(len(loaded.train)))]
+    assert len(loaded.train) + len(loaded.held_out) == 4 and images.shape == (3, 3, 8, 8) and not labels.any()
+    said = capsys.readouterr().err
+    assert "cut.jpg cannot be read" in said or "bomb.png cannot be read" in said
+    assert before == {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.exists()}
+
+
+def test_a_log_whose_last_line_was_cut_is_read(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"stage": "var", "step": 1}\n{"stage": "va')
+    assert train.read_log(tmp_path / "log.jsonl") == [{"stage": "var", "step": 1}]
 
 
 def test_every_preset_is_a_possible_model():
