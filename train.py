@@ -588,10 +588,12 @@ def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
 class Stage:
     """What both trainings share: the loop, its log and its checkpoints. A subclass says what is trained, and on what.
 
-    name: of the stage in flags, in the log and in the file's name; kind: what its checkpoint is called.
+    name: of the stage in flags, in the log and in the file's name; kind: what its checkpoint is called; spares: whether
+    there are steps without some of the parameters.
     """
     name: str
     kind: str
+    spares = False
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], data, options: argparse.Namespace,
                  ema: float):
@@ -600,8 +602,8 @@ class Stage:
         self.steps, self.batch = (getattr(options.preset, f"{self.name}_{what}") for what in ("steps", "batch"))
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
         self.replica, (_, ranks) = model, rank_and_ranks()   # the model, its gradients averaged over the processes
-        if ranks > 1:   # a stage may leave parameters out, as before there are codes; the quantizer agrees by itself
-            self.replica = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+        if ranks > 1:   # the only buffers that change are the quantizer's, which agrees by itself
+            self.replica = DistributedDataParallel(model, find_unused_parameters=self.spares, broadcast_buffers=False)
         if self.batch % (ranks * options.grad_accumulation):
             raise UserError(f"--{self.name}-batch {self.batch} does not divide into {ranks} processes times "
                             f"--grad-accumulation {options.grad_accumulation}")
@@ -728,7 +730,7 @@ class Stopped(Exception):
 
 
 class TokenizerStage(Stage):
-    name, kind = "tokenizer", "tokenizer"
+    name, kind, spares = "tokenizer", "tokenizer", True   # no codes at first
 
     def __init__(self, data: Data, options: argparse.Namespace):
         preset, self.images = options.preset, data

@@ -131,7 +131,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path
 
 @pytest.mark.parametrize("how", ["two processes", "parts", "workers"])
 def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path, how):
-    same = ["--data", folder, *TINY, "--precision", "fp32", "--label-dropout", 0, "--tokenizer-steps", 30, "--var-steps", 12]
+    same = ["--data", folder, *TINY, "--precision", "fp32", "--label-dropout", 0, "--tokenizer-steps", 30, "--var-steps", 12,
+            "--var-lr", 1e-3]   # at a high rate, rounding errors double every few steps
     assert run("train.py", "--out", tmp_path / "one", *same).returncode == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if how == "two processes" else []
     extra = {"two processes": [], "parts": ["--grad-accumulation", 4], "workers": ["--workers", 2]}[how]
@@ -288,7 +289,7 @@ def test_a_checkpoint_that_would_run_code_does_not(finished, tmp_path):
         (tmp_path / name).write_bytes(pickle.dumps(Malicious(trace)))
         assert "cannot be read" in refused("sample.py", "--run", finished, "--var", tmp_path / name)
     assert not trace.exists()
-    torch.load(tmp_path / "var.pt", weights_only=False)
+    pickle.loads((tmp_path / "var.pt").read_bytes())
     assert trace.exists()   # so it was a real one
 
 
