@@ -55,7 +55,8 @@ class VARConfig:
 class Kept:
     """What a generation keeps of an image: in-painting and its kin (paper: Sec. 5.3).
 
-    latent_BCSS: the image's latent. where_B1SS: the share of each place that is kept; elsewhere tokens are generated.
+    latent_BCSS: the latent of the image, its holes filled plausibly. where_B1SS: the share of each place that is kept;
+    elsewhere tokens are generated.
     scales: how many of the scales, from the coarsest, keep anything. own_tokens_BL: if given, those of the image, which
     are then pasted as they are, as published (the open loop).
     """
@@ -69,11 +70,13 @@ class Kept:
 
         The image's own tokens stand for what its own coarser scales left over. Here some of those were generated, so
         the loop is closed: a token stands for what the image has more than the latent that was generated so far.
-        Coarse cells give the surroundings of what is generated, so one that is kept in part counts as kept; at the
-        finest scale it takes half.
+        The tokens of a scale do not see each other, so only coarser ones can tell the generated part what surrounds it:
+        up to a quarter of the finest side all cells are kept, if any is; then those kept in part, at last by half.
         """
-        share_Bl = quantizer.read(self.where_B1SS, k).squeeze(-1)
-        kept_Bl = share_Bl >= 0.5 if k + 1 == len(quantizer.scales) else share_Bl > 0
+        share_Bl, s, S = quantizer.read(self.where_B1SS, k).squeeze(-1), quantizer.scales[k], quantizer.scales[-1]
+        if 4 * s <= S:
+            share_Bl = share_Bl.amax(dim=1, keepdim=True).expand_as(share_Bl)
+        kept_Bl = share_Bl >= 0.5 if s == S else share_Bl > 0
         if self.own_tokens_BL is None:
             tokens_Bl = quantizer.nearest(quantizer.read(self.latent_BCSS - f_hat_BCSS, k))
         else:

@@ -279,6 +279,16 @@ def test_nearest_code_is_nearest(face, data):
 
 
 @pytest.mark.parametrize("face", FACES)
+def test_of_equally_near_codes_the_first_wins_wherever_it_is(face):
+    """The same four codes fifty times over: the tiles of the kernel, of 64 codes, are all alike."""
+    rng = np.random.default_rng(0)
+    codes = np.tile(rng.permutation(12).reshape(4, 3), (50, 1))
+    x = codes[rng.integers(0, 4, 70)] + rng.integers(-1, 2, (70, 3))
+    index = face_of("nearest_code", face)(on_device(x, torch.float32), on_device(codes, torch.float32)).cpu().numpy()
+    assert np.array_equal(index, reference.distances(x, codes, False).argmin(axis=1)) and index.max() < 4
+
+
+@pytest.mark.parametrize("face", FACES)
 def test_nearest_code_at_the_published_size(face):
     rng = np.random.default_rng(0)
     x, codebook = rng.standard_normal((680 if GPU else 70, 32)), rng.standard_normal((4096, 32))
