@@ -29,7 +29,7 @@ from tqdm import tqdm
 from tokenizer import Tokenizer
 from train import (FILTERS, IMAGE_ENDINGS, Data, UserError, chunks, device_and_autocast, fingerprint, grid, load_checkpoint,
                    load_data, load_published, load_tokenizer, plt, psnr, read_image, restore, run_program, save_image,
-                   save_whole, spread, to_bytes, to_float)
+                   save_whole, to_bytes, to_float)
 from var import VAR, Kept, VARConfig
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -258,7 +258,8 @@ def shrink(run: Run, images: Tensor) -> Tensor:
 
 def kept_scales(run: Run) -> int:
     """How many scales a small image settles: those whose maps are no finer than its own latent would be."""
-    config, small = run.tokenizer.config, run.options.small or run.tokenizer.config.image_side // 2
+    config, small = run.tokenizer.config, run.options.small
+    small = config.image_side // 2 if small is None else small
     if not 1 <= small < config.image_side:
         raise UserError(f"--small {small} must be 1 or more and less than the side of the images, {config.image_side}")
     run.options.small = small
@@ -374,7 +375,7 @@ def draw_many(run: Run, count: int) -> np.ndarray:
         likelihood_N, label_N = run.log_likelihood(tokens_NL, labels), torch.tensor(labels)
         best = [(likelihood_N.masked_fill(label_N != c, -torch.inf)).topk(wanted[c]).indices for c in range(classes)]
         tokens_NL = tokens_NL[torch.cat(best)]
-    return to_bytes(run.decode(tokens_NL))
+    return np.concatenate([to_bytes(run.decode(tokens_NL[part])) for part in chunks(count, run.options.batch)])
 
 
 def save_npz(path: Path, images: np.ndarray) -> None:
@@ -420,7 +421,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "inpaint towards --classes NAME; upscale: fine scales are generated, coarse ones kept; reconstruct: encode and decode")
     add("--image", nargs="+", metavar="IMAGE", help="files, folders, or data:17 for a held-out image of the run's own data")
     add("--box", nargs=4, type=float, default=(0.25, 0.25, 0.75, 0.75), metavar=("Y0", "X0", "Y1", "X1"), help="the box, in fractions of the side")
-    add("--mask", type=Path, help="an image instead of a box: what is white in it is generated")
+    add("--mask", type=Path, help="an image instead of a box: what is white in it is generated, in outpaint, too")
     add("--seeds", nargs="+", type=int, default=(0, 1, 2), help="one result for each")
     add("--small", type=int, help="upscale: side of the small images (default: half of the run's)")
     add("--paste", action="store_true", help="put the known pixels over the result at the end")
@@ -449,6 +450,19 @@ def check(options: argparse.Namespace) -> None:
             ("box", options.box, all(0 <= fraction <= 1 for fraction in options.box), "fractions, from 0 to 1")):
         if not fine:
             raise UserError(f"--{name} {value} must be {what}")
+    for seed in (options.seed, *options.seeds):
+        if not 0 <= seed < 2**63:
+            raise UserError(f"a seed must be from 0 to 2^63 - 1: it is {seed}")
+    asked = {name: getattr(options, name) for name in ("task", "codes", "attention", "npz") if getattr(options, name)}
+    if len(asked) > 1:
+        raise UserError(f"one thing at a time: {' or '.join('--' + name for name in asked)}")
+    if options.rejection and not options.npz:
+        raise UserError("--rejection is for --npz")
+    if options.npz and options.classes:
+        raise UserError("--npz is balanced over all classes and takes no --classes")
+    for path in (options.out, options.gif, options.reference, options.npz and Path(options.npz[1])):
+        if path and path.is_dir():
+            raise UserError(f"{path} is a folder; name a file to write")
     if options.task and not options.image:
         raise UserError(f"--task {options.task} needs --image: a file, a folder, or data:17")
     if options.image and not options.task:
@@ -457,6 +471,8 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--paste has no known pixels to put over an upscaled image")
     if options.task == "edit" and not options.classes:
         raise UserError("--task edit needs --classes NAME: what to edit towards")
+    if (options.task or options.attention) and len(options.classes or []) > 1:
+        raise UserError(f"one class here, please: --classes {' '.join(options.classes)} are {len(options.classes)}")
 
 
 def main() -> None:
@@ -465,11 +481,12 @@ def main() -> None:
     options.device, options.autocast = device_and_autocast(options.device, options.precision)
     run = load(options)
     if options.npz or options.reference:
-        if options.npz:
-            save_npz(Path(options.npz[1]), draw_many(run, int(options.npz[0])))
         if options.reference:
             held_out = run.data().held_out
-            save_npz(options.reference, to_bytes(to_float(held_out[spread(held_out, len(held_out))][0], torch.device("cpu"))))
+            parts = [held_out[part][0].permute(0, 2, 3, 1).numpy() for part in chunks(len(held_out), 100)]
+            save_npz(options.reference, np.concatenate(parts))
+        if options.npz:
+            save_npz(Path(options.npz[1]), draw_many(run, int(options.npz[0])))
         return
     if options.attention:
         what, figure = "attention", draw_attention(run, load_images(run, [options.attention]))

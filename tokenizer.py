@@ -85,8 +85,7 @@ class Quantizer(nn.Module):
 
     def empty(self, batch: int) -> Tensor:
         """f_hat before any scale: zeros [B, C, S, S]."""
-        V, C = self.codebook_VC.shape
-        return self.codebook_VC.new_zeros(batch, C, self.scales[-1], self.scales[-1])
+        return self.codebook_VC.new_zeros(batch, self.codebook_VC.shape[1], self.scales[-1], self.scales[-1])
 
     def accumulate(self, f_hat_BCSS: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
         """Add scale k, given by its tokens, to the running latent; in fp32, as sums of small differences need."""

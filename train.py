@@ -333,7 +333,8 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class FolderImages:
-    """Images on disk, read when asked for; an unreadable one is named once, counted, and the next one stands in."""
+    """Images on disk, read when asked for; an unreadable one is named once (by each worker), counted, and the next
+    one stands in."""
 
     def __init__(self, paths: list[Path], labels: list[int], side: int, channels: int):
         self.paths, self.labels, self.side, self.channels = paths, torch.tensor(labels), side, channels
@@ -363,7 +364,10 @@ def read_image(path: Path, side: int, channels: int) -> np.ndarray:
     """An image file, centre-cropped and resized: uint8 [channels, side, side]. Raises UserError."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):   # 16 bits of grey, which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGB" if channels == 3 else "L")
             pixels = np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}")
@@ -452,7 +456,7 @@ def load_checkpoint(path: Path, kind: str) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:   # torch, zip and pickle each raise their own for a damaged file
-        raise UserError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}")
+        raise UserError(f"{path} cannot be read as a checkpoint: {in_short(error)}")
     found = content.get("kind", "something else") if isinstance(content, dict) else "something else"
     if found != kind:
         raise UserError(f"{path} is a checkpoint of a {found}, not of a {kind}")
@@ -483,7 +487,7 @@ def load_published(path: Path, build: Callable[[dict], nn.Module]) -> nn.Module:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return build(state)
     except Exception as error:   # a damaged file and a foreign one fail in many ways, all of them the file's fault
-        raise UserError(f"{path} cannot be read as a published checkpoint: {str(error).splitlines()[0]}")
+        raise UserError(f"{path} cannot be read as a published checkpoint: {in_short(error)}")
 
 
 def restore(path: Path, build: Callable[[], nn.Module], content: dict) -> nn.Module:
@@ -491,8 +495,13 @@ def restore(path: Path, build: Callable[[], nn.Module], content: dict) -> nn.Mod
         model = build()
         model.load_state_dict(content["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or of another version: {str(error).splitlines()[0]}")
+        raise UserError(f"{path} is damaged or of another version: {in_short(error)}")
     return model.eval()
+
+
+def in_short(error: Exception) -> str:
+    """The beginning of what an error says, in one line."""
+    return " ".join(str(error).split())[:200]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -506,7 +515,7 @@ def rank_and_ranks() -> tuple[int, int]:
 
 def join_processes(device: str) -> str:
     """Meet the other processes that torchrun started; returns the device that is this one's."""
-    if "WORLD_SIZE" not in os.environ:
+    if not dist.is_torchelastic_launched():
         return device
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -621,7 +630,8 @@ class Stage:
     def facts(self) -> dict:
         """What a checkpoint holds beside the weights and the configuration: how to load the run's data again."""
         o = self.options
-        return {"data": {"name": o.data, "data_dir": str(o.data_dir), "side": o.preset.image_size, "channels": o.channels,
+        known = o.data == "shapes" or o.data in DOWNLOADS
+        return {"data": {"name": o.data if known else str(Path(o.data).resolve()), "data_dir": str(o.data_dir.resolve()), "side": o.preset.image_size, "channels": o.channels,
                          "seed": o.seed}}
 
     def before_step(self) -> None:
@@ -655,6 +665,8 @@ class Stage:
                     raise Stopped(f"stopped after step {self.step} of {self.steps} and saved to {options.out}; the same "
                                   f"command with --resume goes on from there")
         self.save(finished=True)
+        if interrupt.asked:
+            raise Stopped(f"{self.path} is finished; the same command with --resume goes on from there")
         return self.average.module.eval()
 
     def advance(self, rows: tuple[Tensor, Tensor], asked: bool) -> tuple[float, dict[str, Tensor], bool]:
@@ -707,6 +719,9 @@ class Stage:
     def resume(self) -> bool:
         """Take over what `save` wrote; returns whether that was a finished training."""
         content = load_checkpoint(self.path, self.kind)
+        for name, value in (("config", asdict(self.model.config)), *self.facts().items()):
+            if content.get(name) != value:
+                raise UserError(f"{self.path} does not go on with these flags: its {name} is {content.get(name)}, not {value}")
         try:
             self.average.module.load_state_dict(content["model"])
             if "training" not in content:
@@ -716,7 +731,7 @@ class Stage:
                 optimizer.load_state_dict(state)
             self.step = self.saved = content["training"]["step"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path} does not go on with these flags: {str(error).splitlines()[0]}")
+            raise UserError(f"{self.path} is damaged or of another version: {in_short(error)}")
         self.average.n_averaged.fill_(self.step)
         return False
 
@@ -980,7 +995,7 @@ def draw_curves(path: Path, log: list[dict], scales: tuple[int, ...]) -> None:
              for stage in ("tokenizer", "var") for split in ("train", "held_out")}
 
     def curve(axis, stage, split, value, label):
-        chosen = lines[stage, split]
+        chosen = [x for x in lines[stage, split] if len(x.get("loss_per_scale", scales)) == len(scales)]
         axis.plot([x["step"] for x in chosen], [value(x) for x in chosen], label=label, marker="." if split == "held_out" else None)
 
     for name in ("mse", "codebook"):
@@ -1035,15 +1050,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+RANGES = (   # flags, and what they must be
+    ("grad_accumulation checkpoint_every image_size scales vocabulary code_channels tokenizer_width multipliers blocks phis "
+     "norm_groups tokenizer_steps tokenizer_batch depth width heads last_scales var_steps var_batch",
+     lambda x: x >= 1, "1 or more"),
+    ("workers warmup", lambda x: x >= 0, "0 or more"),
+    ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2147483647"),
+    ("tokenizer_lr var_lr", lambda x: 0 < x < math.inf, "more than 0"),
+    ("weight_decay final_lr", lambda x: 0 <= x < math.inf, "0 or more"),
+    ("unquantized drop_path ema", lambda x: 0 <= x < 1, "from 0 to less than 1"),
+    ("label_dropout", lambda x: 0 <= x <= 1, "from 0 to 1"),
+)
+
+
 def settle(options: argparse.Namespace) -> None:
     """Turn flags into the preset, the device and the precision they mean; raises UserError for what cannot be."""
     given = {f.name: getattr(options, f.name) for f in fields(Preset) if hasattr(options, f.name)}
     options.preset = replace(PRESETS[options.preset], **given)
-    for name in ("grad_accumulation", "checkpoint_every"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more")
-    if options.workers < 0:
-        raise UserError(f"--workers {options.workers} must be 0 or more")
+    everything = {**vars(options), **asdict(options.preset)}
+    for names, fine, what in RANGES:
+        for name in names.split():
+            values = everything[name] if isinstance(everything[name], tuple) else (everything[name],)
+            if not all(value is None or fine(value) for value in values):
+                raise UserError(f"--{name.replace('_', '-')} {everything[name]} must be {what}")
+    if options.stage == "tokenizer" and options.tokenizer:
+        raise UserError("--tokenizer is for the transformer's training, and --stage tokenizer is without it")
     options.device, options.autocast = device_and_autocast(join_processes(options.device), options.precision)
     options.out = options.out or Path("out") / Path(options.data).resolve().name
 
@@ -1054,7 +1085,7 @@ def device_and_autocast(device: str, precision: str) -> tuple[torch.device, Call
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}")
+        raise UserError(f"--device {device} cannot be used: {in_short(error)}")
     half = precision == "bf16" or precision == "auto" and fast_bf16(chosen)
     return chosen, lambda: torch.autocast(chosen.type, torch.bfloat16, enabled=half)
 
@@ -1096,7 +1127,11 @@ def main() -> None:
     if options.stage != "var" and not options.tokenizer:
         tokenizer = train_tokenizer(data, options)
     else:
-        tokenizer = load_tokenizer(options.tokenizer or options.out / "tokenizer.pt").to(options.device)
+        path = options.tokenizer or options.out / "tokenizer.pt"
+        tokenizer = load_tokenizer(path).to(options.device)
+        if (tokenizer.config.image_side, tokenizer.config.image_channels) != (preset.image_size, data.channels):
+            raise UserError(f"{path} is for images of side {tokenizer.config.image_side} with {tokenizer.config.image_channels} "
+                            f"channels, and these are {preset.image_size} with {data.channels}")
     if options.stage != "tokenizer":
         train_var(tokenizer, data, options)
     if rank == 0:
@@ -1112,8 +1147,11 @@ def run_program(main: Callable) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:   # a folder where a file should be, a full disk
+        print(f"error: {in_short(error)}", file=sys.stderr)
+        sys.exit(2)
     except (Stopped, KeyboardInterrupt) as stopped:
-        print(stopped or "stopped")
+        print(str(stopped) or "stopped")
         sys.exit(130)
 
 

@@ -71,7 +71,8 @@ class Kept:
         The image's own tokens stand for what its own coarser scales left over. Here some of those were generated, so
         the loop is closed: a token stands for what the image has more than the latent that was generated so far.
         The tokens of a scale do not see each other, so only coarser ones can tell the generated part what surrounds it:
-        up to a quarter of the finest side all cells are kept, if any is; then those kept in part, at last by half.
+        on maps of up to a quarter of the finest side all cells are kept, on finer ones those of which any part is, and on
+        the finest those of which half is, so that the hole ends where it was asked to.
         """
         share_Bl, s, S = quantizer.read(self.where_B1SS, k).squeeze(-1), quantizer.scales[k], quantizer.scales[-1]
         if 4 * s <= S:

@@ -9,7 +9,8 @@ Rounding errors are in proportion to the terms of a sum, so an error may be, tim
     TERMS[dtype] units of the dtype: the weights, the gradients of the scores and the result are each rounded to it
         once, and in fp32 the sum itself as it grows,
     and four times the rounding of the largest score, since a weight is wrong by as much: the score and the logsumexp
-        it is held against are each rounded, and the backward computes both again. Scores are kept in fp32, only
+        it is held against are each rounded, and the backward computes both again; and once for every eight of the D
+        products in it, which where all are equal round the same way (measured: 2.2 times the allowance without). Scores are kept in fp32, only
         PyTorch's backward may have them in the dtype of its inputs.
 """
 from __future__ import annotations
@@ -132,7 +133,7 @@ def check_block_attention(face, ranges, S, shape, dtype, scale=0.2, pattern="nor
         o = face_of("block_attention", face)(q, k, v, ranges, scale)
         got = dict(zip(("o", "dq", "dk", "dv"), (o, *torch.autograd.grad(o, (q, k, v), do))))
     value, size = reference.attention(*map(double, (q, k, v)), ranges.first, ranges.last, scale, double(do))
-    score = scale * (np.abs(double(q)) @ np.abs(double(k)).swapaxes(2, 3)).max()
+    score = scale * (np.abs(double(q)) @ np.abs(double(k)).swapaxes(2, 3)).max() * (1 + D / 32)
     assert all(tensor.dtype == dtype for tensor in got.values())
     assert_close(got, value, size, dtype, score * UNIT[torch.float32 if face == "triton" else dtype])
 

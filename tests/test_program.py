@@ -147,8 +147,14 @@ def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path, h
 
 def test_resuming_with_other_flags_is_refused(folder, finished, tmp_path):
     (tmp_path / "tokenizer.pt").write_bytes((finished / "tokenizer.pt").read_bytes())
-    assert "does not go on with these flags" in refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume",
-                                                        "--vocabulary", 16)
+    resume = ("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")
+    assert "does not go on with these flags: its config" in refused(*resume, "--vocabulary", 16)
+    assert "does not go on with these flags: its config" in refused(*resume, "--multipliers", "1,1")
+    assert "does not go on with these flags: its data" in refused(*resume, "--seed", 1)
+    (tmp_path / "var.pt").write_bytes((finished / "var.pt").read_bytes())
+    other = train.Tokenizer(train.TokenizerConfig(**torch.load(finished / "tokenizer.pt", weights_only=True)["config"]))
+    train.save_checkpoint(tmp_path / "other.pt", "tokenizer", other.config, model=other.state_dict())
+    assert "with these flags: its tokenizer" in refused(*resume, "--tokenizer", tmp_path / "other.pt")
 
 
 def test_mistakes_in_training(folder, tmp_path):
@@ -163,6 +169,12 @@ def test_mistakes_in_training(folder, tmp_path):
     assert "and grow" in refused("train.py", "--data", folder, "--out", out, *TINY, "--scales", "1,4,4")
     assert "are images of 6" in refused("train.py", "--data", folder, "--out", out, *TINY, "--scales", "1,2,3")
     assert "are images of 8" in refused("train.py", "--data", folder, "--out", out, *TINY, "--image-size", "9")
+    for flag, value in (("--unquantized", 1), ("--heads", 0), ("--seed", -1), ("--last-scales", 0), ("--tokenizer-batch", 0),
+                        ("--multipliers", "1,0"), ("--var-lr", "nan"), ("--grad-accumulation", 0)):
+        assert f"{flag} " in refused("train.py", "--data", folder, "--out", out, *TINY, flag, value)
+    assert "does not divide" in refused("train.py", "--data", folder, "--out", out, *TINY, "--grad-accumulation", 3)
+    (tmp_path / "file").touch()
+    assert "File exists" in refused("train.py", "--data", folder, "--out", tmp_path / "file", *TINY)
     assert "no tokenizer checkpoint" in refused("train.py", "--data", folder, "--out", out, *TINY, "--stage", "var")
     assert not (out / "tokenizer.pt").exists()
 
