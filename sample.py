@@ -106,7 +106,7 @@ def load(options: argparse.Namespace) -> Run:
         content = load_checkpoint(var_path, "transformer")
         model = restore(var_path, lambda: VAR(VARConfig(**content["config"])), content)
         tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
-        classes, source = content.get("classes"), content.get("data")
+        classes, source = content.get("classes"), {**content.get("data", {}), "data_dir": content.get("data_dir")}
         if fingerprint(tokenizer) != content.get("tokenizer"):
             raise UserError(f"{var_path} was trained on the tokens of another tokenizer than {tokenizer_path}")
     ours, its = tokenizer.config, model.config

@@ -598,7 +598,7 @@ class Stage:
     """What both trainings share: the loop, its log and its checkpoints. A subclass says what is trained, and on what.
 
     name: of the stage in flags, in the log and in the file's name; kind: what its checkpoint is called; spares: whether
-    there are steps without some of the parameters.
+    some steps leave parameters without a gradient, which several processes have to look out for.
     """
     name: str
     kind: str
@@ -631,8 +631,9 @@ class Stage:
         """What a checkpoint holds beside the weights and the configuration: how to load the run's data again."""
         o = self.options
         known = o.data == "shapes" or o.data in DOWNLOADS
-        return {"data": {"name": o.data if known else str(Path(o.data).resolve()), "data_dir": str(o.data_dir.resolve()), "side": o.preset.image_size, "channels": o.channels,
-                         "seed": o.seed}}
+        return {"data": {"name": o.data if known else str(Path(o.data).resolve()), "side": o.preset.image_size,
+                         "channels": o.channels, "seed": o.seed},
+                "data_dir": str(o.data_dir.resolve())}
 
     def before_step(self) -> None:
         """What changes the model before a step."""
@@ -720,7 +721,7 @@ class Stage:
         """Take over what `save` wrote; returns whether that was a finished training."""
         content = load_checkpoint(self.path, self.kind)
         for name, value in (("config", asdict(self.model.config)), *self.facts().items()):
-            if content.get(name) != value:
+            if name != "data_dir" and content.get(name) != value:   # files may have moved
                 raise UserError(f"{self.path} does not go on with these flags: its {name} is {content.get(name)}, not {value}")
         try:
             self.average.module.load_state_dict(content["model"])
