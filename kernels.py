@@ -41,6 +41,7 @@ def use_triton(tensor: Tensor) -> bool:
     return FACE == "triton" or (FACE is None and triton is not None and tensor.is_cuda)
 
 
+@torch.compiler.disable
 def launch(function: Callable, programs: int, *arguments, **constants) -> None:
     """Start a kernel where its tensors are: Triton alone would take the current GPU, which may be another."""
     with torch.cuda.device_of(arguments[0]):
@@ -884,8 +885,8 @@ def benchmark_attention(device: str, dtype: torch.dtype, ceiling: float, cold: T
         q, k, v = (torch.randn(B, L, H, D, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for _ in "qkv")
         alternatives = attention_alternatives(ranges, D**-0.5, dtype, device)
         for what, products in ("forward", 2), ("forward + backward", 7):
-            calls = {name: with_gradients(function, q, k, v) if products == 7 else torch.no_grad()(partial(function, q, k, v))
-                     for name, function in alternatives.items()}
+            timed = with_gradients if products == 7 else lambda *call: torch.no_grad()(partial(*call))
+            calls = {name: timed(function, q, k, v) for name, function in alternatives.items()}
             times = print_table(f"attention {what}, B {B} H {H} L {L} D {D} {str(dtype)[6:]}", calls,
                                 2 * products * B * H * D * seen, "GFLOP/s", ceiling, cold)
             for name, seconds in times.items():

@@ -27,9 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenizer import Tokenizer
-from train import (FILTERS, IMAGE_ENDINGS, Data, UserError, chunks, device_and_autocast, fingerprint, grid, load_checkpoint,
-                   load_data, load_published, load_tokenizer, plt, psnr, read_image, restore, run_program, save_image,
-                   save_whole, to_bytes, to_float)
+from train import (FILTERS, IMAGE_ENDINGS, Data, Help, UserError, chunks, fingerprint, grid, load_checkpoint, load_data,
+                   load_published, load_tokenizer, plt, psnr, read_image, restore, run_program, save_image, save_whole,
+                   settle_device, to_bytes, to_float)
 from var import VAR, Kept, VARConfig
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,8 @@ def draw_samples(run: Run) -> Image.Image:
         first, *rest = [by_class(images) for images in frames_KN]
         times = [400] * len(rest) + [2000]   # milliseconds
         options.gif.parent.mkdir(parents=True, exist_ok=True)
-        save_whole(options.gif, lambda partial: first.save(partial, "GIF", save_all=True, append_images=rest, duration=times, loop=0))
+        film = dict(save_all=True, append_images=rest, duration=times, loop=0)
+        save_whole(options.gif, lambda file: first.save(file, "GIF", **film))
         print(f"wrote {options.gif}")
     if options.progress:
         return grid([(run.classes[label], np.stack(row)) for label, *row in zip(labels, *frames_KN)])
@@ -303,7 +304,8 @@ def draw_codes(run: Run, given: Given) -> Image.Image:
     frames_KN = run.after_each_scale(tokens_NL)
     rows = []
     for n, name in enumerate(given.names):
-        maps = [colour_V3[map_Nl[n]].view(s, s, 3).numpy() for s, map_Nl in zip(config.scales, run.tokenizer.quantizer.split(tokens_NL))]
+        maps = [colour_V3[map_Nl[n]].view(s, s, 3).numpy()
+                for s, map_Nl in zip(config.scales, run.tokenizer.quantizer.split(tokens_NL))]
         rows.append((f"{name}: codes", maps))
         rows.append(("image", [frame[n] for frame in frames_KN]))
     return grid(rows, cell=max(64, config.image_side))
@@ -328,7 +330,8 @@ def draw_attention(run: Run, given: Given) -> plt.Figure:
     picture, cell = to_bytes(given.images[:1])[0], given.images.shape[-1] / side
     for row, layer in zip(axes, chosen):
         row[0].imshow(picture.squeeze(), cmap="gray")
-        row[0].add_patch(plt.Rectangle((x * cell - 0.5, y * cell - 0.5), cell, cell, fill=False, edgecolor="red", linewidth=2))
+        corner = (x * cell - 0.5, y * cell - 0.5)
+        row[0].add_patch(plt.Rectangle(corner, cell, cell, fill=False, edgecolor="red", linewidth=2))
         row[0].set_ylabel(f"layer {layer + 1}")
         for axis, s, map_l in zip(row[1:], scales, layers[layer].split([s * s for s in scales])):
             axis.imshow(map_l.view(s, s), vmin=0)
@@ -380,12 +383,8 @@ def draw_many(run: Run, count: int) -> np.ndarray:
 
 def save_npz(path: Path, images: np.ndarray) -> None:
     """`arr_0`, uint8 [N, side, side, 3], as the evaluation program of ADM (Dhariwal and Nichol, 2021) reads it."""
-    def write(partial: Path) -> None:
-        with open(partial, "wb") as file:
-            np.savez(file, arr_0=np.broadcast_to(images, (*images.shape[:3], 3)))
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(path, write)
+    save_whole(path, lambda file: np.savez(file, arr_0=np.broadcast_to(images, (*images.shape[:3], 3))))
     print(f"wrote {len(images)} images to {path}")
 
 
@@ -397,18 +396,20 @@ TASKS = ("inpaint", "outpaint", "edit", "upscale", "reconstruct")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw images with a trained VAR.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draw images with a trained VAR.", formatter_class=Help)
     add = parser.add_argument
     add("--run", type=Path, default=Path("out/shapes"), help="folder that train.py wrote")
     add("--tokenizer", type=Path, help="another tokenizer: a .pt of train.py or a published .pth (default: the run's)")
     add("--var", type=Path, help="another transformer: a .pt of train.py or a published .pth (default: the run's)")
     add("--out", type=Path, help="the PNG to write (default: named for what it shows, in the run's folder)")
-    add("--classes", nargs="+", metavar="NAME", help="names of classes; numbers for a published model (default: all, at most 20)")
+    add("--classes", nargs="+", metavar="NAME",
+        help="names of classes; numbers for a published model (default: all, at most 20)")
     add("--per-class", type=int, default=8, help="images per class")
-    add("--cfg", type=float, default=FILTERS["cfg"], help="strength of classifier-free guidance at the last scale; 0 is none")
+    add("--cfg", type=float, default=FILTERS["cfg"],
+        help="strength of classifier-free guidance at the last scale; 0 is none")
     add("--top-k", type=int, default=FILTERS["top_k"], help="draw from the k most likely tokens; 0 is no limit")
-    add("--top-p", type=float, default=FILTERS["top_p"], help="draw from the most likely tokens that hold this much probability")
+    add("--top-p", type=float, default=FILTERS["top_p"],
+        help="draw from the most likely tokens that hold this much probability")
     add("--seed", type=int, default=0, help="the same seed gives the same picture")
     add("--batch", type=int, default=100, help="images generated at a time")
     add("--progress", action="store_true", help="one row per image: the image after each scale, coarse to fine")
@@ -420,7 +421,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--task", choices=TASKS, help="inpaint: a box is generated, the rest kept; outpaint: the other way round; edit: "
         "inpaint towards --classes NAME; upscale: fine scales are generated, coarse ones kept; reconstruct: encode and decode")
     add("--image", nargs="+", metavar="IMAGE", help="files, folders, or data:17 for a held-out image of the run's own data")
-    add("--box", nargs=4, type=float, default=(0.25, 0.25, 0.75, 0.75), metavar=("Y0", "X0", "Y1", "X1"), help="the box, in fractions of the side")
+    add("--box", nargs=4, type=float, default=(0.25, 0.25, 0.75, 0.75), metavar=("Y0", "X0", "Y1", "X1"),
+        help="the box, in fractions of the side")
     add("--mask", type=Path, help="an image instead of a box: what is white in it is generated, in outpaint, too")
     add("--seeds", nargs="+", type=int, default=(0, 1, 2), help="one result for each")
     add("--small", type=int, help="upscale: side of the small images (default: half of the run's)")
@@ -431,7 +433,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cell", nargs=2, type=int, metavar=("Y", "X"), help="attention: which cell (default: the middle)")
 
     add = parser.add_argument_group("for evaluation").add_argument
-    add("--npz", nargs=2, metavar=("N", "FILE"), help="write N samples, balanced over the classes, as ADM's evaluation reads them")
+    add("--npz", nargs=2, metavar=("N", "FILE"),
+        help="write N samples, balanced over the classes, as ADM's evaluation reads them")
     add("--reference", type=Path, metavar="FILE", help="write the held-out images in the same form")
     add("--rejection", type=float, metavar="FRACTION", help="npz: keep this share of what is drawn, the most likely")
     return parser.parse_args(arguments)
@@ -478,7 +481,7 @@ def check(options: argparse.Namespace) -> None:
 def main() -> None:
     options = parse()
     check(options)
-    options.device, options.autocast = device_and_autocast(options.device, options.precision)
+    settle_device(options)
     run = load(options)
     if options.npz or options.reference:
         if options.reference:
@@ -502,7 +505,7 @@ def main() -> None:
     if isinstance(figure, Image.Image):
         save_image(out, figure)
     else:
-        save_whole(out, lambda partial: figure.savefig(partial, format="png", dpi=90))
+        save_whole(out, lambda file: figure.savefig(file, format="png", dpi=90))
     print(f"wrote {out}")
 
 

@@ -14,19 +14,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
 import signal
 import sys
 import tarfile
-import time
 import urllib.request
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
@@ -36,13 +41,16 @@ import torch.nn.functional as F
 from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from tokenizer import PUBLISHED_SCALES, Tokenizer, TokenizerConfig
-from var import VAR, VARConfig
+from tokenizer import PUBLISHED_SCALES, Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig
+from var import VAR, Block, VARConfig
 
 matplotlib.use("Agg")   # pictures go to files: no window system is needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -152,7 +160,8 @@ def draw_shape(name: str, size: float, angle: float, x: float, y: float, side: i
     size: half the shape's extent; x, y: its centre; both as shares of the side. angle: in radians.
     """
     canvas = Image.new("L", (4 * side, 4 * side))
-    draw, turn = ImageDraw.Draw(canvas), np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    draw = ImageDraw.Draw(canvas)
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
 
     def place(points) -> list[tuple[float, float]]:
         return [tuple(p) for p in (np.asarray(points) @ turn * size + (x, y)) * 4 * side]
@@ -208,7 +217,8 @@ def draw_shapes(count: int, side: int, seed: int) -> ArrayImages:
     light = [colours((0.3, 0.65), (0.75, 0.95), hue[0] + shift[i]) for i in (0, 1)]
     dark = [colours((0.4, 0.8), (0.28, 0.52), hue[1] + shift[i]) for i in (0, 1)]
     flip = (rng.random(count) < 0.5)[:, None]
-    shape, start, end = np.where(flip, light[0], dark[0]), np.where(flip, dark[0], light[0]), np.where(flip, dark[1], light[1])
+    shape = np.where(flip, light[0], dark[0])
+    start, end = (np.where(flip, dark[i], light[i]) for i in (0, 1))
     direction = rng.uniform(0, 2 * math.pi, (count, 1, 1))
     rows, columns = (np.mgrid[:side, :side] + 0.5) / side - 0.5
     blend = (0.5 + 0.7 * (np.cos(direction) * columns + np.sin(direction) * rows))[:, None].astype(np.float32)
@@ -256,31 +266,36 @@ def find_files(name: str, data_dir: Path) -> Path:
 
 
 def download(url: str, path: Path, checksum: str) -> None:
-    """Fetch a file beside its place, check its SHA-256, and only then give it its name."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(partial, "wb") as out:
+    """Fetch a file; only with the right SHA-256 does it get its name."""
+    def fetch(file: BinaryIO) -> None:
+        digest = hashlib.sha256()
+        with urllib.request.urlopen(url, timeout=30) as response:
             total = int(response.headers.get("Content-Length", 0)) or None
             with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as progress:
                 while chunk := response.read(1 << 20):
-                    out.write(chunk)
+                    file.write(chunk)
+                    digest.update(chunk)
                     progress.update(len(chunk))
-        found = hashlib.sha256(partial.read_bytes()).hexdigest()
+        if digest.hexdigest() != checksum:
+            raise UserError(f"{url} has SHA-256 {digest.hexdigest()}, expected {checksum}: not used")
+
+    try:
+        save_whole(path, fetch)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot download {url} ({error}); put the file into a folder and name it with --data-dir")
-    if found != checksum:
-        partial.unlink()
-        raise UserError(f"{url} has SHA-256 {found}, expected {checksum}: not used")
-    os.replace(partial, path)
+
+
+def gunzip(path: Path) -> bytes:
+    """The whole content of a gzip file, its checksum compared. Raises UserError."""
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read as a gzip file: {error}")
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """An idx file of bytes, as MNIST's: a magic number, the sizes, then the values."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as a gzip file: {error}")
+    content = gunzip(path)
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes((0, 0, 8, dimensions)):
         raise UserError(f"{path} does not begin with the magic number of a {dimensions}-dimensional idx file of bytes")
@@ -305,7 +320,8 @@ def load_cifar10(folder: Path, side: int) -> Data:
     splits = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
     arrays = {}
     try:
-        with tarfile.open(path) as archive:   # read in place: nothing is unpacked, so no path inside is followed
+        # Read in place: nothing is unpacked, so no path inside is followed.
+        with tarfile.open(fileobj=io.BytesIO(gunzip(path))) as archive:
             for split, names in splits.items():
                 content = b"".join(archive.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names)
                 if not content or len(content) % 3073:
@@ -314,7 +330,7 @@ def load_cifar10(folder: Path, side: int) -> Data:
                 if records[:, 0].max() >= 10:
                     raise UserError(f"{path}: a label over 9, so this is not CIFAR-10's binary version")
                 arrays[split] = ArrayImages(fit_side(records[:, 1:].reshape(-1, 3, 32, 32), side), records[:, 0])
-    except (tarfile.TarError, KeyError, EOFError, OSError, AttributeError) as error:
+    except (tarfile.TarError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not the binary version of CIFAR-10: {error}")
     return Data(arrays["train"], arrays["test"], list(CLASS_NAMES["cifar10"]), 3)
 
@@ -336,8 +352,8 @@ class FolderImages:
     """Images on disk, read when asked for; an unreadable one is named once (by each worker), counted, and the next
     one stands in."""
 
-    def __init__(self, paths: list[Path], labels: list[int], side: int, channels: int):
-        self.paths, self.labels, self.side, self.channels = paths, torch.tensor(labels), side, channels
+    def __init__(self, root: Path, paths: list[Path], labels: list[int], side: int, channels: int):
+        self.root, self.paths, self.labels, self.side, self.channels = root, paths, torch.tensor(labels), side, channels
         self.unreadable: set[Path] = set()
 
     def __len__(self) -> int:
@@ -346,6 +362,14 @@ class FolderImages:
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         images, found = zip(*(self.first_readable(i) for i in indices))
         return torch.stack(images), self.labels[list(found)]
+
+    def fingerprint(self) -> str:
+        """Changes with the list of files, and with any file's size or time."""
+        digest = hashlib.sha256(f"{self.side} {self.channels}".encode())
+        for path in self.paths:
+            status = path.stat()
+            digest.update(repr((str(path.relative_to(self.root)), status.st_size, status.st_mtime_ns)).encode())
+        return digest.hexdigest()
 
     def first_readable(self, index: int) -> tuple[Tensor, int]:
         """The image at an index, or the next that can be read; and where that was."""
@@ -363,6 +387,8 @@ class FolderImages:
 def read_image(path: Path, side: int, channels: int) -> np.ndarray:
     """An image file, centre-cropped and resized: uint8 [channels, side, side]. Raises UserError."""
     try:
+        with Image.open(path) as image:
+            image.verify()   # compares the checksums that a PNG has; the image must be opened anew after it
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):   # 16 bits of grey, which Pillow would clip at 255
@@ -391,8 +417,8 @@ def load_folder(folder: Path, side: int, channels: int) -> Data:
             chosen = split["held_out" if i % 20 == 0 else "train"]
             chosen[0].append(path)
             chosen[1].append(label)
-    return Data(FolderImages(*split["train"], side, channels), FolderImages(*split["held_out"], side, channels),
-                classes, channels)
+    return Data(FolderImages(folder, *split["train"], side, channels),
+                FolderImages(folder, *split["held_out"], side, channels), classes, channels)
 
 
 def load_data(name: str, data_dir: Path, side: int, channels: int, seed: int) -> Data:
@@ -418,7 +444,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
 def read_ahead(data, steps: Iterable[list[int]], options: argparse.Namespace) -> Iterable[tuple[Tensor, Tensor]]:
     """The rows of each step, read by --workers processes while the step before it is computed."""
     return DataLoader(data, batch_size=None, sampler=steps, num_workers=options.workers,
-                      pin_memory=options.device.type == "cuda")
+                      pin_memory=options.device.type == "cuda", generator=torch.Generator())   # leaves the run's draws alone
 
 
 def shuffled(count: int, batch: int, seed: int, begin: int, end: int) -> Iterator[list[int]]:
@@ -438,25 +464,45 @@ def shuffled(count: int, batch: int, seed: int, begin: int, end: int) -> Iterato
 # Checkpoints: written whole or not at all
 
 
-def save_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside its place, then rename: at any instant the old one or the new one is there."""
+def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file beside its place, then rename: at any instant, and when the disk is full, the old one or the new
+    one is there."""
     partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())   # on the disk before it takes the name: a power cut may follow
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def save_checkpoint(path: Path, kind: str, config: TokenizerConfig | VARConfig, **content) -> None:
-    save_whole(path, lambda partial: torch.save({"kind": kind, "config": asdict(config), **content}, partial))
+    try:
+        save_whole(path, lambda file: torch.save({"kind": kind, "config": asdict(config), **content}, file))
+    except (OSError, RuntimeError) as error:   # RuntimeError is torch.save's for an OSError
+        raise UserError(f"{path} cannot be written, and is what it was before: {in_short(error.__context__ or error)}")
+
+
+def read_tensors(path: Path, what: str) -> Any:
+    """What torch.save wrote, on the CPU; nothing in the file is run. Raises UserError where it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"there is no {what} at {path}")
+    try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):   # torch.load compares no checksums
+            raise UserError(f"{path} is damaged: the checksum of {part} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:   # torch, zip and pickle each raise their own for a damaged file
+        raise UserError(f"{path} cannot be read as a {what}: {in_short(error)}")
 
 
 def load_checkpoint(path: Path, kind: str) -> dict:
     """A checkpoint of ours, on the CPU. Raises UserError where it is missing, damaged, or of another kind."""
-    if not path.is_file():
-        raise UserError(f"there is no {kind} checkpoint at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:   # torch, zip and pickle each raise their own for a damaged file
-        raise UserError(f"{path} cannot be read as a checkpoint: {in_short(error)}")
+    content = read_tensors(path, f"{kind} checkpoint")
     found = content.get("kind", "something else") if isinstance(content, dict) else "something else"
     if found != kind:
         raise UserError(f"{path} is a checkpoint of a {found}, not of a {kind}")
@@ -481,10 +527,8 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
 
 
 def load_published(path: Path, build: Callable[[dict], nn.Module]) -> nn.Module:
-    if not path.is_file():
-        raise UserError(f"there is no published checkpoint at {path}")
+    state = read_tensors(path, "published checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         return build(state)
     except Exception as error:   # a damaged file and a foreign one fail in many ways, all of them the file's fault
         raise UserError(f"{path} cannot be read as a published checkpoint: {in_short(error)}")
@@ -511,6 +555,12 @@ def in_short(error: Exception) -> str:
 def rank_and_ranks() -> tuple[int, int]:
     """This process's number, and how many there are; 0 and 1 without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text: str) -> None:
+    """Print once, not in every process."""
+    if rank_and_ranks()[0] == 0:
+        print(text)
 
 
 def join_processes(device: str) -> str:
@@ -545,13 +595,13 @@ class Log:
     """log.jsonl: one JSON object per line."""
 
     def __init__(self, path: Path, stage: str, done: int):
-        """Lines of this stage for steps after `done`, left by an earlier try, are dropped."""
+        """Lines of this stage for steps after `done`, left by an earlier try, are dropped, and so is its end."""
         self.path, self.stage = path, stage
         if rank_and_ranks()[0] > 0:
             return
-        lines = read_log(path)
-        kept = [line for line in lines if line["stage"] != stage or line["step"] <= done]
-        save_whole(path, lambda partial: partial.write_text("".join(json.dumps(line) + "\n" for line in kept)))
+        kept = [line for line in read_log(path)
+                if line["stage"] != stage or line["step"] <= done and line["split"] != "health"]
+        save_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
 
     def write(self, step: int, split: str, **values) -> None:
         if rank_and_ranks()[0] > 0:
@@ -597,11 +647,13 @@ def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
 class Stage:
     """What both trainings share: the loop, its log and its checkpoints. A subclass says what is trained, and on what.
 
-    name: of the stage in flags, in the log and in the file's name; kind: what its checkpoint is called; spares: whether
-    some steps leave parameters without a gradient, which several processes have to look out for.
+    name: of the stage in flags, in the log and in the file's name; kind: what its checkpoint is called; recipe: values
+    of the preset that may change when a run goes on; spares: whether some steps leave parameters without a gradient,
+    which several processes have to look out for.
     """
     name: str
     kind: str
+    recipe: tuple[str, ...]
     spares = False
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], data, options: argparse.Namespace,
@@ -610,6 +662,9 @@ class Stage:
         self.model, self.optimizers, self.data, self.options = model, optimizers, data, options
         self.steps, self.batch = (getattr(options.preset, f"{self.name}_{what}") for what in ("steps", "batch"))
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        change_parts(model, options)
+        self.peak = peak_flops(options)
+        self.flops = 0 if self.peak is None else self.forward_flops()
         self.replica, (_, ranks) = model, rank_and_ranks()   # the model, its gradients averaged over the processes
         if ranks > 1:   # the only buffers that change are the quantizer's, which agrees by itself
             self.replica = DistributedDataParallel(model, find_unused_parameters=self.spares, broadcast_buffers=False)
@@ -627,11 +682,21 @@ class Stage:
         """What to log of held-out images."""
         raise NotImplementedError
 
+    def example(self) -> tuple[Tensor, ...]:
+        """What the model takes, for one image; the values do not matter."""
+        raise NotImplementedError
+
+    def finish(self, model: nn.Module, log: Log) -> None:
+        """What the run shows of the trained model."""
+        raise NotImplementedError
+
     def facts(self) -> dict:
-        """What a checkpoint holds beside the weights and the configuration: how to load the run's data again."""
+        """What a checkpoint holds beside the weights and the configuration, and what a run that goes on must share: how
+        to load the data again, and the optimizers."""
         o = self.options
         known = o.data == "shapes" or o.data in DOWNLOADS
-        return {"data": {"name": o.data if known else str(Path(o.data).resolve()), "side": o.preset.image_size,
+        return {"optimizers": [type(optimizer).__name__ for optimizer in self.optimizers],
+                "data": {"name": o.data if known else str(Path(o.data).resolve()), "side": o.preset.image_size,
                          "channels": o.channels, "seed": o.seed},
                 "data_dir": str(o.data_dir.resolve())}
 
@@ -645,30 +710,30 @@ class Stage:
         """Train to the last step, from the checkpoint if asked to; returns the model to keep: the average."""
         options = self.options
         if options.resume and self.path.exists() and self.resume():
-            print(f"{self.path} is finished")
+            say(f"{self.path} is finished")
             return self.average.module.eval()
-        log, begin, started = Log(options.out / "log.jsonl", self.name, self.step), self.step, time.time()
-        steps = map(own_part, shuffled(len(self.data), self.batch, options.seed, begin, self.steps))
-        with Interrupt() as interrupt, tqdm(initial=begin, total=self.steps, desc=self.name, unit="step", mininterval=0.5,
-                                            disable=rank_and_ranks()[0] > 0) as bar:
+        log = Log(options.out / "log.jsonl", self.name, self.step)
+        steps = map(own_part, shuffled(len(self.data), self.batch, options.seed, self.step, self.steps))
+        with Interrupt() as interrupt, tqdm(initial=self.step, total=self.steps, desc=self.name, unit="step",
+                                            mininterval=0.5, disable=rank_and_ranks()[0] > 0) as bar:
             for rows in read_ahead(self.data, steps, options):
                 loss, values, stop = self.advance(rows, interrupt.asked)
-                speed = (self.step - begin) * self.batch / (time.time() - started)
-                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+                bar.set_postfix_str(f"loss {loss:.4f}{self.speed(bar.format_dict.get('rate'))}", refresh=False)
                 bar.update()
                 if self.step % 10 == 1:
                     log.write(self.step, "train", loss=loss, **{name: value.tolist() for name, value in values.items()})
                 if self.step == self.steps or self.step % max(1, self.steps // 8) == 0:
                     log.write(self.step, "held_out", **self.validate(self.average.module.eval()))
-                if self.step < self.steps and (stop or self.step % options.checkpoint_every == 0):
+                if stop or self.step == self.steps or self.step % options.checkpoint_every == 0:
                     self.save(finished=False)
-                if self.step < self.steps and stop:
+                if stop:
                     raise Stopped(f"stopped after step {self.step} of {self.steps} and saved to {options.out}; the same "
                                   f"command with --resume goes on from there")
+        model = self.average.module.eval()
+        if rank_and_ranks()[0] == 0:
+            self.finish(model, log)
         self.save(finished=True)
-        if interrupt.asked:
-            raise Stopped(f"{self.path} is finished; the same command with --resume goes on from there")
-        return self.average.module.eval()
+        return model
 
     def advance(self, rows: tuple[Tensor, Tensor], asked: bool) -> tuple[float, dict[str, Tensor], bool]:
         """One step of training: the loss before it, what to log, and whether any process was asked to stop."""
@@ -706,6 +771,25 @@ class Stage:
             total += loss.item() / parts
         return total, values
 
+    def speed(self, rate: float | None) -> str:
+        """What so many steps per second come to, over all processes."""
+        if not rate:
+            return ""
+        images, tokens = rate * self.batch, sum(s * s for s in self.model.config.scales)
+        text = f", {images:.0f} images/s, {images * tokens:.0f} tokens/s"
+        if self.peak is None:
+            return text
+        share = 3 * self.flops * images / (self.peak * rank_and_ranks()[1])   # the backward pass is twice the forward
+        return f"{text}, {share:.0%} of peak FLOP/s"
+
+    @torch.no_grad()
+    def forward_flops(self) -> int:
+        """Floating point operations of one image's way through the model, two for a multiplication and its addition."""
+        # The counter knows neither our kernels nor PyTorch's fused attention: plain matrix products on a CPU are the same.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            copy.deepcopy(self.average.module).cpu().eval()(*(x.cpu() for x in self.example()))
+        return counter.get_total_flops()
+
     def save(self, finished: bool) -> None:
         """The average is what a checkpoint is for; until the end it also holds what going on takes."""
         self.saved = self.step
@@ -714,8 +798,9 @@ class Stage:
         training = {} if finished else {"training": {
             "step": self.step, "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}}
-        save_checkpoint(self.path, self.kind, self.model.config, model=self.average.module.state_dict(), **self.facts(),
-                        **training)
+        recipe = {name: getattr(self.options.preset, name) for name in self.recipe}
+        save_checkpoint(self.path, self.kind, self.model.config, model=self.average.module.state_dict(), recipe=recipe,
+                        **self.facts(), **training)
 
     def resume(self) -> bool:
         """Take over what `save` wrote; returns whether that was a finished training."""
@@ -724,6 +809,9 @@ class Stage:
             if name != "data_dir" and content.get(name) != value:   # files may have moved
                 raise UserError(f"{self.path} does not go on with these flags: its {name} is {content.get(name)}, not {value}")
         try:
+            for name, before in content["recipe"].items():
+                if (now := getattr(self.options.preset, name)) != before:
+                    say(f"{self.path} was trained with --{name.replace('_', '-')} {before} so far, and {now} is asked for now")
             self.average.module.load_state_dict(content["model"])
             if "training" not in content:
                 return True
@@ -731,7 +819,7 @@ class Stage:
             for optimizer, state in zip(self.optimizers, content["training"]["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             self.step = self.saved = content["training"]["step"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{self.path} is damaged or of another version: {in_short(error)}")
         self.average.n_averaged.fill_(self.step)
         return False
@@ -741,16 +829,40 @@ class Stopped(Exception):
     """The user asked for it; everything is saved."""
 
 
+def change_parts(model: nn.Module, options: argparse.Namespace) -> None:
+    """What --checkpoint-activations and --compile do to a model. The quantizer's many small steps stay as they are."""
+    for module in model.modules():
+        if options.checkpoint_activations and isinstance(module, (ResidualBlock, PixelAttention, Block)):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        if options.compile and isinstance(module, (Encoder, Decoder, VAR)):
+            module.compile(dynamic=False)   # every batch has the same shape
+
+
+PEAK_TFLOPS = {   # of dense bf16, from the data sheets; the first name that the card's own contains
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165,
+}
+
+
+def peak_flops(options: argparse.Namespace) -> float | None:
+    """FLOP/s of one GPU at bf16, where that is what is used and the card is a known one."""
+    if options.device.type != "cuda" or options.precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(options.device)
+    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Stage one: the tokenizer
 
 
 class TokenizerStage(Stage):
     name, kind, spares = "tokenizer", "tokenizer", True   # no codes at first
+    recipe = ("tokenizer_steps", "tokenizer_batch", "tokenizer_lr", "unquantized", "final_lr", "warmup")
 
     def __init__(self, data: Data, options: argparse.Namespace):
         preset, self.images = options.preset, data
         self.quantized_from = int(preset.unquantized * preset.tokenizer_steps)
+        torch.manual_seed(options.seed)
         model = Tokenizer(preset.tokenizer_config(data.channels)).to(options.device)
         optimizer = torch.optim.AdamW(model.parameters(), preset.tokenizer_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         super().__init__(model, [optimizer], data.train, options, ema=0.0)
@@ -777,16 +889,27 @@ class TokenizerStage(Stage):
             _, losses = model(to_float(held_out[spread(held_out, 256)][0], self.options.device))
         return {"psnr": psnr(losses["mse"].item())}
 
+    def example(self) -> tuple[Tensor, ...]:
+        return (to_float(self.images.held_out[[0]][0], self.options.device),)
 
-def train_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
-    torch.manual_seed(options.seed)
-    tokenizer = TokenizerStage(data, options).run()
-    if rank_and_ranks()[0] > 0:
-        return tokenizer
-    health = tokenizer_health(tokenizer, data, options)
-    Log(options.out / "log.jsonl", "tokenizer health", 0).write(options.preset.tokenizer_steps, "held_out", **health)
-    draw_reconstructions(options.out / "reconstructions.png", tokenizer, data, options)
-    return tokenizer
+    def finish(self, model: Tokenizer, log: Log) -> None:
+        log.write(self.steps, "health", **tokenizer_health(model, self.images, self.options))
+        draw_reconstructions(self.options.out / "reconstructions.png", model, self.images, self.options)
+
+
+def made_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
+    """The run's own tokenizer, or the one that --tokenizer names, which the run then keeps a copy of."""
+    own = options.out / "tokenizer.pt"
+    path = options.tokenizer or own
+    tokenizer, side = load_tokenizer(path), options.preset.image_size
+    if (tokenizer.config.image_side, tokenizer.config.image_channels) != (side, data.channels):
+        raise UserError(f"{path} is for images of side {tokenizer.config.image_side} with "
+                        f"{tokenizer.config.image_channels} channels, and these are {side} with {data.channels}")
+    if own.exists() and fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
+        raise UserError(f"{options.out} has a tokenizer.pt that is another than {path}; choose another --out")
+    if not own.exists() and rank_and_ranks()[0] == 0:
+        save_checkpoint(own, "tokenizer", tokenizer.config, model=tokenizer.state_dict())
+    return tokenizer.to(options.device)
 
 
 def psnr(mse: float) -> float:
@@ -840,6 +963,38 @@ def tokenizer_health(tokenizer: Tokenizer, data: Data, options: argparse.Namespa
 # Stage two: the transformer
 
 
+def tokens_of(tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> list[TokenData]:
+    """All training and all held-out images as tokens. A folder's are kept in a file for the next training."""
+    sets = {"training images": data.train, "held-out images": data.held_out}
+    if not isinstance(data.train, FolderImages):
+        return [tokenise(tokenizer, images, options, name) for name, images in sets.items()]
+    path = options.tokens or options.out / "tokens.pt"
+    made_from = {"tokenizer": fingerprint(tokenizer), "precision": options.precision,
+                 **{name: images.fingerprint() for name, images in sets.items()}}
+    if path.exists():
+        try:
+            return kept_tokens(path, made_from)
+        except UserError as error:
+            say(f"tokens are made anew: {error}")
+    tokens = {name: tokenise(tokenizer, images, options, name) for name, images in sets.items()}
+    if rank_and_ranks()[0] == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, "set of tokens", tokenizer.config, made_from=made_from,
+                        **{name: (x.tokens_NL, x.labels_N) for name, x in tokens.items()})
+    return list(tokens.values())
+
+
+def kept_tokens(path: Path, made_from: dict[str, str]) -> list[TokenData]:
+    """The tokens in a file. Raises UserError unless they were made from the same."""
+    content = load_checkpoint(path, "set of tokens")
+    for name, value in made_from.items():
+        if content["made_from"][name] != value:
+            raise UserError(f"{path} was made with another {name}" if name in ("tokenizer", "precision") else
+                            f"{path} was made from other {name}")
+    say(f"tokens are those in {path}")
+    return [TokenData(*content[name]) for name in ("training images", "held-out images")]
+
+
 @torch.no_grad()
 def tokenise(tokenizer: Tokenizer, images: ArrayImages | FolderImages, options: argparse.Namespace, what: str) -> TokenData:
     """Every image once: the tokenizer does not change any more."""
@@ -856,7 +1011,7 @@ def tokenise(tokenizer: Tokenizer, images: ArrayImages | FolderImages, options: 
     parts = [(tokens, labels)] * ranks
     if ranks > 1:
         dist.all_gather_object(parts, (tokens, labels))
-    return TokenData(torch.cat([t for tokens, _ in parts for t in tokens]), torch.cat([l for _, labels in parts for l in labels]))
+    return TokenData(*(torch.cat([x for part in parts for x in part[i]]) for i in (0, 1)))
 
 
 class TokenData:
@@ -874,11 +1029,12 @@ class TokenData:
 
 class VARStage(Stage):
     name, kind = "var", "transformer"
+    recipe = ("var_steps", "var_batch", "var_lr", "weight_decay", "final_lr", "warmup", "ema")
 
     def __init__(self, tokenizer: Tokenizer, data: Data, options: argparse.Namespace):
         self.tokenizer, self.classes = tokenizer, data.classes
-        self.held_out = tokenise(tokenizer, data.held_out, options, "held-out images")
-        train = tokenise(tokenizer, data.train, options, "training images")
+        train, self.held_out = tokens_of(tokenizer, data, options)
+        torch.manual_seed(options.seed)
         model = VAR(options.preset.var_config(tokenizer.config, len(data.classes))).to(options.device)
         super().__init__(model, var_optimizers(model, options.preset), train, options, options.preset.ema)
 
@@ -900,6 +1056,13 @@ class VARStage(Stage):
         with self.options.autocast():
             loss, values = self.loss_of(model, *self.held_out[spread(self.held_out, 256)])
         return {"loss": loss.item(), **{name: value.tolist() for name, value in values.items()}}
+
+    def example(self) -> tuple[Tensor, ...]:
+        tokens_BL, labels_B = self.held_out[[0]]
+        return labels_B, self.tokenizer.teacher_inputs(tokens_BL.to(self.options.device))
+
+    def finish(self, model: VAR, log: Log) -> None:
+        draw_samples(self.options.out / "samples.png", model, self.tokenizer, self.classes, self.options)
 
     def facts(self) -> dict:
         return {**super().facts(), "classes": self.classes, "tokenizer": fingerprint(self.tokenizer)}
@@ -928,15 +1091,6 @@ def var_optimizers(model: VAR, preset: Preset) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
-def train_var(tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> VAR:
-    torch.manual_seed(options.seed)
-    model = VARStage(tokenizer, data, options).run()
-    if rank_and_ranks()[0] > 0:
-        return model
-    draw_samples(options.out / "samples.png", model, tokenizer, data.classes, options)
-    return model
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -946,7 +1100,7 @@ FILTERS = {"cfg": 4.0, "top_k": 900, "top_p": 0.75}
 
 
 def save_image(path: Path, image: Image.Image) -> None:
-    save_whole(path, lambda partial: image.save(partial, format="PNG"))
+    save_whole(path, lambda file: image.save(file, format="PNG"))
 
 
 def grid(rows: list[tuple[str, Sequence[np.ndarray]]], cell: int = 64, gap: int = 2) -> Image.Image:
@@ -997,7 +1151,8 @@ def draw_curves(path: Path, log: list[dict], scales: tuple[int, ...]) -> None:
 
     def curve(axis, stage, split, value, label):
         chosen = [x for x in lines[stage, split] if len(x.get("loss_per_scale", scales)) == len(scales)]
-        axis.plot([x["step"] for x in chosen], [value(x) for x in chosen], label=label, marker="." if split == "held_out" else None)
+        axis.plot([x["step"] for x in chosen], [value(x) for x in chosen], label=label,
+                  marker="." if split == "held_out" else None)
 
     for name in ("mse", "codebook"):
         curve(axes[0, 0], "tokenizer", "train", lambda x: x[name], name)
@@ -1013,7 +1168,7 @@ def draw_curves(path: Path, log: list[dict], scales: tuple[int, ...]) -> None:
         axis.set_xlabel("step")
         if axis.lines:
             axis.legend(fontsize="small", ncols=2)
-    save_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=90))
+    save_whole(path, lambda file: figure.savefig(file, format="png", dpi=90))
     plt.close(figure)
 
 
@@ -1025,23 +1180,40 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are values."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        none = action.default is None or action.default is False   # 0 is a value
+        return action.help if none else super()._get_help_string(action)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train VAR: the tokenizer, then the transformer.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", default="shapes", help="shapes (drawn), mnist, fashion-mnist, cifar10, or a folder with one sub-folder of images per class")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where known data sets are looked for first, and downloaded to")
-    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="3 for colour or 1 for grey, of images in a folder")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: out/ and the name of the data)")
-    parser.add_argument("--stage", choices=("all", "tokenizer", "var"), default="all", help="what to train")
-    parser.add_argument("--tokenizer", type=Path, help="for the transformer: another tokenizer than the run's own, a .pt of this program or a published .pth")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the folder")
-    parser.add_argument("--grad-accumulation", type=int, default=1, metavar="PARTS", help="compute a step's batch in this many parts, to need less memory")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images ahead; 4 or so for a folder of large ones")
-    parser.add_argument("--checkpoint-every", type=int, default=1000, help="steps between checkpoints")
-    parser.add_argument("--seed", type=int, default=0, help="of every random draw")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device is built for it")
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="a size of model and training; the flags below change single values of it")
+    parser = argparse.ArgumentParser(description="Train VAR: the tokenizer, then the transformer.", formatter_class=Help)
+    add = parser.add_argument
+    add("--data", default="shapes",
+        help="shapes (drawn), mnist, fashion-mnist, cifar10, or a folder with one sub-folder of images per class")
+    add("--data-dir", type=Path, default=Path("data"), help="where known data sets are looked for first, and downloaded to")
+    add("--channels", type=int, choices=(1, 3), default=3, help="3 for colour or 1 for grey, of images in a folder")
+    add("--out", type=Path, help="folder to write to (default: out/ and the name of the data)")
+    add("--stage", choices=("all", "tokenizer", "var"), default="all", help="what to train")
+    add("--tokenizer", type=Path,
+        help="train the transformer on this tokenizer, a .pt of this program or a published .pth; it is copied to --out")
+    add("--tokens", type=Path, metavar="FILE",
+        help="where the tokens of a folder's images are kept for the next training (default: tokens.pt in --out)")
+    add("--resume", action="store_true", help="go on from the checkpoints in the folder")
+    add("--checkpoint-every", type=int, default=1000, help="steps between checkpoints")
+    add("--seed", type=int, default=0, help="of every random draw")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps, ...")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device is built for it")
+    add("--compile", action="store_true", help="compile the models with torch.compile: slow to start, then faster")
+    add("--grad-accumulation", type=int, default=1, metavar="PARTS",
+        help="compute a step's batch in this many parts, to need less memory")
+    add("--checkpoint-activations", action="store_true",
+        help="keep only what enters a layer for the backward pass and compute the rest again: less memory, more time")
+    add("--workers", type=int, default=0, help="processes that read images ahead; 4 or so for a folder of large ones")
+    add("--preset", choices=PRESETS, default="tiny",
+        help="a size of model and training; the flags below change single values of it")
     group = parser.add_argument_group("values of the preset (the defaults shown are those of tiny)")
     for f in fields(Preset):
         kind = {"tuple[int, ...]": numbers, "int": int, "float": float, "int | None": int}.get(f.type)
@@ -1076,19 +1248,33 @@ def settle(options: argparse.Namespace) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {everything[name]} must be {what}")
     if options.stage == "tokenizer" and options.tokenizer:
         raise UserError("--tokenizer is for the transformer's training, and --stage tokenizer is without it")
-    options.device, options.autocast = device_and_autocast(join_processes(options.device), options.precision)
+    options.device = join_processes(options.device)
+    settle_device(options)
+    if options.compile:
+        check_compiler(options.device)
     options.out = options.out or Path("out") / Path(options.data).resolve().name
 
 
-def device_and_autocast(device: str, precision: str) -> tuple[torch.device, Callable]:
-    """The device, and what to run a model under: `with autocast():`. Raises UserError for a device that is not there."""
+def settle_device(options: argparse.Namespace) -> None:
+    """The device, fp32 or bf16 on it, and what to run a model under: `with options.autocast():`. Raises UserError for a
+    device that is not there."""
     try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        device = torch.device(options.device)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used: {in_short(error)}")
-    half = precision == "bf16" or precision == "auto" and fast_bf16(chosen)
-    return chosen, lambda: torch.autocast(chosen.type, torch.bfloat16, enabled=half)
+        raise UserError(f"--device {options.device} cannot be used: {in_short(error)}")
+    if options.precision == "auto":
+        options.precision = "bf16" if fast_bf16(device) else "fp32"
+    options.device = device
+    options.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile does not work, as without a C++ compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:   # each back end has its own
+        raise UserError(f"--compile does not work here: {in_short(error)}")
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -1122,19 +1308,12 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if ranks > 1 and rank == 0:
         dist.barrier()
-    if rank == 0:
-        print(f"{options.data}: {len(data.train)} training and {len(data.held_out)} held-out images, {len(data.classes)} "
-              f"classes; to {options.out} on {options.device}" + (f" and {ranks - 1} more" if ranks > 1 else ""))
-    if options.stage != "var" and not options.tokenizer:
-        tokenizer = train_tokenizer(data, options)
-    else:
-        path = options.tokenizer or options.out / "tokenizer.pt"
-        tokenizer = load_tokenizer(path).to(options.device)
-        if (tokenizer.config.image_side, tokenizer.config.image_channels) != (preset.image_size, data.channels):
-            raise UserError(f"{path} is for images of side {tokenizer.config.image_side} with {tokenizer.config.image_channels} "
-                            f"channels, and these are {preset.image_size} with {data.channels}")
+    say(f"{options.data}: {len(data.train)} training and {len(data.held_out)} held-out images, {len(data.classes)} "
+        f"classes; to {options.out} on {options.device}" + (f" and {ranks - 1} more" if ranks > 1 else ""))
+    made = options.stage == "var" or options.tokenizer
+    tokenizer = made_tokenizer(data, options) if made else TokenizerStage(data, options).run()
     if options.stage != "tokenizer":
-        train_var(tokenizer, data, options)
+        VARStage(tokenizer, data, options).run()
     if rank == 0:
         draw_curves(options.out / "curves.png", read_log(options.out / "log.jsonl"), tokenizer.config.scales)
     if ranks > 1:

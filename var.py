@@ -55,10 +55,10 @@ class VARConfig:
 class Kept:
     """What a generation keeps of an image: in-painting and its kin (paper: Sec. 5.3).
 
-    latent_BCSS: the latent of the image, its holes filled plausibly. where_B1SS: the share of each place that is kept;
-    elsewhere tokens are generated.
-    scales: how many of the scales, from the coarsest, keep anything. own_tokens_BL: if given, those of the image, which
-    are then pasted as they are, as published (the open loop).
+    latent_BCSS: the latent of the image, its holes filled plausibly.
+    where_B1SS: the share of each place that is kept; elsewhere tokens are generated.
+    scales: how many of the scales, from the coarsest, keep anything.
+    own_tokens_BL: if given, the image's tokens, computed beforehand and pasted as they are: the open loop, as published.
     """
     latent_BCSS: Tensor
     where_B1SS: Tensor

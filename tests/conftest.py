@@ -3,8 +3,37 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from program import TINY, run  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A data set of one's own: two classes, several modes and formats, and one file that is no image."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for label, name in enumerate(("cat", "dog")):
+        (root / name).mkdir()
+        for i in range(12):
+            pixels = (rng.random((10 + i, 14, 3)) * 100 + 120 * label).astype(np.uint8)
+            mode, ending = (("RGB", "jpg"), ("L", "png"), ("RGBA", "webp"), ("P", "png"))[i % 4]
+            Image.fromarray(pixels).convert(mode).save(root / name / f"{i:02}.{ending}")
+    (root / "dog" / "05.jpg").write_bytes(b"this is no image")
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(folder, tmp_path_factory) -> Path:
+    """A whole run on that folder."""
+    out = tmp_path_factory.mktemp("run")
+    result = run("train.py", "--data", folder, "--out", out, *TINY)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("05.jpg cannot be read as an image") == 1   # named once, however often it is met
+    return out

@@ -8,7 +8,7 @@ from PIL import Image
 
 import sample
 import train
-from test_program import TINY, refused, run
+from program import TINY, refused, run
 
 GAP, CELL = 2, 64
 
@@ -42,7 +42,8 @@ def columns(picture: np.ndarray, count: int) -> list[np.ndarray]:
 def opened(shapes, *arguments) -> tuple[sample.Run, sample.Given]:
     """The same in this process, for numbers that a picture does not show."""
     options = sample.parse(["--run", str(shapes), "--image", *(f"data:{i}" for i in range(40)), *arguments])
-    options.device, options.autocast = train.device_and_autocast("cpu", "fp32")
+    options.device, options.precision = "cpu", "fp32"
+    train.settle_device(options)
     opened_run = sample.load(options)
     return opened_run, sample.load_images(opened_run, options.image)
 
