@@ -423,7 +423,7 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHLD, k_BHSD, v_BHSD, ranges, scale):
         q_BHLD, k_BHSD, v_BHSD = map(rows_first, (q_BHLD, k_BHSD, v_BHSD))
-        (B, H, L, D), S = q_BHLD.shape, k_BHSD.shape[2]
+        (B, H, L, _), S = q_BHLD.shape, k_BHSD.shape[2]
         first_L, last_L, _, _ = ranges.tables(q_BHLD.device)
         o_BHLD, logsumexp_BHL = torch.empty_like(q_BHLD), q_BHLD.new_empty(B, H, L, dtype=torch.float32)
         tiles = attention_tiles("forward", q_BHLD)
@@ -439,7 +439,7 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx, do_BHLD):
         q_BHLD, k_BHSD, v_BHSD, o_BHLD, logsumexp_BHL = ctx.saved_tensors
         do_BHLD = rows_first(do_BHLD)
-        (B, H, L, D), S = q_BHLD.shape, k_BHSD.shape[2]
+        (B, H, L, _), S = q_BHLD.shape, k_BHSD.shape[2]
         first_L, last_L, first_S, last_S = ctx.ranges.tables(q_BHLD.device)
         delta_BHL = torch.empty_like(logsumexp_BHL)
         dq_BHLD, dk_BHSD, dv_BHSD = map(torch.empty_like, (q_BHLD, k_BHSD, v_BHSD))

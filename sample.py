@@ -103,11 +103,12 @@ def load(options: argparse.Namespace) -> Run:
         tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
         classes, source = [str(i) for i in range(model.config.classes)], None
     else:
-        content = load_checkpoint(var_path, "transformer")
+        parts = ("config", "model", "classes", "data", "data_dir", "tokenizer")
+        content = load_checkpoint(var_path, "transformer", *parts)
         model = restore(var_path, lambda: VAR(VARConfig(**content["config"])), content)
         tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
-        classes, source = content.get("classes"), {**content.get("data", {}), "data_dir": content.get("data_dir")}
-        if fingerprint(tokenizer) != content.get("tokenizer"):
+        classes, source = content["classes"], {**content["data"], "data_dir": content["data_dir"]}
+        if fingerprint(tokenizer) != content["tokenizer"]:
             raise UserError(f"{var_path} was trained on the tokens of another tokenizer than {tokenizer_path}")
     ours, its = tokenizer.config, model.config
     if (ours.scales, ours.vocabulary, ours.code_channels) != (its.scales, its.vocabulary, its.code_channels):

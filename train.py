@@ -5,6 +5,7 @@ tokens; stage two (`VARStage`) tokenises every image once and teaches the transf
 through the same loop, `Stage.run`. What a run writes, all in one folder:
 
     tokenizer.pt  var.pt     weights, with the configuration and the class names inside
+    tokens.pt                all images as tokens, for the next training
     log.jsonl                one line per few steps, and what was measured on held-out images
     reconstructions.png      held-out images above their reconstructions
     samples.png              generated images, a row per class
@@ -149,6 +150,9 @@ class ArrayImages:
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self.images[indices], self.labels[indices]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
 
 
 SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow", "bar")
@@ -500,12 +504,16 @@ def read_tensors(path: Path, what: str) -> Any:
         raise UserError(f"{path} cannot be read as a {what}: {in_short(error)}")
 
 
-def load_checkpoint(path: Path, kind: str) -> dict:
-    """A checkpoint of ours, on the CPU. Raises UserError where it is missing, damaged, or of another kind."""
+def load_checkpoint(path: Path, kind: str, *parts: str) -> dict:
+    """A checkpoint of ours, on the CPU. Raises UserError where it is missing, damaged, or of another kind, and where a
+    part is not in it."""
     content = read_tensors(path, f"{kind} checkpoint")
     found = content.get("kind", "something else") if isinstance(content, dict) else "something else"
     if found != kind:
         raise UserError(f"{path} is a checkpoint of a {found}, not of a {kind}")
+    for part in parts:
+        if part not in content:
+            raise UserError(f"{path} is of another version: it has no {part}")
     return content
 
 
@@ -522,7 +530,7 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
     """A tokenizer of ours, or a published one (a .pth), whose scales the caller may name."""
     if path.suffix == ".pth":
         return load_published(path, lambda state: Tokenizer.from_official(state, scales))
-    content = load_checkpoint(path, "tokenizer")
+    content = load_checkpoint(path, "tokenizer", "config", "model")
     return restore(path, lambda: Tokenizer(TokenizerConfig(**content["config"])), content)
 
 
@@ -804,14 +812,16 @@ class Stage:
 
     def resume(self) -> bool:
         """Take over what `save` wrote; returns whether that was a finished training."""
-        content = load_checkpoint(self.path, self.kind)
+        content = load_checkpoint(self.path, self.kind, "model", "recipe")
         for name, value in (("config", asdict(self.model.config)), *self.facts().items()):
             if name != "data_dir" and content.get(name) != value:   # files may have moved
-                raise UserError(f"{self.path} does not go on with these flags: its {name} is {content.get(name)}, not {value}")
+                raise UserError(f"{self.path} does not go on with these flags: its {name} is {content.get(name)}, "
+                                f"not {value}")
         try:
             for name, before in content["recipe"].items():
                 if (now := getattr(self.options.preset, name)) != before:
-                    say(f"{self.path} was trained with --{name.replace('_', '-')} {before} so far, and {now} is asked for now")
+                    flag = "--" + name.replace("_", "-")
+                    say(f"{self.path} was trained with {flag} {before} so far, and {now} is asked for now")
             self.average.module.load_state_dict(content["model"])
             if "training" not in content:
                 return True
@@ -963,14 +973,15 @@ def tokenizer_health(tokenizer: Tokenizer, data: Data, options: argparse.Namespa
 # Stage two: the transformer
 
 
+SETS = ("training images", "held-out images")
+
+
 def tokens_of(tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> list[TokenData]:
-    """All training and all held-out images as tokens. A folder's are kept in a file for the next training."""
-    sets = {"training images": data.train, "held-out images": data.held_out}
-    if not isinstance(data.train, FolderImages):
-        return [tokenise(tokenizer, images, options, name) for name, images in sets.items()]
-    path = options.tokens or options.out / "tokens.pt"
+    """Both sets of images as tokens, which are kept in a file for the next training."""
+    sets = dict(zip(SETS, (data.train, data.held_out)))
     made_from = {"tokenizer": fingerprint(tokenizer), "precision": options.precision,
                  **{name: images.fingerprint() for name, images in sets.items()}}
+    path = options.tokens or options.out / "tokens.pt"
     if path.exists():
         try:
             return kept_tokens(path, made_from)
@@ -986,13 +997,12 @@ def tokens_of(tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> 
 
 def kept_tokens(path: Path, made_from: dict[str, str]) -> list[TokenData]:
     """The tokens in a file. Raises UserError unless they were made from the same."""
-    content = load_checkpoint(path, "set of tokens")
+    content = load_checkpoint(path, "set of tokens", "made_from", *SETS)
     for name, value in made_from.items():
-        if content["made_from"][name] != value:
-            raise UserError(f"{path} was made with another {name}" if name in ("tokenizer", "precision") else
-                            f"{path} was made from other {name}")
+        if content["made_from"].get(name) != value:
+            raise UserError(f"{path} was made with other {name}")
     say(f"tokens are those in {path}")
-    return [TokenData(*content[name]) for name in ("training images", "held-out images")]
+    return [TokenData(*content[name]) for name in SETS]
 
 
 @torch.no_grad()
@@ -1200,7 +1210,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", type=Path,
         help="train the transformer on this tokenizer, a .pt of this program or a published .pth; it is copied to --out")
     add("--tokens", type=Path, metavar="FILE",
-        help="where the tokens of a folder's images are kept for the next training (default: tokens.pt in --out)")
+        help="where the images' tokens are kept for the next training (default: tokens.pt in --out)")
     add("--resume", action="store_true", help="go on from the checkpoints in the folder")
     add("--checkpoint-every", type=int, default=1000, help="steps between checkpoints")
     add("--seed", type=int, default=0, help="of every random draw")

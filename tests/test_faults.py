@@ -34,7 +34,8 @@ def same_run(one: Path, other: Path) -> bool:
     """Whether two runs logged the same and drew the same, and their weights agree, all bit for bit."""
     logs = [train.read_log(path / "log.jsonl") for path in (one, other)]
     pictures = [(path / "samples.png").read_bytes() for path in (one, other)]
-    weights = [torch.load(path / name, weights_only=True)["model"] for path in (one, other) for name in ("tokenizer.pt", "var.pt")]
+    weights = [torch.load(path / name, weights_only=True)["model"]
+               for path in (one, other) for name in ("tokenizer.pt", "var.pt")]
     return logs[0] == logs[1] and pictures[0] == pictures[1] and all(
         torch.equal(weights[i][key], weights[i + 2][key]) for i in (0, 1) for key in weights[i])
 
@@ -49,12 +50,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
-    command = [sys.executable, ROOT / "train.py", "--data", folder, "--out", tmp_path, *TINY, "--checkpoint-every", 3, "--resume"]
+    flags = ["--data", folder, "--out", tmp_path, *TINY, "--checkpoint-every", 3, "--resume"]
+    command = [sys.executable, ROOT / "train.py", *flags]
     for stage, step in (("tokenizer", 11), ("var", 11)):
         line = f'"stage": "{stage}", "step": {step}, "split": "train"'
         assert stop_training(command, signal.SIGKILL, tmp_path / "log.jsonl", line).returncode == -signal.SIGKILL
         train.load_tokenizer(tmp_path / "tokenizer.pt")
-    assert run(*command[1:]).returncode == 0
+    assert run("train.py", *flags).returncode == 0
     assert same_run(tmp_path, finished)
 
 
@@ -96,7 +98,8 @@ def test_resuming_with_another_recipe_is_said(folder, finished, tmp_path, capsys
 
 
 def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
-    result = run("train.py", "--data", folder, "--out", tmp_path, *TINY, "--tokenizer", finished / "tokenizer.pt", "--var-steps", 2)
+    result = run("train.py", "--data", folder, "--out", tmp_path, *TINY, "--var-steps", 2,
+                 "--tokenizer", finished / "tokenizer.pt")
     assert result.returncode == 0
     assert run("sample.py", "--run", tmp_path).returncode == 0
 
@@ -123,8 +126,8 @@ def test_tokens_are_made_once(folder, finished, tmp_path, capsys):
     assert said == "" and kept.exists() and len(first[0]) + len(first[2]) == 25
     said, again = tokens()
     assert said == f"tokens are those in {kept}" and all(map(torch.equal, first, again))
-    assert "another precision" in tokens("--precision", "bf16")[0]
-    assert "another precision" in tokens()[0]   # the file is always that of the last
+    assert "other precision" in tokens("--precision", "bf16")[0]
+    assert "other precision" in tokens()[0]   # the file is always that of the last
     os.utime(data_dir / "cat" / "03.png", (0, 0))
     assert "other training images" in tokens()[0]
     (data_dir / "dog" / "00.jpg").rename(data_dir / "dog" / "0.jpg")
@@ -136,7 +139,7 @@ def test_tokens_are_made_once(folder, finished, tmp_path, capsys):
     content = torch.load(elsewhere, weights_only=True)
     content["made_from"]["tokenizer"] = "another"
     torch.save(content, elsewhere)
-    assert "another tokenizer" in tokens("--tokens", str(elsewhere))[0]
+    assert "other tokenizer" in tokens("--tokens", str(elsewhere))[0]
 
 
 class Malicious:
