@@ -486,8 +486,9 @@ def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def save_checkpoint(path: Path, kind: str, config: TokenizerConfig | VARConfig, **content) -> None:
     try:
         save_whole(path, lambda file: torch.save({"kind": kind, "config": asdict(config), **content}, file))
-    except (OSError, RuntimeError) as error:   # RuntimeError is torch.save's for an OSError
-        raise UserError(f"{path} cannot be written, and is what it was before: {in_short(error.__context__ or error)}")
+    except (OSError, RuntimeError) as error:   # torch.save may end with a RuntimeError after an OSError
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(f"{path} cannot be written, and is what it was before: {in_short(reason)}")
 
 
 def read_tensors(path: Path, what: str) -> Any:
