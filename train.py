@@ -675,8 +675,8 @@ class Stage:
         self.peak = peak_flops(options)
         self.flops = 0 if self.peak is None else self.forward_flops()
         self.replica, (_, ranks) = model, rank_and_ranks()   # the model, its gradients averaged over the processes
-        if ranks > 1:   # the only buffers that change are the quantizer's, which agrees by itself
-            self.replica = DistributedDataParallel(model, find_unused_parameters=self.spares, broadcast_buffers=False)
+        if ranks > 1:
+            self.replica = DistributedDataParallel(model, find_unused_parameters=self.spares)
         if self.batch % (ranks * options.grad_accumulation):
             raise UserError(f"--{self.name}-batch {self.batch} does not divide into {ranks} processes times "
                             f"--grad-accumulation {options.grad_accumulation}")
