@@ -79,8 +79,9 @@ class Quantizer(nn.Module):
         self.codebook_VC = nn.Parameter(torch.zeros(V, C))   # `start_from` fills it
         self.phis = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(config.phis))   # identity at first
         self.phi_of_scale = choose_phis(len(self.scales), config.phis)
-        # Kept while training, for `revive`: how often each code was hit of late, and what the last step had to code.
+        # Kept while training, for `revive`: how often each code was hit of late and since `remember`, and what was coded.
         self.register_buffer("hits_V", torch.ones(V))
+        self.new_hits_V: Tensor | int = 0
         self.residuals: list[Tensor] = []
 
     def empty(self, batch: int) -> Tensor:
@@ -158,7 +159,7 @@ class Quantizer(nn.Module):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens[-1], k)
             loss = loss + F.mse_loss(f_hat_BCSS, target_BCSS) + COMMITMENT * F.mse_loss(f_hat_BCSS.detach(), f_BCSS)
         if self.training:
-            self.remember(tokens)
+            self.new_hits_V = self.new_hits_V + torch.bincount(torch.cat(tokens, dim=1).flatten(), minlength=len(self.hits_V))
             self.residuals = residuals
         return f_BCSS + (f_hat_BCSS - f_BCSS).detach(), loss / len(self.scales)
 
@@ -178,12 +179,12 @@ class Quantizer(nn.Module):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, self.nearest(residual_BlC), k)
 
     @torch.no_grad()
-    def remember(self, tokens: list[Tensor]) -> None:
-        """Count which codes were hit, in all processes."""
-        hits_V = torch.bincount(torch.cat(tokens, dim=1).flatten(), minlength=len(self.hits_V))
+    def remember(self) -> None:
+        """After a step, however many parts it was computed in: the hits of all processes."""
         if dist.is_initialized():
-            dist.all_reduce(hits_V)
-        self.hits_V.mul_(HITS_MEMORY).add_(hits_V, alpha=1 - HITS_MEMORY)
+            dist.all_reduce(self.new_hits_V)
+        self.hits_V.mul_(HITS_MEMORY).add_(self.new_hits_V, alpha=1 - HITS_MEMORY)
+        self.new_hits_V = 0
 
     @torch.no_grad()
     def revive(self, optimizer: torch.optim.Optimizer) -> int:

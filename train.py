@@ -4,8 +4,8 @@ Read `main` first; it is the whole program. Stage one (`TokenizerStage`) teaches
 tokens; stage two (`VARStage`) tokenises every image once and teaches the transformer to predict the tokens. Both go
 through the same loop, `Stage.run`. What a run writes, all in one folder:
 
-    tokenizer.pt  var.pt     weights, with the configuration and the class names inside
-    tokens.pt                all images as tokens, for the next training
+    tokenizer.pt  var.pt     weights, and what they are of: configuration, data, classes
+    tokens.pt                all images as tokens, for the next training in this folder
     log.jsonl                one line per few steps, and what was measured on held-out images
     reconstructions.png      held-out images above their reconstructions
     samples.png              generated images, a row per class
@@ -30,7 +30,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from datetime import timedelta
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -137,6 +138,11 @@ class Data:
     held_out: ArrayImages | FolderImages
     classes: list[str]
     channels: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the images in both sets and of their order: a training goes on only with the same."""
+        return hashlib.sha256((self.train.fingerprint() + self.held_out.fingerprint()).encode()).hexdigest()
 
 
 class ArrayImages:
@@ -368,11 +374,10 @@ class FolderImages:
         return torch.stack(images), self.labels[list(found)]
 
     def fingerprint(self) -> str:
-        """Changes with the list of files, and with any file's size or time."""
+        """Of the list of files and their sizes, wherever the folder lies."""
         digest = hashlib.sha256(f"{self.side} {self.channels}".encode())
         for path in self.paths:
-            status = path.stat()
-            digest.update(repr((str(path.relative_to(self.root)), status.st_size, status.st_mtime_ns)).encode())
+            digest.update(repr((str(path.relative_to(self.root)), path.stat().st_size)).encode())
         return digest.hexdigest()
 
     def first_readable(self, index: int) -> tuple[Tensor, int]:
@@ -384,7 +389,7 @@ class FolderImages:
                 return torch.from_numpy(read_image(self.paths[i], self.side, self.channels)), i
             except UserError as error:
                 self.unreadable.add(self.paths[i])
-                tqdm.write(f"skipped, {len(self.unreadable)} so far: {error}", file=sys.stderr)
+                tqdm.write(f"skipped, {len(self.unreadable)} so far: {in_short(error)}", file=sys.stderr)
         raise UserError(f"none of the {len(self)} images can be read")
 
 
@@ -399,8 +404,8 @@ def read_image(path: Path, side: int, channels: int) -> np.ndarray:
                 image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
             image = image.convert("RGB" if channels == 3 else "L")
             pixels = np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}")
+    except Exception as error:   # damaged files make Pillow raise nearly anything
+        raise UserError(f"{path} cannot be read as an image: {in_short(error)}")
     return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
 
 
@@ -471,21 +476,22 @@ def shuffled(count: int, batch: int, seed: int, begin: int, end: int) -> Iterato
 def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Write a file beside its place, then rename: at any instant, and when the disk is full, the old one or the new
     one is there."""
-    partial = path.with_name(path.name + ".partial")
+    beside = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
+        with open(beside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())   # on the disk before it takes the name: a power cut may follow
-        os.replace(partial, path)
+        os.replace(beside, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 
-def save_checkpoint(path: Path, kind: str, config: TokenizerConfig | VARConfig, **content) -> None:
+def save_checkpoint(path: Path, kind: str, **content) -> None:
+    """Raises UserError where it cannot be written."""
     try:
-        save_whole(path, lambda file: torch.save({"kind": kind, "config": asdict(config), **content}, file))
+        save_whole(path, lambda file: torch.save({"kind": kind, **content}, file))
     except (OSError, RuntimeError) as error:   # torch.save may end with a RuntimeError after an OSError
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise UserError(f"{path} cannot be written, and is what it was before: {in_short(reason)}")
@@ -496,8 +502,10 @@ def read_tensors(path: Path, what: str) -> Any:
     if not path.is_file():
         raise UserError(f"there is no {what} at {path}")
     try:
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):   # torch.load compares no checksums
-            raise UserError(f"{path} is damaged: the checksum of {part} is wrong")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if part := archive.testzip():   # torch.load compares no checksums
+                    raise UserError(f"{path} is damaged: the checksum of {part} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -572,15 +580,13 @@ def say(text: str) -> None:
         print(text)
 
 
-def join_processes(device: str) -> str:
-    """Meet the other processes that torchrun started; returns the device that is this one's."""
-    if not dist.is_torchelastic_launched():
-        return device
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group()   # NCCL between GPUs, gloo between CPUs
-    return device
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes that torchrun started."""
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # NCCL between GPUs, gloo between CPUs. The others wait where process 0 downloads or reads.
+        dist.init_process_group(timeout=timedelta(hours=2))
 
 
 def own_part(rows: list[int]) -> list[int]:
@@ -604,12 +610,12 @@ class Log:
     """log.jsonl: one JSON object per line."""
 
     def __init__(self, path: Path, stage: str, done: int):
-        """Lines of this stage for steps after `done`, left by an earlier try, are dropped, and so is its end."""
+        """Lines of this stage for steps after `done`, left by an earlier try, are dropped, and so is its last one."""
         self.path, self.stage = path, stage
         if rank_and_ranks()[0] > 0:
             return
         kept = [line for line in read_log(path)
-                if line["stage"] != stage or line["step"] <= done and line["split"] != "health"]
+                if line["stage"] != stage or (line["step"] <= done and line["split"] != "health")]
         save_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
 
     def write(self, step: int, split: str, **values) -> None:
@@ -629,7 +635,8 @@ def read_log(path: Path) -> list[dict]:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM end the step at hand, not half of it; a second Ctrl-C ends at once."""
+    """Ctrl-C and SIGTERM end the step at hand, not half of it; a second Ctrl-C ends at once. (A second SIGTERM does
+    not: a process manager and torchrun may each send one.)"""
 
     def __enter__(self) -> Interrupt:
         self.asked = False
@@ -638,7 +645,7 @@ class Interrupt:
 
     def ask(self, *_) -> None:
         self.asked = True
-        self.__exit__()
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def __exit__(self, *_) -> None:
         for s, handler in self.before.items():
@@ -656,9 +663,9 @@ def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
 class Stage:
     """What both trainings share: the loop, its log and its checkpoints. A subclass says what is trained, and on what.
 
-    name: of the stage in flags, in the log and in the file's name; kind: what its checkpoint is called; recipe: values
-    of the preset that may change when a run goes on; spares: whether some steps leave parameters without a gradient,
-    which several processes have to look out for.
+    name: of the stage in flags, in the log and in the file's name; kind: what its checkpoint is called; recipe: what of
+    the preset shapes the training; spares: whether some steps leave parameters without a gradient, which several
+    processes have to look out for.
     """
     name: str
     kind: str
@@ -674,12 +681,9 @@ class Stage:
         change_parts(model, options)
         self.peak = peak_flops(options)
         self.flops = 0 if self.peak is None else self.forward_flops()
-        self.replica, (_, ranks) = model, rank_and_ranks()   # the model, its gradients averaged over the processes
-        if ranks > 1:
-            self.replica = DistributedDataParallel(model, find_unused_parameters=self.spares)
-        if self.batch % (ranks * options.grad_accumulation):
-            raise UserError(f"--{self.name}-batch {self.batch} does not divide into {ranks} processes times "
-                            f"--grad-accumulation {options.grad_accumulation}")
+        self.replica = model   # the model, its gradients averaged over the processes
+        if dist.is_initialized():
+            self.replica = DistributedDataParallel(model, find_unused_parameters=self.spares, gradient_as_bucket_view=True)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.path, self.step, self.saved = options.out / f"{self.name}.pt", 0, 0
 
@@ -699,15 +703,11 @@ class Stage:
         """What the run shows of the trained model."""
         raise NotImplementedError
 
-    def facts(self) -> dict:
-        """What a checkpoint holds beside the weights and the configuration, and what a run that goes on must share: how
-        to load the data again, and the optimizers."""
-        o = self.options
-        known = o.data == "shapes" or o.data in DOWNLOADS
-        return {"optimizers": [type(optimizer).__name__ for optimizer in self.optimizers],
-                "data": {"name": o.data if known else str(Path(o.data).resolve()), "side": o.preset.image_size,
-                         "channels": o.channels, "seed": o.seed},
-                "data_dir": str(o.data_dir.resolve())}
+    def identity(self) -> dict:
+        """What a training that goes on must have in common with the checkpoint."""
+        recipe = {name: getattr(self.options.preset, name) for name in self.recipe}
+        return {"config": asdict(self.model.config), "data set": self.images.fingerprint,
+                "recipe": {"seed": self.options.seed, **recipe}}
 
     def before_step(self) -> None:
         """What changes the model before a step."""
@@ -721,6 +721,8 @@ class Stage:
         if options.resume and self.path.exists() and self.resume():
             say(f"{self.path} is finished")
             return self.average.module.eval()
+        if options.overwrite:
+            self.path.unlink(missing_ok=True)
         log = Log(options.out / "log.jsonl", self.name, self.step)
         steps = map(own_part, shuffled(len(self.data), self.batch, options.seed, self.step, self.steps))
         with Interrupt() as interrupt, tqdm(initial=self.step, total=self.steps, desc=self.name, unit="step",
@@ -738,6 +740,8 @@ class Stage:
                 if stop:
                     raise Stopped(f"stopped after step {self.step} of {self.steps} and saved to {options.out}; the same "
                                   f"command with --resume goes on from there")
+            if sum(mean_over_processes(interrupt.asked, device=options.device)):   # during the last step
+                raise Stopped(f"stopped after the last step and saved to {options.out}; the same command with --resume ends it")
         model = self.average.module.eval()
         if rank_and_ranks()[0] == 0:
             self.finish(model, log)
@@ -746,21 +750,26 @@ class Stage:
 
     def advance(self, rows: tuple[Tensor, Tensor], asked: bool) -> tuple[float, dict[str, Tensor], bool]:
         """One step of training: the loss before it, what to log, and whether any process was asked to stop."""
-        # Every random draw of a step follows from the seed and the step: a resumed run repeats them exactly.
-        torch.manual_seed(self.options.seed * 1_000_003 + self.step)
+        # Every random draw of a step follows from the seed and the step: a resumed run repeats them exactly. Codes are
+        # drawn alike in all processes, labels to drop in each for itself.
+        seed = self.options.seed * 1_000_003 + self.step
+        torch.manual_seed(seed)
         self.before_step()
+        torch.manual_seed(seed + (rank_and_ranks()[0] << 40))
         self.model.train()
         loss, values = self.gradients(rows)
         loss, stop = mean_over_processes(loss, asked, device=self.options.device)
-        if not math.isfinite(loss):
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             where = f"the last good checkpoint, of step {self.saved}, is {self.path}" if self.saved else "no checkpoint yet"
-            raise UserError(f"the {self.name} loss became {loss} at step {self.step}; {where}; try a lower --{self.name}-lr")
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            raise UserError(f"the {self.name} loss became {loss} and its gradient {norm} at step {self.step}; {where}; "
+                            f"try a lower --{self.name}-lr")
         rate = learning_rate(self.step, self.steps, self.options.preset.warmup, self.options.preset.final_lr)
         for optimizer, peaks in zip(self.optimizers, self.peaks):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * rate
             optimizer.step()
+        torch.manual_seed(seed)
         self.after_step()
         self.average.update_parameters(self.model)
         self.step += 1
@@ -801,28 +810,28 @@ class Stage:
 
     def save(self, finished: bool) -> None:
         """The average is what a checkpoint is for; until the end it also holds what going on takes."""
-        self.saved = self.step
-        if rank_and_ranks()[0] > 0:
-            return
-        training = {} if finished else {"training": {
-            "step": self.step, "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}}
-        recipe = {name: getattr(self.options.preset, name) for name in self.recipe}
-        save_checkpoint(self.path, self.kind, self.model.config, model=self.average.module.state_dict(), recipe=recipe,
-                        **self.facts(), **training)
+        o, self.saved = self.options, self.step
+        if rank_and_ranks()[0] == 0:
+            known = o.data == "shapes" or o.data in DOWNLOADS
+            data = {"name": o.data if known else str(Path(o.data).resolve()), "data_dir": str(o.data_dir.resolve()),
+                    "side": o.preset.image_size, "channels": o.channels, "seed": o.seed}
+            training = {} if finished else {"training": {
+                "step": self.step, "rates": self.peaks, "model": self.model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}}
+            save_checkpoint(self.path, self.kind, **self.identity(), model=self.average.module.state_dict(), data=data,
+                            classes=self.images.classes, **training)
+        if dist.is_initialized():   # torchrun kills the others once a process has ended
+            dist.barrier()
 
     def resume(self) -> bool:
         """Take over what `save` wrote; returns whether that was a finished training."""
-        content = load_checkpoint(self.path, self.kind, "model", "recipe")
-        for name, value in (("config", asdict(self.model.config)), *self.facts().items()):
-            if name != "data_dir" and content.get(name) != value:   # files may have moved
-                raise UserError(f"{self.path} does not go on with these flags: its {name} is {content.get(name)}, "
-                                f"not {value}")
+        content = load_checkpoint(self.path, self.kind, "model", *self.identity())
+        begun, now = flat({name: content[name] for name in self.identity()}), flat(self.identity())
+        for name in now:
+            if begun.get(name) != now[name]:
+                values = "" if name in content else f": {begun.get(name)}, not {now[name]}"   # or a fingerprint
+                raise UserError(f"{self.path} does not go on: it was begun with another {name}{values}")
         try:
-            for name, before in content["recipe"].items():
-                if (now := getattr(self.options.preset, name)) != before:
-                    flag = "--" + name.replace("_", "-")
-                    say(f"{self.path} was trained with {flag} {before} so far, and {now} is asked for now")
             self.average.module.load_state_dict(content["model"])
             if "training" not in content:
                 return True
@@ -830,10 +839,20 @@ class Stage:
             for optimizer, state in zip(self.optimizers, content["training"]["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             self.step = self.saved = content["training"]["step"]
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if (before := content["training"]["rates"]) != self.peaks:
+                say(f"the peak learning rate was {before[0][0]} so far and is {self.peaks[0][0]} from here on")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.path} is damaged or of another version: {in_short(error)}")
         self.average.n_averaged.fill_(self.step)
         return False
+
+
+def flat(content: dict) -> dict:
+    """{"recipe": {"seed": 0}, "tokenizer": "3f"} as {"seed": 0, "tokenizer": "3f"}."""
+    parts = {}
+    for name, value in content.items():
+        parts |= value if isinstance(value, dict) else {name: value}
+    return parts
 
 
 class Stopped(Exception):
@@ -846,11 +865,11 @@ def change_parts(model: nn.Module, options: argparse.Namespace) -> None:
         if options.checkpoint_activations and isinstance(module, (ResidualBlock, PixelAttention, Block)):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
         if options.compile and isinstance(module, (Encoder, Decoder, VAR)):
-            module.compile(dynamic=False)   # every batch has the same shape
+            module.compile(dynamic=False)   # every batch of a training has the same shape
 
 
 PEAK_TFLOPS = {   # of dense bf16, from the data sheets; the first name that the card's own contains
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165,
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165,
 }
 
 
@@ -868,7 +887,7 @@ def peak_flops(options: argparse.Namespace) -> float | None:
 
 class TokenizerStage(Stage):
     name, kind, spares = "tokenizer", "tokenizer", True   # no codes at first
-    recipe = ("tokenizer_steps", "tokenizer_batch", "tokenizer_lr", "unquantized", "final_lr", "warmup")
+    recipe = ("tokenizer_steps", "tokenizer_batch", "unquantized", "final_lr", "warmup")
 
     def __init__(self, data: Data, options: argparse.Namespace):
         preset, self.images = options.preset, data
@@ -881,24 +900,32 @@ class TokenizerStage(Stage):
     @torch.no_grad()
     def before_step(self) -> None:
         if self.step == self.quantized_from:   # only now is there a latent worth taking codes from
-            sample = to_float(self.data[spread(self.data, 512)][0], self.options.device)
             with self.options.autocast():
-                self.model.quantizer.start_from(self.model.latent(sample))
+                latents = [self.average.module.latent(images) for images in self.passes(self.data, 512)]
+                self.model.quantizer.start_from(torch.cat(latents))
+
+    def passes(self, images: ArrayImages | FolderImages, count: int) -> Iterator[Tensor]:
+        """At most `count` images, evenly over all classes, as many at a time as a pass without gradients takes."""
+        sample = spread(images, count)
+        for part in chunks(len(sample), at_a_time(self.options.preset.image_size)):
+            yield to_float(images[[sample[i] for i in part]][0], self.options.device)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         _, losses = self.replica(to_float(images, self.options.device), quantize=self.step >= self.quantized_from)
         return losses["total"], losses
 
     def after_step(self) -> None:
+        if self.step < self.quantized_from:
+            return
+        self.model.quantizer.remember()
         if self.quantized_from < self.step < 0.9 * self.steps and self.step % 20 == 0:   # the end is for settling down
             self.model.quantizer.revive(self.optimizers[0])
 
     @torch.no_grad()
     def validate(self, model: Tokenizer) -> dict:
-        held_out = self.images.held_out
         with self.options.autocast():
-            _, losses = model(to_float(held_out[spread(held_out, 256)][0], self.options.device))
-        return {"psnr": psnr(losses["mse"].item())}
+            parts = [(len(images), model(images)[1]["mse"].item()) for images in self.passes(self.images.held_out, 256)]
+        return {"psnr": psnr(sum(count * mse for count, mse in parts) / sum(count for count, _ in parts))}
 
     def example(self) -> tuple[Tensor, ...]:
         return (to_float(self.images.held_out[[0]][0], self.options.device),)
@@ -908,18 +935,20 @@ class TokenizerStage(Stage):
         draw_reconstructions(self.options.out / "reconstructions.png", model, self.images, self.options)
 
 
-def made_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
+def chosen_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
     """The run's own tokenizer, or the one that --tokenizer names, which the run then keeps a copy of."""
     own = options.out / "tokenizer.pt"
     path = options.tokenizer or own
-    tokenizer, side = load_tokenizer(path), options.preset.image_size
+    tokenizer, side = load_tokenizer(path, options.preset.scales), options.preset.image_size
+    if path.suffix == ".pt" and "training" in load_checkpoint(path, "tokenizer"):
+        raise UserError(f"{path} is not trained to its end; `--stage tokenizer --resume` goes on with it")
     if (tokenizer.config.image_side, tokenizer.config.image_channels) != (side, data.channels):
         raise UserError(f"{path} is for images of side {tokenizer.config.image_side} with "
                         f"{tokenizer.config.image_channels} channels, and these are {side} with {data.channels}")
-    if own.exists() and fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
+    if own != path and own.exists() and fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
         raise UserError(f"{options.out} has a tokenizer.pt that is another than {path}; choose another --out")
     if not own.exists() and rank_and_ranks()[0] == 0:
-        save_checkpoint(own, "tokenizer", tokenizer.config, model=tokenizer.state_dict())
+        save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config), model=tokenizer.state_dict())
     return tokenizer.to(options.device)
 
 
@@ -931,6 +960,11 @@ def psnr(mse: float) -> float:
 def spread(images: ArrayImages | FolderImages, count: int) -> list[int]:
     """Indices of at most `count` images, evenly over all classes."""
     return np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist()
+
+
+def at_a_time(side: int) -> int:
+    """How many images of a side a pass without gradients takes: 512 of 32 x 32 pixels, 8 of 256 x 256."""
+    return max(1, 2**19 // side**2)
 
 
 def chunks(count: int, size: int) -> Iterator[list[int]]:
@@ -946,7 +980,7 @@ def tokenizer_health(tokenizer: Tokenizer, data: Data, options: argparse.Namespa
     scales, V = tokenizer.config.scales, tokenizer.config.vocabulary
     counts_KV, errors_K, pixels = torch.zeros(len(scales), V), np.zeros(len(scales)), 0
     sample = spread(data.held_out, 2000)
-    for chunk in chunks(len(sample), 250):
+    for chunk in chunks(len(sample), min(250, at_a_time(tokenizer.config.image_side))):
         images = to_float(data.held_out[[sample[i] for i in chunk]][0], options.device)
         with options.autocast():
             tokens_BL = tokenizer.encode(images)
@@ -974,36 +1008,38 @@ def tokenizer_health(tokenizer: Tokenizer, data: Data, options: argparse.Namespa
 # Stage two: the transformer
 
 
-SETS = ("training images", "held-out images")
-
-
-def tokens_of(tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> list[TokenData]:
-    """Both sets of images as tokens, which are kept in a file for the next training."""
-    sets = dict(zip(SETS, (data.train, data.held_out)))
-    made_from = {"tokenizer": fingerprint(tokenizer), "precision": options.precision,
-                 **{name: images.fingerprint() for name, images in sets.items()}}
+def tokens_of(tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> tuple[TokenData, TokenData]:
+    """The training and the held-out images as tokens, which are kept in a file for the next training."""
     path = options.tokens or options.out / "tokens.pt"
-    if path.exists():
+    made_with = {"tokenizer": fingerprint(tokenizer), "precision": options.precision, "images": data.fingerprint}
+    rank, ranks = rank_and_ranks()
+    kept = [kept_tokens(path, made_with) if rank == 0 else None]
+    if ranks > 1:
+        dist.broadcast_object_list(kept, device=options.device)
+    if kept[0] is not None:
+        return kept[0]
+    train = tokenise(tokenizer, data.train, options, "training images")
+    held_out = tokenise(tokenizer, data.held_out, options, "held-out images")
+    if rank == 0:
         try:
-            return kept_tokens(path, made_from)
-        except UserError as error:
-            say(f"tokens are made anew: {error}")
-    tokens = {name: tokenise(tokenizer, images, options, name) for name, images in sets.items()}
-    if rank_and_ranks()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, "set of tokens", tokenizer.config, made_from=made_from,
-                        **{name: (x.tokens_NL, x.labels_N) for name, x in tokens.items()})
-    return list(tokens.values())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(path, "set of tokens", made_with=made_with, train=vars(train), held_out=vars(held_out))
+        except (UserError, OSError) as error:
+            print(f"the tokens are not kept: {in_short(error)}")
+    return train, held_out
 
 
-def kept_tokens(path: Path, made_from: dict[str, str]) -> list[TokenData]:
-    """The tokens in a file. Raises UserError unless they were made from the same."""
-    content = load_checkpoint(path, "set of tokens", "made_from", *SETS)
-    for name, value in made_from.items():
-        if content["made_from"].get(name) != value:
-            raise UserError(f"{path} was made with other {name}")
-    say(f"tokens are those in {path}")
-    return [TokenData(*content[name]) for name in SETS]
+def kept_tokens(path: Path, made_with: dict[str, str]) -> tuple[TokenData, TokenData] | None:
+    """What an earlier training kept, if it was made with the same. Raises UserError for a file of anything else."""
+    if not path.exists():
+        return None
+    content = load_checkpoint(path, "set of tokens", "made_with", "train", "held_out")
+    for name, value in made_with.items():
+        if content["made_with"].get(name) != value:
+            print(f"tokens are made anew: those in {path} were made with other {name}")
+            return None
+    print(f"tokens are those in {path}")
+    return TokenData(**content["train"]), TokenData(**content["held_out"])
 
 
 @torch.no_grad()
@@ -1012,7 +1048,8 @@ def tokenise(tokenizer: Tokenizer, images: ArrayImages | FolderImages, options: 
     kept = torch.int16 if tokenizer.config.vocabulary <= 2 ** 15 else torch.int32
     rank, ranks = rank_and_ranks()
     own = own_part(list(range(len(images))))
-    batches = [own[begin:begin + 128] for begin in range(0, len(own), 128)]
+    size = min(128, at_a_time(tokenizer.config.image_side))
+    batches = [own[begin:begin + size] for begin in range(0, len(own), size)]
     tokens, labels = [], []
     for batch, batch_labels in tqdm(read_ahead(images, batches, options), total=len(batches), desc=f"tokenise {what}",
                                     unit="batch", disable=rank > 0):
@@ -1040,10 +1077,10 @@ class TokenData:
 
 class VARStage(Stage):
     name, kind = "var", "transformer"
-    recipe = ("var_steps", "var_batch", "var_lr", "weight_decay", "final_lr", "warmup", "ema")
+    recipe = ("var_steps", "var_batch", "muon", "weight_decay", "final_lr", "warmup", "ema")
 
     def __init__(self, tokenizer: Tokenizer, data: Data, options: argparse.Namespace):
-        self.tokenizer, self.classes = tokenizer, data.classes
+        self.tokenizer, self.images = tokenizer, data
         train, self.held_out = tokens_of(tokenizer, data, options)
         torch.manual_seed(options.seed)
         model = VAR(options.preset.var_config(tokenizer.config, len(data.classes))).to(options.device)
@@ -1073,10 +1110,10 @@ class VARStage(Stage):
         return labels_B, self.tokenizer.teacher_inputs(tokens_BL.to(self.options.device))
 
     def finish(self, model: VAR, log: Log) -> None:
-        draw_samples(self.options.out / "samples.png", model, self.tokenizer, self.classes, self.options)
+        draw_samples(self.options.out / "samples.png", model, self.tokenizer, self.images.classes, self.options)
 
-    def facts(self) -> dict:
-        return {**super().facts(), "classes": self.classes, "tokenizer": fingerprint(self.tokenizer)}
+    def identity(self) -> dict:
+        return {**super().identity(), "tokenizer": fingerprint(self.tokenizer)}
 
 
 def var_optimizers(model: VAR, preset: Preset) -> list[torch.optim.Optimizer]:
@@ -1146,11 +1183,13 @@ def draw_reconstructions(path: Path, tokenizer: Tokenizer, data: Data, options: 
 @torch.no_grad()
 def draw_samples(path: Path, model: VAR, tokenizer: Tokenizer, classes: list[str], options: argparse.Namespace) -> None:
     """A row of generated images per class, for at most twenty classes."""
-    names, each = classes[:20], 10
-    labels_B = torch.arange(len(names), device=options.device).repeat_interleave(each)
+    names, each, parts = classes[:20], 10, []
+    labels_N = torch.arange(len(names), device=options.device).repeat_interleave(each)
     generator = torch.Generator(options.device).manual_seed(options.seed)
-    with options.autocast():
-        pixels = to_bytes(tokenizer.decode(model.generate(tokenizer, labels_B, **FILTERS, generator=generator)))
+    for labels_B in labels_N.split(at_a_time(tokenizer.config.image_side)):
+        with options.autocast():
+            parts.append(to_bytes(tokenizer.decode(model.generate(tokenizer, labels_B, **FILTERS, generator=generator))))
+    pixels = np.concatenate(parts)
     save_image(path, grid(list(zip(names, pixels.reshape(len(names), each, *pixels.shape[1:])))))
 
 
@@ -1213,6 +1252,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=Path, metavar="FILE",
         help="where the images' tokens are kept for the next training (default: tokens.pt in --out)")
     add("--resume", action="store_true", help="go on from the checkpoints in the folder")
+    add("--overwrite", action="store_true", help="start anew in a folder that holds a training, which is lost")
     add("--checkpoint-every", type=int, default=1000, help="steps between checkpoints")
     add("--seed", type=int, default=0, help="of every random draw")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps, ...")
@@ -1259,11 +1299,29 @@ def settle(options: argparse.Namespace) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {everything[name]} must be {what}")
     if options.stage == "tokenizer" and options.tokenizer:
         raise UserError("--tokenizer is for the transformer's training, and --stage tokenizer is without it")
-    options.device = join_processes(options.device)
+    if options.device == "cuda" and dist.is_torchelastic_launched():
+        options.device = f"cuda:{os.environ['LOCAL_RANK']}"
     settle_device(options)
+    join_processes(options.device)
     if options.compile:
         check_compiler(options.device)
     options.out = options.out or Path("out") / Path(options.data).resolve().name
+
+
+def check_trainings(options: argparse.Namespace) -> None:
+    """Raises UserError for what would go wrong later, perhaps after days of the first stage."""
+    preset, parts = options.preset, rank_and_ranks()[1] * options.grad_accumulation
+    for name, batch in (("tokenizer", preset.tokenizer_batch), ("var", preset.var_batch)):
+        path = options.out / f"{name}.pt"
+        trained = options.stage == name or options.stage == "all" and not (name == "tokenizer" and options.tokenizer)
+        if trained and batch % parts:
+            raise UserError(f"--{name}-batch {batch} does not divide into {parts // options.grad_accumulation} processes "
+                            f"times --grad-accumulation {options.grad_accumulation}")
+        if trained and path.exists() and not (options.resume or options.overwrite):
+            raise UserError(f"{path} is there already: --resume goes on with it, --overwrite starts anew, --out names "
+                            f"another folder")
+    if options.device.type == "cuda" and not 16 <= preset.width // preset.heads <= 128:
+        raise UserError(f"--width {preset.width} over --heads {preset.heads} must be 16 to 128 on a GPU")
 
 
 def settle_device(options: argparse.Namespace) -> None:
@@ -1312,6 +1370,7 @@ def main() -> None:
     if config.image_side != preset.image_size:
         raise UserError(f"--image-size {preset.image_size} does not fit: scales up to {preset.scales[-1]} at "
                         f"downsampling {config.downsampling} are images of {config.image_side}")
+    check_trainings(options)
     rank, ranks = rank_and_ranks()
     if ranks > 1 and rank > 0:   # process 0 downloads what is missing
         dist.barrier()
@@ -1322,7 +1381,7 @@ def main() -> None:
     say(f"{options.data}: {len(data.train)} training and {len(data.held_out)} held-out images, {len(data.classes)} "
         f"classes; to {options.out} on {options.device}" + (f" and {ranks - 1} more" if ranks > 1 else ""))
     made = options.stage == "var" or options.tokenizer
-    tokenizer = made_tokenizer(data, options) if made else TokenizerStage(data, options).run()
+    tokenizer = chosen_tokenizer(data, options) if made else TokenizerStage(data, options).run()
     if options.stage != "tokenizer":
         VARStage(tokenizer, data, options).run()
     if rank == 0:

@@ -87,20 +87,23 @@ def test_strange_files_among_the_images(tmp_path, capsys):
     data.mkdir(parents=True)
     Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(data / "line\nbreak.jpg")
     Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "outside.png")
+    (data / "a.png").write_bytes((tmp_path / "outside.png").read_bytes())
     (data / "link.png").symlink_to(tmp_path / "outside.png")
-    (data / "cut.jpg").write_bytes((data / "line\nbreak.jpg").read_bytes()[:500])
+    (data / "cut\nshort.jpg").write_bytes((data / "line\nbreak.jpg").read_bytes()[:500])
     (data / "folder.png").mkdir()
     (data / "nowhere.png").symlink_to(tmp_path / "missing.png")
     os.mkfifo(data / "pipe.jpg")
-    chunk = struct.pack(">II5B", 60_000, 60_000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + chunk))
-    (data / "bomb.png").write_bytes(bomb)
+    chunks = {b"IHDR": struct.pack(">II5B", 60_000, 60_000, 8, 2, 0, 0, 0), b"IDAT": b"", b"IEND": b""}
+    (data / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk)) + name + chunk + struct.pack(">I", zlib.crc32(name + chunk))
+        for name, chunk in chunks.items()))
     before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.exists()}
     loaded = train.load_data(str(tmp_path / "data"), tmp_path, 8, 3, 0)
-    images, labels = loaded.train[list(range(len(loaded.train)))]
-    assert len(loaded.train) + len(loaded.held_out) == 4 and images.shape == (3, 3, 8, 8) and not labels.any()
-    said = capsys.readouterr().err
-    assert "cut.jpg cannot be read" in said or "bomb.png cannot be read" in said
+    assert len(loaded.train) + len(loaded.held_out) == 5
+    pixels, labels = loaded.train[[0, 1, 2, 3]]
+    assert pixels.shape == (4, 3, 8, 8) and not labels.any()
+    bomb, cut = capsys.readouterr().err.splitlines()
+    assert "bomb.png cannot be read" in bomb and "exceeds limit" in bomb and "cut short.jpg cannot be read" in cut
     assert before == {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.exists()}
 
 
@@ -120,12 +123,24 @@ def test_downloads_are_checked_before_they_are_used(tmp_path):
 def files() -> dict[str, bytes]:
     """A small file of every format."""
     rng, written = np.random.default_rng(0), {}
-    image = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+    image, exif = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)), Image.Exif()
+    exif[0x0112] = 3   # upside down
     for ending in ("png", "jpeg", "webp"):
         file = io.BytesIO()
-        image.save(file, ending)
+        image.save(file, ending, exif=exif)
         written[f"image.{ending}"] = file.getvalue()
     return written | {"images.gz": idx(rng.integers(0, 256, (5, 6, 6)))}
+
+
+def test_an_image_with_damaged_metadata_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0   # orientation, resolution
+    number = bytes.fromhex("1a01 0500 0100 0000" if b"II*" in exif.tobytes() else "011a 0005 0000 0001")
+    text = number.replace(b"\x05", b"\x02")   # the type of its value
+    assert number in exif.tobytes()
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.jpg", exif=exif.tobytes().replace(number, text))
+    with pytest.raises(train.UserError, match="cannot be read as an image"):
+        train.read_image(tmp_path / "image.jpg", 8, 3)
 
 
 @settings(max_examples=100, deadline=None)

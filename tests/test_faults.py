@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,11 @@ def same_run(one: Path, other: Path) -> bool:
 
 def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--data", folder, "--out", tmp_path, *TINY]
-    process = stop_training(command, signal.SIGINT, tmp_path / "log.jsonl", '"train"')
-    assert process.returncode == 130 and "--resume" in process.said
-    assert "training" in torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    for stop, stage, file in ((signal.SIGINT, "tokenizer", "tokenizer.pt"), (signal.SIGTERM, "var", "var.pt")):
+        process = stop_training(command, stop, tmp_path / "log.jsonl", f'"stage": "{stage}", "step": 1, "split": "train"')
+        assert process.returncode == 130 and "--resume" in process.said
+        assert "training" in torch.load(tmp_path / file, weights_only=True)
+        command.append("--resume")
     assert run("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume").returncode == 0
     assert same_run(tmp_path, finished)
 
@@ -67,7 +70,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(finished, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
         with pytest.raises(train.UserError, match="is what it was before.* File too large"):
-            train.save_checkpoint(path, "tokenizer", train.load_tokenizer(path).config, model=torch.zeros(len(before)))
+            train.save_checkpoint(path, "tokenizer", model=torch.zeros(len(before)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["tokenizer.pt"]
@@ -76,25 +79,17 @@ def test_a_full_disk_leaves_the_old_checkpoint(finished, tmp_path):
 def test_resuming_with_other_flags_is_refused(folder, finished, tmp_path):
     (tmp_path / "tokenizer.pt").write_bytes((finished / "tokenizer.pt").read_bytes())
     resume = ("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")
-    assert "does not go on with these flags: its config" in refused(*resume, "--vocabulary", 16)
-    assert "does not go on with these flags: its config" in refused(*resume, "--multipliers", "1,1")
-    assert "does not go on with these flags: its data" in refused(*resume, "--seed", 1)
+    assert "begun with another vocabulary: 32, not 16" in refused(*resume, "--vocabulary", 16)
+    assert "another multipliers: (1, 2), not (1, 1)" in refused(*resume, "--multipliers", "1,1")
+    assert "another seed: 0, not 1" in refused(*resume, "--seed", 1)
+    assert "another tokenizer_steps" in refused(*resume, "--tokenizer-steps", 50)
     (tmp_path / "var.pt").write_bytes((finished / "var.pt").read_bytes())
-    assert "does not go on with these flags: its optimizers" in refused(*resume, "--no-muon")
+    assert "another muon" in refused(*resume, "--no-muon")
     other = train.Tokenizer(train.TokenizerConfig(**torch.load(finished / "tokenizer.pt", weights_only=True)["config"]))
-    train.save_checkpoint(tmp_path / "other.pt", "tokenizer", other.config, model=other.state_dict())
+    train.save_checkpoint(tmp_path / "other.pt", "tokenizer", config=asdict(other.config), model=other.state_dict())
     assert "that is another than" in refused(*resume, "--tokenizer", tmp_path / "other.pt")
     (tmp_path / "tokenizer.pt").unlink()
-    assert "with these flags: its tokenizer" in refused(*resume, "--tokenizer", tmp_path / "other.pt")
-
-
-def test_resuming_with_another_recipe_is_said(folder, finished, tmp_path, capsys):
-    for name in ("tokenizer.pt", "var.pt", "tokens.pt"):
-        (tmp_path / name).write_bytes((finished / name).read_bytes())
-    result = run("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume", "--var-lr", "0.005")
-    assert result.returncode == 0
-    assert "was trained with --var-lr 0.01 so far, and 0.005 is asked for now" in result.stdout
-    assert "--tokenizer" not in result.stdout
+    assert "begun with another tokenizer" in refused(*resume, "--tokenizer", tmp_path / "other.pt")
 
 
 def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
@@ -105,8 +100,42 @@ def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
-    told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--tokenizer-lr", "1e30", "--precision", "fp32")
-    assert "became nan at step" in told and "no checkpoint" in told
+    command = ("train.py", "--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer", "--precision", "fp32")
+    told = refused(*command, "--tokenizer-lr", "1e30")
+    assert "the tokenizer loss became nan" in told and "no checkpoint" in told
+    told = refused(*command, "--tokenizer-lr", "1e30", "--warmup", 0, "--checkpoint-every", 1)
+    assert "the last good checkpoint, of step 1" in told and (tmp_path / "tokenizer.pt").exists()
+
+
+def test_a_gradient_that_is_no_number_changes_nothing(finished):
+    options = train.parse(["--out", str(finished), *TINY])
+    train.settle(options)
+    data = train.Data(train.draw_shapes(20, 8, 0), train.draw_shapes(10, 8, 1), list(train.SHAPES), 3)
+    stage = train.TokenizerStage(data, options)
+    stage.loss = lambda images, labels: (0 * stage.model.encoder.conv_in.weight.sum().sqrt(), {})   # 0 times infinity
+    torch.nn.init.zeros_(stage.model.encoder.conv_in.weight)
+    before = [p.clone() for p in stage.model.parameters()]
+    with pytest.raises(train.UserError, match="its gradient nan"):
+        stage.advance(data.train[list(range(8))], False)
+    assert all(map(torch.equal, before, stage.model.parameters()))
+
+
+def test_resuming_with_another_learning_rate_is_said(folder, tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer"]
+    stop_training(command, signal.SIGTERM, tmp_path / "log.jsonl", '"train"')
+    assert "not trained to its end" in refused("train.py", *command[2:-1], "var")
+    result = run("train.py", *command[2:], "--resume", "--tokenizer-lr", "0.0005")
+    assert result.returncode == 0
+    assert "the peak learning rate was 0.0015 so far and is 0.0005 from here on" in result.stdout
+
+
+def test_a_training_is_not_overwritten_by_mistake(folder, finished, tmp_path):
+    (tmp_path / "tokenizer.pt").write_bytes((finished / "tokenizer.pt").read_bytes())
+    again = ("train.py", "--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer", "--tokenizer-steps", 8)
+    assert "tokenizer.pt is there already: --resume goes on with it" in refused(*again)
+    assert (tmp_path / "tokenizer.pt").read_bytes() == (finished / "tokenizer.pt").read_bytes()
+    assert run(*again, "--overwrite").returncode == 0
+    assert (tmp_path / "tokenizer.pt").read_bytes() != (finished / "tokenizer.pt").read_bytes()
 
 
 def test_tokens_are_made_once(folder, finished, tmp_path, capsys):
@@ -120,7 +149,7 @@ def test_tokens_are_made_once(folder, finished, tmp_path, capsys):
         said = [line for line in capsys.readouterr().out.splitlines() if "tokens are" in line]
         return " ".join(said), [x for one in sets for x in (one.tokens_NL, one.labels_N)]
 
-    data_dir = shutil.copytree(folder, tmp_path / "data")   # with the files' times
+    data_dir = shutil.copytree(folder, tmp_path / "data")
     said, first = tokens()
     kept = tmp_path / "tokens.pt"
     assert said == "" and kept.exists() and len(first[0]) + len(first[2]) == 25
@@ -128,18 +157,30 @@ def test_tokens_are_made_once(folder, finished, tmp_path, capsys):
     assert said == f"tokens are those in {kept}" and all(map(torch.equal, first, again))
     assert "other precision" in tokens("--precision", "bf16")[0]
     assert "other precision" in tokens()[0]   # the file is always that of the last
-    os.utime(data_dir / "cat" / "03.png", (0, 0))
-    assert "other training images" in tokens()[0]
-    (data_dir / "dog" / "00.jpg").rename(data_dir / "dog" / "0.jpg")
-    assert "other held-out images" in tokens()[0]
+    data_dir = data_dir.rename(tmp_path / "moved")
     elsewhere = kept.rename(tmp_path / "elsewhere.pt")
     assert tokens("--tokens", str(elsewhere))[0] == f"tokens are those in {elsewhere}"
-    elsewhere.write_bytes(elsewhere.read_bytes()[:-1000])
-    assert "made anew" in tokens("--tokens", str(elsewhere))[0]
+    (data_dir / "dog" / "00.jpg").rename(data_dir / "dog" / "0.jpg")
+    assert "other images" in tokens("--tokens", str(elsewhere))[0]
     content = torch.load(elsewhere, weights_only=True)
-    content["made_from"]["tokenizer"] = "another"
+    content["made_with"]["tokenizer"] = "another"
     torch.save(content, elsewhere)
     assert "other tokenizer" in tokens("--tokens", str(elsewhere))[0]
+    elsewhere.write_bytes(elsewhere.read_bytes()[:-1000])
+    for path, told in ((elsewhere, "cannot be read"), (finished / "var.pt", "is a checkpoint of a transformer")):
+        before = path.read_bytes()
+        with pytest.raises(train.UserError, match=told):
+            tokens("--tokens", str(path))
+        assert path.read_bytes() == before   # it may be dear to somebody
+
+
+def test_tokens_that_cannot_be_kept_do_not_end_a_training(folder, finished, tmp_path, capsys):
+    options = train.parse(["--data", str(folder), "--out", str(tmp_path), *TINY, "--tokens", str(tmp_path / "file" / "tokens.pt")])
+    train.settle(options)
+    (tmp_path / "file").touch()
+    data = train.load_data(options.data, options.data_dir, 8, 3, 0)
+    tokens = train.tokens_of(train.load_tokenizer(finished / "tokenizer.pt"), data, options)
+    assert len(tokens[0]) == 23 and "the tokens are not kept" in capsys.readouterr().out
 
 
 class Malicious:
@@ -175,9 +216,9 @@ def test_damaged_checkpoints(finished, tmp_path_factory, name, data):
     def tensors(path: Path) -> list[torch.Tensor]:
         if name == "tokenizer.pt":
             return list(train.load_tokenizer(path).state_dict().values())
-        return [x for tokens in train.kept_tokens(path, made_from) for x in (tokens.tokens_NL, tokens.labels_N)]
+        return [x for tokens in train.kept_tokens(path, made_with) for x in (tokens.tokens_NL, tokens.labels_N)]
 
-    made_from = torch.load(finished / "tokens.pt", weights_only=True)["made_from"]
+    made_with = torch.load(finished / "tokens.pt", weights_only=True)["made_with"]
     found = read_or_refused(tensors, tmp_path_factory.mktemp("damaged") / name,
                             data.draw(damaged((finished / name).read_bytes())))
     assert found is None or all(map(torch.equal, found, tensors(finished / name)))

@@ -82,7 +82,8 @@ def test_dead_codes_become_residuals_and_live_ones_stay():
     with torch.no_grad():
         quantizer.codebook_VC[5:] = 1e3   # no residual is near
     for _ in range(400):   # the hit counts forget slowly
-        quantizer.remember([torch.randint(0, 5, (2, s * s)) for s in quantizer.scales])
+        quantizer.new_hits_V = torch.bincount(torch.randint(0, 5, (40,)), minlength=len(quantizer.hits_V))
+        quantizer.remember()
     made(images(made, 8))[1]["total"].backward()
     optimizer.step()
     before_VC = quantizer.codebook_VC.detach().clone()
