@@ -750,8 +750,8 @@ class Stage:
 
     def advance(self, rows: tuple[Tensor, Tensor], asked: bool) -> tuple[float, dict[str, Tensor], bool]:
         """One step of training: the loss before it, what to log, and whether any process was asked to stop."""
-        # Every random draw of a step follows from the seed and the step: a resumed run repeats them exactly. Codes are
-        # drawn alike in all processes, labels to drop in each for itself.
+        # Every random draw of a step follows from the seed and the step: a resumed run repeats them exactly. All processes
+        # draw the same codes, so that codebooks stay alike, but each its own labels to drop.
         seed = self.options.seed * 1_000_003 + self.step
         torch.manual_seed(seed)
         self.before_step()
@@ -1297,6 +1297,8 @@ def settle(options: argparse.Namespace) -> None:
             values = everything[name] if isinstance(everything[name], tuple) else (everything[name],)
             if not all(value is None or fine(value) for value in values):
                 raise UserError(f"--{name.replace('_', '-')} {everything[name]} must be {what}")
+    if options.resume and options.overwrite:
+        raise UserError("--resume goes on with a training and --overwrite starts anew: one of them")
     if options.stage == "tokenizer" and options.tokenizer:
         raise UserError("--tokenizer is for the transformer's training, and --stage tokenizer is without it")
     if options.device == "cuda" and dist.is_torchelastic_launched():

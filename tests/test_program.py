@@ -160,6 +160,7 @@ def test_mistakes_in_training(folder, tmp_path):
     for batch in ("--tokenizer-batch", "--var-batch"):
         assert f"{batch} 9 does not divide" in refused("train.py", "--data", folder, "--out", out, *TINY,
                                                        "--grad-accumulation", 2, batch, 9)
+    assert "one of them" in refused("train.py", "--data", folder, "--out", out, *TINY, "--resume", "--overwrite")
     (tmp_path / "file").touch()
     assert "File exists" in refused("train.py", "--data", folder, "--out", tmp_path / "file", *TINY)
     assert "no tokenizer checkpoint" in refused("train.py", "--data", folder, "--out", out, *TINY, "--stage", "var")
