@@ -103,10 +103,10 @@ def load(options: argparse.Namespace) -> Run:
         tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
         classes, source = [str(i) for i in range(model.config.classes)], None
     else:
-        content = load_checkpoint(var_path, "transformer", "config", "model", "classes", "data", "tokenizer")
+        content = load_checkpoint(var_path, "transformer", "config", "model", "classes", "source", "tokenizer")
         model = restore(var_path, lambda: VAR(VARConfig(**content["config"])), content)
         tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
-        classes, source = content["classes"], content["data"]
+        classes, source = content["classes"], content["source"]
         if fingerprint(tokenizer) != content["tokenizer"]:
             raise UserError(f"{var_path} was trained on the tokens of another tokenizer than {tokenizer_path}")
     ours, its = tokenizer.config, model.config

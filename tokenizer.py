@@ -79,7 +79,7 @@ class Quantizer(nn.Module):
         self.codebook_VC = nn.Parameter(torch.zeros(V, C))   # `start_from` fills it
         self.phis = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(config.phis))   # identity at first
         self.phi_of_scale = choose_phis(len(self.scales), config.phis)
-        # Kept while training, for `revive`: how often each code was hit of late and since `remember`, and what was coded.
+        # Kept while training, for `revive`: how often each code was hit of late; since `remember`; what was coded last.
         self.register_buffer("hits_V", torch.ones(V))
         self.new_hits_V: Tensor | int = 0
         self.residuals: list[Tensor] = []
@@ -188,7 +188,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self, optimizer: torch.optim.Optimizer) -> int:
-        """Move codes that nothing chooses to where the last step's residuals are; returns how many.
+        """Move codes that nothing chooses to where the residuals of the last pass are; returns how many.
 
         A residual's scale is drawn first, each alike, and then its place: drawn from all residuals alike, nine in ten
         would come from the finest two scales, and the coarse ones would starve. A revived code starts with an average

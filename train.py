@@ -610,7 +610,7 @@ class Log:
     """log.jsonl: one JSON object per line."""
 
     def __init__(self, path: Path, stage: str, done: int):
-        """Lines of this stage for steps after `done`, left by an earlier try, are dropped, and so is its last one."""
+        """Lines of this stage for steps after `done`, left by an earlier try, are dropped, and so is one on its health."""
         self.path, self.stage = path, stage
         if rank_and_ranks()[0] > 0:
             return
@@ -670,11 +670,13 @@ class Stage:
     name: str
     kind: str
     recipe: tuple[str, ...]
+    images: Data
     spares = False
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], data, options: argparse.Namespace,
                  ema: float):
-        """data: what `loss` gets its tensors from, by rows. ema: decay of the average of the weights; 0 keeps the last."""
+        """data: what `loss` gets its tensors from, by rows. ema: decay of the average of the weights; 0 keeps the last.
+        A subclass has set `images`, and whatever `example` needs."""
         self.model, self.optimizers, self.data, self.options = model, optimizers, data, options
         self.steps, self.batch = (getattr(options.preset, f"{self.name}_{what}") for what in ("steps", "batch"))
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
@@ -685,6 +687,9 @@ class Stage:
         if dist.is_initialized():
             self.replica = DistributedDataParallel(model, find_unused_parameters=self.spares, gradient_as_bucket_view=True)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        # What a training that goes on must have in common with the checkpoint:
+        self.identity = {"config": asdict(model.config), "data set": self.images.fingerprint,
+                         "recipe": {name: getattr(options.preset, name) for name in self.recipe} | {"seed": options.seed}}
         self.path, self.step, self.saved = options.out / f"{self.name}.pt", 0, 0
 
     def loss(self, *tensors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -703,12 +708,6 @@ class Stage:
         """What the run shows of the trained model."""
         raise NotImplementedError
 
-    def identity(self) -> dict:
-        """What a training that goes on must have in common with the checkpoint."""
-        recipe = {name: getattr(self.options.preset, name) for name in self.recipe}
-        return {"config": asdict(self.model.config), "data set": self.images.fingerprint,
-                "recipe": {"seed": self.options.seed, **recipe}}
-
     def before_step(self) -> None:
         """What changes the model before a step."""
 
@@ -721,8 +720,6 @@ class Stage:
         if options.resume and self.path.exists() and self.resume():
             say(f"{self.path} is finished")
             return self.average.module.eval()
-        if options.overwrite:
-            self.path.unlink(missing_ok=True)
         log = Log(options.out / "log.jsonl", self.name, self.step)
         steps = map(own_part, shuffled(len(self.data), self.batch, options.seed, self.step, self.steps))
         with Interrupt() as interrupt, tqdm(initial=self.step, total=self.steps, desc=self.name, unit="step",
@@ -738,15 +735,19 @@ class Stage:
                 if stop or self.step == self.steps or self.step % options.checkpoint_every == 0:
                     self.save(finished=False)
                 if stop:
-                    raise Stopped(f"stopped after step {self.step} of {self.steps} and saved to {options.out}; the same "
-                                  f"command with --resume goes on from there")
+                    raise Stopped(self.stopped())
             if sum(mean_over_processes(interrupt.asked, device=options.device)):   # during the last step
-                raise Stopped(f"stopped after the last step and saved to {options.out}; the same command with --resume ends it")
+                raise Stopped(self.stopped())
         model = self.average.module.eval()
         if rank_and_ranks()[0] == 0:
             self.finish(model, log)
         self.save(finished=True)
         return model
+
+    def stopped(self) -> str:
+        how = "--resume" + (" instead of --overwrite" if self.options.overwrite else "")
+        return (f"stopped after step {self.step} of {self.steps} and saved to {self.options.out}; the same command with {how} "
+                f"goes on from there")
 
     def advance(self, rows: tuple[Tensor, Tensor], asked: bool) -> tuple[float, dict[str, Tensor], bool]:
         """One step of training: the loss before it, what to log, and whether any process was asked to stop."""
@@ -755,7 +756,7 @@ class Stage:
         seed = self.options.seed * 1_000_003 + self.step
         torch.manual_seed(seed)
         self.before_step()
-        torch.manual_seed(seed + (rank_and_ranks()[0] << 40))
+        torch.manual_seed(seed + 15_485_863 * rank_and_ranks()[0])   # a prime, far from any step
         self.model.train()
         loss, values = self.gradients(rows)
         loss, stop = mean_over_processes(loss, asked, device=self.options.device)
@@ -813,25 +814,33 @@ class Stage:
         o, self.saved = self.options, self.step
         if rank_and_ranks()[0] == 0:
             known = o.data == "shapes" or o.data in DOWNLOADS
-            data = {"name": o.data if known else str(Path(o.data).resolve()), "data_dir": str(o.data_dir.resolve()),
-                    "side": o.preset.image_size, "channels": o.channels, "seed": o.seed}
+            source = {"name": o.data if known else str(Path(o.data).resolve()), "data_dir": str(o.data_dir.resolve()),
+                      "side": o.preset.image_size, "channels": o.channels, "seed": o.seed}
             training = {} if finished else {"training": {
-                "step": self.step, "rates": self.peaks, "model": self.model.state_dict(),
+                "step": self.step, "model": self.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}}
-            save_checkpoint(self.path, self.kind, **self.identity(), model=self.average.module.state_dict(), data=data,
-                            classes=self.images.classes, **training)
+            save_checkpoint(self.path, self.kind, **self.identity, model=self.average.module.state_dict(),
+                            rates=self.peaks, source=source, classes=self.images.classes, **training)
         if dist.is_initialized():   # torchrun kills the others once a process has ended
             dist.barrier()
 
-    def resume(self) -> bool:
-        """Take over what `save` wrote; returns whether that was a finished training."""
-        content = load_checkpoint(self.path, self.kind, "model", *self.identity())
-        begun, now = flat({name: content[name] for name in self.identity()}), flat(self.identity())
+    def compare(self, content: dict) -> None:
+        """Raises UserError for a checkpoint of another training; another learning rate is only said."""
+        begun, now = flat({name: content[name] for name in self.identity}), flat(self.identity)
         for name in now:
             if begun.get(name) != now[name]:
-                values = "" if name in content else f": {begun.get(name)}, not {now[name]}"   # or a fingerprint
+                values = f": {begun.get(name)}, not {now[name]}" if len(str(now[name])) < 64 else ""   # or a fingerprint
                 raise UserError(f"{self.path} does not go on: it was begun with another {name}{values}")
+        if (before := content["rates"]) != self.peaks:
+            say(f"{self.path} has a peak learning rate of {before[0][0]} so far, and {self.peaks[0][0]} is asked for")
+
+    def resume(self) -> bool:
+        """Take over what `save` wrote; returns whether that was a finished training."""
+        content = load_checkpoint(self.path, self.kind)
+        if "copied_from" in content:
+            raise UserError(f"{self.path} is a copy of {content['copied_from']}: --stage var goes on without training one")
         try:
+            self.compare(content)
             self.average.module.load_state_dict(content["model"])
             if "training" not in content:
                 return True
@@ -839,8 +848,6 @@ class Stage:
             for optimizer, state in zip(self.optimizers, content["training"]["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             self.step = self.saved = content["training"]["step"]
-            if (before := content["training"]["rates"]) != self.peaks:
-                say(f"the peak learning rate was {before[0][0]} so far and is {self.peaks[0][0]} from here on")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.path} is damaged or of another version: {in_short(error)}")
         self.average.n_averaged.fill_(self.step)
@@ -900,6 +907,7 @@ class TokenizerStage(Stage):
     @torch.no_grad()
     def before_step(self) -> None:
         if self.step == self.quantized_from:   # only now is there a latent worth taking codes from
+            # (The average, at ema 0, is the model itself, but never compiled: these batches have other shapes.)
             with self.options.autocast():
                 latents = [self.average.module.latent(images) for images in self.passes(self.data, 512)]
                 self.model.quantizer.start_from(torch.cat(latents))
@@ -940,15 +948,15 @@ def chosen_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
     own = options.out / "tokenizer.pt"
     path = options.tokenizer or own
     tokenizer, side = load_tokenizer(path, options.preset.scales), options.preset.image_size
-    if path.suffix == ".pt" and "training" in load_checkpoint(path, "tokenizer"):
-        raise UserError(f"{path} is not trained to its end; `--stage tokenizer --resume` goes on with it")
+    if path.suffix != ".pth" and "training" in load_checkpoint(path, "tokenizer"):
+        raise UserError(f"{path} is not trained to its end; --stage tokenizer --resume, in its folder, goes on with it")
     if (tokenizer.config.image_side, tokenizer.config.image_channels) != (side, data.channels):
         raise UserError(f"{path} is for images of side {tokenizer.config.image_side} with "
                         f"{tokenizer.config.image_channels} channels, and these are {side} with {data.channels}")
-    if own != path and own.exists() and fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
+    if own.exists() and fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
         raise UserError(f"{options.out} has a tokenizer.pt that is another than {path}; choose another --out")
     if not own.exists() and rank_and_ranks()[0] == 0:
-        save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config), model=tokenizer.state_dict())
+        save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config), model=tokenizer.state_dict(), copied_from=str(path))
     return tokenizer.to(options.device)
 
 
@@ -1013,7 +1021,7 @@ def tokens_of(tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> 
     path = options.tokens or options.out / "tokens.pt"
     made_with = {"tokenizer": fingerprint(tokenizer), "precision": options.precision, "images": data.fingerprint}
     rank, ranks = rank_and_ranks()
-    kept = [kept_tokens(path, made_with) if rank == 0 else None]
+    kept = [kept_tokens(path, made_with, options) if rank == 0 else None]
     if ranks > 1:
         dist.broadcast_object_list(kept, device=options.device)
     if kept[0] is not None:
@@ -1029,11 +1037,18 @@ def tokens_of(tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> 
     return train, held_out
 
 
-def kept_tokens(path: Path, made_with: dict[str, str]) -> tuple[TokenData, TokenData] | None:
-    """What an earlier training kept, if it was made with the same. Raises UserError for a file of anything else."""
+def kept_tokens(path: Path, made_with: dict[str, str], options: argparse.Namespace) -> tuple[TokenData, TokenData] | None:
+    """What an earlier training kept, if it was made with the same. Raises UserError where --tokens names a file of
+    anything else, which would be lost."""
     if not path.exists():
         return None
-    content = load_checkpoint(path, "set of tokens", "made_with", "train", "held_out")
+    try:
+        content = load_checkpoint(path, "set of tokens", "made_with", "train", "held_out")
+    except UserError as error:
+        if options.tokens:
+            raise
+        print(f"tokens are made anew: {error}")
+        return None
     for name, value in made_with.items():
         if content["made_with"].get(name) != value:
             print(f"tokens are made anew: those in {path} were made with other {name}")
@@ -1085,6 +1100,7 @@ class VARStage(Stage):
         torch.manual_seed(options.seed)
         model = VAR(options.preset.var_config(tokenizer.config, len(data.classes))).to(options.device)
         super().__init__(model, var_optimizers(model, options.preset), train, options, options.preset.ema)
+        self.identity["tokenizer"] = fingerprint(tokenizer)
 
     def loss(self, tokens_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.loss_of(self.replica, tokens_BL, labels_B)
@@ -1111,9 +1127,6 @@ class VARStage(Stage):
 
     def finish(self, model: VAR, log: Log) -> None:
         draw_samples(self.options.out / "samples.png", model, self.tokenizer, self.images.classes, self.options)
-
-    def identity(self) -> dict:
-        return {**super().identity(), "tokenizer": fingerprint(self.tokenizer)}
 
 
 def var_optimizers(model: VAR, preset: Preset) -> list[torch.optim.Optimizer]:
@@ -1172,11 +1185,11 @@ def draw_reconstructions(path: Path, tokenizer: Tokenizer, data: Data, options: 
     """Held-out images above their reconstructions."""
     images = to_float(data.held_out[spread(data.held_out, 36)][0], options.device)
     with options.autocast():
-        reconstructions = tokenizer.decode(tokenizer.encode(images))
-    rows = []
+        parts = [tokenizer.decode(tokenizer.encode(part)) for part in images.split(at_a_time(options.preset.image_size))]
+    originals, reconstructions, rows = to_bytes(images), to_bytes(torch.cat(parts)), []
     for begin in range(0, len(images), 12):
-        rows.append(("original", to_bytes(images[begin:begin + 12])))
-        rows.append(("reconstruction", to_bytes(reconstructions[begin:begin + 12])))
+        rows.append(("original", originals[begin:begin + 12]))
+        rows.append(("reconstruction", reconstructions[begin:begin + 12]))
     save_image(path, grid(rows))
 
 
@@ -1310,19 +1323,28 @@ def settle(options: argparse.Namespace) -> None:
     options.out = options.out or Path("out") / Path(options.data).resolve().name
 
 
+def stages(options: argparse.Namespace) -> list[str]:
+    """What is to be trained."""
+    if options.stage != "all":
+        return [options.stage]
+    return ["var"] if options.tokenizer else ["tokenizer", "var"]
+
+
 def check_trainings(options: argparse.Namespace) -> None:
     """Raises UserError for what would go wrong later, perhaps after days of the first stage."""
-    preset, parts = options.preset, rank_and_ranks()[1] * options.grad_accumulation
-    for name, batch in (("tokenizer", preset.tokenizer_batch), ("var", preset.var_batch)):
-        path = options.out / f"{name}.pt"
-        trained = options.stage == name or options.stage == "all" and not (name == "tokenizer" and options.tokenizer)
-        if trained and batch % parts:
-            raise UserError(f"--{name}-batch {batch} does not divide into {parts // options.grad_accumulation} processes "
-                            f"times --grad-accumulation {options.grad_accumulation}")
-        if trained and path.exists() and not (options.resume or options.overwrite):
+    preset, ranks = options.preset, rank_and_ranks()[1]
+    read_log(options.out / "log.jsonl")
+    if options.tokens and options.tokens.exists():
+        load_checkpoint(options.tokens, "set of tokens")
+    for name in stages(options):
+        path, batch = options.out / f"{name}.pt", getattr(preset, f"{name}_batch")
+        if batch % (ranks * options.grad_accumulation):
+            raise UserError(f"--{name}-batch {batch} does not divide into {ranks} processes times --grad-accumulation "
+                            f"{options.grad_accumulation}")
+        if path.exists() and not (options.resume or options.overwrite):
             raise UserError(f"{path} is there already: --resume goes on with it, --overwrite starts anew, --out names "
                             f"another folder")
-    if options.device.type == "cuda" and not 16 <= preset.width // preset.heads <= 128:
+    if options.device.type == "cuda" and options.stage != "tokenizer" and not 16 <= preset.width // preset.heads <= 128:
         raise UserError(f"--width {preset.width} over --heads {preset.heads} must be 16 to 128 on a GPU")
 
 
@@ -1382,9 +1404,14 @@ def main() -> None:
         dist.barrier()
     say(f"{options.data}: {len(data.train)} training and {len(data.held_out)} held-out images, {len(data.classes)} "
         f"classes; to {options.out} on {options.device}" + (f" and {ranks - 1} more" if ranks > 1 else ""))
-    made = options.stage == "var" or options.tokenizer
-    tokenizer = chosen_tokenizer(data, options) if made else TokenizerStage(data, options).run()
-    if options.stage != "tokenizer":
+    if options.overwrite and rank == 0:   # all at once: --resume must not find a part of the old training
+        for name in stages(options):
+            (options.out / f"{name}.pt").unlink(missing_ok=True)
+    if "tokenizer" in stages(options):
+        tokenizer = TokenizerStage(data, options).run()
+    else:
+        tokenizer = chosen_tokenizer(data, options)
+    if "var" in stages(options):
         VARStage(tokenizer, data, options).run()
     if rank == 0:
         draw_curves(options.out / "curves.png", read_log(options.out / "log.jsonl"), tokenizer.config.scales)

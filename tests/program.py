@@ -15,7 +15,7 @@ import train
 ROOT = Path(__file__).parent.parent
 TINY = ["--image-size", "8", "--scales", "1,2,4", "--multipliers", "1,2", "--tokenizer-width", "8", "--vocabulary", "32",
         "--code-channels", "4", "--tokenizer-steps", "40", "--tokenizer-batch", "8", "--depth", "1", "--width", "32",
-        "--heads", "2", "--var-steps", "30", "--var-batch", "8", "--warmup", "5"]
+        "--heads", "2", "--var-steps", "30", "--var-batch", "8", "--warmup", "5", "--device", "cpu"]
 
 
 def run(script: str, *arguments, timeout: int = 240) -> subprocess.CompletedProcess:

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,7 @@ def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
                  "--tokenizer", finished / "tokenizer.pt")
     assert result.returncode == 0
     assert run("sample.py", "--run", tmp_path).returncode == 0
+    assert "is a copy of" in refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
@@ -122,11 +124,11 @@ def test_a_gradient_that_is_no_number_changes_nothing(finished):
 
 def test_resuming_with_another_learning_rate_is_said(folder, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer"]
-    stop_training(command, signal.SIGTERM, tmp_path / "log.jsonl", '"train"')
+    assert stop_training(command, signal.SIGTERM, tmp_path / "log.jsonl", '"train"').returncode == 130
     assert "not trained to its end" in refused("train.py", *command[2:-1], "var")
     result = run("train.py", *command[2:], "--resume", "--tokenizer-lr", "0.0005")
     assert result.returncode == 0
-    assert "the peak learning rate was 0.0015 so far and is 0.0005 from here on" in result.stdout
+    assert "has a peak learning rate of 0.0015 so far, and 0.0005 is asked for" in result.stdout
 
 
 def test_a_training_is_not_overwritten_by_mistake(folder, finished, tmp_path):
@@ -134,8 +136,12 @@ def test_a_training_is_not_overwritten_by_mistake(folder, finished, tmp_path):
     again = ("train.py", "--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer", "--tokenizer-steps", 8)
     assert "tokenizer.pt is there already: --resume goes on with it" in refused(*again)
     assert (tmp_path / "tokenizer.pt").read_bytes() == (finished / "tokenizer.pt").read_bytes()
-    assert run(*again, "--overwrite").returncode == 0
-    assert (tmp_path / "tokenizer.pt").read_bytes() != (finished / "tokenizer.pt").read_bytes()
+    shutil.copy(finished / "var.pt", tmp_path / "var.pt")
+    log = tmp_path / "log.jsonl"
+    process = stop_training([sys.executable, ROOT / again[0], *again[1:-4], "--overwrite"], signal.SIGINT, log, '"train"')
+    assert process.returncode == 130 and "with --resume instead of --overwrite" in process.said
+    assert not (tmp_path / "var.pt").exists()   # or --resume would take it for this training's
+    assert "training" in torch.load(tmp_path / "tokenizer.pt", weights_only=True)
 
 
 def test_tokens_are_made_once(folder, finished, tmp_path, capsys):
@@ -172,6 +178,8 @@ def test_tokens_are_made_once(folder, finished, tmp_path, capsys):
         with pytest.raises(train.UserError, match=told):
             tokens("--tokens", str(path))
         assert path.read_bytes() == before   # it may be dear to somebody
+    kept.write_bytes(elsewhere.read_bytes())
+    assert "made anew" in tokens()[0] and "tokens are those" in tokens()[0]   # the run's own
 
 
 def test_tokens_that_cannot_be_kept_do_not_end_a_training(folder, finished, tmp_path, capsys):
@@ -216,7 +224,7 @@ def test_damaged_checkpoints(finished, tmp_path_factory, name, data):
     def tensors(path: Path) -> list[torch.Tensor]:
         if name == "tokenizer.pt":
             return list(train.load_tokenizer(path).state_dict().values())
-        return [x for tokens in train.kept_tokens(path, made_with) for x in (tokens.tokens_NL, tokens.labels_N)]
+        return [x for tokens in train.kept_tokens(path, made_with, SimpleNamespace(tokens=path)) for x in (tokens.tokens_NL, tokens.labels_N)]
 
     made_with = torch.load(finished / "tokens.pt", weights_only=True)["made_with"]
     found = read_or_refused(tensors, tmp_path_factory.mktemp("damaged") / name,

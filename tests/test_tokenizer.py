@@ -94,6 +94,18 @@ def test_dead_codes_become_residuals_and_live_ones_stay():
     assert quantizer.revive(optimizer) == 0
 
 
+def test_hits_do_not_depend_on_how_a_step_is_split():
+    whole, parts = tokenizer().train(), tokenizer().train()
+    parts.load_state_dict(whole.state_dict())
+    batch = images(whole, 8)
+    whole(batch)
+    for part in batch.split(2):
+        parts(part)
+    for made in (whole, parts):
+        made.quantizer.remember()
+    assert torch.equal(whole.quantizer.hits_V, parts.quantizer.hits_V) and whole.quantizer.hits_V.max() > 1
+
+
 def test_phis_of_the_published_models():
     assert choose_phis(10, 4) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]   # scales 3 and 8 are ties that rounding decides
     assert choose_phis(1, 4) == [0]
