@@ -159,7 +159,8 @@ class Quantizer(nn.Module):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens[-1], k)
             loss = loss + F.mse_loss(f_hat_BCSS, target_BCSS) + COMMITMENT * F.mse_loss(f_hat_BCSS.detach(), f_BCSS)
         if self.training:
-            self.new_hits_V = self.new_hits_V + torch.bincount(torch.cat(tokens, dim=1).flatten(), minlength=len(self.hits_V))
+            hits_V = torch.bincount(torch.cat(tokens, dim=1).flatten(), minlength=len(self.hits_V))
+            self.new_hits_V = self.new_hits_V + hits_V
             self.residuals = residuals
         return f_BCSS + (f_hat_BCSS - f_BCSS).detach(), loss / len(self.scales)
 

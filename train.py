@@ -746,8 +746,8 @@ class Stage:
 
     def stopped(self) -> str:
         how = "--resume" + (" instead of --overwrite" if self.options.overwrite else "")
-        return (f"stopped after step {self.step} of {self.steps} and saved to {self.options.out}; the same command with {how} "
-                f"goes on from there")
+        return (f"stopped after step {self.step} of {self.steps} and saved to {self.options.out}; the same command with "
+                f"{how} goes on from there")
 
     def advance(self, rows: tuple[Tensor, Tensor], asked: bool) -> tuple[float, dict[str, Tensor], bool]:
         """One step of training: the loss before it, what to log, and whether any process was asked to stop."""
@@ -901,7 +901,8 @@ class TokenizerStage(Stage):
         self.quantized_from = int(preset.unquantized * preset.tokenizer_steps)
         torch.manual_seed(options.seed)
         model = Tokenizer(preset.tokenizer_config(data.channels)).to(options.device)
-        optimizer = torch.optim.AdamW(model.parameters(), preset.tokenizer_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), preset.tokenizer_lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                      fused=True)
         super().__init__(model, [optimizer], data.train, options, ema=0.0)
 
     @torch.no_grad()
@@ -956,7 +957,8 @@ def chosen_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
     if own.exists() and fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
         raise UserError(f"{options.out} has a tokenizer.pt that is another than {path}; choose another --out")
     if not own.exists() and rank_and_ranks()[0] == 0:
-        save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config), model=tokenizer.state_dict(), copied_from=str(path))
+        save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config), model=tokenizer.state_dict(),
+                        copied_from=str(path))
     return tokenizer.to(options.device)
 
 
