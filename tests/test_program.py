@@ -145,6 +145,18 @@ def test_model_flops():
     assert stage.forward_flops() == 2 * (L * per_token + per_image + depth * 2 * seen * W)
 
 
+def test_speed(monkeypatch):
+    stage = train.VARStage.__new__(train.VARStage)
+    stage.model, stage.batch, stage.peak, stage.flops = small_var(), 8, None, 0
+    assert stage.speed(None) == "" and stage.speed(2.0) == ", 16 images/s, 224 tokens/s"
+    stage.peak, stage.flops = 1e5, 1000   # 16 images of 3000 operations, backward pass included
+    assert stage.speed(2.0).endswith(", 48% of peak FLOP/s")
+    options = SimpleNamespace(device=torch.device("cuda"), precision="bf16")
+    for card, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA T4", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+        assert train.peak_flops(options) == peak
+
+
 def test_mistakes_in_training(folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
