@@ -79,10 +79,10 @@ class Quantizer(nn.Module):
         self.codebook_VC = nn.Parameter(torch.zeros(V, C))   # `start_from` fills it
         self.phis = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(config.phis))   # identity at first
         self.phi_of_scale = choose_phis(len(self.scales), config.phis)
-        # Kept while training, for `revive`: how often each code was hit of late; since `remember`; what was coded last.
-        self.register_buffer("hits_V", torch.ones(V))
-        self.new_hits_V: Tensor | int = 0
-        self.residuals: list[Tensor] = []
+        # Kept while training, for `revive`:
+        self.register_buffer("hits_V", torch.ones(V))   # how often each code was hit of late
+        self.new_hits_V: Tensor | int = 0               # hits since the last `remember`
+        self.residuals: list[Tensor] = []               # what the last pass had to code, scale by scale
 
     def empty(self, batch: int) -> Tensor:
         """f_hat before any scale: zeros [B, C, S, S]."""
@@ -181,7 +181,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def remember(self) -> None:
-        """After a step, however many parts it was computed in: the hits of all processes."""
+        """Count the hits of a whole step, however many parts and processes computed it."""
         if dist.is_initialized():
             dist.all_reduce(self.new_hits_V)
         self.hits_V.mul_(HITS_MEMORY).add_(self.new_hits_V, alpha=1 - HITS_MEMORY)

@@ -141,7 +141,7 @@ class Data:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the images in both sets and of their order: a training goes on only with the same."""
+        """Of both sets and their order: a training goes on only with the same."""
         return hashlib.sha256((self.train.fingerprint() + self.held_out.fingerprint()).encode()).hexdigest()
 
 
@@ -610,7 +610,8 @@ class Log:
     """log.jsonl: one JSON object per line."""
 
     def __init__(self, path: Path, stage: str, done: int):
-        """Lines of this stage for steps after `done`, left by an earlier try, are dropped, and so is one on its health."""
+        """Lines that an earlier try left are dropped: of this stage for steps after `done`, and on its health, which is
+        written at the end."""
         self.path, self.stage = path, stage
         if rank_and_ranks()[0] > 0:
             return
@@ -954,7 +955,7 @@ def chosen_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
     if (tokenizer.config.image_side, tokenizer.config.image_channels) != (side, data.channels):
         raise UserError(f"{path} is for images of side {tokenizer.config.image_side} with "
                         f"{tokenizer.config.image_channels} channels, and these are {side} with {data.channels}")
-    if own.exists() and fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
+    if options.tokenizer and own.exists() and fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
         raise UserError(f"{options.out} has a tokenizer.pt that is another than {path}; choose another --out")
     if not own.exists() and rank_and_ranks()[0] == 0:
         save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config), model=tokenizer.state_dict(),
