@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from kernels import KeyRanges
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-FACES = ["torch"] if kernels.triton is None else ["torch", "triton"]
+FACES = ["torch"] if not kernels.HAS_TRITON else ["torch", "triton"]
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}   # half the gap after 1
 TERMS = {torch.float32: 64, torch.float16: 8, torch.bfloat16: 8}
 VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # 680 tokens: the published models at 256 x 256
@@ -46,7 +47,7 @@ SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}   # bytes; cons
 
 draws = settings(max_examples=200 if GPU else 8, deadline=None, derandomize=True, database=None,
                  suppress_health_check=list(HealthCheck))
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
 
 
 def dtypes(face: str) -> list[torch.dtype]:
@@ -195,10 +196,12 @@ def test_the_unused_end_of_a_cache_may_hold_anything(face):
 @pytest.mark.parametrize("begin, end", [(0, 30), (5, 14), (14, 30)])
 def test_the_transposed_table_is_the_transposed_mask(begin, end, last_scales):
     ranges = KeyRanges.from_scales((1, 2, 3, 4), last_scales).rows(begin, end)
-    first_L, last_L, first_S, last_S = ranges.tables(torch.device("cpu"))
+    cpu = torch.device("cpu")
+    first_L, last_L = ranges.once(kernels.table, cpu)
+    first_S, last_S = ranges.once(kernels.transposed_table, cpu)
     queries = torch.arange(len(ranges))
     assert torch.equal(((queries >= first_S[:, None]) & (queries < last_S[:, None])).T, ranges.dense())
-    assert ranges.tables(torch.device("cpu"))[0] is first_L   # made once
+    assert ranges.once(kernels.table, cpu)[0] is first_L   # made once
 
 
 class LargestTensor(TorchDispatchMode):
@@ -443,7 +446,7 @@ def test_without_triton_the_pytorch_faces_do_everything():
         import sys; sys.modules["triton"] = None
         import torch, kernels
         x = torch.randn(1, 2, 5, 16)
-        assert kernels.triton is None
+        assert not kernels.HAS_TRITON
         assert kernels.block_attention(x, x, x, kernels.KeyRanges.from_scales((1, 2)), 1.0).shape == x.shape
         assert kernels.nearest_code(x[0, 0], x[0, 0]).tolist() == [0, 1, 2, 3, 4]
         assert kernels.adaln(x[0], x[0, :, 0], x[0, :, 0]).shape == (2, 5, 16)
@@ -456,85 +459,64 @@ def test_without_triton_the_pytorch_faces_do_everything():
 # Compiling for GPUs that are not there: the interpreter accepts what a GPU refuses
 
 
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
-            torch.int64: "*i64"}
-
-
-def argument_type(argument, place: tuple[int, ...], constants: dict, attributes: dict):
-    """The type Triton gives an argument of a launch: 1 becomes a constant, and multiples of 16 are noted."""
-    if isinstance(argument, tuple):
-        return tuple(argument_type(a, (*place, i), constants, attributes) for i, a in enumerate(argument))
-    if isinstance(argument, float):
-        return "fp32"
-    if isinstance(argument, int) and argument == 1:
-        constants[place] = 1
-        return "constexpr"
-    if isinstance(argument, torch.Tensor) or argument % 16 == 0:
-        attributes[place] = [["tt.divisibility", 16]]
-    return POINTERS[argument.dtype] if isinstance(argument, torch.Tensor) else "i32"
-
-
-def compile_launch(function, capability: int, arguments: tuple, constants: dict) -> dict:
-    """Compile what a launch would; its resources as the assembler reports them."""
-    from triton.backends import nvidia
+def compile_everything(capability: int, thoroughly: bool):
+    """Yield the resources of every kernel, as its own launch code asks for it; thoroughly: in every configuration."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
+    from triton.runtime import driver
 
-    constexprs = {(function.arg_names.index(name),): value for name, value in constants.items() if name not in OPTIONS}
-    attributes: dict = {}
-    types = {name: argument_type(argument, (i,), constexprs, attributes)
-             for i, (name, argument) in enumerate(zip(function.arg_names, arguments))}
-    types |= {name: "constexpr" for name in constants if name not in OPTIONS}
-    compiled = compile(ASTSource(function, types, constexprs, attributes), target=GPUTarget("cuda", capability, 32),
-                       options={name: constants[name] for name in OPTIONS if name in constants})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        Path(cubin.name).write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([Path(nvidia.__file__).parent / "bin" / "cuobjdump", "-res-usage", cubin.name],
-                               capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return dict(kernel=function.__name__, dtype=str(arguments[0].dtype)[6:], registers=int(registers),
-                stack_bytes=int(stack), shared_bytes=compiled.metadata.shared, **constants)
-
-
-def compile_everything(capability: int):
-    """Yield the resources of every kernel in every configuration, as its own launch code asks for it."""
     launches: list[tuple] = []
-    kernels.launch = lambda function, programs, *arguments, **constants: launches.append((function, arguments, constants))
+    kernels.launch = lambda kernel, programs, *arguments, **constants: launches.append((kernel, arguments, constants))
+    driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", capability, 32),
+                                      get_current_device=lambda: capability, get_current_stream=lambda device: 0))
     ranges = KeyRanges([0] * 32, [32] * 32)
-    for dtype, D in [(torch.bfloat16, 64), (torch.bfloat16, 72), (torch.bfloat16, 128), (torch.float16, 64),
-                     (torch.float32, 64), (torch.float32, 128)]:
+    heads = [(torch.bfloat16, 64), (torch.bfloat16, 72), (torch.bfloat16, 128), (torch.float16, 64),
+             (torch.float32, 64), (torch.float32, 128)]
+    for dtype, D in heads if thoroughly else heads[:1]:
         q_BHLD = torch.zeros(2, 2, 32, D, dtype=dtype, requires_grad=True)
         kernels.block_attention_triton(q_BHLD, q_BHLD, q_BHLD, ranges, 1.0).sum().backward()
-    for V, C in [(4096, 32), (33, 5)]:
+    for V, C in [(4096, 32), (33, 5)][:1 + thoroughly]:
         kernels.nearest_code_triton(torch.zeros(64, C), torch.zeros(V, C))
-    for dtype, W in [(torch.bfloat16, 1024), (torch.bfloat16, 1920), (torch.float32, 64)]:
+    for dtype, W in [(torch.bfloat16, 1024), (torch.bfloat16, 1920), (torch.float32, 64)][:1 + 2 * thoroughly]:
         x_BLW, scale_BW = torch.zeros(2, 32, W, dtype=dtype, requires_grad=True), torch.zeros(2, W, dtype=dtype)
         kernels.adaln_triton(x_BLW, scale_BW, scale_BW).sum().backward()
-    for V, uncond in itertools.product([4096, 33], [True, False]):
+    for V, guided in [(4096, True), (4096, False), (33, True), (33, False)][:1 + 3 * thoroughly]:
         logits_BlV = torch.zeros(2, 32, V)
-        kernels.sample_tokens_triton(logits_BlV, logits_BlV if uncond else None, 1.5, 900, 0.95, logits_BlV)
-    for function, arguments, constants in launches:
-        yield compile_launch(function, capability, arguments, constants)
+        kernels.sample_tokens_triton(logits_BlV, logits_BlV if guided else None, 1.5, 900, 0.95, logits_BlV)
+    for kernel, arguments, constants in launches:
+        compiled = kernel.warmup(*kernels.as_arrays(arguments), grid=(1,), **constants)
+        yield dict(kernel=kernel.__name__, dtype=str(arguments[0].dtype)[6:], **registers(compiled.asm["cubin"]),
+                   shared_bytes=compiled.metadata.shared, **constants)
+
+
+def registers(cubin: bytes) -> dict[str, int]:
+    """What the assembler reports; bytes on the stack are spilled registers."""
+    from triton.backends import nvidia
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        dump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        usage = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True).stdout
+    count, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return dict(registers=int(count), stack_bytes=int(stack))
 
 
 @needs_triton
 def test_every_configuration_compiles_and_fits_in_shared_memory():
+    """All of them for sm_80, whose shared memory is the smallest, and every kernel once for the other two."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(kernels.__file__).parent)}
-    compilers = {capability: subprocess.Popen([sys.executable, __file__, str(capability)], env=environment, text=True,
-                                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                 for capability in SHARED_MEMORY}
-    for capability, compiler in compilers.items():
-        output, errors = compiler.communicate()
-        assert compiler.returncode == 0, f"sm_{capability}: {errors[-3000:]}"
-        reports = [json.loads(line) for line in output.splitlines()]
-        assert {report["kernel"] for report in reports} == {
-            "attention_forward", "attention_backward_q", "attention_backward_kv", "nearest_code_kernel",
-            "adaln_forward", "adaln_backward", "sample_tokens_kernel"}
-        for report in reports:
-            assert report["shared_bytes"] <= SHARED_MEMORY[capability], f"sm_{capability}: {report}"
+    result = subprocess.run([sys.executable, __file__, "suite"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    compiled = set()
+    for line in result.stdout.splitlines():
+        report = json.loads(line)
+        compiled.add((report["capability"], report["kernel"]))
+        assert report["shared_bytes"] <= SHARED_MEMORY[report["capability"]], report
+    assert compiled == set(itertools.product(SHARED_MEMORY, [
+        "attention_forward", "attention_backward_q", "attention_backward_kv", "nearest_code_kernel",
+        "adaln_forward", "adaln_backward", "sample_tokens_kernel"]))
 
 
 if __name__ == "__main__":
-    for report in compile_everything(int(sys.argv[1])):
-        print(json.dumps(report), flush=True)
+    suite = sys.argv[1] == "suite"
+    for capability in SHARED_MEMORY if suite else [int(sys.argv[1])]:
+        for report in compile_everything(capability, thoroughly=capability == 80 or not suite):
+            print(json.dumps(dict(capability=capability) | report), flush=True)
