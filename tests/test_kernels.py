@@ -39,7 +39,7 @@ from kernels import KeyRanges
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-FACES = ["torch"] if not kernels.HAS_TRITON else ["torch", "triton"]
+FACES = ["torch", "triton"] if kernels.HAS_TRITON else ["torch"]
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}   # half the gap after 1
 TERMS = {torch.float32: 64, torch.float16: 8, torch.bfloat16: 8}
 VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # 680 tokens: the published models at 256 x 256
@@ -144,7 +144,7 @@ def attention_tiles(tiles: tuple[int, int] | None):
     """Tiles smaller than any that is offered meet more range ends in fewer tokens."""
     offered = dict(kernels.ATTENTION_TILES)
     if tiles:
-        kernels.ATTENTION_TILES.update({name: (*tiles, 4, 1) for name in offered})
+        kernels.ATTENTION_TILES.update({name: 4 * [(*tiles, 4, 1)] for name in offered})
     try:
         yield
     finally:
