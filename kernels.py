@@ -563,9 +563,9 @@ def seen_by(rows_T, length, first, last, partners_T):
 def aligned(stride, D: tl.constexpr):
     """The stride, which `rows_first` made a multiple of 8 if D is one, so that it can be seen.
 
-    16 bytes are loaded at once where the compiler can prove that every row begins at a multiple of
-    8 numbers. It proves that of stride // 8 * 8. It does not of tl.multiple_of(stride, 8), which
-    marks the result of an operation, while a stride is a bare argument.
+    16 bytes are loaded at once where the compiler can prove that rows begin at multiples of 8
+    numbers. It proves that of stride // 8 * 8. With tl.multiple_of(stride, 8) it does not, because
+    the stride is a bare argument: D 72 was then loaded 2 bytes at a time (compiled for sm_90).
     """
     return stride // 8 * 8 if D % 8 == 0 else stride
 
@@ -1145,6 +1145,9 @@ ATTENTION_CASES = {   # B, H, L, D
 }
 
 
+SECONDS = 4.0   # that alternatives are timed, in turn
+
+
 def time_call(call: Callable, cold: Tensor) -> float:
     """Seconds of one call after `cold`, larger than any cache, was written: no cache has an input.
 
@@ -1172,8 +1175,7 @@ def extra_memory(call: Callable) -> str:
     return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.1f}"
 
 
-def measure(calls: dict[str, Callable], cold: Tensor,
-            seconds: float = 4.0) -> dict[str, tuple[float, str]]:
+def measure(calls: dict[str, Callable], cold: Tensor) -> dict[str, tuple[float, str]]:
     """{name: (median seconds, peak extra MB or what went wrong)}; in turn, to share the noise."""
     memory = {}
     times = {name: [] for name in calls}
@@ -1184,7 +1186,7 @@ def measure(calls: dict[str, Callable], cold: Tensor,
         except Exception as error:   # one alternative that fails here must not hide the others
             memory[name] = f"failed: {type(error).__name__}: {error}"[:200]
             times[name] = [math.nan]
-    stop = time.monotonic() + seconds
+    stop = time.monotonic() + SECONDS
     rounds = 0
     while rounds < 5 or time.monotonic() < stop:
         rounds += 1
@@ -1274,7 +1276,7 @@ def product_rate(dtype: torch.dtype, cold: Tensor) -> float:
     """FLOP/s of a large matrix product."""
     n = 8192 if cold.is_cuda else 1024
     a, b = torch.randn(2, n, n, device=cold.device).to(dtype)
-    rate = 2 * n**3 / measure({"product": lambda: a @ b}, cold, 1.0)["product"][0]
+    rate = 2 * n**3 / measure({"product": lambda: a @ b}, cold)["product"][0]
     print(f"a large matrix product in {str(dtype)[6:]}: {rate / 1e9:,.0f} GFLOP/s")
     return rate
 
@@ -1282,9 +1284,12 @@ def product_rate(dtype: torch.dtype, cold: Tensor) -> float:
 def copy_rate(cold: Tensor) -> float:
     """Bytes a second, read and written, of a large copy."""
     source = torch.ones_like(cold)
-    seconds = measure({"copy": lambda: source.clone()}, cold, 1.0)["copy"][0]
+    seconds = measure({"copy": lambda: source.clone()}, cold)["copy"][0]
     print(f"a large copy: {2 * cold.nbytes / seconds / 1e9:,.0f} GB/s")
     return 2 * cold.nbytes / seconds
+
+
+PUBLISHED_D16 = dict(width=1024, heads=16, depth=16)
 
 
 def benchmark_generation(rate: float, device: torch.device) -> None:
@@ -1300,11 +1305,13 @@ def benchmark_generation(rate: float, device: torch.device) -> None:
         **sizes, image_channels=3, width=160, multipliers=(1, 1, 2, 2, 4), blocks=2, phis=4,
         norm_groups=32)).to(device).eval()
     model = VAR(VARConfig(
-        **sizes, classes=1000, depth=16, width=1024, heads=16, shared_adaln=False,
-        normalise_qk=True, label_dropout=0.0, drop_path=0.0, last_scales=None)).to(device).eval()
+        **sizes, **PUBLISHED_D16, classes=1000, shared_adaln=False, normalise_qk=True,
+        label_dropout=0.0, drop_path=0.0, last_scales=None)).to(device).eval()
     label_B = torch.zeros(1, dtype=torch.int64, device=device)
-    work = {"transformer": forward_flops(model, label_B.repeat(2), torch.zeros(2, 679, 32)),
-            "decoder": forward_flops(tokenizer.decoder, torch.zeros(1, 32, 16, 16))}
+    inputs = torch.zeros(2, model.config.length - 1, 32)
+    latent_BCSS = torch.zeros(1, 32, model.config.scales[-1], model.config.scales[-1])
+    work = {"transformer": forward_flops(model, label_B.repeat(2), inputs),
+            "decoder": forward_flops(tokenizer.decoder, latent_BCSS)}
     marks: list[float] = []   # when a pass begins, when it ends, and so on
 
     def mark(*_) -> None:
