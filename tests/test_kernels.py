@@ -23,6 +23,7 @@ import contextlib
 import doctest
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -435,6 +436,31 @@ def test_both_faces_draw_the_same_token(case):
     before = case["cond_BlV"].clone()
     assert torch.equal(kernels.sample_tokens_triton(**case), kernels.sample_tokens_torch(**case))
     assert torch.equal(case["cond_BlV"], before)   # the caller's logits are left alone
+
+
+def last_kept(face: str, logits: list[float], top_k: int, top_p: float) -> int:
+    """The rank of the last token kept: with this noise, the later a token ranks, the better is its score."""
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    cond, noise = torch.tensor(logits, device=DEVICE), torch.empty(len(logits), device=DEVICE)
+    for rank, token in enumerate(order):
+        noise[token] = math.exp(logits[token] - rank)
+    token_Bl = face_of("sample_tokens", face)(cond[None, None], None, 0.0, top_k, top_p, noise[None, None])
+    return order.index(token_Bl.item())
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("logits", [[-1.0, -3.0, -2.0, -4.0, -9.0], [2.0, -1.0, 0.5, -2.0, 1.0, -0.5], [3.0, 1.0, 2.0],
+                                    [-0.0, 0.0, 0.0, -0.0, -1.0, 1.0, -1.0], [-2.0] * 5])
+def test_top_k_keeps_k_whatever_their_sign_and_their_ties(face, logits):
+    for top_k in range(1, len(logits) + 2):
+        assert last_kept(face, logits, top_k, 1.0) == min(top_k, len(logits)) - 1
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("top_k, top_p, kept", [(0, 0.0, 1), (0, 0.1, 1), (0, 0.5, 4), (0, 0.51, 5), (0, 1.0, 8),
+                                                (4, 0.5, 2), (4, 0.51, 3), (6, 1.0, 6)])
+def test_top_p_keeps_what_holds_p_of_what_top_k_left(face, top_k, top_p, kept):
+    assert last_kept(face, [-3.0] * 8, top_k, top_p) == kept - 1
 
 
 @pytest.mark.parametrize("face", FACES)
