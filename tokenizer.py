@@ -1,15 +1,40 @@
-"""Images to tokens and back: the multi-scale residual VQ autoencoder of VAR (arXiv 2404.02905, Sec. 3.2).
+"""Images to tokens and back: the multi-scale tokenizer of VAR (arXiv 2404.02905, Sec. 3.2).
 
-Read `Quantizer` first: its `accumulate` and `read` are the whole idea, and everything else loops over the two.
-An image becomes a latent f [C, S, S]; the quantizer writes f as a sum of K ever finer token maps, each holding what
-the coarser ones left over; the decoder turns that sum back into an image.
+An encoder turns an image into a latent f: C channels on a grid of S x S. A codebook holds V codes,
+vectors of C numbers that are learned; a token is the number of a code. A quantizer writes f as a
+sum of K token maps, from 1 x 1 up to S x S, and a decoder makes an image of that sum:
 
-Axes: B batch, C channels of the latent and of a code, S side of the latent, s side of one token map, L tokens of
-all maps (coarse to fine, sum of s*s), l tokens of one map, V codebook size, K number of scales.
+    f_hat = 0                                       nothing is decided yet
+    for every scale k, coarse to fine:
+        residual = f - f_hat                        what the coarser scales left over
+        tokens_k = the nearest codes to the residual, averaged down to s_k x s_k
+        f_hat = f_hat + phi(the codes of tokens_k, upsampled to S x S)
+
+So every scale corrects the sum of those before it, and the first few maps alone are already an
+image: the whole of it, blurred. That is the order in which the transformer will predict the maps.
+
+Why phi? A coarse map reaches S x S by interpolation, which blurs: edges that the codes of a scale
+stand for come out soft. phi, a small convolution, repairs what it can, and the scales after it
+need not. How much there is to repair depends on the enlargement, so neighbouring scales share one
+phi and distant ones do not.
+
+Why does the transformer read f_hat to predict scale k+1, and not the tokens of scale k? There are
+fewer of them than places to predict; and a token says only what its own scale corrected. f_hat is
+everything decided so far, and can be read at any size.
+
+Read `Quantizer` first. Its `accumulate` and `read` are the two steps of the loop above, and
+encoding, decoding, teaching and generation are loops over the two.
+
+Axes: B batch, C channels of the latent and of a code, S side of the latent, s side of one token
+map, L tokens of all maps (coarse to fine, sum of s*s), l tokens of one map, V codebook size,
+K number of scales, k one of them, 0 the coarsest.
 """
 from __future__ import annotations
 
+import hashlib
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,31 +46,32 @@ from torch import Tensor, nn
 from kernels import nearest_code
 
 PUBLISHED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # of the 256-pixel models
-PHI_STRENGTH = 0.5          # phi(h) = (1 - strength) h + strength conv(h), as published
-COMMITMENT = 0.25           # weight of pulling the latent to its codes, against 1 for pulling the codes to it
-L1_WEIGHT = 0.2             # beside the squared error: keeps edges sharp where the squared error is already small
-HITS_MEMORY = 0.99          # how much of a code's hit count is carried over from one step to the next
-DEAD_BELOW = 0.05           # a code hit less than this share of the average is dead
+PHI_STRENGTH = 0.5    # phi(h) = (1 - strength) h + strength conv(h), as published
+COMMITMENT = 0.25     # weight of moving the latent to its codes, against 1 for the codes to it
+L1_WEIGHT = 0.2       # beside the squared error: keeps edges sharp where that is small already
+HITS_MEMORY = 0.99    # how much of a code's hit count is carried over from one step to the next
+DEAD_BELOW = 0.05     # a code that is hit less than this share of the average is dead
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Everything that fixes the tokenizer's shape; `Tokenizer.from_official` reads the published one off its tensors."""
+    """Everything that fixes the tokenizer's shape. Raises ValueError for what cannot be."""
     scales: tuple[int, ...]         # sides of the token maps, from 1 to the latent's side
     vocabulary: int                 # V
     code_channels: int              # C
     image_channels: int             # 3 for colour, 1 for grey
     width: int                      # channels at full resolution
-    multipliers: tuple[int, ...]    # of the width, per resolution; each but the first halves the side
-    blocks: int                     # residual blocks per resolution (the decoder has one more)
-    phis: int                       # distinct phi convolutions, shared by neighbouring scales
+    multipliers: tuple[int, ...]    # of the width, per resolution; each but the first halves it
+    blocks: int                     # residual blocks per resolution; the decoder has one more
+    phis: int                       # different phis, each shared by neighbouring scales
     norm_groups: int                # of the group norms
 
     def __post_init__(self):
         check_scales(self.scales)
         for multiplier in self.multipliers:
             if self.width * multiplier % self.norm_groups:
-                raise ValueError(f"width {self.width} times {multiplier} is not divisible by {self.norm_groups} groups")
+                raise ValueError(f"width {self.width} times {multiplier} is not divisible by "
+                                 f"{self.norm_groups} groups")
 
     @property
     def downsampling(self) -> int:
@@ -62,67 +88,96 @@ def check_scales(scales: tuple[int, ...]) -> None:
         raise ValueError(f"scales {tuple(scales)} must start at 1 and grow")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The multi-scale residual quantizer
+
+
+class Phi(nn.Conv2d):
+    """Repairs an upsampled map: phi(h) = h / 2 + conv(h) / 2 (paper: Sec. 3.2, implementation).
+
+    The half that goes around the convolution keeps any phi, however trained, near what it got.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, h_BCSS: Tensor) -> Tensor:
+        return torch.lerp(h_BCSS, super().forward(h_BCSS), PHI_STRENGTH)
 
 
 class Quantizer(nn.Module):
     """A latent as a sum of K upsampled token maps (paper: Algorithms 1 and 2).
 
         accumulate: f_hat_k = f_hat_{k-1} + phi_k(upsample(codebook[tokens_k]))
-        read:       area-downsample to s_k x s_k: the residual, when encoding; f_hat, when predicting
+        read:       average down to s_k x s_k: the residual, when encoding; f_hat, when predicting
     """
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        self.scales, V, C = config.scales, config.vocabulary, config.code_channels
+        V = config.vocabulary
+        C = config.code_channels
+        self.scales = config.scales
         self.codebook_VC = nn.Parameter(torch.zeros(V, C))   # `start_from` fills it
-        self.phis = nn.ModuleList(nn.Conv2d(C, C, 3, padding=1) for _ in range(config.phis))   # identity at first
-        self.phi_of_scale = choose_phis(len(self.scales), config.phis)
-        # Kept while training, for `revive`:
+        self.phis = nn.ModuleList(Phi(C) for _ in range(config.phis))
+        self.phi_of_scale = choose_phis(len(config.scales), config.phis)
+        # What training remembers of the codebook's use, for `revive`:
         self.register_buffer("hits_V", torch.ones(V))   # how often each code was hit of late
-        self.new_hits_V: Tensor | int = 0               # hits since the last `remember`
-        self.residuals: list[Tensor] = []               # what the last pass had to code, scale by scale
+        self.new_hits_V: Tensor | int = 0    # hits since the last `remember`
+        self.residuals: list[Tensor] = []    # of the last pass, one [B, l, C] for each scale
 
     def empty(self, batch: int) -> Tensor:
         """f_hat before any scale: zeros [B, C, S, S]."""
-        return self.codebook_VC.new_zeros(batch, self.codebook_VC.shape[1], self.scales[-1], self.scales[-1])
+        S = self.scales[-1]
+        return self.codebook_VC.new_zeros(batch, self.codebook_VC.shape[1], S, S)
 
     def accumulate(self, f_hat_BCSS: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
-        """Add scale k, given by its tokens, to the running latent; in fp32, as sums of small differences need."""
-        s, S = self.scales[k], self.scales[-1]
+        """f_hat with scale k, given by its tokens, added to it.
+
+        In fp32 also under autocast: a sum of ever smaller corrections needs the digits.
+        """
+        s = self.scales[k]
+        S = self.scales[-1]
+        phi = self.phis[self.phi_of_scale[k]]
         with torch.autocast(f_hat_BCSS.device.type, enabled=False):
-            h_BCss = F.embedding(tokens_Bl, self.codebook_VC).transpose(1, 2).unflatten(2, (s, s))
-            h_BCSS = h_BCss if s == S else F.interpolate(h_BCss, size=(S, S), mode="bicubic")
-            phi = self.phis[self.phi_of_scale[k]]
-            return f_hat_BCSS + torch.lerp(h_BCSS, phi(h_BCSS), PHI_STRENGTH)
+            h_BlC = F.embedding(tokens_Bl, self.codebook_VC)                # [B, l, C]
+            h_BCss = h_BlC.transpose(1, 2).unflatten(2, (s, s))             # [B, C, s, s]
+            h_BCSS = F.interpolate(h_BCss, size=(S, S), mode="bicubic")     # [B, C, S, S]
+            return f_hat_BCSS + phi(h_BCSS)                                 # [B, C, S, S]
 
     def read(self, f_BCSS: Tensor, k: int) -> Tensor:
-        """What scale k sees of a latent: vectors [B, l, C]."""
-        s, S = self.scales[k], self.scales[-1]
-        f_BCss = f_BCSS if s == S else F.interpolate(f_BCSS, size=(s, s), mode="area")
-        return f_BCss.flatten(2).transpose(1, 2)
+        """What scale k sees of a latent: vectors [B, l, C], each the average of an area."""
+        s = self.scales[k]
+        f_BCss = F.interpolate(f_BCSS, size=(s, s), mode="area")            # [B, C, s, s]
+        return f_BCss.flatten(2).transpose(1, 2)                            # [B, l, C]
 
     def nearest(self, x_BlC: Tensor) -> Tensor:
         """Tokens [B, l] of vectors."""
-        return nearest_code(x_BlC.flatten(0, 1), self.codebook_VC).view(x_BlC.shape[:2])
+        tokens_N = nearest_code(x_BlC.flatten(0, 1), self.codebook_VC)
+        return tokens_N.view(x_BlC.shape[:2])
 
     def split(self, tokens_BL: Tensor) -> list[Tensor]:
-        """One [B, l] view per scale. Fewer tokens are fine if they end with a scale: then there are fewer maps."""
+        """One [B, l] view per scale.
+
+        Fewer tokens are fine if they end with a scale: then there are fewer maps.
+        """
         sizes = [s * s for s in self.scales]
         while sum(sizes) > tokens_BL.shape[1]:
             sizes.pop()
         if sum(sizes) != tokens_BL.shape[1]:
-            raise ValueError(f"{tokens_BL.shape[1]} tokens are no whole number of the scales {self.scales}")
+            raise ValueError(f"{tokens_BL.shape[1]} tokens are no whole number of the scales "
+                             f"{self.scales}")
         return list(tokens_BL.split(sizes, dim=1))
 
     @torch.no_grad()
     def encode(self, f_BCSS: Tensor) -> Tensor:
-        """Tokens [B, L] of a latent: each scale takes the codes nearest to what the coarser scales left over."""
-        f_hat_BCSS, tokens = self.empty(len(f_BCSS)), []
+        """Tokens [B, L] of a latent: each scale codes what the coarser ones left over."""
+        f_hat_BCSS = self.empty(len(f_BCSS))
+        tokens = []
         for k in range(len(self.scales)):
-            tokens.append(self.nearest(self.read(f_BCSS - f_hat_BCSS, k)))
-            f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens[-1], k)
+            residual_BlC = self.read(f_BCSS - f_hat_BCSS, k)
+            tokens_Bl = self.nearest(residual_BlC)
+            f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)
+            tokens.append(tokens_Bl)
         return torch.cat(tokens, dim=1)
 
     @torch.no_grad()
@@ -135,73 +190,103 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
-        """What the transformer reads for scales 2..K, [B, L-1, C]: f_hat after each scale, at the next one's size."""
-        f_hat_BCSS, inputs = self.empty(len(tokens_BL)), []
+        """What the transformer reads for scales 2..K: f_hat after each scale, at the next's size.
+
+        [B, L-1, C]. There is nothing to read for scale 1, which is predicted from the class.
+        """
+        f_hat_BCSS = self.empty(len(tokens_BL))
+        inputs = [self.read(f_hat_BCSS, 0)[:, :0]]   # [B, 0, C], all there is if K is 1
         for k, tokens_Bl in enumerate(self.split(tokens_BL)[:-1]):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)
             inputs.append(self.read(f_hat_BCSS, k + 1))
-        if not inputs:   # a single scale is predicted from the class alone
-            return self.codebook_VC.new_zeros(len(tokens_BL), 0, self.codebook_VC.shape[1])
         return torch.cat(inputs, dim=1)
 
+    # Training. The nearest code is a choice, and a choice has no gradient. So the encoder learns
+    # from the image as if it had not been made (straight-through), and a loss of its own holds the
+    # two sides together: codes move to the latents that chose them, and a latent moves, a quarter
+    # as strongly, to the codes it chose. That second term is the commitment. Without it the
+    # latents may run away from their codes for as long as the decoder can follow.
+
     def forward(self, f_BCSS: Tensor) -> tuple[Tensor, Tensor]:
-        """Training: the quantized latent, its gradient passed straight through to f, and the codebook loss.
+        """The latent [B, C, S, S] as its tokens give it, and the codebook loss (sg: stop-gradient).
 
-            L_vq = 1/K sum_k [ |f_hat_k - sg f|^2 + 0.25 |sg f_hat_k - f|^2 ]
+            L_vq = 1/K sum_k [ |f_hat_k - sg f|^2 + 0.25 |sg f_hat_k - f|^2 ]     (means)
 
-        Every scale's running sum is held to the latent, so coarse scales carry as much as they can.
+        Every scale's running sum is held to the latent, so coarse scales carry what they can. In
+        training mode the pass also counts which codes were hit, and keeps the residuals.
         """
-        target_BCSS, f_hat_BCSS = f_BCSS.detach(), self.empty(len(f_BCSS))
-        loss, residuals, tokens = 0.0, [], []
+        f_hat_BCSS = self.empty(len(f_BCSS))
+        loss = 0.0
+        tokens = []
+        residuals = []
         for k in range(len(self.scales)):
-            residuals.append(self.read(target_BCSS - f_hat_BCSS.detach(), k))
-            tokens.append(self.nearest(residuals[-1]))
-            f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens[-1], k)
-            loss = loss + F.mse_loss(f_hat_BCSS, target_BCSS) + COMMITMENT * F.mse_loss(f_hat_BCSS.detach(), f_BCSS)
+            with torch.no_grad():
+                residual_BlC = self.read(f_BCSS - f_hat_BCSS, k)            # [B, l, C]
+                tokens_Bl = self.nearest(residual_BlC)                      # [B, l]
+            f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)          # [B, C, S, S]
+            to_latent = F.mse_loss(f_hat_BCSS, f_BCSS.detach())
+            to_codes = F.mse_loss(f_hat_BCSS.detach(), f_BCSS)
+            loss = loss + to_latent + COMMITMENT * to_codes
+            residuals.append(residual_BlC)
+            tokens.append(tokens_Bl)
         if self.training:
-            hits_V = torch.bincount(torch.cat(tokens, dim=1).flatten(), minlength=len(self.hits_V))
-            self.new_hits_V = self.new_hits_V + hits_V
+            tokens_N = torch.cat(tokens, dim=1).flatten()
+            self.new_hits_V = self.new_hits_V + tokens_N.bincount(minlength=len(self.hits_V))
             self.residuals = residuals
-        return f_BCSS + (f_hat_BCSS - f_BCSS).detach(), loss / len(self.scales)
+        # Straight-through: the value of f_hat, the gradient of f.
+        straight_BCSS = f_BCSS + (f_hat_BCSS - f_BCSS).detach()             # [B, C, S, S]
+        return straight_BCSS, loss / len(self.scales)
+
+    # Codebook collapse: a code that is never the nearest gets no gradient, so it stays where it is
+    # and will never be the nearest. A few codes that start well then take everything, for good.
+    # Against that, codes start where residuals are, and dead ones are moved there later.
 
     @torch.no_grad()
     def start_from(self, f_BCSS: Tensor) -> None:
-        """The first codebook: residuals of real latents, every scale giving an equal share of the codes.
+        """The first codebook: residuals of real latents, every scale giving an equal share.
 
-        Codes drawn from N(0, 1), or all near zero, are far from most residuals: a handful of them wins every time,
-        for good. These are where the residuals are, of the coarse scales too, from the first quantized step on.
+        An equal share, because most residuals are those of the finest scales. Each scale leaves
+        over what its codes and those of coarser scales, the only ones so far, cannot say.
         """
-        V, K = len(self.codebook_VC), len(self.scales)
-        f_hat_BCSS, self.codebook_VC[:] = self.empty(len(f_BCSS)), 1e4   # far away: no code yet
+        V = len(self.codebook_VC)
+        K = len(self.scales)
+        f_hat_BCSS = self.empty(len(f_BCSS))
         for k in range(K):
+            begin = math.ceil(V * k / K)
+            end = math.ceil(V * (k + 1) / K)
             residual_BlC = self.read(f_BCSS - f_hat_BCSS, k)
-            residual_NC, begin, end = residual_BlC.flatten(0, 1), V * k // K, V * (k + 1) // K
-            self.codebook_VC[begin:end] = residual_NC[torch.randint(len(residual_NC), (end - begin,))]
-            f_hat_BCSS = self.accumulate(f_hat_BCSS, self.nearest(residual_BlC), k)
+            residual_NC = residual_BlC.flatten(0, 1)
+            chosen = torch.randint(len(residual_NC), (end - begin,))
+            self.codebook_VC[begin:end] = residual_NC[chosen]
+            tokens_N = nearest_code(residual_NC, self.codebook_VC[:end])
+            tokens_Bl = tokens_N.view(residual_BlC.shape[:2])
+            f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)
 
     @torch.no_grad()
     def remember(self) -> None:
         """Count the hits of a whole step, however many parts and processes computed it."""
         if dist.is_initialized():
             dist.all_reduce(self.new_hits_V)
-        self.hits_V.mul_(HITS_MEMORY).add_(self.new_hits_V, alpha=1 - HITS_MEMORY)
+        self.hits_V.lerp_(self.new_hits_V.to(self.hits_V), 1 - HITS_MEMORY)
         self.new_hits_V = 0
 
     @torch.no_grad()
     def revive(self, optimizer: torch.optim.Optimizer) -> int:
-        """Move codes that nothing chooses to where the residuals of the last pass are; returns how many.
+        """Move dead codes to where the residuals of the last pass are; returns how many there were.
 
-        A residual's scale is drawn first, each alike, and then its place: drawn from all residuals alike, nine in ten
-        would come from the finest two scales, and the coarse ones would starve. A revived code starts with an average
-        hit count, so it has time to find its place, and without the momentum of the code it replaces.
+        The scale of a residual is drawn first, each as likely, and then its place. Of all
+        residuals most are those of the finest two scales, and the coarse ones would starve. A
+        revived code starts with an average hit count, so it has time to find its place, and
+        without the optimizer's memory of the code that it replaces.
         """
         average = self.hits_V.mean()
         dead_N = (self.hits_V < DEAD_BELOW * average).nonzero().flatten()
         scale_N = torch.randint(len(self.scales), dead_N.shape, device=dead_N.device)
-        for k, residual_BlC in enumerate(map(over_processes, self.residuals)):
-            chosen_n = dead_N[scale_N == k]
-            place_n = torch.randint(residual_BlC.shape[:2].numel(), chosen_n.shape, device=dead_N.device)
-            self.codebook_VC[chosen_n] = residual_BlC.flatten(0, 1)[place_n]
+        for k, residual_BlC in enumerate(self.residuals):
+            residual_MC = over_processes(residual_BlC).flatten(0, 1)
+            code_n = dead_N[scale_N == k]
+            place_n = torch.randint(len(residual_MC), code_n.shape, device=code_n.device)
+            self.codebook_VC[code_n] = residual_MC[place_n]
         self.hits_V[dead_N] = average
         for name in ("exp_avg", "exp_avg_sq"):
             optimizer.state[self.codebook_VC][name][dead_N] = 0
@@ -218,17 +303,23 @@ def over_processes(x_B: Tensor) -> Tensor:
 
 
 def choose_phis(scales: int, phis: int) -> list[int]:
-    """Which phi serves each scale: the one whose place in [0, 1] is nearest to the scale's own (k / (K-1)).
+    """Which phi serves each scale: the one whose place in [0, 1] is nearest to k / (K-1).
 
-    NumPy float64 with this very formula, because published checkpoints fall on ties that rounding decides.
+    Published checkpoints fall on ties that rounding decides: hence this formula, in float64.
     """
     margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
     places = np.linspace(margin, 1 - margin, phis)
-    return [int(np.argmin(np.abs(places - k / max(scales - 1, 1)))) for k in range(scales)]
+    chosen = []
+    for k in range(scales):
+        place = k / max(scales - 1, 1)
+        chosen.append(int(np.argmin(np.abs(places - place))))
+    return chosen
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Encoder and decoder
+# -------------------------------------------------------------------------------------------------
+# Encoder and decoder: the convolutional pair of latent diffusion (arXiv 2112.10752), as published
+#
+# Side and channels in the shapes below are those of four resolutions and multipliers m1 .. m4.
 
 
 class ResidualBlock(nn.Module):
@@ -238,7 +329,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, channels_out, eps=1e-6)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+        self.shortcut = nn.Identity()
+        if channels_in != channels_out:
+            self.shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -256,13 +349,16 @@ class PixelAttention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        qkv_B1NC = self.qkv(self.norm(x_BCHW)).flatten(2).transpose(1, 2).unsqueeze(1)
-        o_B1NC = F.scaled_dot_product_attention(*qkv_B1NC.chunk(3, dim=-1))
-        return x_BCHW + self.out(o_B1NC.squeeze(1).transpose(1, 2).view_as(x_BCHW))
+        qkv_BCHW = self.qkv(self.norm(x_BCHW))                            # [B, 3 C, H, W]
+        qkv_B1NC = qkv_BCHW.flatten(2).transpose(1, 2).unsqueeze(1)       # [B, 1, H W, 3 C]
+        q_B1NC, k_B1NC, v_B1NC = qkv_B1NC.chunk(3, dim=-1)                # [B, 1, H W, C]
+        o_B1NC = F.scaled_dot_product_attention(q_B1NC, k_B1NC, v_B1NC)   # [B, 1, H W, C]
+        o_BCHW = o_B1NC.squeeze(1).transpose(1, 2).view_as(x_BCHW)        # [B, C, H, W]
+        return x_BCHW + self.out(o_BCHW)                                  # [B, C, H, W]
 
 
 class Downsample(nn.Conv2d):
-    """Half the side: a strided convolution, padded at the bottom and the right only, as published."""
+    """Half the side: a strided convolution, padded at the bottom and the right, as published."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, stride=2)
@@ -282,13 +378,24 @@ class Upsample(nn.Conv2d):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention at the lowest one, then the way to the next."""
+    """One resolution: its blocks, each followed by attention if it attends, then to the next."""
 
-    def __init__(self, channels_in: int, channels: int, blocks: int, groups: int, attends: bool, resample: nn.Module):
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        blocks: int,
+        groups: int,
+        attends: bool,
+        resample: nn.Module,
+    ):
         super().__init__()
-        widths = [channels_in] + [channels] * blocks
-        self.blocks = nn.ModuleList(ResidualBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
-        self.attentions = nn.ModuleList(PixelAttention(channels, groups) for _ in range(blocks if attends else 0))
+        self.blocks = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        for i in range(blocks):
+            self.blocks.append(ResidualBlock(channels if i else channels_in, channels, groups))
+            if attends:
+                self.attentions.append(PixelAttention(channels, groups))
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -300,8 +407,11 @@ class Level(nn.Module):
 
 
 def middle(channels: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(ResidualBlock(channels, channels, groups), PixelAttention(channels, groups),
-                         ResidualBlock(channels, channels, groups))
+    return nn.Sequential(
+        ResidualBlock(channels, channels, groups),
+        PixelAttention(channels, groups),
+        ResidualBlock(channels, channels, groups),
+    )
 
 
 class Encoder(nn.Module):
@@ -309,22 +419,26 @@ class Encoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
+        groups = config.norm_groups
         widths = [config.width * m for m in config.multipliers]
-        lowest, groups = len(widths) - 1, config.norm_groups
+        widths_in = [config.width] + widths[:-1]
+        lowest = len(widths) - 1
         self.conv_in = nn.Conv2d(config.image_channels, config.width, 3, padding=1)
-        self.levels = nn.ModuleList(
-            Level(widths[max(i - 1, 0)] if i else config.width, width, config.blocks, groups, attends=i == lowest,
-                  resample=nn.Identity() if i == lowest else Downsample(width))
-            for i, width in enumerate(widths))
+        self.levels = nn.ModuleList()
+        for i, width in enumerate(widths):
+            resample = nn.Identity() if i == lowest else Downsample(width)
+            self.levels.append(Level(widths_in[i], width, config.blocks, groups,
+                                     attends=i == lowest, resample=resample))
         self.middle = middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.code_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(images)                        # [B, width, side, side]
         for level in self.levels:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+            x = level(x)                                # [B, width m4, S, S] after the last
+        x = self.middle(x)                              # [B, width m4, S, S]
+        return self.conv_out(F.silu(self.norm_out(x)))  # [B, C, S, S]
 
 
 class Decoder(nn.Module):
@@ -332,47 +446,96 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
+        groups = config.norm_groups
         widths = [config.width * m for m in config.multipliers]
-        lowest, groups = len(widths) - 1, config.norm_groups
+        widths_in = widths[1:] + widths[-1:]
+        lowest = len(widths) - 1
         self.conv_in = nn.Conv2d(config.code_channels, widths[-1], 3, padding=1)
         self.middle = middle(widths[-1], groups)
-        self.levels = nn.ModuleList(
-            Level(widths[min(i + 1, lowest)], width, config.blocks + 1, groups, attends=i == lowest,
-                  resample=Upsample(width) if i else nn.Identity())
-            for i, width in enumerate(widths))
+        self.levels = nn.ModuleList()
+        for i, width in enumerate(widths):
+            resample = Upsample(width) if i else nn.Identity()
+            self.levels.append(Level(widths_in[i], width, config.blocks + 1, groups,
+                                     attends=i == lowest, resample=resample))
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(x))
+    def forward(self, f_BCSS: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(f_BCSS))           # [B, width m4, S, S]
         for level in reversed(self.levels):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            x = level(x)                                # [B, width m1, side, side] after the last
+        return self.conv_out(F.silu(self.norm_out(x)))  # [B, channels, side, side]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The tokenizer
 
 
 class Tokenizer(nn.Module):
-    """Images are float [B, channels, side, side] in [-1, 1]; tokens are int64 [B, L], scales coarse to fine."""
+    """Images, float [B, channels, side, side] in [-1, 1], to tokens, int64 [B, L], and back."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        self.config, C = config, config.code_channels
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        C = config.code_channels
+        self.config = config
+        self.encoder = Encoder(config)
         self.to_latent = nn.Conv2d(C, C, 3, padding=1)
-        self.from_latent = nn.Conv2d(C, C, 3, padding=1)
         self.quantizer = Quantizer(config)
+        self.from_latent = nn.Conv2d(C, C, 3, padding=1)
+        self.decoder = Decoder(config)
         self.initialise()
+
+    def latent(self, images: Tensor) -> Tensor:
+        """f [B, C, S, S]. Raises ValueError for images of a side that the scales do not fit."""
+        side = self.config.image_side
+        if images.shape[2:] != (side, side):
+            raise ValueError(f"images are {tuple(images.shape[2:])}; scales {self.config.scales} "
+                             f"at downsampling {self.config.downsampling} need {side} x {side}")
+        return self.to_latent(self.encoder(images)).float()
+
+    def render(self, f_BCSS: Tensor) -> Tensor:
+        """A latent as images, not clamped."""
+        return self.decoder(self.from_latent(f_BCSS)).float()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images to tokens [B, L] (paper: Algorithm 1)."""
+        return self.quantizer.encode(self.latent(images))
+
+    @torch.no_grad()
+    def decode(self, tokens_BL: Tensor) -> Tensor:
+        """Tokens to images (paper: Algorithm 2); of the first scales only: to images so far."""
+        return self.render(self.quantizer.decode(tokens_BL)).clamp(-1, 1)
+
+    def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
+        """What the transformer reads for scales 2..K when it is taught on tokens: [B, L-1, C]."""
+        return self.quantizer.teacher_inputs(tokens_BL)
+
+    def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """One training pass: reconstructions, and the losses by name; `total` is to be minimised.
+
+            total = |x - y|^2 + 0.2 |x - y|_1 + L_vq       (means over pixels)
+
+        quantize: False trains the encoder and decoder alone.
+        """
+        f_BCSS = self.latent(images)                           # [B, C, S, S]
+        codebook_loss = images.new_zeros(())
+        if quantize:
+            f_BCSS, codebook_loss = self.quantizer(f_BCSS)     # [B, C, S, S]
+        reconstruction = self.render(f_BCSS)                   # [B, channels, side, side]
+        mse = F.mse_loss(reconstruction, images)
+        l1 = F.l1_loss(reconstruction, images)
+        total = mse + L1_WEIGHT * l1 + codebook_loss
+        losses = {"total": total, "mse": mse, "l1": l1, "codebook": codebook_loss}
+        return reconstruction, losses
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Convolutions that keep the size of what passes through; residual branches silent; phi as the identity.
+        """Convolutions keep the size of a signal; residual branches are silent; phi does nothing.
 
-        PyTorch's default shrinks a signal by sqrt(3) per layer, and cost a small tokenizer 4 dB after 300 steps
-        (without quantization, PSNR 19.9 against 24.0, one seed). Silent branches leave a plain path for colour to find. A
-        random phi is noise added to every code.
+        PyTorch's default shrinks a signal by sqrt(3) per layer, until little is left of it. Silent
+        branches leave a plain path, on which colours are found first. A random phi would be noise
+        added to every code.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -383,78 +546,103 @@ class Tokenizer(nn.Module):
                 nn.init.zeros_(module.conv2.weight)
             if isinstance(module, PixelAttention):
                 nn.init.zeros_(module.out.weight)
-        for phi in self.quantizer.phis:
-            nn.init.dirac_(phi.weight)
-
-    def latent(self, images: Tensor) -> Tensor:
-        """f [B, C, S, S]. Raises ValueError for images of any other side than the scales stand for."""
-        side = self.config.image_side
-        if images.shape[2:] != (side, side):
-            raise ValueError(f"images are {tuple(images.shape[2:])}; scales {self.config.scales} at "
-                             f"downsampling {self.config.downsampling} need {side} x {side}")
-        return self.to_latent(self.encoder(images)).float()
-
-    def render(self, f_BCSS: Tensor) -> Tensor:
-        """A latent as images, not clamped."""
-        return self.decoder(self.from_latent(f_BCSS))
+            if isinstance(module, Phi):
+                nn.init.dirac_(module.weight)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Images to tokens [B, L] (paper: Algorithm 1)."""
-        return self.quantizer.encode(self.latent(images))
+    def health(self, batches: Iterable[Tensor]) -> dict:
+        """Is the codebook alive? A list over the scales for each of these, and one number:
 
-    @torch.no_grad()
-    def decode(self, tokens_BL: Tensor) -> Tensor:
-        """Tokens to images (paper: Algorithm 2). Tokens of the coarser scales alone give the image so far."""
-        return self.render(self.quantizer.decode(tokens_BL)).float().clamp(-1, 1)
+            psnr_per_scale         dB, of the images decoded from the scales up to this one
+            codes_per_scale        how many codes the scale uses
+            usage_per_scale        the same as a share of what it could use, min(V, its tokens)
+            perplexity_per_scale   exp of the codes' entropy: as many, used alike, would differ so
+            codes_used             share of the codebook that is used by any scale
 
-    def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
-        """What the transformer reads for scales 2..K when it is taught on tokens: [B, L-1, C]."""
-        return self.quantizer.teacher_inputs(tokens_BL)
-
-    def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-        """One training pass: reconstructions, and the losses by name; `total` is the one to minimise.
-
-            total = |x - y|^2 + 0.2 |x - y|_1 + L_vq       (means over pixels)
-
-        quantize: False trains the encoder and decoder alone.
+        batches: images on the tokenizer's device.
         """
-        f_BCSS, codebook_loss = self.latent(images), images.new_zeros(())
-        if quantize:
-            f_BCSS, codebook_loss = self.quantizer(f_BCSS)
-        reconstruction = self.render(f_BCSS).float()
-        mse, l1 = F.mse_loss(reconstruction, images), F.l1_loss(reconstruction, images)
-        total = mse + L1_WEIGHT * l1 + codebook_loss
-        return reconstruction, {"total": total, "mse": mse, "l1": l1, "codebook": codebook_loss}
+        V = self.config.vocabulary
+        K = len(self.config.scales)
+        counts_KV = torch.zeros(K, V)
+        errors_K = [0.0] * K
+        pixels = 0
+        for images in batches:
+            f_hat_BCSS = self.quantizer.empty(len(images))
+            tokens_BL = self.encode(images)
+            for k, tokens_Bl in enumerate(self.quantizer.split(tokens_BL)):
+                f_hat_BCSS = self.quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)
+                so_far = self.render(f_hat_BCSS).clamp(-1, 1)
+                errors_K[k] += F.mse_loss(so_far, images, reduction="sum").item()
+                counts_KV[k] += tokens_Bl.flatten().bincount(minlength=V).cpu()
+            pixels += images.numel()
+        codes_K = (counts_KV > 0).sum(dim=1)
+        tokens_K1 = counts_KV.sum(dim=1, keepdim=True)
+        most_K = tokens_K1.flatten().clamp(max=V)
+        entropy_K = torch.special.entr(counts_KV / tokens_K1).sum(dim=1)
+        return {
+            "psnr_per_scale": [psnr(error / pixels) for error in errors_K],
+            "codes_per_scale": codes_K.tolist(),
+            "usage_per_scale": (codes_K / most_K).tolist(),
+            "perplexity_per_scale": entropy_K.exp().tolist(),
+            "codes_used": counts_KV.any(dim=0).sum().item() / V,
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of config and weights: a transformer names the tokenizer that it learned from."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, tensor in sorted(self.named_parameters()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @classmethod
-    def from_official(cls, state_dict: dict[str, Tensor], scales: tuple[int, ...] | None = None) -> Tokenizer:
-        """The published tokenizer, from its state dict as downloaded; its shape is read off the tensors.
+    def from_official(cls, state_dict: dict[str, Tensor],
+                      scales: tuple[int, ...] | None = None) -> Tokenizer:
+        """The published tokenizer, from its state dict as downloaded.
 
-        They tell how many scales there are but not their sides: ten are taken for those of the 256-pixel models,
-        any other number K for 1..K; otherwise name them. Raises ValueError for a state dict of anything else.
+        Its shape is read off the tensors. They tell how many scales there are but not their sides:
+        ten are taken for those of the 256-pixel models, any other number K for 1..K; otherwise
+        name them. Raises ValueError for a state dict of anything else.
         """
         if "quantize.embedding.weight" not in state_dict:
             raise ValueError("not a published VAR tokenizer: it has no quantize.embedding.weight")
-        state = {rename(name): tensor for name, tensor in state_dict.items() if "ema_vocab_hit" not in name}
+        state = {rename(name): tensor for name, tensor in state_dict.items()}
         V, C = state["quantizer.codebook_VC"].shape
+        hits_KV = state.pop("quantize.ema_vocab_hit_SV")   # of its training: only K is of use
         state["quantizer.hits_V"] = torch.ones(V)
-        if scales is None:
-            K = len(state_dict["quantize.ema_vocab_hit_SV"])
-            scales = PUBLISHED_SCALES if K == len(PUBLISHED_SCALES) else tuple(range(1, K + 1))
+        if scales is None and len(hits_KV) == len(PUBLISHED_SCALES):
+            scales = PUBLISHED_SCALES
+        elif scales is None:
+            scales = range(1, len(hits_KV) + 1)
         width, image_channels = state["encoder.conv_in.weight"].shape[:2]
-        levels = count(state, "encoder.levels")
+        multipliers = []
+        for i in range(count(state, "encoder.levels")):
+            channels = len(state[f"encoder.levels.{i}.blocks.0.conv1.bias"])
+            multipliers.append(channels // width)
         tokenizer = cls(TokenizerConfig(
-            scales=tuple(scales), vocabulary=V, code_channels=C, image_channels=image_channels, width=width,
-            multipliers=tuple(len(state[f"encoder.levels.{i}.blocks.0.conv1.bias"]) // width for i in range(levels)),
-            blocks=count(state, "encoder.levels.0.blocks"), phis=count(state, "quantizer.phis"), norm_groups=32))
+            scales=tuple(scales),
+            vocabulary=V,
+            code_channels=C,
+            image_channels=image_channels,
+            width=width,
+            multipliers=tuple(multipliers),
+            blocks=count(state, "encoder.levels.0.blocks"),
+            phis=count(state, "quantizer.phis"),
+            norm_groups=32,
+        ))
         tokenizer.load_state_dict(state)
         return tokenizer.eval()
 
 
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB, of a mean squared error between images in [-1, 1]."""
+    return 10 * math.log10(4 / max(mse, 1e-10))
+
+
 def count(state: dict[str, Tensor], prefix: str) -> int:
     """How many numbered modules a state dict has under a name."""
-    return len({name[len(prefix):].split(".")[1] for name in state if name.startswith(prefix + ".")})
+    under = [name for name in state if name.startswith(prefix + ".")]
+    return len({name.split(".")[1 + prefix.count(".")] for name in under})
 
 
 OFFICIAL_NAMES = [   # published name -> ours, applied in this order
@@ -469,9 +657,9 @@ OFFICIAL_NAMES = [   # published name -> ours, applied in this order
     (r"^quant_conv\.", "to_latent."),
     (r"^post_quant_conv\.", "from_latent."),
     (r"^quantize\.embedding\.weight$", "quantizer.codebook_VC"),
-    (r"^quantize\.quant_resi\.qresi_ls\.", "quantizer.phis."),     # several, shared by neighbouring scales
-    (r"^quantize\.quant_resi\.qresi\.", "quantizer.phis.0."),      # one for all scales
-    (r"^quantize\.quant_resi\.(\d)", r"quantizer.phis.\1"),        # one for each scale
+    (r"^quantize\.quant_resi\.qresi_ls\.", "quantizer.phis."),   # several, of neighbouring scales
+    (r"^quantize\.quant_resi\.qresi\.", "quantizer.phis.0."),    # one for all scales
+    (r"^quantize\.quant_resi\.(\d)", r"quantizer.phis.\1"),      # one for each scale
 ]
 
 

@@ -1,22 +1,38 @@
-"""Tokens to tokens: the transformer of VAR, which predicts an image one scale at a time (arXiv 2404.02905, Sec. 3).
+"""Tokens to tokens: the transformer of VAR, which predicts an image scale by scale (2404.02905).
 
-Read `VAR` first: `forward` teaches all scales at once, behind the block-causal mask; `generate` makes one scale
-after the other from a cache of keys and values. Both feed it the same inputs: scale 1 reads the class, scale k+1
-reads what the tokenizer's running latent looks like after scale k, at the size of scale k+1.
+A language model predicts the next token from all tokens before it. VAR predicts the next scale:
+all s x s tokens of it at once, from all coarser scales (Sec. 3.1).
 
-Axes: B batch, L tokens of all scales (coarse to fine), l tokens of one scale, H heads, D head width, W = H * D model
-width, C code channels, V codebook size, K number of scales.
+    reads       the class    f_hat at 2x2    f_hat at 3x3    ...    f_hat at SxS
+                    |              |               |                      |
+                the transformer: a token sees its own scale and the coarser ones
+                    |              |               |                      |
+    predicts    the 1x1 map  the 2x2 map     the 3x3 map     ...    the SxS map
+
+f_hat is the tokenizer's running latent: the sum of all maps up to then (tokenizer.py says why it
+is f_hat that is read). So a place of a map reads there what the image is so far, and says what
+token corrects it; and the tokens of a scale are drawn independently, given the coarser ones.
+
+`VAR.forward` teaches all scales at once: the maps of a real image are known, and so is what should
+be read (teacher forcing). `VAR.generate` makes one scale after the other, reading what it drew.
+Read these two first, then `Block` and `Attention`.
+
+Axes: B batch, L tokens of all scales (coarse to fine), l tokens of one scale, H heads, D width of
+a head, W = H * D model width, C code channels, V codebook size, K number of scales, k one of them,
+S side of the latent.
 """
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from kernels import KeyRanges, adaln, block_attention, sample_tokens
 
@@ -24,23 +40,25 @@ if TYPE_CHECKING:
     from tokenizer import Quantizer, Tokenizer
 
 LARGEST_QK_SCALE = 100.0   # of the learned attention scale, when queries and keys are normalised
+MUON_MOMENTUM = 0.95
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)   # Keller Jordan's a, b, c: see `orthogonal`
 
 
 @dataclass(frozen=True)
 class VARConfig:
-    """Everything that fixes the transformer's shape, and the two regularisers that belong to its layers."""
-    scales: tuple[int, ...]       # sides of the token maps, as in the tokenizer
-    vocabulary: int               # V, as in the tokenizer
-    code_channels: int            # C, as in the tokenizer
-    classes: int                  # the null class, for guidance, is one more
-    depth: int                    # layers
-    width: int                    # W
-    heads: int                    # H
-    shared_adaln: bool            # one modulation for all layers, plus an offset per layer, instead of one per layer
-    normalise_qk: bool            # unit queries and keys with a learned scale, against 0.25 / sqrt(D)
-    label_dropout: float          # share of training labels replaced by the null class
-    drop_path: float              # stochastic depth: the last layer's rate; the first layer's is 0
-    last_scales: int | None       # how many scales a token sees, its own among them; None: all so far, as published
+    """Everything that fixes the transformer's shape, and the two regularisers of its training."""
+    scales: tuple[int, ...]     # sides of the token maps, as in the tokenizer
+    vocabulary: int             # V, as in the tokenizer
+    code_channels: int          # C, as in the tokenizer
+    classes: int                # the null class, for guidance, is one more
+    depth: int                  # layers
+    width: int                  # W
+    heads: int                  # H
+    shared_adaln: bool          # one modulation for all layers and an offset for each, or one each
+    normalise_qk: bool          # unit queries and keys with a learned scale, or 0.25 / sqrt(D)
+    label_dropout: float        # share of training labels that become the null class
+    drop_path: float            # stochastic depth: the last layer's rate; the first layer's is 0
+    last_scales: int | None     # scales that a token sees, its own among them; None: all so far
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -50,146 +68,300 @@ class VARConfig:
     def length(self) -> int:
         return sum(s * s for s in self.scales)
 
+    @property
+    def spans(self) -> list[slice]:
+        """Where the tokens of each scale are among all L."""
+        ends = list(accumulate((s * s for s in self.scales), initial=0))
+        return [slice(begin, end) for begin, end in pairwise(ends)]
 
-@dataclass
-class Kept:
-    """What a generation keeps of an image: in-painting and its kin (paper: Sec. 5.3).
 
-    latent_BCSS: the latent of the image, its holes filled plausibly.
-    where_B1SS: the share of each place that is kept; elsewhere tokens are generated.
-    scales: how many of the scales, from the coarsest, keep anything.
-    own_tokens_BL: if given, the image's tokens, computed beforehand and pasted as they are: the open loop, as published.
-    """
-    latent_BCSS: Tensor
-    where_B1SS: Tensor
-    scales: int
-    own_tokens_BL: Tensor | None = None
-
-    def tokens(self, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Tokens [B, l] for the kept part of scale k, and where to take them.
-
-        The image's own tokens stand for what its own coarser scales left over. Here some of those were generated, so
-        the loop is closed: a token stands for what the image has more than the latent that was generated so far.
-        The tokens of a scale do not see each other, so only coarser ones can tell the generated part what surrounds it:
-        on maps of up to a quarter of the finest side all cells are kept, on finer ones those of which any part is, and on
-        the finest those of which half is, so that the hole ends where it was asked to.
-        """
-        share_Bl, s, S = quantizer.read(self.where_B1SS, k).squeeze(-1), quantizer.scales[k], quantizer.scales[-1]
-        if 4 * s <= S:
-            share_Bl = share_Bl.amax(dim=1, keepdim=True).expand_as(share_Bl)
-        kept_Bl = share_Bl >= 0.5 if s == S else share_Bl > 0
-        if self.own_tokens_BL is None:
-            tokens_Bl = quantizer.nearest(quantizer.read(self.latent_BCSS - f_hat_BCSS, k))
-        else:
-            tokens_Bl = quantizer.split(self.own_tokens_BL)[k]
-        return tokens_Bl, kept_Bl & (k < self.scales)
+# -------------------------------------------------------------------------------------------------
+# A layer of the transformer
 
 
 class LayerCache:
-    """Keys and values of one layer for one generation; room for all L tokens is taken at the first scale."""
+    """Keys and values of one layer in one generation: computed once, seen by all later scales.
+
+    Room for all L tokens is taken at the first scale.
+    """
 
     def __init__(self, length: int):
-        self.length, self.filled = length, 0
+        self.length = length
+        self.filled = 0
 
     def extend(self, k_BHlD: Tensor, v_BHlD: Tensor) -> tuple[Tensor, Tensor]:
         """Append one scale; returns the keys and values so far."""
-        if not self.filled:
-            B, H, _, D = k_BHlD.shape
-            self.k_BHLD, self.v_BHLD = k_BHlD.new_empty(B, H, self.length, D), v_BHlD.new_empty(B, H, self.length, D)
-        begin, self.filled = self.filled, self.filled + k_BHlD.shape[2]
-        self.k_BHLD[:, :, begin:self.filled] = k_BHlD
-        self.v_BHLD[:, :, begin:self.filled] = v_BHlD
-        return self.k_BHLD[:, :, :self.filled], self.v_BHLD[:, :, :self.filled]
+        B, H, l, D = k_BHlD.shape
+        if self.filled == 0:
+            self.k_BHLD = k_BHlD.new_empty(B, H, self.length, D)
+            self.v_BHLD = v_BHlD.new_empty(B, H, self.length, D)
+        end = self.filled + l
+        self.k_BHLD[:, :, self.filled:end] = k_BHlD
+        self.v_BHLD[:, :, self.filled:end] = v_BHlD
+        self.filled = end
+        return self.k_BHLD[:, :, :end], self.v_BHLD[:, :, :end]
 
 
 class Attention(nn.Module):
+    """Every token looks at those in its range: its own scale, and as a rule all coarser ones."""
+
     def __init__(self, config: VARConfig):
         super().__init__()
-        W, self.heads = config.width, config.heads
+        W = config.width
+        self.heads = config.heads
         self.normalise_qk = config.normalise_qk
         self.qkv = nn.Linear(W, 3 * W, bias=False)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(W)), nn.Parameter(torch.zeros(W))   # keys have none
+        self.q_bias = nn.Parameter(torch.zeros(W))   # as published, keys have none
+        self.v_bias = nn.Parameter(torch.zeros(W))
         self.out = nn.Linear(W, W)
         if config.normalise_qk:
-            self.log_scale_H11 = nn.Parameter(torch.full((self.heads, 1, 1), math.log(4)))
+            log_scale_H11 = torch.full((config.heads, 1, 1), math.log(4))
+            self.log_scale_H11 = nn.Parameter(log_scale_H11)
 
     def project(self, x_BLW: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Queries, keys and values [B, H, L, D], and the scale of their products."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv_BL3HD = F.linear(x_BLW, self.qkv.weight, bias).unflatten(2, (3, self.heads, -1))
-        q_BHLD, k_BHLD, v_BHLD = qkv_BL3HD.permute(2, 0, 3, 1, 4)
-        scale = 0.25 / math.sqrt(q_BHLD.shape[-1])
-        if self.normalise_qk:
-            scale = 1.0
-            learned_H11 = self.log_scale_H11.clamp(max=math.log(LARGEST_QK_SCALE)).exp()
-            q_BHLD = (F.normalize(q_BHLD.float(), dim=-1) * learned_H11).to(v_BHLD.dtype)
-            k_BHLD = F.normalize(k_BHLD.float(), dim=-1).to(v_BHLD.dtype)
-        return q_BHLD, k_BHLD, v_BHLD, scale
+        """Queries, keys and values [B, H, L, D], and the scale of their products.
+
+        Unit queries and keys, of which a head learns how sharply it attends, keep scores bounded
+        in deep models (paper: Sec. 3.3).
+        """
+        bias_3W = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv_BLW = F.linear(x_BLW, self.qkv.weight, bias_3W)              # [B, L, 3 W]
+        qkv_BL3HD = qkv_BLW.unflatten(2, (3, self.heads, -1))            # [B, L, 3, H, D]
+        q_BHLD, k_BHLD, v_BHLD = qkv_BL3HD.permute(2, 0, 3, 1, 4)        # [B, H, L, D] each
+        if not self.normalise_qk:
+            return q_BHLD, k_BHLD, v_BHLD, 0.25 / math.sqrt(q_BHLD.shape[-1])
+        scale_H11 = self.log_scale_H11.clamp(max=math.log(LARGEST_QK_SCALE)).exp()
+        q_BHLD = F.normalize(q_BHLD.float(), dim=-1) * scale_H11         # [B, H, L, D]
+        k_BHLD = F.normalize(k_BHLD.float(), dim=-1)                     # [B, H, L, D]
+        return q_BHLD.to(v_BHLD.dtype), k_BHLD.to(v_BHLD.dtype), v_BHLD, 1.0
 
     def forward(self, x_BLW: Tensor, ranges: KeyRanges, cache: LayerCache | None) -> Tensor:
-        q_BHLD, k_BHLD, v_BHLD, scale = self.project(x_BLW)
+        q_BHLD, k_BHSD, v_BHSD, scale = self.project(x_BLW)              # [B, H, L, D] each
         if cache is not None:
-            k_BHLD, v_BHLD = cache.extend(k_BHLD, v_BHLD)
-        o_BHLD = block_attention(q_BHLD, k_BHLD, v_BHLD, ranges, scale)
-        return self.out(o_BHLD.transpose(1, 2).flatten(2))
+            k_BHSD, v_BHSD = cache.extend(k_BHSD, v_BHSD)                # S: all keys so far
+        o_BHLD = block_attention(q_BHLD, k_BHSD, v_BHSD, ranges, scale)  # [B, H, L, D]
+        return self.out(o_BHLD.transpose(1, 2).flatten(2))               # [B, L, W]
 
 
 class Block(nn.Module):
-    """Attention and a two-layer perceptron, each behind an AdaLN and scaled by a gate (paper: Sec. 3.3)."""
+    """Attention, then a two-layer perceptron, each after an AdaLN and scaled by a gate.
+
+    AdaLN, adaptive layer norm, is how the class enters (paper: Sec. 3.3; DiT, arXiv 2212.09748).
+    Instead of being one more token to look at, it sets in every layer the scale and shift that
+    follow a norm and the gate, per channel, of what a branch adds: six vectors, the modulation.
+    """
 
     def __init__(self, config: VARConfig, drop_path: float):
         super().__init__()
-        W, self.drop_path = config.width, drop_path
+        W = config.width
+        self.drop_path = drop_path
         self.attention = Attention(config)
-        self.mlp = nn.Sequential(nn.Linear(W, 4 * W), nn.GELU(approximate="tanh"), nn.Linear(4 * W, W))
+        self.mlp = nn.Sequential(
+            nn.Linear(W, 4 * W),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * W, W),
+        )
         if config.shared_adaln:
             self.modulation_offset_6W = nn.Parameter(torch.zeros(6, W))
         else:
             self.modulation = nn.Linear(W, 6 * W)
 
-    def forward(self, x_BLW: Tensor, modulation_B6W: Tensor, ranges: KeyRanges, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_BLW: Tensor, modulation_B6W: Tensor, ranges: KeyRanges,
+                cache: LayerCache | None) -> Tensor:
         gate1_BW, gate2_BW, scale1_BW, scale2_BW, shift1_BW, shift2_BW = modulation_B6W.unbind(1)
-        h_BLW = self.attention(adaln(x_BLW, scale1_BW, shift1_BW), ranges, cache)
-        x_BLW = x_BLW + self.kept(gate1_BW)[:, None] * h_BLW
-        h_BLW = self.mlp(adaln(x_BLW, scale2_BW, shift2_BW))
-        return x_BLW + self.kept(gate2_BW)[:, None] * h_BLW
+        h_BLW = adaln(x_BLW, scale1_BW, shift1_BW)           # [B, L, W]
+        h_BLW = self.attention(h_BLW, ranges, cache)         # [B, L, W]
+        x_BLW = self.add_branch(x_BLW, h_BLW, gate1_BW)      # [B, L, W]
+        h_BLW = adaln(x_BLW, scale2_BW, shift2_BW)           # [B, L, W]
+        h_BLW = self.mlp(h_BLW)                              # [B, L, W], 4 W between
+        return self.add_branch(x_BLW, h_BLW, gate2_BW)       # [B, L, W]
 
-    def kept(self, gate_BW: Tensor) -> Tensor:
-        """Stochastic depth: in training, an image's branch is dropped by closing its gate, the others are scaled up."""
-        if not self.training or not self.drop_path:
-            return gate_BW
-        keep = 1 - self.drop_path
-        return gate_BW * torch.bernoulli(torch.full_like(gate_BW[:, :1], keep)) / keep
+    def add_branch(self, x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor) -> Tensor:
+        """x + gate * h, with stochastic depth in training.
+
+        Each image skips the branch with probability drop_path, so that no layer can count on all
+        others. Where it is not skipped it counts for more, so that on average nothing changes.
+        """
+        if self.training and self.drop_path:
+            survival = 1 - self.drop_path
+            survives_B1 = torch.full_like(gate_BW[:, :1], survival).bernoulli()
+            gate_BW = gate_BW * survives_B1 / survival
+        return x_BLW + gate_BW[:, None] * h_BLW
+
+
+# -------------------------------------------------------------------------------------------------
+# The transformer
 
 
 class VAR(nn.Module):
     def __init__(self, config: VARConfig):
         super().__init__()
-        self.config, W, K = config, config.width, len(config.scales)
-        self.class_embedding = nn.Embedding(config.classes + 1, W)   # the last row is the null class
+        W = config.width
+        K = len(config.scales)
+        self.config = config
+        self.class_embedding = nn.Embedding(config.classes + 1, W)   # the last row: the null class
         self.code_embedding = nn.Linear(config.code_channels, W)
         self.start_position_11W = nn.Parameter(torch.empty(1, 1, W))
         self.position_1LW = nn.Parameter(torch.empty(1, config.length, W))
         self.level_embedding = nn.Embedding(K, W)
-        self.shared_modulation = nn.Linear(W, 6 * W) if config.shared_adaln else None
+        if config.shared_adaln:
+            self.shared_modulation = nn.Linear(W, 6 * W)
         rates = torch.linspace(0, config.drop_path, config.depth).tolist()
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.head_modulation = nn.Linear(W, 2 * W)
         self.head = nn.Linear(W, config.vocabulary)
-
-        level_L = torch.repeat_interleave(torch.arange(K), torch.tensor([s * s for s in config.scales]))
-        self.register_buffer("level_L", level_L, persistent=False)
         self.ranges = KeyRanges.from_scales(config.scales, config.last_scales)
+        sizes_K = torch.tensor([s * s for s in config.scales])
+        level_L = torch.repeat_interleave(sizes_K)
+        self.register_buffer("level_L", level_L, persistent=False)   # the scale of each token
         self.initialise()
+
+    def forward(self, labels_B: Tensor, inputs: Tensor) -> Tensor:
+        """Logits [B, L, V] of every token given the class and all coarser scales (paper: eq. 6).
+
+        labels_B: int64 [B], the null class being `config.classes`.
+        inputs: [B, L-1, C] from `tokenizer.teacher_inputs`.
+        """
+        labels_B = self.drop_labels(labels_B)                               # [B]
+        class_BW = self.class_embedding(labels_B)                           # [B, W]
+        modulations, head_B2W = self.modulations(class_BW)                  # depth x [B, 6, W]
+        read_BlW = self.code_embedding(inputs)                              # [B, L-1, W]
+        x_BLW = torch.cat([self.start(class_BW), read_BlW], dim=1)          # [B, L, W]
+        x_BLW = x_BLW + self.places()                                       # [B, L, W]
+        x_BLW = self.through_layers(x_BLW, modulations, self.ranges, None)  # [B, L, W]
+        return self.logits(x_BLW, head_B2W)                                 # [B, L, V]
+
+    def drop_labels(self, labels_B: Tensor) -> Tensor:
+        """In training some labels become the null class: `draw` compares a class with none."""
+        if not self.training:
+            return labels_B
+        chance_B = torch.rand(labels_B.shape, device=labels_B.device)
+        dropped_B = chance_B < self.config.label_dropout
+        return torch.where(dropped_B, self.config.classes, labels_B)
+
+    def start(self, class_BW: Tensor) -> Tensor:
+        """What the first scale, a single token, reads: [B, 1, W]."""
+        return class_BW[:, None] + self.start_position_11W
+
+    def places(self) -> Tensor:
+        """Where each token is, in its map and among the scales: [1, L, W]."""
+        return self.position_1LW + self.level_embedding(self.level_L)
+
+    def modulations(self, class_BW: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the class does to each layer [B, 6, W] and to the head [B, 2, W], at any scale."""
+        W = self.config.width
+        c_BW = F.silu(class_BW)
+        head_B2W = self.head_modulation(c_BW).unflatten(1, (2, W))
+        if self.config.shared_adaln:
+            shared_B6W = self.shared_modulation(c_BW).unflatten(1, (6, W))
+            layers = [shared_B6W + block.modulation_offset_6W for block in self.blocks]
+        else:
+            layers = [block.modulation(c_BW).unflatten(1, (6, W)) for block in self.blocks]
+        return layers, head_B2W
+
+    def through_layers(self, x_BLW: Tensor, modulations: list[Tensor], ranges: KeyRanges,
+                       caches: list[LayerCache] | None) -> Tensor:
+        """The pass through all layers: [B, L, W] to [B, L, W]. caches: one for each, or none."""
+        for i, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[i]
+            x_BLW = block(x_BLW, modulations[i], ranges, cache)
+        return x_BLW
+
+    def logits(self, x_BLW: Tensor, head_B2W: Tensor) -> Tensor:
+        """What comes out of the last layer as logits [B, L, V]."""
+        scale_BW, shift_BW = head_B2W.unbind(1)
+        return self.head(adaln(x_BLW, scale_BW, shift_BW))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokenizer: Tokenizer,
+        labels_B: Tensor,
+        cfg: float = 1.5,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        generator: torch.Generator | None = None,
+        known: Known | None = None,
+    ) -> Tensor:
+        """Tokens [B, L] of new images, one scale per pass (paper: Fig. 4).
+
+        cfg: strength of classifier-free guidance at the last scale, see `draw`; 0 is none.
+        top_k, top_p: how many tokens, and how much probability, to draw from: see `sample_tokens`.
+        generator: on the device of the labels; the same state gives the same tokens.
+        known: what is known of the images, one for each label, and only to be completed.
+        """
+        quantizer = tokenizer.quantizer
+        f_hat_BCSS = quantizer.empty(len(labels_B))                             # [B, C, S, S]
+        if cfg:   # each image is computed twice, for its class and for the null class
+            null_B = torch.full_like(labels_B, self.config.classes)
+            labels_B = torch.cat([labels_B, null_B])                            # [2 B]
+        class_BW = self.class_embedding(labels_B)                               # [B or 2 B, W]
+        modulations, head_B2W = self.modulations(class_BW)                      # as in `forward`
+        caches = self.new_caches()
+        places_1LW = self.places()                                              # [1, L, W]
+        x_BlW = self.start(class_BW)                                            # [B, 1, W]
+        tokens = []
+        for k, span in enumerate(self.config.spans):
+            ranges = self.ranges.rows(span.start, span.stop)
+            x_BlW = x_BlW + places_1LW[:, span]                                 # [B, l, W]
+            x_BlW = self.through_layers(x_BlW, modulations, ranges, caches)     # [B, l, W]
+            logits_BlV = self.logits(x_BlW, head_B2W)                           # [B, l, V]
+            tokens_Bl = self.draw(logits_BlV, k, cfg, top_k, top_p, generator)  # [B, l]
+            if known is not None:
+                tokens_Bl = known.put(tokens_Bl, quantizer, f_hat_BCSS, k)      # [B, l]
+            tokens.append(tokens_Bl)
+            if k + 1 < len(self.config.scales):
+                f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)     # [B, C, S, S]
+                read_BlC = quantizer.read(f_hat_BCSS, k + 1)                    # [B, next l, C]
+                x_BlW = self.code_embedding(read_BlC)                           # [B, next l, W]
+                if cfg:
+                    x_BlW = x_BlW.repeat(2, 1, 1)                               # [2 B, next l, W]
+        return torch.cat(tokens, dim=1)                                         # [B, L]
+
+    def draw(
+        self,
+        logits_BlV: Tensor,
+        k: int,
+        cfg: float,
+        top_k: int,
+        top_p: float,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Tokens [B, l] of scale k. With guidance there are 2 B rows of logits: class, null class.
+
+        Classifier-free guidance (arXiv 2207.12598) goes away from what any image would have, past
+        what one of the class would:
+
+            logits = (1 + t) cond - t uncond,    t = cfg k / (K - 1)
+
+        t starts at 0: the coarse scales choose among all images of the class, and pressed to be
+        typical they would choose alike. It grows, as the fine ones have less and less to choose,
+        and mistakes that show.
+        """
+        last = len(self.config.scales) - 1
+        guidance = cfg * k / max(last, 1)
+        cond_BlV = logits_BlV
+        uncond_BlV = None
+        if cfg:
+            cond_BlV, uncond_BlV = logits_BlV.chunk(2)
+        noise_BlV = torch.empty(cond_BlV.shape, device=cond_BlV.device)
+        noise_BlV.exponential_(generator=generator)
+        return sample_tokens(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
+
+    def new_caches(self) -> list[LayerCache]:
+        """One for each layer, for one generation; they go when it ends, or is interrupted."""
+        return [LayerCache(self.config.length) for _ in self.blocks]
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """As published: everything at std sqrt(1 / 3W), then the places that add to the residual stream scaled down.
+        """As published: everything at std sqrt(1 / 3W), then what adds to the residual stream less.
 
-        Gates start near zero, so every block starts near the identity; the head starts near zero, so the first
-        loss is ln V.
+        Gates start near zero, so every block starts near the identity; the head starts near zero,
+        so the first loss is ln V.
         """
-        depth, W, std = len(self.blocks), self.config.width, math.sqrt(1 / (3 * self.config.width))
+        W = self.config.width
+        std = math.sqrt(1 / (3 * W))
+        branches = 2 * self.config.depth   # all of which add up in the residual stream
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=std)
@@ -198,8 +370,8 @@ class VAR(nn.Module):
         nn.init.trunc_normal_(self.start_position_11W, std=std)
         nn.init.trunc_normal_(self.position_1LW, std=std)
         for block in self.blocks:
-            block.attention.out.weight.div_(math.sqrt(2 * depth))
-            block.mlp[2].weight.div_(math.sqrt(2 * depth))
+            block.attention.out.weight.div_(math.sqrt(branches))
+            block.mlp[2].weight.div_(math.sqrt(branches))
             if self.config.shared_adaln:
                 modulation_6W = nn.init.normal_(block.modulation_offset_6W, std=math.sqrt(1 / W))
             else:
@@ -209,101 +381,69 @@ class VAR(nn.Module):
         self.head_modulation.weight.mul_(0.5)
         self.head.weight.mul_(0.02)
 
-    def forward(self, labels_B: Tensor, inputs: Tensor) -> Tensor:
-        """Logits [B, L, V] of every token given the class and all coarser scales (paper: eq. 6).
+    def optimizers(self, lr: float, weight_decay: float, muon: bool,
+                   dtype: torch.dtype = torch.float32) -> list[Optimizer]:
+        """AdamW for all parameters; or, with Muon, for all but the matrices inside the layers.
 
-        labels_B: int64 [B], the null class being `config.classes`; inputs: [B, L-1, C] from
-        `tokenizer.teacher_inputs`.
+        Decay pulls the matrices that multiply features toward zero; biases, embeddings and scales
+        are left alone. dtype: what Muon computes in, see there.
         """
-        if self.training:
-            dropped_B = torch.rand(labels_B.shape, device=labels_B.device) < self.config.label_dropout
-            labels_B = torch.where(dropped_B, self.config.classes, labels_B)
-        class_BW = self.class_embedding(labels_B)
-        x_BLW = torch.cat([self.start(class_BW), self.code_embedding(inputs)], dim=1) + self.places()
-        return self.run(x_BLW, *self.modulations(class_BW), self.ranges, [None] * len(self.blocks))
-
-    @torch.no_grad()
-    def generate(self, tokenizer: Tokenizer, labels_B: Tensor, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96,
-                 generator: torch.Generator | None = None, kept: Kept | None = None) -> Tensor:
-        """Tokens [B, L] of new images, one scale per pass (paper: Fig. 4).
-
-        cfg: strength of classifier-free guidance at the last scale, growing from 0 at the first; 0 is none.
-        top_k, top_p: how many tokens, and how much probability, to draw from; see `sample_tokens`.
-        generator: on the device of the labels; the same state gives the same tokens.
-        kept: what to keep of an image, one for each label.
-        """
-        B, K, quantizer = len(labels_B), len(self.config.scales), tokenizer.quantizer
-        null_B = torch.full_like(labels_B, self.config.classes)
-        class_BW = self.class_embedding(torch.cat([labels_B, null_B]) if cfg else labels_B)
-        modulations, head_modulation = self.modulations(class_BW)
-        caches = [LayerCache(self.config.length) for _ in self.blocks]
-
-        x_BlW, places_1LW = self.start(class_BW), self.places()
-        f_hat_BCSS, tokens, begin = quantizer.empty(B), [], 0
-        for k, s in enumerate(self.config.scales):
-            end = begin + s * s
-            logits_BlV = self.run(x_BlW + places_1LW[:, begin:end], modulations, head_modulation,
-                                  self.ranges.rows(begin, end), caches)
-            cond_BlV, uncond_BlV = logits_BlV.chunk(2) if cfg else (logits_BlV, None)
-            noise_BlV = torch.empty(cond_BlV.shape, device=cond_BlV.device).exponential_(generator=generator)
-            guidance = cfg * k / max(K - 1, 1)
-            tokens.append(sample_tokens(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV))
-            if kept is not None:
-                kept_tokens_Bl, kept_Bl = kept.tokens(quantizer, f_hat_BCSS, k)
-                tokens[-1] = torch.where(kept_Bl, kept_tokens_Bl, tokens[-1])
-            if k + 1 < K:
-                f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens[-1], k)
-                x_BlW = self.code_embedding(quantizer.read(f_hat_BCSS, k + 1))
-                x_BlW = x_BlW.repeat(2, 1, 1) if cfg else x_BlW
-            begin = end
-        return torch.cat(tokens, dim=1)
-
-    def start(self, class_BW: Tensor) -> Tensor:
-        """What the first scale, a single token, reads: [B, 1, W]."""
-        return class_BW[:, None] + self.start_position_11W
-
-    def places(self) -> Tensor:
-        """Where each token is, in its map and in the pyramid: [1, L, W]."""
-        return self.position_1LW + self.level_embedding(self.level_L)
-
-    def modulations(self, class_BW: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the class does to every layer [B, 6, W] and to the head [B, 2, W]: the same for all scales."""
-        c_BW, W = F.silu(class_BW), self.config.width
-        head_B2W = self.head_modulation(c_BW).unflatten(1, (2, W))
-        if self.shared_modulation is None:
-            return [block.modulation(c_BW).unflatten(1, (6, W)) for block in self.blocks], head_B2W
-        shared_B6W = self.shared_modulation(c_BW).unflatten(1, (6, W))
-        return [shared_B6W + block.modulation_offset_6W for block in self.blocks], head_B2W
-
-    def run(self, x_BLW: Tensor, modulations: list[Tensor], head_modulation_B2W: Tensor, ranges: KeyRanges,
-            caches: list[LayerCache] | list[None]) -> Tensor:
-        """Embeddings to logits, through all layers."""
-        for block, modulation_B6W, cache in zip(self.blocks, modulations, caches):
-            x_BLW = block(x_BLW, modulation_B6W, ranges, cache)
-        return self.head(adaln(x_BLW, *head_modulation_B2W.unbind(1)))
+        linear = {part.weight for part in self.modules() if isinstance(part, nn.Linear)}
+        inside = []
+        matrices = []
+        others = []
+        for name, parameter in self.named_parameters():
+            if parameter not in linear:
+                others.append(parameter)
+            elif muon and (".attention." in name or ".mlp." in name):
+                inside.append(parameter)
+            else:
+                matrices.append(parameter)
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimizers: list[Optimizer] = [AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
+        if muon:
+            optimizers.append(Muon(inside, lr, weight_decay, dtype))
+        return optimizers
 
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor]) -> VAR:
-        """A published transformer, from its state dict as downloaded; its shape is read off the tensors.
+        """A published transformer, from its state dict as downloaded.
 
-        Raises ValueError for a state dict of anything else.
+        Its shape is read off the tensors. Raises ValueError for a state dict of anything else.
         """
         if "pos_1LC" not in state_dict:
             raise ValueError("not a published VAR transformer: it has no pos_1LC")
-        skipped = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")   # buffers that the config implies
-        state = {rename(name): tensor for name, tensor in state_dict.items() if not name.endswith(skipped)}
-        for name, tensor in state.items():
-            if name.endswith(("log_scale_H11", "modulation_offset_6W")):
-                state[name] = tensor.flatten(0, 1) if name.endswith("H11") else tensor.flatten(0, 2)
-        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+        implied = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")   # by the config
+        state = {}
+        for name, tensor in state_dict.items():
+            if name.endswith("scale_mul_1H11"):
+                tensor = tensor.flatten(0, 1)
+            if name.endswith("ada_gss"):
+                tensor = tensor.flatten(0, 2)
+            if not name.endswith(implied):
+                state[rename(name)] = tensor
         W, C = state["code_embedding.weight"].shape
+        depth = sum(name.endswith(".mlp.0.bias") for name in state)
         log_scale_H11 = state.get("blocks.0.attention.log_scale_H11")
+        heads = W // 64 if log_scale_H11 is None else len(log_scale_H11)
+        sizes = state_dict["lvl_1L"].flatten().bincount().tolist()
         model = cls(VARConfig(
-            scales=tuple(math.isqrt(n) for n in torch.bincount(state_dict["lvl_1L"].flatten()).tolist()),
-            vocabulary=len(state["head.bias"]), code_channels=C, classes=len(state["class_embedding.weight"]) - 1,
-            depth=depth, width=W, heads=W // 64 if log_scale_H11 is None else len(log_scale_H11),
-            shared_adaln="shared_modulation.weight" in state, normalise_qk=log_scale_H11 is not None,
-            label_dropout=0.1, drop_path=0.1 * depth / 24, last_scales=None))   # the last three: as published
+            scales=tuple(math.isqrt(size) for size in sizes),
+            vocabulary=len(state["head.bias"]),
+            code_channels=C,
+            classes=len(state["class_embedding.weight"]) - 1,
+            depth=depth,
+            width=W,
+            heads=heads,
+            shared_adaln="shared_modulation.weight" in state,
+            normalise_qk=log_scale_H11 is not None,
+            label_dropout=0.1,   # this and the next two: as published
+            drop_path=0.1 * depth / 24,
+            last_scales=None,
+        ))
         model.load_state_dict(state)
         return model.eval()
 
@@ -331,3 +471,128 @@ def rename(name: str) -> str:
     for pattern, ours in OFFICIAL_NAMES:
         name = re.sub(pattern, ours, name)
     return name
+
+
+# -------------------------------------------------------------------------------------------------
+# In-painting and its kin
+
+
+@dataclass
+class Known:
+    """What is known of images of which the rest is to be generated (paper: Sec. 5.3).
+
+    The transformer needs no training for it: at every scale, tokens that it drew where the image is
+    known make way for the image's own, and all later scales read them.
+
+    latent_BCSS: the latent of the images, with something plausible in the holes.
+    where_B1SS: the share of each place that is known.
+    scales: at how many of the scales, from the coarsest, anything is known.
+    own_tokens_BL: if given, the images' tokens, computed beforehand, are put as they are: the open
+        loop, as published.
+    """
+    latent_BCSS: Tensor
+    where_B1SS: Tensor
+    scales: int
+    own_tokens_BL: Tensor | None = None
+
+    def put(self, drawn_Bl: Tensor, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
+        """The tokens drawn for scale k [B, l], with the images' own where they are known."""
+        if k >= self.scales:
+            return drawn_Bl
+        own_Bl = self.tokens(quantizer, f_hat_BCSS, k)
+        return torch.where(self.places(quantizer, k), own_Bl, drawn_Bl)
+
+    def tokens(self, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
+        """The images' own tokens of scale k: [B, l].
+
+        Those of `encode` stand for what the image's own coarser scales left over. Here some of the
+        coarser tokens were generated, and f_hat with them, so the loop is closed: a token stands
+        for what the image has more than f_hat.
+        """
+        if self.own_tokens_BL is not None:
+            return quantizer.split(self.own_tokens_BL)[k]
+        return quantizer.nearest(quantizer.read(self.latent_BCSS - f_hat_BCSS, k))
+
+    def places(self, quantizer: Quantizer, k: int) -> Tensor:
+        """Which tokens of scale k are known: bool [B, l].
+
+        The tokens of a scale do not see each other, so a generated one learns only from coarser
+        scales what is known around it. Hence the quarter rule: on maps of up to a quarter of the
+        finest side, where a cell covers 4 x 4 of the finest or more, all cells are known, in the
+        holes too. They say how large forms and colours go on there, and leave to the finer maps
+        what is seen in them. On those, cells of which any part is known; and on the finest, those
+        of which half is, so that a hole ends where it was asked to.
+        """
+        s = quantizer.scales[k]
+        S = quantizer.scales[-1]
+        share_Bl = quantizer.read(self.where_B1SS, k).squeeze(-1)
+        if 4 * s <= S:
+            share_Bl = share_Bl.amax(dim=1, keepdim=True).expand_as(share_Bl)
+        return share_Bl >= 0.5 if s == S else share_Bl > 0
+
+
+# -------------------------------------------------------------------------------------------------
+# Muon
+
+
+class Muon(Optimizer):
+    """Steps along the orthogonal matrix that is nearest to the momentum (Jordan et al., 2024).
+
+    Momentum is a matrix too, U S V^T, with a few large singular values in S: a step along it moves
+    far in a few directions and hardly in all others, which then learn slowly. U V^T has the same
+    directions and moves as far in each. Times 0.2 sqrt(max(rows, columns)) its entries have a root
+    mean square of 0.2, about that of AdamW's steps, whose learning rate and weight decay then fit
+    (arXiv 2502.16982, Sec. 2.2).
+
+    dtype: what to orthogonalise in: bf16 where the device is built for it, and fp32 elsewhere, as
+    emulated bf16 takes many times as long.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float,
+                 dtype: torch.dtype):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            for matrix in group["params"]:
+                alike.setdefault(matrix.shape, []).append(matrix)
+            for (rows, columns), matrices in alike.items():
+                # Matrices of one shape are one stack: a few large products, not many small ones.
+                momentum_NRC = torch.stack([self.momentum(matrix) for matrix in matrices])
+                steps_NRC = orthogonal(momentum_NRC.to(self.dtype))
+                length = 0.2 * math.sqrt(max(rows, columns))
+                for matrix, step in zip(matrices, steps_NRC):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(step, alpha=-group["lr"] * length)
+
+    def momentum(self, matrix: nn.Parameter) -> Tensor:
+        """The running average of the gradient, the newest counted once more (Nesterov's)."""
+        state = self.state[matrix]
+        if not state:
+            state["average"] = torch.zeros_like(matrix)
+        state["average"].lerp_(matrix.grad, 1 - MUON_MOMENTUM)
+        return matrix.grad.lerp(state["average"], MUON_MOMENTUM)
+
+
+def orthogonal(x_NRC: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T, in matrix products alone (Newton-Schulz iteration).
+
+        (a I + b X X^T + c (X X^T)^2) X  =  U (a S + b S^3 + c S^5) V^T
+
+    changes nothing but the singular values. Five times over, this polynomial takes any of them
+    between 0.004 and 1 to between 0.68 and 1.21. Polynomials that converge to 1 are less steep at
+    0: small values would take them many more rounds.
+    """
+    a, b, c = NEWTON_SCHULZ
+    wide = x_NRC.shape[1] <= x_NRC.shape[2]   # X X^T is the smaller product then
+    x_Nrc = x_NRC if wide else x_NRC.mT
+    norm_N11 = x_Nrc.norm(dim=(1, 2), keepdim=True)
+    x_Nrc = x_Nrc / norm_N11.clamp(min=1e-7)   # no singular value is above 1
+    for _ in range(5):
+        gram_Nrr = x_Nrc @ x_Nrc.mT
+        factor_Nrr = torch.baddbmm(gram_Nrr, gram_Nrr, gram_Nrr, beta=b, alpha=c)
+        x_Nrc = torch.baddbmm(x_Nrc, factor_Nrr, x_Nrc, beta=a)
+    return x_Nrc if wide else x_Nrc.mT

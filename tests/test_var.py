@@ -64,10 +64,10 @@ def test_what_a_token_sees(model):
 
 
 class Recorder(VAR):
-    """Keeps the logits of every pass."""
-    def run(self, *arguments):
-        self.passes.append(super().run(*arguments))
-        return self.passes[-1]
+    """Keeps the logits of every pass of a generation."""
+    def draw(self, logits_BlV, *arguments):
+        self.passes.append(logits_BlV)
+        return super().draw(logits_BlV, *arguments)
 
 
 @torch.no_grad()
