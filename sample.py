@@ -1,72 +1,144 @@
-"""Everything one does with a trained VAR:  python sample.py
+"""A run's folder, what is in it, and everything one does with it:  python sample.py
 
-    python sample.py                                     a grid of images, a row per class, from out/shapes
-    python sample.py --run out/shapes --classes star heart --per-class 12 --seed 7
-    python sample.py --progress                          what the running latent decodes to after each scale
+    python sample.py                                 a grid of images, a row per class
+    python sample.py --classes star heart --per-class 12 --seed 7
+    python sample.py --progress                      what the image looks like after each scale
     python sample.py --task inpaint --image data:3 data:5 --box 0.5 0 1 1 --seeds 0 1 2
-    python sample.py --codes data:3                      an image's token maps, and what each adds
-    python sample.py --npz 50000 samples.npz             for the field's evaluation programs
+    python sample.py --codes data:3                  an image's token maps, and what each adds
+    python sample.py --npz 50000 samples.npz         for the field's evaluation programs
     python sample.py --tokenizer vae_ch160v4096z32.pth --var var_d16.pth --classes 207 980
 
-Read `main` first, then `complete`: in-painting, out-painting, editing and upscaling are one mechanism. A run's folder
-holds all that is needed; a published pair of checkpoints does, too.
+train.py writes a run's folder, out/shapes for one; a published pair of checkpoints does as well.
+Read `main`, then `Run`, then `complete`: in-painting, out-painting, editing and upscaling are one
+mechanism. Below them is what train.py uses, too: pictures, files that are whole or not there,
+images from files, devices and processes, and how a program ends.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import json
 import math
-from collections.abc import Callable
+import os
+import signal
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from tokenizer import Tokenizer
-from train import (FILTERS, IMAGE_ENDINGS, Data, Help, UserError, chunks, fingerprint, grid, load_checkpoint, load_data,
-                   load_published, load_tokenizer, plt, psnr, read_image, restore, run_program, save_image, save_whole,
-                   settle_device, to_bytes, to_float)
-from var import VAR, Kept, VARConfig
+from tokenizer import Tokenizer, TokenizerConfig, psnr
+from var import VAR, Known, VARConfig
 
-# ---------------------------------------------------------------------------------------------------------------
+# Guidance and filters that trade variety for clean shapes. (The published demonstration has cfg 4,
+# top_k 900, top_p 0.95; its FID is measured at cfg 1.5.)
+FILTERS = {"cfg": 4.0, "top_k": 900, "top_p": 0.75}
+TASKS = ("inpaint", "outpaint", "edit", "upscale", "reconstruct")
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one sentence; the program ends with exit code 2."""
+
+
+def main() -> None:
+    options = parse()
+    settle_device(options)
+    run = load(options)
+    if options.reference:
+        save_npz(options.reference, run.held_out_images().permute(0, 2, 3, 1).numpy())
+    if options.npz:
+        save_npz(Path(options.npz[1]), draw_many(run, int(options.npz[0])))
+    if options.reference or options.npz:
+        return
+    if options.attention:
+        what = "attention"
+        picture = draw_attention(run, load_images(run, [options.attention]))
+    elif options.codes:
+        what = "codes"
+        picture = draw_codes(run, load_images(run, options.codes))
+    elif options.teaching:
+        what = "teaching"
+        picture = draw_teaching(run, load_images(run, [options.teaching]))
+    elif options.task:
+        what = options.task
+        draw = reconstruct if options.task == "reconstruct" else complete
+        picture = draw(run, load_images(run, options.image))
+    else:
+        what = "progress" if options.progress else "sample"
+        picture = draw_samples(run)
+    path = options.out or options.run / f"{what}.png"
+    save_picture(path, picture)
+    print(f"wrote {path}")
+
+
+# --------------------------------------------------------------------------------------------------
 # A run, and drawing from it
 
 
 @dataclass
 class Run:
-    """A tokenizer and a transformer that belong together, and what was asked for on the command line."""
+    """A tokenizer and a transformer that belong together, and how to use them."""
     tokenizer: Tokenizer
-    model: VAR
+    model: VAR | None                   # None while the tokenizer trains
     classes: list[str]
-    source: dict | None   # how to load the data it was trained on; a published pair does not say
-    options: argparse.Namespace
+    held_out: TensorDataset | None      # bytes [N, channels, side, side] and labels [N]
+    options: argparse.Namespace         # device, autocast, batch, cfg, top_k, top_p
 
     @torch.no_grad()
-    def generate(self, labels: list[int], seed: int, kept: Callable[[list[int]], Kept] | None = None) -> Tensor:
-        """Tokens [N, L] of one image per label, on the CPU, a batch at a time. kept: of these images of the N."""
-        o = self.options
-        generator, tokens = torch.Generator(o.device).manual_seed(seed), []
-        batches = list(chunks(len(labels), o.batch))
-        for indices in tqdm(batches, desc="generate", unit="batch", disable=len(batches) == 1):
-            labels_B = torch.tensor([labels[i] for i in indices], device=o.device)
+    def generate(
+        self, labels: list[int], seed: int, known: Callable[[range], Known] | None = None
+    ) -> Tensor:
+        """Tokens [N, L] of one image per label, on the CPU.
+
+        known: what is known of the images of a range of the N.
+        """
+        options = self.options
+        generator = torch.Generator(options.device).manual_seed(seed)
+        tokens = []
+        for rows in batches(len(labels), options.batch, "generate"):
+            labels_B = torch.tensor(labels)[rows].to(options.device)
             # Guidance away from "any class" means nothing where no class is asked for.
-            cfg = o.cfg if labels_B.min() < self.model.config.classes else 0.0
-            with o.autocast():
-                tokens.append(self.model.generate(self.tokenizer, labels_B, cfg, o.top_k, o.top_p, generator,
-                                                  kept and kept(indices)).cpu())
+            cfg = options.cfg if labels_B.min() < self.model.config.classes else 0.0
+            known_now = None if known is None else known(rows)
+            with options.autocast():
+                tokens_BL = self.model.generate(
+                    self.tokenizer, labels_B, cfg, options.top_k, options.top_p, generator,
+                    known_now)
+            tokens.append(tokens_BL.cpu())
         return torch.cat(tokens)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [N, C, S, S] and tokens [N, L], on the CPU."""
+        latents = []
+        tokens = []
+        for rows in batches(len(images), at_a_time(images.shape[-1])):
+            with self.options.autocast():
+                f_BCSS = self.tokenizer.latent(images[rows].to(self.options.device))
+            latents.append(f_BCSS.cpu())
+            tokens.append(self.tokenizer.quantizer.encode(f_BCSS).cpu())
+        return torch.cat(latents), torch.cat(tokens)
 
     @torch.no_grad()
     def decode(self, tokens_NL: Tensor) -> Tensor:
         """Images of tokens of all scales, or of the coarser ones, on the CPU."""
         images = []
-        for indices in chunks(len(tokens_NL), self.options.batch):
+        for rows in batches(len(tokens_NL), at_a_time(self.tokenizer.config.image_side)):
+            tokens_BL = tokens_NL[rows].to(self.options.device)
             with self.options.autocast():
-                images.append(self.tokenizer.decode(tokens_NL[indices].to(self.options.device)).cpu())
+                images.append(self.tokenizer.decode(tokens_BL).cpu())
         return torch.cat(images)
 
     def after_each_scale(self, tokens_NL: Tensor) -> list[np.ndarray]:
@@ -77,43 +149,54 @@ class Run:
     @torch.no_grad()
     def log_likelihood(self, tokens_NL: Tensor, labels: list[int]) -> Tensor:
         """log p(tokens | class) [N], in nats, without guidance."""
-        parts = []
-        for indices in tqdm(list(chunks(len(labels), self.options.batch)), desc="likelihood", unit="batch"):
-            tokens_BL = tokens_NL[indices].to(self.options.device)
-            labels_B = torch.tensor([labels[i] for i in indices], device=self.options.device)
+        likelihoods = []
+        for rows in batches(len(labels), self.options.batch, "likelihood"):
+            tokens_BL = tokens_NL[rows].to(self.options.device)
+            labels_B = torch.tensor(labels)[rows].to(self.options.device)
             with self.options.autocast():
-                logits_BLV = self.model(labels_B, self.tokenizer.teacher_inputs(tokens_BL)).float()
-            log_p_BL = -F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
-            parts.append(log_p_BL.sum(dim=1).cpu())
-        return torch.cat(parts)
+                logits_BLV = self.model(labels_B, self.tokenizer.teacher_inputs(tokens_BL))
+            logits_BVL = logits_BLV.float().transpose(1, 2)
+            nats_BL = F.cross_entropy(logits_BVL, tokens_BL, reduction="none")
+            likelihoods.append(-nats_BL.sum(dim=1).cpu())
+        return torch.cat(likelihoods)
 
-    def data(self) -> Data:
-        if self.source is None:
-            raise UserError("a published checkpoint does not say what data it was trained on")
-        s = self.source
-        return load_data(s["name"], Path(s["data_dir"]), s["side"], s["channels"], s["seed"])
+    def held_out_images(self) -> Tensor:
+        if self.held_out is None:
+            raise UserError("a published checkpoint comes without images; name files of your own")
+        return self.held_out.tensors[0]
 
 
 def load(options: argparse.Namespace) -> Run:
     """Raises UserError where the tokenizer and the transformer do not belong together."""
     tokenizer_path = options.tokenizer or options.run / "tokenizer.pt"
     var_path = options.var or options.run / "var.pt"
+    held_out = None
     if var_path.suffix == ".pth":
-        model = load_published(var_path, VAR.from_official)
+        state = read_tensors(var_path, "published checkpoint")
+        with blaming(var_path):
+            model = VAR.from_official(state)
         tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
-        classes, source = [str(i) for i in range(model.config.classes)], None
+        classes = [str(label) for label in range(model.config.classes)]
     else:
-        content = load_checkpoint(var_path, "transformer", "config", "model", "classes", "source", "tokenizer")
-        model = restore(var_path, lambda: VAR(VARConfig(**content["config"])), content)
-        tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
-        classes, source = content["classes"], content["source"]
-        if fingerprint(tokenizer) != content["tokenizer"]:
-            raise UserError(f"{var_path} was trained on the tokens of another tokenizer than {tokenizer_path}")
-    ours, its = tokenizer.config, model.config
-    if (ours.scales, ours.vocabulary, ours.code_channels) != (its.scales, its.vocabulary, its.code_channels):
-        raise UserError(f"{tokenizer_path} has scales {ours.scales}, {ours.vocabulary} codes of {ours.code_channels} "
-                        f"channels; {var_path} expects {its.scales}, {its.vocabulary} and {its.code_channels}")
-    return Run(tokenizer.to(options.device), model.to(options.device), classes, source, options)
+        content = load_checkpoint(var_path, "transformer")
+        tokenizer = load_tokenizer(tokenizer_path)
+        with blaming(var_path):
+            model = VAR(VARConfig(**content["config"]))
+            model.load_state_dict(content["model"])
+            classes = content["classes"]
+            known = content["identity"]["tokenizer"]
+        if tokenizer.fingerprint() != known:
+            raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
+                            f"{tokenizer_path}")
+        held_out = load_held_out(var_path.parent)
+    ours = tokenizer.config
+    for name in ("scales", "vocabulary", "code_channels"):
+        found, expected = getattr(ours, name), getattr(model.config, name)
+        if found != expected:
+            raise UserError(f"{var_path} expects {name.replace('_', ' ')} {expected}, and "
+                            f"{tokenizer_path} has {found}")
+    device = options.device
+    return Run(tokenizer.to(device), model.eval().to(device), classes, held_out, options)
 
 
 def class_indices(names: list[str] | None, classes: list[str]) -> list[int]:
@@ -126,216 +209,289 @@ def class_indices(names: list[str] | None, classes: list[str]) -> list[int]:
 
 
 def draw_samples(run: Run) -> Image.Image:
-    """A row per class; with --progress a row per image, after each scale; with --gif that as a film, too."""
-    options, chosen = run.options, class_indices(run.options.classes, run.classes)
+    """A row per class; with --progress a row per image, after each scale; --gif makes it a film."""
+    options = run.options
+    chosen = class_indices(options.classes, run.classes)
     labels = [label for label in chosen for _ in range(options.per_class)]
     tokens_NL = run.generate(labels, options.seed)
-    frames_KN = run.after_each_scale(tokens_NL) if options.progress or options.gif else [to_bytes(run.decode(tokens_NL))]
-
-    def by_class(images: np.ndarray) -> Image.Image:
-        return grid(list(zip((run.classes[i] for i in chosen), images.reshape(len(chosen), -1, *images.shape[1:]))))
-
+    if options.progress or options.gif:
+        frames_KN = run.after_each_scale(tokens_NL)
+    else:
+        frames_KN = [to_bytes(run.decode(tokens_NL))]
+    names = [run.classes[label] for label in chosen]
     if options.gif:
-        first, *rest = [by_class(images) for images in frames_KN]
-        times = [400] * len(rest) + [2000]   # milliseconds
-        options.gif.parent.mkdir(parents=True, exist_ok=True)
-        film = dict(save_all=True, append_images=rest, duration=times, loop=0)
-        save_whole(options.gif, lambda file: first.save(file, "GIF", **film))
-        print(f"wrote {options.gif}")
+        save_film(options.gif, [grid_of_classes(names, images) for images in frames_KN])
     if options.progress:
-        return grid([(run.classes[label], np.stack(row)) for label, *row in zip(labels, *frames_KN)])
-    return by_class(frames_KN[-1])
+        rows = zip(labels, *frames_KN)
+        return grid([(run.classes[label], np.stack(frames)) for label, *frames in rows])
+    return grid_of_classes(names, frames_KN[-1])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images of one's own
 
 
 @dataclass
 class Given:
-    """Images named on the command line: in [-1, 1] on the CPU, with a name and a label each (None: unknown)."""
+    """Images named on the command line, in [-1, 1] on the CPU; a label is None if it is unknown."""
     images: Tensor
     names: list[str]
     labels: list[int | None]
 
 
 def load_images(run: Run, sources: list[str]) -> Given:
-    """Files, folders of them, and `data:17`, the 17th held-out image of the run's own data (from 0)."""
-    config, data, found = run.tokenizer.config, None, []
+    """Files, folders of them, and `data:17`, number 17 of the run's held-out images (from 0)."""
+    config = run.tokenizer.config
+    pixels = []
+    names = []
+    labels = []
     for source in sources:
         if source.startswith("data:"):
-            data = data or run.data()
-            if not source[5:].isdecimal() or int(source[5:]) >= len(data.held_out):
-                raise UserError(f"--image {source}: the held-out images are data:0 to data:{len(data.held_out) - 1}")
-            image, label = data.held_out[[int(source[5:])]]
-            found.append((image[0].numpy(), f"{run.classes[label]} {source[5:]}", int(label)))
+            row = held_out_row(run, source)
+            image, label = run.held_out[row]
+            pixels.append(image)
+            names.append(f"{run.classes[label]} {row}")
+            labels.append(int(label))
             continue
-        paths = [Path(source)]
-        if paths[0].is_dir():
-            paths = sorted(p for p in paths[0].iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
-            if not paths:
-                raise UserError(f"{source} holds no images ({', '.join(IMAGE_ENDINGS)})")
-        found += [(read_image(path, config.image_side, config.image_channels), path.stem[:16], None) for path in paths]
-    pixels, names, labels = zip(*found)
-    return Given(to_float(torch.from_numpy(np.stack(pixels)), torch.device("cpu")), list(names), list(labels))
+        for path in image_files(Path(source)):
+            image = read_image(path, config.image_side, config.image_channels)
+            pixels.append(torch.from_numpy(image))
+            names.append(path.stem)
+            labels.append(None)
+    return Given(to_float(torch.stack(pixels)), names, labels)
 
 
-@torch.no_grad()
-def encode(run: Run, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents [N, C, S, S] and tokens [N, L]."""
-    with run.options.autocast():
-        latent_BCSS = run.tokenizer.latent(images.to(run.options.device))
-    return latent_BCSS, run.tokenizer.quantizer.encode(latent_BCSS)
+def held_out_row(run: Run, source: str) -> int:
+    text = source.removeprefix("data:")
+    count = len(run.held_out_images())
+    if not text.isdecimal() or int(text) >= count:
+        raise UserError(f"{source}: the held-out images are data:0 to data:{count - 1}")
+    return int(text)
+
+
+def image_files(path: Path) -> list[Path]:
+    """The file itself, or those of a folder."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+    if not found:
+        raise UserError(f"{path} holds no images ({', '.join(IMAGE_ENDINGS)})")
+    return found
 
 
 def reconstruct(run: Run, given: Given) -> Image.Image:
-    """Images beside what is left of them after encoding and decoding."""
-    results = run.decode(encode(run, given.images)[1])
-    errors = (results - given.images).square().mean(dim=(1, 2, 3)).tolist()
-    for name, error in zip(given.names, errors):
+    """Images above what is left of them after encoding and decoding."""
+    results = run.decode(run.encode(given.images)[1])
+    errors_N = (results - given.images).square().mean(dim=(1, 2, 3))
+    for name, error in zip(given.names, errors_N.tolist()):
         print(f"{name}: PSNR {psnr(error):.2f} dB")
-    return grid(list(zip(given.names, np.stack([to_bytes(given.images), to_bytes(results)], axis=1))))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Completing images: what is kept, and where
+    return grid_of_pairs(given.images, results)
 
 
 def complete(run: Run, given: Given) -> Image.Image:
-    """In-painting, out-painting, editing and upscaling: a row per image: itself, what is kept of it, a result per seed."""
-    options, N = run.options, len(given.images)
+    """In-painting and its kin (paper: Sec. 5.3): itself, what is known, and a result per seed."""
+    options = run.options
+    config = run.tokenizer.config
     if options.task == "upscale":
-        keep_HW, scales = torch.ones(given.images.shape[2:]), kept_scales(run)
-        shown = known = F.interpolate(shrink(run, given.images), size=given.images.shape[2:], mode="bicubic").clamp(-1, 1)
+        small = F.interpolate(given.images, size=small_sides(run), mode="area")
+        filled = F.interpolate(small, size=given.images.shape[2:], mode="bicubic").clamp(-1, 1)
+        shown = filled
+        known_HW = torch.ones(given.images.shape[2:])
+        sides = [s * config.downsampling for s in config.scales]
+        scales = max(1, sum(side <= small.shape[-1] for side in sides))
     else:
-        keep_HW, scales = kept_pixels(run), len(run.tokenizer.config.scales)
-        shown, known = given.images * keep_HW, fill_holes(given.images, keep_HW)
-    label = class_indices(options.classes, run.classes)[0] if options.classes else run.model.config.classes
-    latent_NCSS, tokens_NL = encode(run, known)
-    where_11SS = F.interpolate(keep_HW[None, None].to(options.device), size=latent_NCSS.shape[2:], mode="area")
+        known_HW = known_pixels(run)
+        shown = given.images * known_HW
+        filled = fill_holes(given.images, known_HW)
+        scales = len(config.scales)
+    label = run.model.config.classes   # the null class
+    if options.classes:
+        (label,) = class_indices(options.classes, run.classes)
+    latent_NCSS, tokens_NL = run.encode(filled)
+    where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
 
-    def kept(indices: list[int]) -> Kept:
-        own = tokens_NL[indices] if options.open_loop else None
-        return Kept(latent_NCSS[indices], where_11SS.expand(len(indices), -1, -1, -1), scales, own)
+    def known(rows: range) -> Known:
+        own_tokens_BL = tokens_NL[rows].to(options.device) if options.open_loop else None
+        where_B1SS = where_11SS.expand(len(rows), -1, -1, -1).to(options.device)
+        return Known(latent_NCSS[rows].to(options.device), where_B1SS, scales, own_tokens_BL)
 
-    columns = [given.images, shown]
+    results = []
     for seed in options.seeds:
-        result = run.decode(run.generate([label] * N, seed, kept))
-        columns.append(torch.where(keep_HW > 0, given.images, result) if options.paste else result)
+        result = run.decode(run.generate([label] * len(given.images), seed, known))
+        if options.paste:
+            result = torch.where(known_HW > 0, given.images, result)
+        results.append(result)
     if options.task != "upscale":
-        report(columns[2:], given.images, keep_HW)
-    return grid(list(zip(given.names, np.stack([to_bytes(column) for column in columns], axis=1))))
+        report(results, given.images, known_HW)
+    columns = [to_bytes(column) for column in (given.images, shown, *results)]
+    return grid(list(zip(given.names, np.stack(columns, axis=1))))
 
 
-def kept_pixels(run: Run) -> Tensor:
-    """1 where the image is kept and 0 where it is generated: float [side, side], from --box or --mask."""
-    options, side = run.options, run.tokenizer.config.image_side
+def small_sides(run: Run) -> tuple[int, int]:
+    """Sides of the small images that upscaling starts from."""
+    side = run.tokenizer.config.image_side
+    small = run.options.small or side // 2
+    if small >= side:
+        raise UserError(f"--small {small} must be less than the side of the images, {side}")
+    return small, small
+
+
+def known_pixels(run: Run) -> Tensor:
+    """1 where the image is known and 0 where it is generated: float [side, side]."""
+    options = run.options
+    side = run.tokenizer.config.image_side
     if options.mask:
-        return torch.from_numpy(read_image(options.mask, side, 1)[0] < 128).float()   # white is generated
+        white_HW = read_image(options.mask, side, 1)[0] >= 128
+        return torch.from_numpy(~white_HW).float()
     y0, x0, y1, x1 = (round(fraction * side) for fraction in options.box)
-    if not (0 <= y0 < y1 <= side and 0 <= x0 < x1 <= side):
-        raise UserError(f"--box {' '.join(map(str, options.box))} must be Y0 X0 Y1 X1 within [0, 1] and hold at least "
-                        f"a pixel of {side}")
-    inside = torch.zeros(side, side)
-    inside[y0:y1, x0:x1] = 1
-    return inside if options.task == "outpaint" else 1 - inside
+    if y0 >= y1 or x0 >= x1:
+        raise UserError(f"--box {' '.join(map(str, options.box))} must be Y0 X0 Y1 X1 and hold at "
+                        f"least a pixel of {side}")
+    inside_HW = torch.zeros(side, side)
+    inside_HW[y0:y1, x0:x1] = 1
+    return inside_HW if options.task == "outpaint" else 1 - inside_HW
 
 
-def fill_holes(images: Tensor, keep_HW: Tensor) -> Tensor:
-    """What is not kept, grown in from the border: the encoder sees the whole image, and must not see what was there."""
-    known, filled = keep_HW[None, None], images * keep_HW
+def fill_holes(images: Tensor, known_HW: Tensor) -> Tensor:
+    """What is not known, grown in from the border: the encoder must not see what was there."""
+    known = known_HW[None, None]
+    filled = images * known
     while 0 < known.sum() < known.numel():
         near = F.avg_pool2d(known, 3, 1, 1)
-        filled = torch.where(known > 0, filled, F.avg_pool2d(filled, 3, 1, 1) / near.clamp(min=1e-6))
+        grown = F.avg_pool2d(filled, 3, 1, 1) / near.clamp(min=1e-6)
+        filled = torch.where(known > 0, filled, grown)
         known = (near > 0).float()
         filled = filled * known
     return filled
 
 
-def shrink(run: Run, images: Tensor) -> Tensor:
-    """The small images that upscaling starts from."""
-    return F.interpolate(images, size=(run.options.small, run.options.small), mode="area")
+def report(results: list[Tensor], images: Tensor, known_HW: Tensor) -> None:
+    """How far the known part drifted, and whether the border of the hole shows, on average."""
+    pixels = max(known_HW.sum().item(), 1) * images.shape[:2].numel()
+    errors = []
+    for result in results:
+        difference = (result - images) * known_HW / 2
+        errors.append(difference.square().sum().item() / pixels)
+    own = seam(images, known_HW)
+    seen = np.mean([seam(result, known_HW) for result in results])
+    print(f"known part: mean squared error {np.mean(errors):.5f} (pixels in [0, 1]); "
+          f"border: mean step {seen:.4f}, {seen / own if own else math.nan:.2f} of the image's own")
 
 
-def kept_scales(run: Run) -> int:
-    """How many scales a small image settles: those whose maps are no finer than its own latent would be."""
-    config, small = run.tokenizer.config, run.options.small
-    small = config.image_side // 2 if small is None else small
-    if not 1 <= small < config.image_side:
-        raise UserError(f"--small {small} must be 1 or more and less than the side of the images, {config.image_side}")
-    run.options.small = small
-    return sum(s * config.downsampling <= small or s == 1 for s in config.scales)
+def seam(images: Tensor, known_HW: Tensor) -> float:
+    """Mean absolute difference between neighbours of which one is known and the other is not.
 
-
-def report(results: list[Tensor], images: Tensor, keep_HW: Tensor) -> None:
-    """How far the kept part drifted, and whether the border of the hole shows, averaged over images and seeds."""
-    n, kept = len(results) * len(images), keep_HW.sum().item() * images.shape[1]
-    drift = sum(((result - images) * keep_HW / 2).square().sum().item() for result in results) / n / max(kept, 1)
-    own, seen = seam(images, keep_HW), np.mean([seam(result, keep_HW) for result in results])
-    print(f"kept part: mean squared error {drift:.5f} (pixels in [0, 1]); border: mean step {seen:.4f}, "
-          f"{seen / own if own else math.nan:.2f} of the image's own")
-
-
-def seam(images: Tensor, keep_HW: Tensor) -> float:
-    """Mean absolute difference between neighbours of which one is kept and the other is not; 0 if there are none."""
-    total = pairs = 0.0
+    0 if there are none.
+    """
+    total = 0.0
+    pairs = 0.0
     for axis in (-1, -2):
-        across_HW = keep_HW.diff(dim=axis).abs()
+        across_HW = known_HW.diff(dim=axis).abs()
         total += (images.diff(dim=axis).abs() * across_HW).sum().item() / 2
-        pairs += across_HW.sum().item() * images.shape[0] * images.shape[1]
+        pairs += across_HW.sum().item() * images.shape[:2].numel()
     return total / max(pairs, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Looking inside
 
 
 def draw_codes(run: Run, given: Given) -> Image.Image:
-    """For each image its token maps, coarse to fine, and below each map what the scales up to it decode to.
+    """The residual loop: what every scale finds left over, its codes, and the image so far.
 
-    A code's colour is its place along the three directions in which the codebook varies most: like codes, like colours.
+    A code's colour is its place along the three directions in which the codebook varies most: like
+    codes, like colours.
     """
-    config, tokens_NL = run.tokenizer.config, encode(run, given.images)[1].cpu()
-    codes_VC = run.tokenizer.quantizer.codebook_VC.detach().cpu()
+    quantizer = run.tokenizer.quantizer
+    scales = run.tokenizer.config.scales
+    f_NCSS, tokens_NL = (x.to(run.options.device) for x in run.encode(given.images))
+    colours_V3 = code_colours(run.tokenizer)
+    left = []
+    maps = []
+    f_hat_NCSS = quantizer.empty(len(f_NCSS))
+    for k, tokens_Nl in enumerate(quantizer.split(tokens_NL)):
+        s = scales[k]
+        size_Nl = quantizer.read(f_NCSS - f_hat_NCSS, k).norm(dim=-1)
+        left.append(heat(size_Nl.view(-1, s, s)))
+        maps.append(colours_V3[tokens_Nl.cpu()].view(-1, s, s, 3))
+        f_hat_NCSS = quantizer.accumulate(f_hat_NCSS, tokens_Nl, k)
+    frames = run.after_each_scale(tokens_NL.cpu())
+    rows = []
+    for n, name in enumerate(given.names):
+        rows.append((f"{name}: left over", [x[n].numpy() for x in left]))
+        rows.append(("its codes", [x[n].numpy() for x in maps]))
+        rows.append(("image so far", [x[n] for x in frames]))
+    return grid(rows, cell=max(64, run.tokenizer.config.image_side))
+
+
+def draw_teaching(run: Run, given: Given) -> Image.Image:
+    """Teacher forcing: what the transformer reads for each scale, above what it has to predict."""
+    tokenizer = run.tokenizer
+    scales = tokenizer.config.scales
+    tokens_1L = run.encode(given.images[:1])[1].to(run.options.device)
+    size_1L = tokenizer.teacher_inputs(tokens_1L).norm(dim=-1)
+    read = heat(size_1L)[0].split([s * s for s in scales[1:]])
+    inputs = [x.view(s, s, 3).numpy() for x, s in zip(read, scales[1:])]
+    the_class = np.full((1, 1, 3), 128, np.uint8)
+    targets = tokenizer.quantizer.split(tokens_1L.cpu())
+    colours_V3 = code_colours(tokenizer)
+    maps = [colours_V3[x].view(s, s, 3).numpy() for x, s in zip(targets, scales)]
+    return grid([("reads (first: the class)", [the_class, *inputs]), ("has to predict", maps)])
+
+
+def heat(x: Tensor) -> Tensor:
+    """Sizes as shades of grey, black for none: bytes [..., 3]."""
+    shade = (255 * x / x.amax().clamp(min=1e-6)).byte().cpu()
+    return shade[..., None].expand(*shade.shape, 3)
+
+
+def code_colours(tokenizer: Tokenizer) -> Tensor:
+    """A colour for every code, bytes [V, 3]."""
+    codes_VC = tokenizer.quantizer.codebook_VC.detach().cpu()
     centred_VC = codes_VC - codes_VC.mean(dim=0)
     directions_C3 = torch.linalg.svd(centred_VC, full_matrices=False).Vh[:3].T
     place_V3 = centred_VC @ directions_C3
-    colour_V3 = F.pad(((place_V3 / place_V3.std(dim=0) / 2).clamp(-1, 1) + 1) * 127.5, (0, 3 - place_V3.shape[1])).byte()
-    frames_KN = run.after_each_scale(tokens_NL)
-    rows = []
-    for n, name in enumerate(given.names):
-        maps = [colour_V3[map_Nl[n]].view(s, s, 3).numpy()
-                for s, map_Nl in zip(config.scales, run.tokenizer.quantizer.split(tokens_NL))]
-        rows.append((f"{name}: codes", maps))
-        rows.append(("image", [frame[n] for frame in frames_KN]))
-    return grid(rows, cell=max(64, config.image_side))
+    place_V3 = (place_V3 / place_V3.std(dim=0) / 2).clamp(-1, 1)
+    colours_V3 = ((place_V3 + 1) * 127.5).byte()
+    return F.pad(colours_V3, (0, 3 - colours_V3.shape[1]))   # codes of one or two channels
 
 
 @torch.no_grad()
-def draw_attention(run: Run, given: Given) -> plt.Figure:
-    """What one cell of the last scale attends to: a row per layer, averaged over heads, a column per scale."""
-    model, scales = run.model, run.model.config.scales
+def draw_attention(run: Run, given: Given):
+    """What a cell of the last scale attends to: a row per layer, over heads, a column per scale."""
+    model = run.model
+    scales = model.config.scales
     side = scales[-1]
     y, x = run.options.cell or (side // 2, side // 2)
     if not (0 <= y < side and 0 <= x < side):
         raise UserError(f"--cell {y} {x} must lie within the last map, 0 to {side - 1}")
     query = model.config.length - side * side + y * side + x
-    label = class_indices(run.options.classes, run.classes)[0] if run.options.classes else given.labels[0]
-    labels_B = torch.tensor([model.config.classes if label is None else label], device=run.options.device)
-    layers = attention_of(model, labels_B, run.tokenizer.teacher_inputs(encode(run, given.images[:1])[1]), query)
+    label = given.labels[0]
+    if run.options.classes:
+        (label,) = class_indices(run.options.classes, run.classes)
+    if label is None:
+        label = model.config.classes
+    labels_B = torch.tensor([label], device=run.options.device)
+    tokens_1L = run.encode(given.images[:1])[1].to(run.options.device)
+    layers = attention_of(model, labels_B, run.tokenizer.teacher_inputs(tokens_1L), query)
     chosen = np.linspace(0, len(layers) - 1, min(8, len(layers))).round().astype(int)
 
-    figure, axes = plt.subplots(len(chosen), len(scales) + 1, figsize=(1.5 * len(scales) + 2, 1.6 * len(chosen) + 0.4),
-                                squeeze=False, constrained_layout=True)
-    picture, cell = to_bytes(given.images[:1])[0], given.images.shape[-1] / side
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        len(chosen), len(scales) + 1, squeeze=False, layout="constrained",
+        figsize=(1.5 * len(scales) + 2, 1.6 * len(chosen) + 0.4))
+    picture = to_bytes(given.images[:1])[0].squeeze()
+    cell = given.images.shape[-1] / side
     for row, layer in zip(axes, chosen):
-        row[0].imshow(picture.squeeze(), cmap="gray")
+        row[0].imshow(picture, cmap="gray")
         corner = (x * cell - 0.5, y * cell - 0.5)
-        row[0].add_patch(plt.Rectangle(corner, cell, cell, fill=False, edgecolor="red", linewidth=2))
+        box = plt.Rectangle(corner, cell, cell, fill=False, edgecolor="red", linewidth=2)
+        row[0].add_patch(box)
         row[0].set_ylabel(f"layer {layer + 1}")
-        for axis, s, map_l in zip(row[1:], scales, layers[layer].split([s * s for s in scales])):
-            axis.imshow(map_l.view(s, s), vmin=0)
-            axis.set_xlabel(f"{map_l.sum():.0%}")
+        maps = layers[layer].split([s * s for s in scales])
+        for axis, s, weights_l in zip(row[1:], scales, maps):
+            axis.imshow(weights_l.view(s, s), vmin=0)
+            axis.set_xlabel(f"{weights_l.sum():.0%}")
     for axis, s in zip(axes[0][1:], scales):
         axis.set_title(f"{s}x{s}")
     for axis in axes.flat:
@@ -344,10 +500,12 @@ def draw_attention(run: Run, given: Given) -> plt.Figure:
 
 
 def attention_of(model: VAR, labels_B: Tensor, inputs: Tensor, query: int) -> list[Tensor]:
-    """Attention weights [L] of one query in every layer, averaged over heads; zero out of its range."""
+    """Attention weights [L] of one query in every layer, averaged over heads."""
     seen: list[Tensor] = []
-    hooks = [block.attention.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-             for block in model.blocks]
+    hooks = []
+    for block in model.blocks:
+        hooks.append(block.attention.register_forward_pre_hook(
+            lambda module, arguments: seen.append(arguments[0])))
     model(labels_B, inputs)
     for hook in hooks:
         hook.remove()
@@ -356,110 +514,556 @@ def attention_of(model: VAR, labels_B: Tensor, inputs: Tensor, query: int) -> li
     for block, x_BLW in zip(model.blocks, seen):
         q_BHLD, k_BHLD, _, scale = block.attention.project(x_BLW)
         scores_HL = scale * (k_BHLD[0] @ q_BHLD[0, :, query, :, None]).squeeze(-1)
-        layers.append(scores_HL.masked_fill(~visible_L, -torch.inf).softmax(dim=-1).mean(dim=0).cpu())
+        weights_HL = scores_HL.float().masked_fill(~visible_L, -torch.inf).softmax(dim=-1)
+        layers.append(weights_HL.mean(dim=0).cpu())
     return layers
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # For evaluation by others
 
 
 def draw_many(run: Run, count: int) -> np.ndarray:
     """Bytes [count, side, side, channels], balanced over the classes.
 
-    With --rejection f, count / f are drawn, and of each class those kept that are most likely under the transformer
-    without guidance. (The paper's best figures reject by a classifier instead.)
+    With --rejection f, count / f are drawn, and of each class those kept that are most likely under
+    the transformer without guidance. (The paper's best figures reject by a classifier instead.)
     """
-    fraction, classes = run.options.rejection or 1.0, len(run.classes)
-    wanted = [len(range(c, count, classes)) for c in range(classes)]
-    labels = [c for c in range(classes) for _ in range(math.ceil(wanted[c] / fraction))]
+    fraction = run.options.rejection
+    classes = len(run.classes)
+    wanted = [len(range(label, count, classes)) for label in range(classes)]
+    labels = []
+    for label in range(classes):
+        labels += [label] * math.ceil(wanted[label] / fraction)
     tokens_NL = run.generate(labels, run.options.seed)
     if fraction < 1:
-        likelihood_N, label_N = run.log_likelihood(tokens_NL, labels), torch.tensor(labels)
-        best = [(likelihood_N.masked_fill(label_N != c, -torch.inf)).topk(wanted[c]).indices for c in range(classes)]
+        likelihood_N = run.log_likelihood(tokens_NL, labels)
+        best = []
+        for label in range(classes):
+            own_N = torch.tensor(labels) == label
+            own_likelihood_N = likelihood_N.masked_fill(~own_N, -torch.inf)
+            best.append(own_likelihood_N.topk(wanted[label]).indices)
         tokens_NL = tokens_NL[torch.cat(best)]
-    return np.concatenate([to_bytes(run.decode(tokens_NL[part])) for part in chunks(count, run.options.batch)])
+    return np.concatenate([to_bytes(run.decode(tokens_NL[rows])) for rows in batches(count, 1000)])
 
 
 def save_npz(path: Path, images: np.ndarray) -> None:
-    """`arr_0`, uint8 [N, side, side, 3], as the evaluation program of ADM (Dhariwal and Nichol, 2021) reads it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(path, lambda file: np.savez(file, arr_0=np.broadcast_to(images, (*images.shape[:3], 3))))
+    """`arr_0`, uint8 [N, side, side, 3], as ADM's evaluation reads it (arXiv 2105.05233)."""
+    colour = np.broadcast_to(images, (*images.shape[:3], 3))
+    save_whole(path, lambda file: np.savez(file, arr_0=colour))
     print(f"wrote {len(images)} images to {path}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def pyplot():
+    """matplotlib, where it is needed: importing it takes as long as many a command."""
+    import matplotlib
+    matplotlib.use("Agg")   # pictures go to files: no window system is needed
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def save_picture(path: Path, picture) -> None:
+    """A Pillow image or a matplotlib figure, as PNG."""
+    if isinstance(picture, Image.Image):
+        save_whole(path, lambda file: picture.save(file, format="PNG"))
+    else:
+        save_whole(path, lambda file: picture.savefig(file, format="png", dpi=90))
+
+
+def save_film(path: Path, frames: list[Image.Image]) -> None:
+    first, *rest = frames
+    times = [400] * len(rest) + [2000]   # milliseconds
+    save_whole(path, lambda file: first.save(
+        file, "GIF", save_all=True, append_images=rest, duration=times, loop=0))
+    print(f"wrote {path}")
+
+
+def grid(
+    rows: list[tuple[str, Sequence[np.ndarray]]], cell: int = 64, gap: int = 2
+) -> Image.Image:
+    """A labelled row of images (bytes [side, side, channels]) per entry; small ones enlarged."""
+    import matplotlib   # which brings a font with Greek, Cyrillic, Hebrew and Arabic letters
+    font_file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    font = ImageFont.truetype(font_file, 11)
+    labels = [label if len(label) <= 24 else label[:23] + "…" for label, _ in rows]
+    margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
+    cell = max(cell, *(len(pixels) for _, images in rows for pixels in images))
+    columns = max(len(images) for _, images in rows)
+    size = (margin + columns * (cell + gap), len(rows) * (cell + gap))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (_, images) in enumerate(rows):
+        top = r * (cell + gap)
+        draw.text((4, top + cell // 2), labels[r], fill="black", font=font, anchor="lm")
+        for c, pixels in enumerate(images):
+            image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+            image = image.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(image, (margin + c * (cell + gap), top))
+    return canvas
+
+
+def grid_of_classes(names: list[str], images: np.ndarray) -> Image.Image:
+    """A row per class of images that are sorted by class, as many of each."""
+    return grid(list(zip(names, images.reshape(len(names), -1, *images.shape[1:]))))
+
+
+def grid_of_pairs(originals: Tensor, results: Tensor) -> Image.Image:
+    """Originals above what became of them, twelve in a row."""
+    rows = []
+    for begin in range(0, len(originals), 12):
+        part = slice(begin, begin + 12)
+        rows.append(("original", to_bytes(originals[part])))
+        rows.append(("reconstruction", to_bytes(results[part])))
+    return grid(rows)
+
+
+def draw_curves(log: list[dict], scales: tuple[int, ...]):
+    """Both losses, and the transformer's loss and accuracy per scale, against the step."""
+    figure, axes = pyplot().subplots(2, 2, figsize=(11, 7), layout="constrained")
+
+    def curve(axis, stage: str, split: str, value: Callable[[dict], float], label: str) -> None:
+        lines = [line for line in log if line["stage"] == stage and line["split"] == split]
+        axis.plot([line["step"] for line in lines], [value(line) for line in lines],
+                  label=label, marker="." if split == "held_out" else None)
+
+    for name in ("mse", "codebook"):
+        curve(axes[0, 0], "tokenizer", "train", lambda line: line[name], name)
+    axes[0, 0].set(title="tokenizer: training losses", yscale="log")
+    for split in ("train", "held_out"):
+        curve(axes[0, 1], "var", split, lambda line: line["loss"], split.replace("_", "-"))
+    axes[0, 1].set(title="transformer: loss (nats per token)")
+    for axis, name in zip(axes[1], ("loss", "accuracy")):
+        for k, s in enumerate(scales):
+            curve(axis, "var", "held_out", lambda line: line[f"{name}_per_scale"][k], f"{s}x{s}")
+        axis.set(title=f"transformer: held-out {name} per scale")
+    for axis in axes.flat:
+        axis.set_xlabel("step")
+        if axis.lines:
+            axis.legend(fontsize="small", ncols=2)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: written whole or not at all, and read as they were written or not at all
+
+
+def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file beside its place, then rename.
+
+    At any instant, and when the disk is full, the old one or the new one is there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())   # on the disk before it takes the name: a power cut may follow
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path: Path, kind: str, **content) -> None:
+    """Raises UserError where it cannot be written."""
+    try:
+        save_whole(path, lambda file: torch.save({"kind": kind, **content}, file))
+    except (OSError, RuntimeError) as error:   # torch.save may end with the second after the first
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(f"{path} cannot be written, and is what it was before: {in_short(reason)}")
+
+
+@contextlib.contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """What goes wrong inside is the file's fault: torch, zip, pickle and our own configs each raise
+    their own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be read, it is damaged or something else: "
+                        f"{in_short(error)}")
+
+
+def read_tensors(path: Path, what: str) -> Any:
+    """Exactly what torch.save wrote, on the CPU; nothing in the file is run.
+
+    PyTorch's reader compares no checksums, and where one bit says that an entry is a folder it
+    returns memory that was never written. So Python's reader, which compares them, takes everything
+    out, and PyTorch's gets a new archive of it. Raises UserError for anything else.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no {what} at {path}")
+    verified = io.BytesIO()
+    with blaming(path):
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(verified, "w") as copy:
+            for name in archive.namelist():
+                copy.writestr(name, archive.read(name))
+        verified.seek(0)
+        return torch.load(verified, map_location="cpu", weights_only=True)
+
+
+def load_checkpoint(path: Path, kind: str) -> dict:
+    """A checkpoint of ours, on the CPU. Raises UserError where it is none, or of another kind."""
+    content = read_tensors(path, f"{kind} checkpoint")
+    found = content.get("kind") if isinstance(content, dict) else None
+    if found != kind:
+        raise UserError(f"{path} is a checkpoint of a {found or 'something else'}, not of a {kind}")
+    return content
+
+
+def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokenizer:
+    """A tokenizer of ours, or a published one (a .pth), whose scales the caller may name."""
+    if path.suffix == ".pth":
+        state = read_tensors(path, "published checkpoint")
+        with blaming(path):
+            return Tokenizer.from_official(state, scales)
+    content = load_checkpoint(path, "tokenizer")
+    with blaming(path):
+        tokenizer = Tokenizer(TokenizerConfig(**content["config"]))
+        tokenizer.load_state_dict(content["model"])
+        return tokenizer.eval()
+
+
+def load_held_out(folder: Path) -> TensorDataset:
+    """The images that train.py kept in a run's folder."""
+    path = folder / "held_out.pt"
+    content = load_checkpoint(path, "set of held-out images")
+    with blaming(path):
+        return TensorDataset(content["images"], content["labels"])
+
+
+class Log:
+    """log.jsonl: one JSON object per line. Of several processes, the first one writes it."""
+
+    def __init__(self, path: Path, stage: str, done: int):
+        """Lines that an earlier try left are dropped: of this stage for steps after `done`, and on
+        its health, which is written at the end."""
+        self.path = path
+        self.stage = stage
+        if rank_and_ranks()[0] > 0:
+            return
+        lines = []
+        for line in read_log(path):
+            before = line["step"] <= done and line["split"] != "health"
+            if line["stage"] != stage or before:
+                lines.append(json.dumps(line) + "\n")
+        save_whole(path, lambda file: file.write("".join(lines).encode()))
+
+    def write(self, step: int, split: str, **values) -> None:
+        if rank_and_ranks()[0] > 0:
+            return
+        line = {"stage": self.stage, "step": step, "split": split, **values}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; one that a killed run did not finish is left out."""
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); move it away to go on without it")
+
+
+# --------------------------------------------------------------------------------------------------
+# Images: bytes [channels, side, side] in files and data sets, [-1, 1] in models
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def read_image(path: Path, side: int, channels: int) -> np.ndarray:
+    """A file, centre-cropped and resized: uint8 [channels, side, side]. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            image.verify()   # compares a PNG's checksums; afterwards it must be opened anew
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):   # 16 bits of grey, which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:   # what lies under it was never meant to be seen
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB" if channels == 3 else "L")
+            pixels = np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
+    except Exception as error:   # damaged files make Pillow raise nearly anything
+        raise UserError(f"{path} cannot be read as an image: {in_short(error)}")
+    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Bytes to [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """[-1, 1] to bytes [N, side, side, channels], on the CPU."""
+    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def at_a_time(side: int) -> int:
+    """How many images a pass without gradients takes: 512 of 32 x 32 pixels, 8 of 256 x 256."""
+    return max(1, 2**19 // side**2)
+
+
+def batches(count: int, size: int, what: str | None = None) -> Iterator[range]:
+    """Rows 0 .. count-1, `size` at a time; behind a progress bar if what is done has a name."""
+    parts = [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
+    yield from tqdm(parts, desc=what, unit="batch", disable=what is None or len(parts) == 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Devices and processes
+
+
+def settle_device(options: argparse.Namespace) -> None:
+    """The device, its precision, and what to run a model under: `with options.autocast():`.
+
+    Raises UserError for a device that is not there.
+    """
+    try:
+        device = torch.device(options.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {options.device} cannot be used: {in_short(error)}")
+    if options.precision == "auto":
+        options.precision = "bf16" if fast_bf16(device) else "fp32"
+    elif options.precision == "bf16" and not fast_bf16(device):
+        print("note: this device has no instructions for bf16 and emulates them; --precision fp32 "
+              "is faster here")
+    if device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
+        print(f"note: one thread of {os.cpu_count()} is used; OMP_NUM_THREADS says how many")
+    half = options.precision == "bf16"
+    options.device = device
+    options.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 has its own instructions; emulated, it is many times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capable = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+
+
+# torchrun starts a process for each GPU, and all of them run train.py.
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes that torchrun started."""
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # NCCL between GPUs, gloo between CPUs. The others wait while process 0 decodes a data set.
+        dist.init_process_group(timeout=timedelta(hours=2))
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """This process's number, and how many there are; 0 and 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text: str) -> None:
+    """Print once, not in every process."""
+    if rank_and_ranks()[0] == 0:
+        print(text)
+
+
+def own_part(rows: list[int]) -> list[int]:
+    """This process's share of the rows, in order; the shares of all processes are the rows."""
+    rank, ranks = rank_and_ranks()
+    return rows[len(rows) * rank // ranks:len(rows) * (rank + 1) // ranks]
+
+
+def mean_over_processes(*numbers: float | Tensor, device: torch.device) -> Tensor:
+    """Their means, on the device, which nothing here waits for."""
+    values = torch.zeros(len(numbers), device=device)
+    for value, number in zip(values, numbers):
+        value += number
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values / rank_and_ranks()[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# How a program ends
+
+
+class Stopped(Exception):
+    """The user asked for it; everything is saved."""
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM end the step at hand, not half of it; a second Ctrl-C ends at once.
+
+    (A second SIGTERM does not: a process manager and torchrun may each send one.)
+    """
+
+    def __enter__(self) -> Interrupt:
+        self.asked = False
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, *_) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+
+    def __exit__(self, *_) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run a program of ours: the user's mistakes end it with one sentence and exit code 2, Ctrl-C
+    and SIGTERM with 130."""
+    with contextlib.suppress(ValueError):   # only the main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:   # a folder where a file should be, a full disk
+        print(f"error: {in_short(error)}", file=sys.stderr)
+        sys.exit(2)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(str(stopped) or "stopped")
+        sys.exit(130)
+
+
+def in_short(error: Exception) -> str:
+    """The beginning of what an error says, in one line."""
+    return " ".join(str(error).split())[:200]
+
+
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 
-TASKS = ("inpaint", "outpaint", "edit", "upscale", "reconstruct")
+class Parser(argparse.ArgumentParser):
+    """Tells mistakes as everything else here does."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def add_computer(self) -> None:
+        """The flags that say what to compute on."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.add_argument("--device", default=device,
+                          help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
+        self.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                          help="if not given, bf16 where the device is built for it")
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """The type of a flag: an int or a float from `low` to `high`."""
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            whole = "a whole number, " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text} must be {whole}{limits}")
+        return value
+    return read
+
+
+SEED = number(int, 0, 2**31 - 1)
+SHARE = number(float, 1e-6, 1)   # over 0, at most 1
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw images with a trained VAR.", formatter_class=Help)
+    parser = Parser(description="Draw images with a trained VAR.")
     add = parser.add_argument
-    add("--run", type=Path, default=Path("out/shapes"), help="folder that train.py wrote")
-    add("--tokenizer", type=Path, help="another tokenizer: a .pt of train.py or a published .pth (default: the run's)")
-    add("--var", type=Path, help="another transformer: a .pt of train.py or a published .pth (default: the run's)")
-    add("--out", type=Path, help="the PNG to write (default: named for what it shows, in the run's folder)")
+    add("--run", type=Path, default=Path("out/shapes"),
+        help="folder that train.py wrote (default: %(default)s)")
+    add("--tokenizer", type=Path, metavar="FILE",
+        help="another tokenizer than the run's: a .pt of train.py or a published .pth")
+    add("--var", type=Path, metavar="FILE",
+        help="another transformer than the run's: a .pt of train.py or a published .pth")
+    add("--out", type=Path, metavar="FILE",
+        help="the PNG to write; if not given, it is named for what it shows, in the run's folder")
     add("--classes", nargs="+", metavar="NAME",
-        help="names of classes; numbers for a published model (default: all, at most 20)")
-    add("--per-class", type=int, default=8, help="images per class")
-    add("--cfg", type=float, default=FILTERS["cfg"],
-        help="strength of classifier-free guidance at the last scale; 0 is none")
-    add("--top-k", type=int, default=FILTERS["top_k"], help="draw from the k most likely tokens; 0 is no limit")
-    add("--top-p", type=float, default=FILTERS["top_p"],
-        help="draw from the most likely tokens that hold this much probability")
-    add("--seed", type=int, default=0, help="the same seed gives the same picture")
-    add("--batch", type=int, default=100, help="images generated at a time")
-    add("--progress", action="store_true", help="one row per image: the image after each scale, coarse to fine")
-    add("--gif", type=Path, metavar="FILE", help="also the images forming, scale by scale, as a film")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps, ...")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device is built for it")
+        help="names of classes, numbers for a published model; if not given, all, but at most 20")
+    add("--per-class", type=number(int, 1), default=8, metavar="N",
+        help="images per class (default: %(default)s)")
+    add("--cfg", type=number(float, 0), default=FILTERS["cfg"],
+        help="strength of classifier-free guidance at the last scale; 0 is none "
+             "(default: %(default)s)")
+    add("--top-k", type=number(int, 0), default=FILTERS["top_k"],
+        help="draw from the k most likely tokens; 0 is no limit (default: %(default)s)")
+    add("--top-p", type=SHARE, default=FILTERS["top_p"],
+        help="draw from the most likely tokens that hold this much probability "
+             "(default: %(default)s)")
+    add("--seed", type=SEED, default=0,
+        help="the same seed gives the same picture (default: %(default)s)")
+    add("--batch", type=number(int, 1), default=100,
+        help="images generated at a time (default: %(default)s)")
+    add("--progress", action="store_true",
+        help="one row per image: the image after each scale, coarse to fine")
+    add("--gif", type=Path, metavar="FILE",
+        help="also the images forming, scale by scale, as a film")
+    parser.add_computer()
 
     add = parser.add_argument_group("with images of one's own").add_argument
-    add("--task", choices=TASKS, help="inpaint: a box is generated, the rest kept; outpaint: the other way round; edit: "
-        "inpaint towards --classes NAME; upscale: fine scales are generated, coarse ones kept; reconstruct: encode and decode")
-    add("--image", nargs="+", metavar="IMAGE", help="files, folders, or data:17 for a held-out image of the run's own data")
-    add("--box", nargs=4, type=float, default=(0.25, 0.25, 0.75, 0.75), metavar=("Y0", "X0", "Y1", "X1"),
-        help="the box, in fractions of the side")
-    add("--mask", type=Path, help="an image instead of a box: what is white in it is generated, in outpaint, too")
-    add("--seeds", nargs="+", type=int, default=(0, 1, 2), help="one result for each")
-    add("--small", type=int, help="upscale: side of the small images (default: half of the run's)")
+    add("--task", choices=TASKS,
+        help="inpaint: a box is generated, the rest known; outpaint: the other way round; edit: "
+             "inpaint towards --classes NAME; upscale: fine scales are generated, coarse ones "
+             "known; reconstruct: encode and decode")
+    add("--image", nargs="+", metavar="IMAGE",
+        help="files, folders, or data:17 for a held-out image of the run's data")
+    add("--box", nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
+        metavar=("Y0", "X0", "Y1", "X1"), help="the box, in fractions of the side")
+    add("--mask", type=Path, metavar="FILE",
+        help="an image instead of a box: what is white in it is generated, in outpaint, too")
+    add("--seeds", nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
+        help="one result for each")
+    add("--small", type=number(int, 1), metavar="SIDE",
+        help="upscale: side of the small images; if not given, half of the run's")
     add("--paste", action="store_true", help="put the known pixels over the result at the end")
-    add("--open-loop", action="store_true", help="keep the image's own tokens, as published, for comparison")
-    add("--codes", nargs="+", metavar="IMAGE", help="draw the token maps of images, and the image after each scale")
-    add("--attention", metavar="IMAGE", help="draw what a cell of the last scale attends to, in every layer")
-    add("--cell", nargs=2, type=int, metavar=("Y", "X"), help="attention: which cell (default: the middle)")
+    add("--open-loop", action="store_true",
+        help="put the image's own tokens, as published, for comparison")
+    add("--codes", nargs="+", metavar="IMAGE",
+        help="draw what each scale finds left over, its codes, and the image so far")
+    add("--teaching", metavar="IMAGE",
+        help="draw what the transformer reads in training, above what it has to predict")
+    add("--attention", metavar="IMAGE",
+        help="draw what a cell of the last scale attends to, in every layer")
+    add("--cell", nargs=2, type=number(int, 0), metavar=("Y", "X"),
+        help="attention: which cell, if not the middle")
 
     add = parser.add_argument_group("for evaluation").add_argument
     add("--npz", nargs=2, metavar=("N", "FILE"),
         help="write N samples, balanced over the classes, as ADM's evaluation reads them")
-    add("--reference", type=Path, metavar="FILE", help="write the held-out images in the same form")
-    add("--rejection", type=float, metavar="FRACTION", help="npz: keep this share of what is drawn, the most likely")
-    return parser.parse_args(arguments)
+    add("--reference", type=Path, metavar="FILE",
+        help="write the held-out images in the same form")
+    add("--rejection", type=SHARE, default=1.0, metavar="FRACTION",
+        help="npz: keep this share of what is drawn, the most likely")
+    options = parser.parse_args(arguments)
+    check(options)
+    return options
 
 
 def check(options: argparse.Namespace) -> None:
-    count = options.npz[0] if options.npz else "1"
-    for name, value, fine, what in (
-            ("per-class", options.per_class, options.per_class >= 1, "1 or more"),
-            ("batch", options.batch, options.batch >= 1, "1 or more"),
-            ("cfg", options.cfg, 0 <= options.cfg < math.inf, "0 or more"),
-            ("top-k", options.top_k, options.top_k >= 0, "0 or more"),
-            ("top-p", options.top_p, 0 < options.top_p <= 1, "over 0, at most 1"),
-            ("npz", count, count.isdecimal() and int(count) >= 1, "a number of images, 1 or more, and a file"),
-            ("rejection", options.rejection, options.rejection is None or 0 < options.rejection <= 1, "over 0, at most 1"),
-            ("box", options.box, all(0 <= fraction <= 1 for fraction in options.box), "fractions, from 0 to 1")):
-        if not fine:
-            raise UserError(f"--{name} {value} must be {what}")
-    for seed in (options.seed, *options.seeds):
-        if not 0 <= seed < 2**63:
-            raise UserError(f"a seed must be from 0 to 2^63 - 1: it is {seed}")
-    asked = {name: getattr(options, name) for name in ("task", "codes", "attention", "npz") if getattr(options, name)}
+    """Raises UserError for flags that do not go together."""
+    modes = ("task", "codes", "teaching", "attention", "npz")
+    asked = [f"--{name}" for name in modes if getattr(options, name)]
     if len(asked) > 1:
-        raise UserError(f"one thing at a time: {' or '.join('--' + name for name in asked)}")
-    if options.rejection and not options.npz:
+        raise UserError(f"one thing at a time: {' or '.join(asked)}")
+    if options.npz and not (options.npz[0].isdecimal() and int(options.npz[0]) > 0):
+        raise UserError(f"--npz {options.npz[0]} must be a number of images, 1 or more, and a file")
+    if options.rejection < 1 and not options.npz:
         raise UserError("--rejection is for --npz")
     if options.npz and options.classes:
         raise UserError("--npz is balanced over all classes and takes no --classes")
@@ -475,38 +1079,8 @@ def check(options: argparse.Namespace) -> None:
     if options.task == "edit" and not options.classes:
         raise UserError("--task edit needs --classes NAME: what to edit towards")
     if (options.task or options.attention) and len(options.classes or []) > 1:
-        raise UserError(f"one class here, please: --classes {' '.join(options.classes)} are {len(options.classes)}")
-
-
-def main() -> None:
-    options = parse()
-    check(options)
-    settle_device(options)
-    run = load(options)
-    if options.npz or options.reference:
-        if options.reference:
-            held_out = run.data().held_out
-            parts = [held_out[part][0].permute(0, 2, 3, 1).numpy() for part in chunks(len(held_out), 100)]
-            save_npz(options.reference, np.concatenate(parts))
-        if options.npz:
-            save_npz(Path(options.npz[1]), draw_many(run, int(options.npz[0])))
-        return
-    if options.attention:
-        what, figure = "attention", draw_attention(run, load_images(run, [options.attention]))
-    elif options.codes:
-        what, figure = "codes", draw_codes(run, load_images(run, options.codes))
-    elif options.task:
-        draw = reconstruct if options.task == "reconstruct" else complete
-        what, figure = options.task, draw(run, load_images(run, options.image))
-    else:
-        what, figure = "progress" if options.progress else "sample", draw_samples(run)
-    out = options.out or options.run / f"{what}.png"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(figure, Image.Image):
-        save_image(out, figure)
-    else:
-        save_whole(out, lambda file: figure.savefig(file, format="png", dpi=90))
-    print(f"wrote {out}")
+        raise UserError(f"one class here, please: --classes {' '.join(options.classes)} are "
+                        f"{len(options.classes)}")
 
 
 if __name__ == "__main__":

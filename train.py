@@ -1,11 +1,16 @@
 """Train VAR from images to samples:  python train.py
 
-Read `main` first; it is the whole program. Stage one (`TokenizerStage`) teaches the tokenizer to write images as
-tokens; stage two (`VARStage`) tokenises every image once and teaches the transformer to predict the tokens. Both go
-through the same loop, `Stage.run`. What a run writes, all in one folder:
+Stage one (`TokenizerStage`) teaches the tokenizer to write images as tokens; stage two (`VARStage`)
+writes every image as tokens once, and teaches the transformer to predict them. Both go through the
+same loop, `Stage.run`. Read `main`, then `Stage`, then the two stages: that is how VAR is trained.
+Below is what they need: tokens, data sets, several processes, presets and flags.
+
+A run is a folder. It ends up holding
 
     tokenizer.pt  var.pt     weights, and what they are of: configuration, data, classes
+    held_out.pt              images that training does not see, for measuring and for sample.py
     tokens.pt                all images as tokens, for the next training in this folder
+    images-*.bin             a folder's images, decoded once
     log.jsonl                one line per few steps, and what was measured on held-out images
     reconstructions.png      held-out images above their reconstructions
     samples.png              generated images, a row per class
@@ -19,149 +24,779 @@ import copy
 import gzip
 import hashlib
 import io
-import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
+import socket
 import sys
 import tarfile
-import urllib.request
-import zipfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.colors import hsv_to_rgb
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
-from tokenizer import PUBLISHED_SCALES, Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig
+from kernels import forward_flops, peak_flops
+from sample import (
+    FILTERS, IMAGE_ENDINGS, SEED, Interrupt, Log, Parser, Run, Stopped, UserError, at_a_time,
+    batches, blaming, draw_curves, grid_of_classes, grid_of_pairs, in_short, join_processes,
+    load_checkpoint, load_tokenizer, mean_over_processes, number, own_part, rank_and_ranks,
+    read_image, read_log, run_program, save_checkpoint, save_picture, say, settle_device, to_bytes,
+    to_float,
+)
+from tokenizer import (
+    PUBLISHED_SCALES, Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig,
+    psnr,
+)
 from var import VAR, Block, VARConfig
 
-matplotlib.use("Agg")   # pictures go to files: no window system is needed
-import matplotlib.pyplot as plt  # noqa: E402
+
+def main() -> None:
+    options = parse()
+    settle(options)
+    data = load_data(options)
+    if options.overwrite and rank_and_ranks()[0] == 0:
+        for name in options.stages:   # at once: --resume must not find a part of the old training
+            (options.out / f"{name}.pt").unlink(missing_ok=True)
+    if "tokenizer" in options.stages:
+        tokenizer = TokenizerStage(data, options).run()
+    else:
+        tokenizer = chosen_tokenizer(data, options)
+    if "var" in options.stages:
+        VARStage(tokenizer, data, options).run()
+    if rank_and_ranks()[0] == 0:
+        curves = draw_curves(read_log(options.out / "log.jsonl"), tokenizer.config.scales)
+        save_picture(options.out / "curves.png", curves)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-class UserError(Exception):
-    """A mistake of the user's, told in one sentence; the program ends with exit code 2."""
+# --------------------------------------------------------------------------------------------------
+# The loop that both stages share
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What can be chosen
+class Stage:
+    """A training: the loop, its log and its checkpoints. A subclass says what is trained, on what.
+
+    name      of the stage: in flags, in the log, in the file's name
+    kind      what its checkpoint is called
+    spares    whether some steps leave parameters without a gradient, for which several processes
+              have to look out
+
+    loss(*tensors)         what to minimise for these rows of the data, and what to log: a function,
+                           called if it is logged, that returns a dictionary of tensors
+    validate(model)        a dictionary to log of held-out images
+    example()              what the model takes, for one image
+    finish(model, log)     what the run shows of the trained model
+    """
+    name: str
+    kind: str
+    spares = False
+
+    def __init__(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], rows: Dataset, steps: int,
+        batch: int, ema: float, recipe: dict, data: Data, options: argparse.Namespace,
+    ):
+        """rows: what `loss` gets its tensors from. recipe: what of the flags shapes the training.
+
+        ema: what is kept in the end is not the last weights but a running average of them, which
+        blurs out the noise of single steps: average = ema average + (1 - ema) weights. 0: the last.
+        """
+        self.model = model
+        self.optimizers = optimizers
+        self.rows = rows
+        self.steps = steps
+        self.batch = batch
+        self.ema = ema
+        self.data = data
+        self.options = options
+        self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        change_parts(model, options)
+        self.replica = model   # the model, its gradients averaged over the processes
+        if dist.is_initialized():
+            self.replica = nn.parallel.DistributedDataParallel(
+                model, find_unused_parameters=self.spares, gradient_as_bucket_view=True)
+        self.peaks = [[group["lr"] for group in each.param_groups] for each in optimizers]
+        self.peak_flops = peak_flops(options.device) if options.precision == "bf16" else None
+        if self.peak_flops:
+            self.flops = forward_flops(self.average, *self.example())
+        # What a training that goes on must have in common with its checkpoint:
+        self.identity = {**asdict(model.config), **recipe}
+        self.identity |= {"seed": options.seed, "data set": data.key}
+        self.path = options.out / f"{self.name}.pt"
+        self.step = 0
+        self.saved = 0
+
+    def before_step(self) -> None:
+        """What changes the model before a step."""
+
+    def after_step(self) -> None:
+        """What else changes the model, once the optimizers have."""
+
+    def run(self) -> nn.Module:
+        """Train to the last step, from the checkpoint if asked to; returns the average."""
+        options = self.options
+        if options.resume and self.path.exists() and self.resume():
+            say(f"{self.path} is finished")
+            return self.average
+        if rank_and_ranks()[0] == 0:
+            images, labels = self.data.held_out.tensors
+            save_checkpoint(options.out / "held_out.pt", "set of held-out images",
+                            images=images, labels=labels)
+        log = Log(options.out / "log.jsonl", self.name, self.step)
+        steps = shuffled(len(self.rows), self.batch, options.seed, self.step, self.steps)
+        bar = tqdm(initial=self.step, total=self.steps, desc=self.name, unit="step",
+                   mininterval=0.5, disable=rank_and_ranks()[0] > 0)
+        forecast = Forecast(self.name, self.steps)
+        reports: list[Report] = []
+        with Interrupt() as interrupt, bar:
+            for tensors in read_ahead(self.rows, map(own_part, steps), options):
+                reports.append(self.advance(tensors, interrupt.asked))
+                forecast.after(self.step)
+                last = self.step == self.steps
+                measured = last or self.step % max(1, self.steps // 8) == 0
+                saved = last or self.step % options.checkpoint_every == 0
+                # The report of a step is read when the next one is on its way: nobody waits.
+                stop = False
+                while len(reports) > (0 if stop or measured or saved else 1):
+                    stop = self.read(reports.pop(0), log, bar) or stop
+                if measured:
+                    log.write(self.step, "held_out", **self.validate(self.average))
+                if stop or saved:
+                    self.save(finished=False)
+                if stop:
+                    raise Stopped(self.stopped())
+            (asked,) = mean_over_processes(interrupt.asked, device=options.device).tolist()
+            if asked:   # during the last step
+                raise Stopped(self.stopped())
+        if rank_and_ranks()[0] == 0:
+            self.finish(self.average, log)
+        self.save(finished=True)
+        return self.average
+
+    def advance(self, tensors: list[Tensor], asked: bool) -> Report:
+        """One step. asked: whether this process was asked to stop."""
+        # Every random draw of a step follows from the seed and the step: a resumed run repeats them
+        # exactly. All processes draw the same codes, so that codebooks stay alike, but each its own
+        # labels to drop.
+        seed = self.options.seed * 1_000_003 + self.step
+        torch.manual_seed(seed)
+        self.before_step()
+        torch.manual_seed(seed + 15_485_863 * rank_and_ranks()[0])   # a prime, far from any step
+        self.model.train()
+        loss, to_log = self.gradients(tensors)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        preset = self.options.preset
+        rate = learning_rate(self.step, self.steps, preset.warmup, preset.final_lr)
+        for optimizer, peaks in zip(self.optimizers, self.peaks):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * rate
+            optimizer.step()
+        torch.manual_seed(seed)
+        self.after_step()
+        self.update_average()
+        logged = to_log() if self.step % 10 == 0 else {}
+        self.step += 1
+        numbers = mean_over_processes(loss, norm, asked, device=self.options.device)
+        return Report(self.step, read_later(numbers), logged)
+
+    def gradients(self, tensors: list[Tensor]) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
+        """The gradients of this process's rows, in --grad-accumulation parts; their mean loss, and
+        what the last part logs."""
+        self.model.zero_grad()
+        parts = self.options.grad_accumulation
+        total = torch.zeros((), device=self.options.device)
+        for i, part in enumerate(zip(*(tensor.chunk(parts) for tensor in tensors))):
+            alone = contextlib.nullcontext()
+            if self.replica is not self.model and i + 1 < parts:
+                alone = self.replica.no_sync()   # the processes exchange gradients once, at the end
+            with alone:
+                with self.options.autocast():
+                    loss, to_log = self.loss(*part)
+                (loss / parts).backward()
+            total += loss.detach() / parts
+        return total, to_log
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        share = 1 - self.ema if self.step else 1.0   # the initial weights are no part of it
+        for average, weight in zip(self.average.parameters(), self.model.parameters()):
+            average.lerp_(weight, share)
+        for average, value in zip(self.average.buffers(), self.model.buffers()):
+            average.copy_(value)
+
+    def read(self, report: Report, log: Log, bar: tqdm) -> bool:
+        """Show and log a step's report; returns whether any process was asked to stop.
+
+        Raises UserError for a loss or a gradient that is no number. Nothing is saved after it.
+        """
+        loss, norm, stop = report.numbers()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            where = "there is no checkpoint yet"
+            if self.saved:
+                where = f"the last good checkpoint, of step {self.saved}, is {self.path}"
+            raise UserError(f"the {self.name} loss became {loss} and its gradient {norm} at step "
+                            f"{report.step - 1}; {where}; try a lower --{self.name}-lr")
+        rate = bar.format_dict["rate"]
+        bar.set_postfix_str(f"loss {loss:.4f}{self.speed(rate)}", refresh=False)
+        bar.update()
+        if report.logged:
+            values = {name: value.tolist() for name, value in report.logged.items()}
+            log.write(report.step, "train", loss=loss, **values)
+        return stop > 0
+
+    def speed(self, rate: float | None) -> str:
+        """What so many steps per second come to, over all processes."""
+        if not rate:
+            return ""
+        images = rate * self.batch
+        tokens = images * sum(s * s for s in self.model.config.scales)
+        text = f", {images:.0f} images/s, {tokens:.0f} tokens/s"
+        if not self.peak_flops:
+            return text
+        used = 3 * self.flops * images   # the backward pass is twice the forward
+        return f"{text}, {used / (self.peak_flops * rank_and_ranks()[1]):.0%} of peak FLOP/s"
+
+    def stopped(self) -> str:
+        how = "--resume instead of --overwrite" if self.options.overwrite else "--resume"
+        return (f"stopped after step {self.step} of {self.steps} and saved to {self.options.out}; "
+                f"the same command with {how} goes on from there")
+
+    def save(self, finished: bool) -> None:
+        """Keep the average; until the end, what going on takes, too."""
+        self.saved = self.step
+        if rank_and_ranks()[0] == 0:
+            content = {
+                "config": asdict(self.model.config),
+                "model": self.average.state_dict(),
+                "classes": self.data.classes,
+                "identity": self.identity,
+                "rates": self.peaks,
+            }
+            if not finished:
+                content["training"] = {
+                    "step": self.step,
+                    "model": self.model.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                }
+            save_checkpoint(self.path, self.kind, **content)
+        if dist.is_initialized():   # torchrun kills the others once a process has ended
+            dist.barrier()
+
+    def resume(self) -> bool:
+        """Take over what `save` wrote; returns whether that was a finished training."""
+        content = load_checkpoint(self.path, self.kind)
+        if "copied_from" in content:
+            raise UserError(f"{self.path} is a copy of {content['copied_from']}: "
+                            f"--stage var goes on without training one")
+        with blaming(self.path):
+            self.compare(content["identity"], content["rates"])
+            self.average.load_state_dict(content["model"])
+            if "training" not in content:
+                return True
+            training = content["training"]
+            self.model.load_state_dict(training["model"])
+            for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self.step = training["step"]
+        self.saved = self.step
+        return False
+
+    def compare(self, begun: dict, rates: list[list[float]]) -> None:
+        """Raises UserError for a checkpoint of another training; another rate is only said."""
+        for name, now in self.identity.items():
+            if begun[name] == now:
+                continue
+            values = f": {begun[name]}, not {now}" if len(str(now)) < 64 else ""   # or a digest
+            raise UserError(f"{self.path} does not go on: it was begun with another {name}{values}")
+        if rates != self.peaks:
+            say(f"{self.path} has a peak learning rate of {rates[0][0]} so far, and "
+                f"{self.peaks[0][0]} is asked for")
 
 
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
+@dataclass
+class Report:
+    """Of a step: its loss, the norm of its gradient, whether to stop; and what is logged of it."""
+    step: int
+    numbers: Callable[[], list[float]]
+    logged: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Preset:
-    """The shape of a model and of its training; every field is a flag."""
-    image_size: int = option(32, "side of the images")
-    scales: tuple[int, ...] = option((1, 2, 4, 8), "sides of the token maps, from 1 to the latent's side")
-    vocabulary: int = option(256, "codes in the codebook")
-    code_channels: int = option(8, "channels of a code")
-    tokenizer_width: int = option(16, "the tokenizer's channels at full resolution")
-    multipliers: tuple[int, ...] = option((1, 4, 4), "of that width, per resolution; each but the first halves the side")
-    blocks: int = option(1, "residual blocks per resolution")
-    phis: int = option(4, "distinct phi convolutions")
-    norm_groups: int = option(2, "groups of the tokenizer's group norms")
-    tokenizer_steps: int = option(1100, "training steps of the tokenizer")
-    tokenizer_batch: int = option(16, "images per step of the tokenizer")
-    tokenizer_lr: float = option(1.5e-3, "peak learning rate of the tokenizer")
-    unquantized: float = option(0.1, "share of the tokenizer's steps, at the start, without quantization")
-    depth: int = option(4, "layers of the transformer")
-    width: int = option(192, "width of the transformer")
-    heads: int = option(4, "attention heads")
-    shared_adaln: bool = option(False, "one AdaLN modulation shared by all layers")
-    normalise_qk: bool = option(True, "unit queries and keys with a learned scale")
-    label_dropout: float = option(0.1, "share of labels replaced by the null class in training")
-    drop_path: float = option(0.0, "stochastic depth of the last layer; the first has none")
-    last_scales: int | None = option(None, "how many scales a token sees, its own among them (default: all so far)")
-    var_steps: int = option(800, "training steps of the transformer")
-    var_batch: int = option(32, "images per step of the transformer")
-    var_lr: float = option(1e-2, "peak learning rate of the transformer")
-    muon: bool = option(True, "Muon instead of AdamW for the matrices inside the transformer's layers")
-    weight_decay: float = option(0.05, "of the transformer's matrices")
-    final_lr: float = option(0.05, "learning rate at the end, as a share of the peak")
-    warmup: int = option(30, "steps of linear warm-up, in both stages")
-    ema: float = option(0.98, "decay of the running average of the transformer's weights, which is what is kept")
+def read_later(values: Tensor) -> Callable[[], list[float]]:
+    """values.tolist() for later: a GPU copies them when it has them, and is not waited for now."""
+    if values.device.type != "cuda":
+        return values.tolist
+    copied = values.to("cpu", non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
 
-    def tokenizer_config(self, image_channels: int) -> TokenizerConfig:
-        return TokenizerConfig(self.scales, self.vocabulary, self.code_channels, image_channels, self.tokenizer_width,
-                               self.multipliers, self.blocks, self.phis, self.norm_groups)
-
-    def var_config(self, tokenizer: TokenizerConfig, classes: int) -> VARConfig:
-        return VARConfig(tokenizer.scales, tokenizer.vocabulary, tokenizer.code_channels, classes, self.depth,
-                         self.width, self.heads, self.shared_adaln, self.normalise_qk, self.label_dropout,
-                         self.drop_path, self.last_scales)
+    def read() -> list[float]:
+        there.synchronize()
+        return copied.tolist()
+    return read
 
 
-PRESETS = {
-    "tiny": Preset(),
-    "cifar": Preset(scales=(1, 2, 3, 4, 6, 8), vocabulary=1024, code_channels=32, tokenizer_width=96,
-                    multipliers=(1, 2, 2), blocks=2, norm_groups=32, tokenizer_steps=20_000, tokenizer_batch=256,
-                    tokenizer_lr=4e-4, depth=12, width=768, heads=12, drop_path=0.05, var_steps=40_000, var_batch=256,
-                    var_lr=3e-4, muon=False, warmup=1000, ema=0.9995),
-    # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
-    "imagenet256": Preset(image_size=256, scales=PUBLISHED_SCALES, vocabulary=4096, code_channels=32,
-                          tokenizer_width=160, multipliers=(1, 1, 2, 2, 4), blocks=2, norm_groups=32,
-                          tokenizer_steps=400_000, tokenizer_batch=128, tokenizer_lr=1e-4, depth=16, width=1024,
-                          heads=16, drop_path=0.1 * 16 / 24, var_steps=333_000, var_batch=768, var_lr=3e-4,
-                          muon=False, final_lr=0.1, warmup=6000, ema=0.9999),
-}
+def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
+    """Linear warm-up, then half a cosine down to the final share; as a share of the peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Data: each set is its images as bytes, their labels, and the names of the classes
+def shuffled(count: int, batch: int, seed: int, begin: int, end: int) -> Iterator[list[int]]:
+    """The rows of training steps begin .. end-1: each pass over the data in a new order, fixed by
+    the seed."""
+    epoch = -1
+    for step in range(begin, end):
+        rows = []
+        for place in range(step * batch, (step + 1) * batch):
+            if place // count != epoch:
+                epoch = place // count
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                order = torch.randperm(count, generator=generator)
+            rows.append(int(order[place % count]))
+        yield rows
+
+
+def read_ahead(data: Dataset, rows: Iterable[list[int]], options: argparse.Namespace) -> DataLoader:
+    """The tensors of each list of rows. Image files are read by --workers processes meanwhile."""
+    return DataLoader(
+        data, batch_size=None, sampler=rows,
+        num_workers=options.workers if isinstance(data, FolderImages) else 0,
+        pin_memory=options.device.type == "cuda",
+        generator=torch.Generator(),   # so the loader leaves the run's random state alone
+    )
+
+
+def change_parts(model: nn.Module, options: argparse.Namespace) -> None:
+    """What --checkpoint-activations and --compile do to a model. The quantizer's many small steps
+    stay as they are."""
+    layers = (ResidualBlock, PixelAttention, Block)
+    for module in model.modules():
+        if options.checkpoint_activations and isinstance(module, layers):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        if options.compile and isinstance(module, (Encoder, Decoder, VAR)):
+            module.compile(dynamic=False)   # every batch of a training has the same shape
+
+
+class Forecast:
+    """Says what a stage will take once some steps are timed: a slow machine is no riddle then."""
+
+    def __init__(self, name: str, steps: int):
+        self.name = name
+        self.steps = steps
+        self.done = 0
+        self.begin = 0.0
+
+    def after(self, step: int) -> None:
+        self.done += 1
+        if self.done == 5:   # the first ones allocate, and compile if asked to
+            self.begin = time.perf_counter()
+        if self.done == 15:
+            seconds = (time.perf_counter() - self.begin) / 10 * (self.steps - step)
+            take = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+            if rank_and_ranks()[0] == 0:
+                tqdm.write(f"{self.name}: about {take} on this machine")
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage one: the tokenizer
+
+
+class TokenizerStage(Stage):
+    """At first encoder and decoder train alone; then codes are taken from real residuals."""
+    name = "tokenizer"
+    kind = "tokenizer"
+    spares = True   # no codes at first
+
+    def __init__(self, data: Data, options: argparse.Namespace):
+        preset = options.preset
+        self.quantized_from = int(preset.unquantized * preset.tokenizer_steps)
+        self.images = to_float(data.held_out.tensors[0][spread(data.held_out, 2000)])
+        torch.manual_seed(options.seed)
+        model = Tokenizer(preset.tokenizer_config(data.channels)).to(options.device)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), preset.tokenizer_lr, betas=(0.9, 0.95), weight_decay=0.0,
+            fused=True)
+        recipe = ("tokenizer_steps", "tokenizer_batch", "unquantized", "final_lr", "warmup")
+        super().__init__(
+            model, [optimizer], data.train, preset.tokenizer_steps, preset.tokenizer_batch, 0.0,
+            {name: getattr(preset, name) for name in recipe}, data, options)
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        if self.step != self.quantized_from:
+            return
+        # Only now is there a latent worth taking codes from. (The average, at ema 0, is the model
+        # itself, but never compiled: these batches have other shapes.)
+        (rows,) = shuffled(len(self.rows), min(512, len(self.rows)), self.options.seed, 0, 1)
+        latents = []
+        for part in batches(len(rows), at_a_time(self.options.preset.image_size)):
+            images, _ = self.rows[[rows[i] for i in part]]
+            with self.options.autocast():
+                latents.append(self.average.latent(self.to_device(images)))
+        self.model.quantizer.start_from(torch.cat(latents))
+
+    def to_device(self, images: Tensor) -> Tensor:
+        return to_float(images.to(self.options.device, non_blocking=True))
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Callable]:
+        quantize = self.step >= self.quantized_from
+        _, losses = self.replica(self.to_device(images), quantize=quantize)
+        return losses["total"], lambda: losses
+
+    def after_step(self) -> None:
+        if self.step < self.quantized_from:
+            return
+        self.model.quantizer.remember()
+        settling = self.step >= 0.9 * self.steps
+        if self.quantized_from < self.step and self.step % 20 == 0 and not settling:
+            self.model.quantizer.revive(self.optimizers[0])
+
+    def held_out(self, count: int) -> Iterator[Tensor]:
+        """At most `count` held-out images on the device, as many at a time as a pass takes."""
+        images = self.images[:count]
+        for part in batches(len(images), at_a_time(self.options.preset.image_size)):
+            yield images[part].to(self.options.device)
+
+    @torch.no_grad()
+    def validate(self, model: Tokenizer) -> dict:
+        total = 0.0
+        count = 0
+        for images in self.held_out(256):
+            with self.options.autocast():
+                total += model(images)[1]["mse"].item() * len(images)
+            count += len(images)
+        return {"psnr": psnr(total / count)}
+
+    def example(self) -> tuple[Tensor, ...]:
+        return (self.images[:1].to(self.options.device),)
+
+    def finish(self, model: Tokenizer, log: Log) -> None:
+        with self.options.autocast():
+            health = model.health(self.held_out(2000))
+        log.write(self.steps, "health", **health)
+        say_health(health, model.config)
+        run = Run(model, None, self.data.classes, self.data.held_out, self.options)
+        images = self.images[:36]
+        results = run.decode(run.encode(images)[1])
+        save_picture(self.options.out / "reconstructions.png", grid_of_pairs(images, results))
+
+
+def say_health(health: dict, config: TokenizerConfig) -> None:
+    used = f"{health['codes_used']:.0%} of {config.vocabulary} codes used"
+    print(f"held-out images: PSNR {health['psnr_per_scale'][-1]:.2f} dB; {used}")
+    print("  scale   codes  usage  perplexity  PSNR up to here")
+    columns = [health[f"{name}_per_scale"] for name in ("codes", "usage", "perplexity", "psnr")]
+    for s, codes, usage, perplexity, decibels in zip(config.scales, *columns):
+        print(f"  {s:>2}x{s:<3} {codes:>6} {usage:>6.0%} {perplexity:>11.1f} {decibels:>13.2f} dB")
+
+
+def chosen_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
+    """The run's own tokenizer, or the one that --tokenizer names, which the run keeps a copy of."""
+    preset = options.preset
+    own = options.out / "tokenizer.pt"
+    path = options.tokenizer or own
+    tokenizer = load_tokenizer(path, preset.scales)
+    config = tokenizer.config
+    if path.suffix != ".pth" and "training" in load_checkpoint(path, "tokenizer"):
+        raise UserError(f"{path} is not trained to its end; --stage tokenizer --resume, in its "
+                        f"folder, goes on with it")
+    if (config.image_side, config.image_channels) != (preset.image_size, data.channels):
+        raise UserError(f"{path} is for images of side {config.image_side} with "
+                        f"{config.image_channels} channels, and these are {preset.image_size} with "
+                        f"{data.channels}")
+    if options.tokenizer and own.exists():
+        if load_tokenizer(own).fingerprint() != tokenizer.fingerprint():
+            raise UserError(f"{options.out} has a tokenizer.pt that is another than {path}; choose "
+                            f"another --out")
+    if not own.exists() and rank_and_ranks()[0] == 0:
+        save_checkpoint(own, "tokenizer", config=asdict(config), model=tokenizer.state_dict(),
+                        copied_from=str(path))
+    return tokenizer.to(options.device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Stage two: the transformer
+
+
+class VARStage(Stage):
+    """Cross entropy between the transformer's logits and the tokens, all scales at once."""
+    name = "var"
+    kind = "transformer"
+
+    def __init__(self, tokenizer: Tokenizer, data: Data, options: argparse.Namespace):
+        preset = options.preset
+        self.tokenizer = tokenizer
+        tokens, self.held_out = tokens_of(tokenizer, data, options)
+        torch.manual_seed(options.seed)
+        config = preset.var_config(tokenizer.config, len(data.classes))
+        model = VAR(config).to(options.device)
+        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+        optimizers = model.optimizers(preset.var_lr, preset.weight_decay, preset.muon, dtype)
+        names = ("var_steps", "var_batch", "muon", "weight_decay", "final_lr", "warmup", "ema")
+        recipe = {name: getattr(preset, name) for name in names}
+        recipe["tokenizer"] = tokenizer.fingerprint()
+        super().__init__(
+            model, optimizers, tokens, preset.var_steps, preset.var_batch, preset.ema, recipe, data,
+            options)
+
+    def loss(self, tokens_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, Callable]:
+        return self.loss_of(self.replica, tokens_BL, labels_B)
+
+    def loss_of(
+        self, model: nn.Module, tokens_BL: Tensor, labels_B: Tensor
+    ) -> tuple[Tensor, Callable]:
+        """Cross entropy in nats per token; to log are accuracy, and the means of both per scale."""
+        tokens_BL = tokens_BL.to(self.options.device).long()
+        labels_B = labels_B.to(self.options.device)
+        inputs = self.tokenizer.teacher_inputs(tokens_BL)                      # [B, L-1, C]
+        logits_BLV = model(labels_B, inputs).float()                           # [B, L, V]
+        loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
+
+        def to_log() -> dict[str, Tensor]:
+            hit_BL = (logits_BLV.argmax(dim=-1) == tokens_BL).float()
+            return {
+                "accuracy": hit_BL.mean(),
+                "loss_per_scale": self.per_scale(loss_BL.detach()),
+                "accuracy_per_scale": self.per_scale(hit_BL),
+            }
+        return loss_BL.mean(), to_log
+
+    def per_scale(self, values_BL: Tensor) -> Tensor:
+        sizes = [s * s for s in self.model.config.scales]
+        return torch.stack([part.mean() for part in values_BL.split(sizes, dim=1)])
+
+    @torch.no_grad()
+    def validate(self, model: VAR) -> dict:
+        rows = self.held_out[spread(self.held_out, 256)]
+        with self.options.autocast():
+            loss, to_log = self.loss_of(model, *rows)
+        return {"loss": loss.item(), **{name: value.tolist() for name, value in to_log().items()}}
+
+    def example(self) -> tuple[Tensor, ...]:
+        tokens_BL, labels_B = self.held_out[[0]]
+        return labels_B, self.tokenizer.teacher_inputs(tokens_BL.to(self.options.device).long())
+
+    def finish(self, model: VAR, log: Log) -> None:
+        """A row of generated images per class, for at most twenty classes."""
+        run = Run(self.tokenizer, model, self.data.classes, self.data.held_out, self.options)
+        names = self.data.classes[:20]
+        labels = [label for label in range(len(names)) for _ in range(10)]
+        images = to_bytes(run.decode(run.generate(labels, self.options.seed)))
+        save_picture(self.options.out / "samples.png", grid_of_classes(names, images))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokens: the tokenizer does not change any more, so they are computed once
+
+
+def tokens_of(
+    tokenizer: Tokenizer, data: Data, options: argparse.Namespace
+) -> tuple[TensorDataset, TensorDataset]:
+    """The training and the held-out images as tokens [N, L] and labels [N], kept in a file."""
+    path = options.tokens or options.out / "tokens.pt"
+    made_with = {
+        "tokenizer": tokenizer.fingerprint(),
+        "precision": options.precision,
+        "images": data.key,
+    }
+    rank, ranks = rank_and_ranks()
+    shared = [kept_tokens(path, made_with, options) if rank == 0 else None]
+    if ranks > 1:
+        dist.broadcast_object_list(shared, device=options.device)
+    found = shared[0]
+    images = {"held_out": data.held_out, "train": data.train}
+    missing = [name for name in images if count(found[name]) < len(images[name])]
+    try:
+        for name in missing:
+            tokenise(tokenizer, images[name], found[name], options, f"tokenise {name}")
+    finally:   # Ctrl-C loses nothing of what is done
+        if missing and rank == 0:
+            keep_tokens(path, made_with, found)
+    train = TensorDataset(*map(torch.cat, zip(*found["train"])))
+    held_out = TensorDataset(*map(torch.cat, zip(*found["held_out"])))
+    return train, held_out
+
+
+def count(parts: list[tuple[Tensor, Tensor]]) -> int:
+    return sum(len(labels) for _, labels in parts)
+
+
+def kept_tokens(path: Path, made_with: dict[str, str], options: argparse.Namespace) -> dict:
+    """What an earlier training kept: for both sets parts of their tokens and labels, in order.
+
+    Raises UserError where --tokens names a file of anything else, which would be lost.
+    """
+    nothing = {"held_out": [], "train": []}
+    if not path.exists():
+        return nothing
+    try:
+        content = load_checkpoint(path, "set of tokens")
+        with blaming(path):
+            begun = content["made_with"]
+            found = {name: content[name] for name in nothing}
+    except UserError as error:
+        if options.tokens:
+            raise
+        print(f"tokens are made anew: {error}")
+        return nothing
+    for name, value in made_with.items():
+        if begun.get(name) != value:
+            print(f"tokens are made anew: those in {path} were made with other {name}")
+            return nothing
+    print(f"tokens are those in {path}")
+    return found
+
+
+def keep_tokens(path: Path, made_with: dict[str, str], found: dict) -> None:
+    try:
+        save_checkpoint(path, "set of tokens", made_with=made_with, **found)
+    except (UserError, OSError) as error:
+        print(f"the tokens are not kept: {in_short(error)}")
+
+
+@torch.no_grad()
+def tokenise(
+    tokenizer: Tokenizer, images: Dataset, found: list, options: argparse.Namespace, what: str
+) -> None:
+    """Append the tokens and the labels of the images that are not in `found` yet, in order."""
+    small = torch.int16 if tokenizer.config.vocabulary <= 2**15 else torch.int32
+    rank, ranks = rank_and_ranks()
+    size = ranks * min(128, at_a_time(tokenizer.config.image_side))
+    parts = [list(range(begin, min(begin + size, len(images))))
+             for begin in range(count(found), len(images), size)]
+    loader = read_ahead(images, map(own_part, parts), options)
+    for pixels, labels in tqdm(loader, total=len(parts), desc=what, unit="batch", disable=rank > 0):
+        with options.autocast():
+            tokens = tokenizer.encode(to_float(pixels.to(options.device))).to(small).cpu()
+        gathered = [(tokens, labels)] * ranks
+        if ranks > 1:
+            dist.all_gather_object(gathered, (tokens, labels))
+        found += gathered
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: images as bytes, their labels, and the names of the classes
 
 
 @dataclass
 class Data:
-    train: ArrayImages | FolderImages
-    held_out: ArrayImages | FolderImages
+    """train and held_out give bytes [n, channels, side, side] and labels [n] for a list of rows."""
+    train: Dataset
+    held_out: TensorDataset
     classes: list[str]
-    channels: int
+    key: str   # of both sets and their order: a training goes on only with the same
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of both sets and their order: a training goes on only with the same."""
-        return hashlib.sha256((self.train.fingerprint() + self.held_out.fingerprint()).encode()).hexdigest()
-
-
-class ArrayImages:
-    """Images in memory: uint8 [N, channels, side, side]."""
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.images[indices], self.labels[indices]
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+    @property
+    def channels(self) -> int:
+        return self.held_out.tensors[0].shape[1]
 
 
-SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow", "bar")
+HELD_OUT_IMAGES = 10_000        # at most so many are kept in a run's folder, ...
+HELD_OUT_BYTES = 2**28          # ... and at most so many bytes of them
+
+
+def load_data(options: argparse.Namespace) -> Data:
+    """Images to train on, and images to hold out."""
+    rank, ranks = rank_and_ranks()
+    if rank > 0:   # process 0 downloads and decodes what is missing
+        dist.barrier()
+    side = options.preset.image_size
+    if options.data == "shapes":
+        train = draw_shapes(20_000, side, seed=2 * options.seed)
+        held_out = draw_shapes(1000, side, seed=2 * options.seed + 1)
+        data = data_of(train, held_out, SHAPES)
+    elif options.data in KNOWN:
+        read = read_cifar10 if options.data == "cifar10" else read_idx
+        data = data_of(*read(options.data, options.data_dir, side), KNOWN[options.data].classes)
+    else:
+        data = load_folder(Path(options.data), options)
+    if rank == 0 and ranks > 1:
+        dist.barrier()
+    say(f"{options.data}: {len(data.train)} training and {len(data.held_out)} held-out images, "
+        f"{len(data.classes)} classes; to {options.out} on {options.device}, processes: {ranks}")
+    return data
+
+
+def data_of(train: Dataset, held_out: TensorDataset, classes: Sequence[str]) -> Data:
+    """With a key that follows from what is in the images, or in the list of files."""
+    digest = hashlib.sha256()
+    for images in (train, held_out):
+        if isinstance(images, TensorDataset):
+            arrays = [tensor.numpy() for tensor in images.tensors]
+        elif isinstance(images, DecodedImages):
+            arrays = [images.records_NR, images.labels.numpy()]
+        else:
+            arrays = [images.key().encode()]
+        for array in arrays:
+            digest.update(array)
+    return Data(train, held_out, list(classes), digest.hexdigest())
+
+
+def spread(data: TensorDataset, count: int) -> list[int]:
+    """At most `count` rows: the first image of every class, then the second of every class, ..."""
+    labels_N = data.tensors[1].numpy()
+    round_N = np.zeros_like(labels_N)
+    for label in np.unique(labels_N):
+        own = labels_N == label
+        round_N[own] = np.arange(own.sum())
+    return np.lexsort((labels_N, round_N))[:count].tolist()
+
+
+SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow",
+          "bar")
+
+
+def draw_shapes(count: int, side: int, seed: int) -> TensorDataset:
+    """The built-in data: a coloured shape on a background that runs from one colour to another."""
+    from matplotlib.colors import hsv_to_rgb
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % len(SHAPES)
+    size = rng.uniform(0.28, 0.42, count)
+    angle = rng.uniform(-0.35, 0.35, count)
+    x, y = 0.5 + rng.uniform(-1, 1, (2, count)) * (0.48 - size)
+    covers = [draw_shape(SHAPES[labels[i]], size[i], angle[i], x[i], y[i], side)
+              for i in range(count)]
+    cover = np.stack(covers)[:, None].astype(np.float32) / 255
+
+    # One is light and the other dark, so that no shape is hidden; the background's two ends have
+    # neighbouring hues.
+    def colours(saturation: tuple[float, float], value: tuple[float, float], hue: np.ndarray):
+        hsv = [hue % 1, rng.uniform(*saturation, count), rng.uniform(*value, count)]
+        return 255 * hsv_to_rgb(np.stack(hsv, axis=-1))
+
+    hue = rng.random((2, count))
+    shift = rng.uniform(-0.12, 0.12, (2, count))
+    light = [colours((0.3, 0.65), (0.75, 0.95), hue[0] + shift[i]) for i in (0, 1)]
+    dark = [colours((0.4, 0.8), (0.28, 0.52), hue[1] + shift[i]) for i in (0, 1)]
+    flip = (rng.random(count) < 0.5)[:, None]
+    shape = np.where(flip, light[0], dark[0])[:, :, None, None]
+    start = np.where(flip, dark[0], light[0])[:, :, None, None]
+    end = np.where(flip, dark[1], light[1])[:, :, None, None]
+    direction = rng.uniform(0, 2 * math.pi, (count, 1, 1))
+    rows, columns = (np.mgrid[:side, :side] + 0.5) / side - 0.5
+    blend = 0.5 + 0.7 * (np.cos(direction) * columns + np.sin(direction) * rows)
+    blend = blend[:, None].astype(np.float32)
+    background = start * (1 - blend) + end * blend
+    images = background * (1 - cover) + shape * cover
+    pixels = images.clip(0, 255).round().astype(np.uint8)
+    return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels))
 
 
 def draw_shape(name: str, size: float, angle: float, x: float, y: float, side: int) -> np.ndarray:
@@ -177,17 +812,18 @@ def draw_shape(name: str, size: float, angle: float, x: float, y: float, side: i
         return [tuple(p) for p in (np.asarray(points) @ turn * size + (x, y)) * 4 * side]
 
     def disc(centre, radius, fill):
-        (cx, cy), r = place([centre])[0], radius * size * 4 * side
+        ((cx, cy),) = place([centre])
+        r = radius * size * 4 * side
         draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
 
-    if name in ("circle", "ring", "crescent"):
-        disc((0, 0), 0.95, 255)
-        if name == "ring":
-            disc((0, 0), 0.5, 0)
-        if name == "crescent":
-            disc((0.45, 0), 0.75, 0)
-    else:
+    if name in OUTLINES:
         draw.polygon(place(OUTLINES[name]), fill=255)
+    else:
+        disc((0, 0), 0.95, 255)
+    if name == "ring":
+        disc((0, 0), 0.5, 0)
+    if name == "crescent":
+        disc((0.45, 0), 0.75, 0)
     return np.asarray(canvas.reduce(4))
 
 
@@ -196,1173 +832,501 @@ def spikes(count: int, inner: float) -> list[tuple[float, float]]:
             for i, r in enumerate([1.0, inner] * count)]
 
 
+def heart(points: int) -> list[tuple[float, float]]:
+    t = np.linspace(0, 2 * math.pi, points)
+    x = 16 * np.sin(t) ** 3
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return list(zip(0.063 * x, -0.063 * y))
+
+
 OUTLINES = {   # in [-1, 1], y down
     "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
     "triangle": [(0, -1), (0.95, 0.75), (-0.95, 0.75)],
     "star": spikes(5, 0.48),
     "cross": [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
               (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
-    "heart": [(0.063 * 16 * math.sin(t) ** 3, -0.063 * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t)
-              - math.cos(4 * t))) for t in np.linspace(0, 2 * math.pi, 60)],
-    "arrow": [(0, -1), (0.85, -0.05), (0.32, -0.05), (0.32, 1), (-0.32, 1), (-0.32, -0.05), (-0.85, -0.05)],
+    "heart": heart(60),
+    "arrow": [(0, -1), (0.85, -0.05), (0.32, -0.05), (0.32, 1), (-0.32, 1), (-0.32, -0.05),
+              (-0.85, -0.05)],
     "bar": [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)],
 }
 
 
-def draw_shapes(count: int, side: int, seed: int) -> ArrayImages:
-    """The built-in data set: one coloured shape on a background that runs from one colour to another."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(count) % len(SHAPES)
-    size, angle = rng.uniform(0.28, 0.42, count), rng.uniform(-0.35, 0.35, count)
-    x, y = 0.5 + rng.uniform(-1, 1, (2, count)) * (0.48 - size)
-    cover = np.stack([draw_shape(SHAPES[labels[i]], size[i], angle[i], x[i], y[i], side) for i in range(count)])
-    cover = cover[:, None].astype(np.float32) / 255
+@dataclass(frozen=True)
+class Known:
+    """A published data set: where it is downloaded from, and the SHA-256 of its files' content.
 
-    # One is light and the other dark, so that no shape is hidden; the background's two ends have neighbouring hues.
-    def colours(saturation: tuple[float, float], value: tuple[float, float], hue: np.ndarray) -> np.ndarray:
-        hsv = np.stack([hue % 1, rng.uniform(*saturation, count), rng.uniform(*value, count)], axis=-1)
-        return 255 * hsv_to_rgb(hsv)
-
-    hue, shift = rng.random((2, count)), rng.uniform(-0.12, 0.12, (2, count))
-    light = [colours((0.3, 0.65), (0.75, 0.95), hue[0] + shift[i]) for i in (0, 1)]
-    dark = [colours((0.4, 0.8), (0.28, 0.52), hue[1] + shift[i]) for i in (0, 1)]
-    flip = (rng.random(count) < 0.5)[:, None]
-    shape = np.where(flip, light[0], dark[0])
-    start, end = (np.where(flip, dark[i], light[i]) for i in (0, 1))
-    direction = rng.uniform(0, 2 * math.pi, (count, 1, 1))
-    rows, columns = (np.mgrid[:side, :side] + 0.5) / side - 0.5
-    blend = (0.5 + 0.7 * (np.cos(direction) * columns + np.sin(direction) * rows))[:, None].astype(np.float32)
-    background = start[:, :, None, None] * (1 - blend) + end[:, :, None, None] * blend
-    images = background * (1 - cover) + shape[:, :, None, None] * cover
-    return ArrayImages(images.clip(0, 255).round().astype(np.uint8), labels)
+    Of the idx files that is what they decompress to, since they are compressed in several ways.
+    """
+    url: str
+    files: dict[str, str]
+    classes: tuple[str, ...]
 
 
-IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
-             "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
-DOWNLOADS = {   # data set -> where from, {file: SHA-256}
-    "mnist": ("https://storage.googleapis.com/cvdf-datasets/mnist/", dict(zip(IDX_FILES, (
-        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6")))),
-    "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", dict(zip(IDX_FILES, (
-        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5")))),
-    "cifar10": ("https://www.cs.toronto.edu/~kriz/", {"cifar-10-binary.tar.gz":
-                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}),
-}
-CLASS_NAMES = {
-    "mnist": tuple("0123456789"),
-    "fashion-mnist": ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
-    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+KNOWN = {
+    "mnist": Known("https://storage.googleapis.com/cvdf-datasets/mnist/", {
+        "train-images-idx3-ubyte.gz":
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte.gz":
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte.gz":
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte.gz":
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    }, tuple("0123456789")),
+    "fashion-mnist": Known("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
+        "train-images-idx3-ubyte.gz":
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte.gz":
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte.gz":
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte.gz":
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    }, ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+        "boot")),
+    "cifar10": Known("https://www.cs.toronto.edu/~kriz/", {
+        "cifar-10-binary.tar.gz":
+            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    }, ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+        "truck")),
 }
 SYSTEM_DATA = Path("/usr/share/datasets")   # where Debian's dataset-* packages put theirs
 
 
-def find_files(name: str, data_dir: Path) -> Path:
-    """The folder that holds a known data set's files, downloaded if no place has them."""
-    url, checksums = DOWNLOADS[name]
-    for folder in (data_dir, data_dir / name, SYSTEM_DATA / name):
-        if all((folder / file).exists() for file in checksums):
-            return folder
-    folder = data_dir / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, checksum in checksums.items():
-        if not (folder / file).exists():
-            download(url + file, folder / file, checksum)
-    return folder
+def known_file(name: str, file: str, data_dir: Path) -> bytes:
+    """The content of a published file, found or downloaded. Raises UserError for any other."""
+    places = [folder / file for folder in (data_dir, data_dir / name, SYSTEM_DATA / name)]
+    path = next((place for place in places if place.exists()), data_dir / name / file)
+    if not path.exists():
+        download(KNOWN[name].url + file, path)
+    content = path.read_bytes()
+    if file.endswith(".gz") and not file.endswith(".tar.gz"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} cannot be read as a gzip file: {error}")
+    if hashlib.sha256(content).hexdigest() != KNOWN[name].files[file]:
+        raise UserError(f"{path} is not the published file, its SHA-256 is another; remove it")
+    return content
 
 
-def download(url: str, path: Path, checksum: str) -> None:
-    """Fetch a file; only with the right SHA-256 does it get its name."""
-    def fetch(file: BinaryIO) -> None:
-        digest = hashlib.sha256()
-        with urllib.request.urlopen(url, timeout=30) as response:
-            total = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as progress:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    progress.update(len(chunk))
-        if digest.hexdigest() != checksum:
-            raise UserError(f"{url} has SHA-256 {digest.hexdigest()}, expected {checksum}: not used")
-
+def download(url: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(30)   # seconds without a byte
     try:
-        save_whole(path, fetch)
+        torch.hub.download_url_to_file(url, str(path))
     except OSError as error:
-        raise UserError(f"cannot download {url} ({error}); put the file into a folder and name it with --data-dir")
+        raise UserError(f"cannot download {url} ({error}); put the file into a folder and name it "
+                        f"with --data-dir")
 
 
-def gunzip(path: Path) -> bytes:
-    """The whole content of a gzip file, its checksum compared. Raises UserError."""
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as a gzip file: {error}")
+def read_idx(name: str, data_dir: Path, side: int) -> list[TensorDataset]:
+    """MNIST's format: a header of 16 or 8 bytes, then a byte for each pixel or each label."""
+    sets = []
+    for split in ("train", "t10k"):
+        pixels = known_file(name, f"{split}-images-idx3-ubyte.gz", data_dir)
+        labels = known_file(name, f"{split}-labels-idx1-ubyte.gz", data_dir)
+        images = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 1, 28, 28)
+        sets.append(fit_side(images, np.frombuffer(labels, np.uint8, offset=8), side))
+    return sets
 
 
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An idx file of bytes, as MNIST's: a magic number, the sizes, then the values."""
-    content = gunzip(path)
-    header = 4 + 4 * dimensions
-    if len(content) < header or content[:4] != bytes((0, 0, 8, dimensions)):
-        raise UserError(f"{path} does not begin with the magic number of a {dimensions}-dimensional idx file of bytes")
-    shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
-    if len(content) - header != math.prod(shape):
-        raise UserError(f"{path} is {len(content) - header} bytes of data where its header says {math.prod(shape)}")
-    return np.frombuffer(content[header:], np.uint8).reshape(shape)
+def read_cifar10(name: str, data_dir: Path, side: int) -> list[TensorDataset]:
+    """Records of one label byte and 3072 pixel bytes: planes of 32 x 32 red, green and blue."""
+    content = known_file(name, "cifar-10-binary.tar.gz", data_dir)
+    sets = []
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for files in ([f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]):
+            parts = [archive.extractfile(f"cifar-10-batches-bin/{file}").read() for file in files]
+            records = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
+            sets.append(fit_side(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], side))
+    return sets
 
 
-def load_idx(name: str, folder: Path, side: int) -> Data:
-    train_x, train_y, test_x, test_y = (read_idx(folder / file, 3 if "images" in file else 1) for file in IDX_FILES)
-    for x, y in ((train_x, train_y), (test_x, test_y)):
-        if len(x) != len(y) or not len(x) or y.max() >= 10:
-            raise UserError(f"{folder}: {len(x)} images and {len(y)} labels, of at most 10 classes, do not belong together")
-    return Data(ArrayImages(fit_side(train_x[:, None], side), train_y),
-                ArrayImages(fit_side(test_x[:, None], side), test_y), list(CLASS_NAMES[name]), 1)
-
-
-def load_cifar10(folder: Path, side: int) -> Data:
-    """The binary version: records of one label byte and 3072 pixel bytes, planes of 32 x 32 red, green, blue."""
-    path = folder / "cifar-10-binary.tar.gz"
-    splits = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
-    arrays = {}
-    try:
-        # Read in place: nothing is unpacked, so no path inside is followed.
-        with tarfile.open(fileobj=io.BytesIO(gunzip(path))) as archive:
-            for split, names in splits.items():
-                content = b"".join(archive.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names)
-                if not content or len(content) % 3073:
-                    raise UserError(f"{path}: the {split} records are cut short")
-                records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-                if records[:, 0].max() >= 10:
-                    raise UserError(f"{path}: a label over 9, so this is not CIFAR-10's binary version")
-                arrays[split] = ArrayImages(fit_side(records[:, 1:].reshape(-1, 3, 32, 32), side), records[:, 0])
-    except (tarfile.TarError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not the binary version of CIFAR-10: {error}")
-    return Data(arrays["train"], arrays["test"], list(CLASS_NAMES["cifar10"]), 3)
-
-
-def fit_side(images: np.ndarray, side: int) -> np.ndarray:
-    """Small images padded with their darkest value, 28 to 32 say; large ones averaged down."""
+def fit_side(images: np.ndarray, labels: np.ndarray, side: int) -> TensorDataset:
+    """Small images are padded with black, 28 to 32 say; large ones are averaged down."""
     border = side - images.shape[-1]
+    pixels = torch.tensor(images)
     if border >= 0:
-        before, after = border // 2, border - border // 2
-        return np.pad(images, ((0, 0), (0, 0), (before, after), (before, after)))
-    small = F.interpolate(torch.from_numpy(images.copy()).float(), size=(side, side), mode="area")
-    return small.round().to(torch.uint8).numpy()
+        before = border // 2
+        after = border - before
+        pixels = F.pad(pixels, (before, after, before, after))
+    else:
+        pixels = F.interpolate(pixels.float(), size=(side, side), mode="area").round().byte()
+    return TensorDataset(pixels, torch.tensor(labels, dtype=torch.int64))
 
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+# --------------------------------------------------------------------------------------------------
+# Data: folders of images, decoded once
 
 
-class FolderImages:
-    """Images on disk, read when asked for; an unreadable one is named once (by each worker), counted, and the next
-    one stands in."""
+DISK_SHARE = 0.25   # of the free disk: a folder that needs more, decoded, is read as training goes
 
-    def __init__(self, root: Path, paths: list[Path], labels: list[int], side: int, channels: int):
-        self.root, self.paths, self.labels, self.side, self.channels = root, paths, torch.tensor(labels), side, channels
-        self.unreadable: set[Path] = set()
+
+class FolderImages(Dataset):
+    """Image files, read when asked for; for one that cannot be read, which is named, the next one
+    stands in."""
+
+    def __init__(self, root: Path, files: list[tuple[int, Path]], side: int, channels: int):
+        self.root = root
+        self.labels = torch.tensor([label for label, _ in files])
+        self.paths = [path for _, path in files]
+        self.shape = (channels, side, side)
+        self.unreadable: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        images, found = zip(*(self.first_readable(i) for i in indices))
-        return torch.stack(images), self.labels[list(found)]
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        images, found = zip(*(self.first_readable(row) for row in rows))
+        return torch.from_numpy(np.stack(images)), self.labels[list(found)]
 
-    def fingerprint(self) -> str:
-        """Of the list of files and their sizes, wherever the folder lies."""
-        digest = hashlib.sha256(f"{self.side} {self.channels}".encode())
-        for path in self.paths:
-            digest.update(repr((str(path.relative_to(self.root)), path.stat().st_size)).encode())
-        return digest.hexdigest()
-
-    def first_readable(self, index: int) -> tuple[Tensor, int]:
-        """The image at an index, or the next that can be read; and where that was."""
-        for i in (*range(index, len(self)), *range(index)):
-            if self.paths[i] in self.unreadable:
+    def first_readable(self, row: int) -> tuple[np.ndarray, int]:
+        """The image of a row or of the next one that can be read, and which that was."""
+        for i in (*range(row, len(self)), *range(row)):
+            if i in self.unreadable:
                 continue
-            try:
-                return torch.from_numpy(read_image(self.paths[i], self.side, self.channels)), i
-            except UserError as error:
-                self.unreadable.add(self.paths[i])
-                tqdm.write(f"skipped, {len(self.unreadable)} so far: {in_short(error)}", file=sys.stderr)
+            image = self.read(i)
+            if image is not None:
+                return image, i
+            self.unreadable.add(i)
         raise UserError(f"none of the {len(self)} images can be read")
 
+    def read(self, row: int) -> np.ndarray | None:
+        """Bytes [channels, side, side], or None for what is no image."""
+        channels, side, _ = self.shape
+        try:
+            return read_image(self.paths[row], side, channels)
+        except UserError as error:
+            tqdm.write(f"skipped: {in_short(error)}", file=sys.stderr)
+            return None
 
-def read_image(path: Path, side: int, channels: int) -> np.ndarray:
-    """An image file, centre-cropped and resized: uint8 [channels, side, side]. Raises UserError."""
-    try:
-        with Image.open(path) as image:
-            image.verify()   # compares the checksums that a PNG has; the image must be opened anew after it
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):   # 16 bits of grey, which Pillow would clip at 255
-                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB" if channels == 3 else "L")
-            pixels = np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
-    except Exception as error:   # damaged files make Pillow raise nearly anything
-        raise UserError(f"{path} cannot be read as an image: {in_short(error)}")
-    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
+    def key(self) -> str:
+        """Of the names, sizes and times of the files, wherever the folder lies."""
+        digest = hashlib.sha256(repr(self.shape).encode())
+        for path in self.paths:
+            status = path.stat()
+            about = (str(path.relative_to(self.root)), status.st_size, status.st_mtime_ns)
+            digest.update(repr(about).encode())
+        return digest.hexdigest()
 
 
-def load_folder(folder: Path, side: int, channels: int) -> Data:
-    """One sub-folder per class, named for it; every twentieth image of a class, and at least one, is held out."""
-    if not folder.is_dir():
-        raise UserError(f"--data {folder} is neither a folder nor one of shapes, {', '.join(DOWNLOADS)}")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+class DecodedImages(Dataset):
+    """Images of a folder as bytes in one file, which is mapped into memory.
+
+    records_NR: a row per file: whether it was an image, then its pixels.
+    """
+
+    def __init__(self, records_NR: np.ndarray, labels_N: Tensor, shape: tuple[int, int, int]):
+        self.records_NR = records_NR
+        self.rows = np.flatnonzero(records_NR[:, 0] == READ)
+        self.labels = labels_N[self.rows]
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        pixels = self.records_NR[self.rows[rows], 1:]
+        return torch.from_numpy(pixels.reshape(-1, *self.shape)), self.labels[rows]
+
+
+UNSEEN, READ, UNREADABLE = range(3)   # the first byte of a record
+
+
+def load_folder(root: Path, options: argparse.Namespace) -> Data:
+    """One sub-folder per class, named for it; every twentieth image of a class is held out."""
+    if not root.is_dir():
+        raise UserError(f"--data {root} is neither a folder nor one of shapes, {', '.join(KNOWN)}")
+    classes = sorted(x.name for x in root.iterdir() if x.is_dir() and not x.name.startswith("."))
     if not classes:
-        raise UserError(f"{folder} has no sub-folders; it needs one for each class, with images inside")
-    split = {"train": ([], []), "held_out": ([], [])}
+        raise UserError(f"{root} has no sub-folders; it needs one with images for each class")
+    train, held_out = [], []
     for label, name in enumerate(classes):
-        paths = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+        paths = sorted(path for path in (root / name).rglob("*")
+                       if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
         if len(paths) < 2:
-            raise UserError(f"{folder / name} has {len(paths)} images ({', '.join(IMAGE_ENDINGS)}); "
+            raise UserError(f"{root / name} has {len(paths)} images ({', '.join(IMAGE_ENDINGS)}); "
                             f"two are needed, one to train on and one to hold out")
         for i, path in enumerate(paths):
-            chosen = split["held_out" if i % 20 == 0 else "train"]
-            chosen[0].append(path)
-            chosen[1].append(label)
-    return Data(FolderImages(folder, *split["train"], side, channels),
-                FolderImages(folder, *split["held_out"], side, channels), classes, channels)
+            (held_out if i % 20 == 0 else train).append((label, path))
+
+    side, channels = options.preset.image_size, options.channels
+    labels = torch.tensor([label for label, _ in held_out])
+    bound = min(HELD_OUT_IMAGES, HELD_OUT_BYTES // (channels * side * side))
+    held_out = [held_out[row] for row in spread(TensorDataset(labels, labels), bound)]
+    kept = decoded(FolderImages(root, held_out, side, channels), "held_out", options)
+    images = FolderImages(root, train, side, channels)
+    gigabytes = len(train) * channels * side * side / 1e9
+    free = shutil.disk_usage(options.out).free / 1e9
+    if gigabytes <= DISK_SHARE * free:
+        images = decoded(images, "train", options)
+    else:
+        say(f"{root} would take {gigabytes:.0f} GB decoded, over {DISK_SHARE:.0%} of the "
+            f"{free:.0f} GB that are free: its images are read as training goes")
+    if not len(kept) or not len(images):
+        raise UserError(f"{root} has no images left to {'train on' if len(kept) else 'hold out'}")
+    return data_of(images, TensorDataset(*kept[range(len(kept))]), classes)
 
 
-def load_data(name: str, data_dir: Path, side: int, channels: int, seed: int) -> Data:
-    if name == "shapes":
-        return Data(draw_shapes(20_000, side, seed=2 * seed), draw_shapes(1000, side, seed=2 * seed + 1), list(SHAPES), 3)
-    if name == "cifar10":
-        return load_cifar10(find_files(name, data_dir), side)
-    if name in DOWNLOADS:
-        return load_idx(name, find_files(name, data_dir), side)
-    return load_folder(Path(name), side, channels)
+def decoded(images: FolderImages, name: str, options: argparse.Namespace) -> DecodedImages:
+    """The images of a folder, from the file in which an earlier run left them, or decoded now.
 
-
-def to_float(images: Tensor, device: torch.device) -> Tensor:
-    """Bytes to [-1, 1], on the device."""
-    return images.to(device, non_blocking=True).float() / 127.5 - 1
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """[-1, 1] to bytes [N, side, side, channels], on the CPU."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def read_ahead(data, steps: Iterable[list[int]], options: argparse.Namespace) -> Iterable[tuple[Tensor, Tensor]]:
-    """The rows of each step, read by --workers processes while the step before it is computed."""
-    return DataLoader(data, batch_size=None, sampler=steps, num_workers=options.workers,
-                      pin_memory=options.device.type == "cuda", generator=torch.Generator())   # leaves the run's draws alone
-
-
-def shuffled(count: int, batch: int, seed: int, begin: int, end: int) -> Iterator[list[int]]:
-    """The indices of training steps begin .. end-1: each pass over the data in a new order, fixed by the seed."""
-    epoch, order = -1, None
-    for step in range(begin, end):
-        indices = []
-        for place in range(step * batch, (step + 1) * batch):
-            if place // count != epoch:
-                epoch = place // count
-                order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-            indices.append(int(order[place % count]))
-        yield indices
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: written whole or not at all
-
-
-def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file beside its place, then rename: at any instant, and when the disk is full, the old one or the new
-    one is there."""
-    beside = path.with_name(path.name + ".partial")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())   # on the disk before it takes the name: a power cut may follow
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def save_checkpoint(path: Path, kind: str, **content) -> None:
-    """Raises UserError where it cannot be written."""
-    try:
-        save_whole(path, lambda file: torch.save({"kind": kind, **content}, file))
-    except (OSError, RuntimeError) as error:   # torch.save may end with a RuntimeError after an OSError
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise UserError(f"{path} cannot be written, and is what it was before: {in_short(reason)}")
-
-
-def read_tensors(path: Path, what: str) -> Any:
-    """What torch.save wrote, on the CPU; nothing in the file is run. Raises UserError where it is missing or damaged."""
-    if not path.is_file():
-        raise UserError(f"there is no {what} at {path}")
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if part := archive.testzip():   # torch.load compares no checksums
-                    raise UserError(f"{path} is damaged: the checksum of {part} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:   # torch, zip and pickle each raise their own for a damaged file
-        raise UserError(f"{path} cannot be read as a {what}: {in_short(error)}")
-
-
-def load_checkpoint(path: Path, kind: str, *parts: str) -> dict:
-    """A checkpoint of ours, on the CPU. Raises UserError where it is missing, damaged, or of another kind, and where a
-    part is not in it."""
-    content = read_tensors(path, f"{kind} checkpoint")
-    found = content.get("kind", "something else") if isinstance(content, dict) else "something else"
-    if found != kind:
-        raise UserError(f"{path} is a checkpoint of a {found}, not of a {kind}")
-    for part in parts:
-        if part not in content:
-            raise UserError(f"{path} is of another version: it has no {part}")
-    return content
-
-
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """Tells tokenizers apart: a transformer's checkpoint names the one whose tokens it learned."""
-    digest = hashlib.sha256(repr(tokenizer.config).encode())
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        if name != "quantizer.hits_V":   # a training statistic, not a weight
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokenizer:
-    """A tokenizer of ours, or a published one (a .pth), whose scales the caller may name."""
-    if path.suffix == ".pth":
-        return load_published(path, lambda state: Tokenizer.from_official(state, scales))
-    content = load_checkpoint(path, "tokenizer", "config", "model")
-    return restore(path, lambda: Tokenizer(TokenizerConfig(**content["config"])), content)
-
-
-def load_published(path: Path, build: Callable[[dict], nn.Module]) -> nn.Module:
-    state = read_tensors(path, "published checkpoint")
-    try:
-        return build(state)
-    except Exception as error:   # a damaged file and a foreign one fail in many ways, all of them the file's fault
-        raise UserError(f"{path} cannot be read as a published checkpoint: {in_short(error)}")
-
-
-def restore(path: Path, build: Callable[[], nn.Module], content: dict) -> nn.Module:
-    try:
-        model = build()
-        model.load_state_dict(content["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or of another version: {in_short(error)}")
-    return model.eval()
-
-
-def in_short(error: Exception) -> str:
-    """The beginning of what an error says, in one line."""
-    return " ".join(str(error).split())[:200]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Several processes: torchrun starts one for each GPU, and all of them run this program
-
-
-def rank_and_ranks() -> tuple[int, int]:
-    """This process's number, and how many there are; 0 and 1 without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def say(text: str) -> None:
-    """Print once, not in every process."""
-    if rank_and_ranks()[0] == 0:
-        print(text)
-
-
-def join_processes(device: torch.device) -> None:
-    """Meet the other processes that torchrun started."""
-    if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # NCCL between GPUs, gloo between CPUs. The others wait where process 0 downloads or reads.
-        dist.init_process_group(timeout=timedelta(hours=2))
-
-
-def own_part(rows: list[int]) -> list[int]:
-    """This process's share of the rows, in order; the shares of all processes together are the rows."""
-    rank, ranks = rank_and_ranks()
-    return rows[len(rows) * rank // ranks:len(rows) * (rank + 1) // ranks]
-
-
-def mean_over_processes(*numbers: float, device: torch.device) -> list[float]:
-    values = torch.tensor(numbers, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return (values / rank_and_ranks()[1]).tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The loop that both stages share
-
-
-class Log:
-    """log.jsonl: one JSON object per line."""
-
-    def __init__(self, path: Path, stage: str, done: int):
-        """Lines that an earlier try left are dropped: of this stage for steps after `done`, and on its health, which is
-        written at the end."""
-        self.path, self.stage = path, stage
-        if rank_and_ranks()[0] > 0:
-            return
-        kept = [line for line in read_log(path)
-                if line["stage"] != stage or (line["step"] <= done and line["split"] != "health")]
-        save_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in kept).encode()))
-
-    def write(self, step: int, split: str, **values) -> None:
-        if rank_and_ranks()[0] > 0:
-            return
-        line = {"stage": self.stage, "step": step, "split": split, **values}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log; one that a killed run did not finish is left out."""
-    try:
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); move it away to go on without it")
-
-
-class Interrupt:
-    """Ctrl-C and SIGTERM end the step at hand, not half of it; a second Ctrl-C ends at once. (A second SIGTERM does
-    not: a process manager and torchrun may each send one.)"""
-
-    def __enter__(self) -> Interrupt:
-        self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, *_) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
-
-    def __exit__(self, *_) -> None:
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-
-def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
-    """Linear warm-up, then half a cosine down to the final share; as a share of the peak."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
-
-
-class Stage:
-    """What both trainings share: the loop, its log and its checkpoints. A subclass says what is trained, and on what.
-
-    name: of the stage in flags, in the log and in the file's name; kind: what its checkpoint is called; recipe: what of
-    the preset shapes the training; spares: whether some steps leave parameters without a gradient, which several
-    processes have to look out for.
+    Until all are there the file has another name; a run that is stopped goes on with it.
     """
-    name: str
-    kind: str
-    recipe: tuple[str, ...]
-    images: Data
-    spares = False
-
-    def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], data, options: argparse.Namespace,
-                 ema: float):
-        """data: what `loss` gets its tensors from, by rows. ema: decay of the average of the weights; 0 keeps the last.
-        A subclass has set `images`, and whatever `example` needs."""
-        self.model, self.optimizers, self.data, self.options = model, optimizers, data, options
-        self.steps, self.batch = (getattr(options.preset, f"{self.name}_{what}") for what in ("steps", "batch"))
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema))
-        change_parts(model, options)
-        self.peak = peak_flops(options)
-        self.flops = 0 if self.peak is None else self.forward_flops()
-        self.replica = model   # the model, its gradients averaged over the processes
-        if dist.is_initialized():
-            self.replica = DistributedDataParallel(model, find_unused_parameters=self.spares, gradient_as_bucket_view=True)
-        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        # What a training that goes on must have in common with the checkpoint:
-        self.identity = {"config": asdict(model.config), "data set": self.images.fingerprint,
-                         "recipe": {name: getattr(options.preset, name) for name in self.recipe} | {"seed": options.seed}}
-        self.path, self.step, self.saved = options.out / f"{self.name}.pt", 0, 0
-
-    def loss(self, *tensors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What to minimise for these rows of the data, and what to log."""
-        raise NotImplementedError
-
-    def validate(self, model: nn.Module) -> dict:
-        """What to log of held-out images."""
-        raise NotImplementedError
-
-    def example(self) -> tuple[Tensor, ...]:
-        """What the model takes, for one image; the values do not matter."""
-        raise NotImplementedError
-
-    def finish(self, model: nn.Module, log: Log) -> None:
-        """What the run shows of the trained model."""
-        raise NotImplementedError
-
-    def before_step(self) -> None:
-        """What changes the model before a step."""
-
-    def after_step(self) -> None:
-        """What else changes the model, once the optimizers have."""
-
-    def run(self) -> nn.Module:
-        """Train to the last step, from the checkpoint if asked to; returns the model to keep: the average."""
-        options = self.options
-        if options.resume and self.path.exists() and self.resume():
-            say(f"{self.path} is finished")
-            return self.average.module.eval()
-        log = Log(options.out / "log.jsonl", self.name, self.step)
-        steps = map(own_part, shuffled(len(self.data), self.batch, options.seed, self.step, self.steps))
-        with Interrupt() as interrupt, tqdm(initial=self.step, total=self.steps, desc=self.name, unit="step",
-                                            mininterval=0.5, disable=rank_and_ranks()[0] > 0) as bar:
-            for rows in read_ahead(self.data, steps, options):
-                loss, values, stop = self.advance(rows, interrupt.asked)
-                bar.set_postfix_str(f"loss {loss:.4f}{self.speed(bar.format_dict.get('rate'))}", refresh=False)
-                bar.update()
-                if self.step % 10 == 1:
-                    log.write(self.step, "train", loss=loss, **{name: value.tolist() for name, value in values.items()})
-                if self.step == self.steps or self.step % max(1, self.steps // 8) == 0:
-                    log.write(self.step, "held_out", **self.validate(self.average.module.eval()))
-                if stop or self.step == self.steps or self.step % options.checkpoint_every == 0:
-                    self.save(finished=False)
-                if stop:
-                    raise Stopped(self.stopped())
-            if sum(mean_over_processes(interrupt.asked, device=options.device)):   # during the last step
-                raise Stopped(self.stopped())
-        model = self.average.module.eval()
-        if rank_and_ranks()[0] == 0:
-            self.finish(model, log)
-        self.save(finished=True)
-        return model
-
-    def stopped(self) -> str:
-        how = "--resume" + (" instead of --overwrite" if self.options.overwrite else "")
-        return (f"stopped after step {self.step} of {self.steps} and saved to {self.options.out}; the same command with "
-                f"{how} goes on from there")
-
-    def advance(self, rows: tuple[Tensor, Tensor], asked: bool) -> tuple[float, dict[str, Tensor], bool]:
-        """One step of training: the loss before it, what to log, and whether any process was asked to stop."""
-        # Every random draw of a step follows from the seed and the step: a resumed run repeats them exactly. All processes
-        # draw the same codes, so that codebooks stay alike, but each its own labels to drop.
-        seed = self.options.seed * 1_000_003 + self.step
-        torch.manual_seed(seed)
-        self.before_step()
-        torch.manual_seed(seed + 15_485_863 * rank_and_ranks()[0])   # a prime, far from any step
-        self.model.train()
-        loss, values = self.gradients(rows)
-        loss, stop = mean_over_processes(loss, asked, device=self.options.device)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            where = f"the last good checkpoint, of step {self.saved}, is {self.path}" if self.saved else "no checkpoint yet"
-            raise UserError(f"the {self.name} loss became {loss} and its gradient {norm} at step {self.step}; {where}; "
-                            f"try a lower --{self.name}-lr")
-        rate = learning_rate(self.step, self.steps, self.options.preset.warmup, self.options.preset.final_lr)
-        for optimizer, peaks in zip(self.optimizers, self.peaks):
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * rate
-            optimizer.step()
-        torch.manual_seed(seed)
-        self.after_step()
-        self.average.update_parameters(self.model)
-        self.step += 1
-        return loss, values, stop > 0
-
-    def gradients(self, rows: tuple[Tensor, Tensor]) -> tuple[float, dict[str, Tensor]]:
-        """The gradients of this process's rows, in --grad-accumulation parts; their mean loss, what the last part logs."""
-        self.model.zero_grad()
-        parts, total = self.options.grad_accumulation, 0.0
-        for i, part in enumerate(zip(*(tensor.chunk(parts) for tensor in rows))):
-            last = i + 1 == parts
-            alone = contextlib.nullcontext() if last or self.replica is self.model else self.replica.no_sync()
-            with alone:   # the processes exchange gradients once, at the last part
-                with self.options.autocast():
-                    loss, values = self.loss(*part)
-                (loss / parts).backward()
-            total += loss.item() / parts
-        return total, values
-
-    def speed(self, rate: float | None) -> str:
-        """What so many steps per second come to, over all processes."""
-        if not rate:
-            return ""
-        images, tokens = rate * self.batch, sum(s * s for s in self.model.config.scales)
-        text = f", {images:.0f} images/s, {images * tokens:.0f} tokens/s"
-        if self.peak is None:
-            return text
-        share = 3 * self.flops * images / (self.peak * rank_and_ranks()[1])   # the backward pass is twice the forward
-        return f"{text}, {share:.0%} of peak FLOP/s"
-
-    @torch.no_grad()
-    def forward_flops(self) -> int:
-        """Floating point operations of one image's way through the model, two for a multiplication and its addition."""
-        # The counter knows neither our kernels nor PyTorch's fused attention: plain matrix products on a CPU are the same.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            copy.deepcopy(self.average.module).cpu().eval()(*(x.cpu() for x in self.example()))
-        return counter.get_total_flops()
-
-    def save(self, finished: bool) -> None:
-        """The average is what a checkpoint is for; until the end it also holds what going on takes."""
-        o, self.saved = self.options, self.step
-        if rank_and_ranks()[0] == 0:
-            known = o.data == "shapes" or o.data in DOWNLOADS
-            source = {"name": o.data if known else str(Path(o.data).resolve()), "data_dir": str(o.data_dir.resolve()),
-                      "side": o.preset.image_size, "channels": o.channels, "seed": o.seed}
-            training = {} if finished else {"training": {
-                "step": self.step, "model": self.model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}}
-            save_checkpoint(self.path, self.kind, **self.identity, model=self.average.module.state_dict(),
-                            rates=self.peaks, source=source, classes=self.images.classes, **training)
-        if dist.is_initialized():   # torchrun kills the others once a process has ended
-            dist.barrier()
-
-    def compare(self, content: dict) -> None:
-        """Raises UserError for a checkpoint of another training; another learning rate is only said."""
-        begun, now = flat({name: content[name] for name in self.identity}), flat(self.identity)
-        for name in now:
-            if begun.get(name) != now[name]:
-                values = f": {begun.get(name)}, not {now[name]}" if len(str(now[name])) < 64 else ""   # or a fingerprint
-                raise UserError(f"{self.path} does not go on: it was begun with another {name}{values}")
-        if (before := content["rates"]) != self.peaks:
-            say(f"{self.path} has a peak learning rate of {before[0][0]} so far, and {self.peaks[0][0]} is asked for")
-
-    def resume(self) -> bool:
-        """Take over what `save` wrote; returns whether that was a finished training."""
-        content = load_checkpoint(self.path, self.kind)
-        if "copied_from" in content:
-            raise UserError(f"{self.path} is a copy of {content['copied_from']}: --stage var goes on without training one")
-        try:
-            self.compare(content)
-            self.average.module.load_state_dict(content["model"])
-            if "training" not in content:
-                return True
-            self.model.load_state_dict(content["training"]["model"])
-            for optimizer, state in zip(self.optimizers, content["training"]["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            self.step = self.saved = content["training"]["step"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path} is damaged or of another version: {in_short(error)}")
-        self.average.n_averaged.fill_(self.step)
-        return False
+    record = 1 + math.prod(images.shape)
+    path = options.out / f"{name}-{images.key()[:16]}.images"
+    partial_path = path.with_suffix(".partial")
+    if not path.exists():
+        options.out.mkdir(parents=True, exist_ok=True)
+        begun = partial_path.exists() and partial_path.stat().st_size == len(images) * record
+        records_NR = np.memmap(partial_path, np.uint8, "r+" if begun else "w+",
+                               shape=(len(images), record))
+        decode_all(images, records_NR, name, options)
+        records_NR.flush()
+        os.replace(partial_path, path)
+    records_NR = np.memmap(path, np.uint8, "r", shape=(len(images), record))
+    return DecodedImages(records_NR, images.labels, images.shape)
 
 
-def flat(content: dict) -> dict:
-    """{"recipe": {"seed": 0}, "tokenizer": "3f"} as {"seed": 0, "tokenizer": "3f"}."""
-    parts = {}
-    for name, value in content.items():
-        parts |= value if isinstance(value, dict) else {name: value}
-    return parts
+def decode_all(
+    images: FolderImages, records_NR: np.ndarray, name: str, options: argparse.Namespace
+) -> None:
+    """Fill the records that are not filled yet, in several processes."""
+    rows = np.flatnonzero(records_NR[:, 0] == UNSEEN).tolist()
+    bar = tqdm(rows, desc=f"decode {name}", unit="image")
+    with multiprocessing.Pool(max(1, options.workers), ignore_interrupts) as pool:
+        for row, image in zip(bar, pool.imap(images.read, rows, chunksize=8)):
+            if image is not None:
+                records_NR[row, 1:] = image.reshape(-1)
+            records_NR[row, 0] = UNREADABLE if image is None else READ   # last: now it is whole
+    skipped = int((records_NR[:, 0] == UNREADABLE).sum())
+    if skipped:
+        say(f"{skipped} of {len(images)} {name} images cannot be read and are left out")
 
 
-class Stopped(Exception):
-    """The user asked for it; everything is saved."""
+def ignore_interrupts() -> None:
+    """In a process that decodes: Ctrl-C reaches all processes, and the first ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def change_parts(model: nn.Module, options: argparse.Namespace) -> None:
-    """What --checkpoint-activations and --compile do to a model. The quantizer's many small steps stay as they are."""
-    for module in model.modules():
-        if options.checkpoint_activations and isinstance(module, (ResidualBlock, PixelAttention, Block)):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-        if options.compile and isinstance(module, (Encoder, Decoder, VAR)):
-            module.compile(dynamic=False)   # every batch of a training has the same shape
+# --------------------------------------------------------------------------------------------------
+# Presets: the shape of a model and of its training
 
 
-PEAK_TFLOPS = {   # of dense bf16, from the data sheets; the first name that the card's own contains
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165,
+def several(read: Callable) -> Callable:
+    """The type of a flag that is a list, as 1,2,4."""
+    def read_all(text: str) -> tuple:
+        return tuple(read(part) for part in text.split(","))
+    return read_all
+
+
+COUNT = number(int, 1)
+STEPS = number(int, 0)
+RATE = number(float, 1e-12)
+PART = number(float, 0, 1)
+BELOW_1 = number(float, 0, 0.999999)
+YES_OR_NO = None   # --flag and --no-flag
+
+
+def option(default: Any, read: Callable | None, text: str):
+    """A value of a preset and a flag: `read` makes it of the flag's text, or says what is wrong."""
+    return field(default=default, metadata={"read": read, "help": text})
+
+
+@dataclass(frozen=True)
+class Preset:
+    image_size: int = option(32, COUNT, "side of the images")
+    scales: tuple[int, ...] | None = option(
+        None, several(COUNT),
+        "sides of the token maps, from 1 to the latent's; if not given, 1, 2, 4, ... up to it")
+    vocabulary: int = option(256, COUNT, "codes in the codebook")
+    code_channels: int = option(8, COUNT, "channels of a code")
+    tokenizer_width: int = option(16, COUNT, "the tokenizer's channels at full resolution")
+    multipliers: tuple[int, ...] = option(
+        (1, 4, 4), several(COUNT),
+        "of that width, per resolution; each but the first halves the side")
+    blocks: int = option(1, COUNT, "residual blocks per resolution")
+    phis: int = option(4, COUNT, "distinct phi convolutions")
+    norm_groups: int = option(2, COUNT, "groups of the tokenizer's group norms")
+    tokenizer_steps: int = option(1100, COUNT, "training steps of the tokenizer")
+    tokenizer_batch: int = option(16, COUNT, "images per step of the tokenizer")
+    tokenizer_lr: float = option(1.5e-3, RATE, "peak learning rate of the tokenizer")
+    unquantized: float = option(
+        0.1, BELOW_1, "share of the tokenizer's steps, at the start, without quantization")
+    depth: int = option(4, COUNT, "layers of the transformer")
+    width: int = option(192, COUNT, "width of the transformer")
+    heads: int = option(4, COUNT, "attention heads")
+    shared_adaln: bool = option(False, YES_OR_NO, "one AdaLN modulation shared by all layers")
+    normalise_qk: bool = option(True, YES_OR_NO, "unit queries and keys with a learned scale")
+    label_dropout: float = option(
+        0.1, PART, "share of labels replaced by the null class in training")
+    drop_path: float = option(
+        0.0, BELOW_1, "stochastic depth of the last layer; the first has none")
+    last_scales: int | None = option(
+        None, COUNT, "how many scales a token sees, its own among them; if not given, all so far")
+    var_steps: int = option(800, COUNT, "training steps of the transformer")
+    var_batch: int = option(32, COUNT, "images per step of the transformer")
+    var_lr: float = option(1e-2, RATE, "peak learning rate of the transformer")
+    muon: bool = option(
+        True, YES_OR_NO, "Muon instead of AdamW for the matrices inside the transformer's layers")
+    weight_decay: float = option(0.05, number(float, 0), "of the transformer's matrices")
+    final_lr: float = option(
+        0.05, number(float, 0), "learning rate at the end, as a share of the peak")
+    warmup: int = option(30, STEPS, "steps of linear warm-up, in both stages")
+    ema: float = option(
+        0.98, BELOW_1,
+        "decay of the running average of the transformer's weights, which is what is kept")
+
+    def tokenizer_config(self, image_channels: int) -> TokenizerConfig:
+        return TokenizerConfig(
+            scales=self.scales, vocabulary=self.vocabulary, code_channels=self.code_channels,
+            image_channels=image_channels, width=self.tokenizer_width,
+            multipliers=self.multipliers, blocks=self.blocks, phis=self.phis,
+            norm_groups=self.norm_groups)
+
+    def var_config(self, tokenizer: TokenizerConfig, classes: int) -> VARConfig:
+        return VARConfig(
+            scales=tokenizer.scales, vocabulary=tokenizer.vocabulary,
+            code_channels=tokenizer.code_channels, classes=classes, depth=self.depth,
+            width=self.width, heads=self.heads, shared_adaln=self.shared_adaln,
+            normalise_qk=self.normalise_qk, label_dropout=self.label_dropout,
+            drop_path=self.drop_path, last_scales=self.last_scales)
+
+
+PRESETS = {
+    "tiny": Preset(),
+    "cifar": Preset(
+        scales=(1, 2, 3, 4, 6, 8), vocabulary=1024, code_channels=32, tokenizer_width=96,
+        multipliers=(1, 2, 2), blocks=2, norm_groups=32, tokenizer_steps=20_000,
+        tokenizer_batch=256, tokenizer_lr=4e-4, depth=12, width=768, heads=12, drop_path=0.05,
+        var_steps=40_000, var_batch=256, var_lr=3e-4, muon=False, warmup=1000, ema=0.9995),
+    # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
+    "imagenet256": Preset(
+        image_size=256, scales=PUBLISHED_SCALES, vocabulary=4096, code_channels=32,
+        tokenizer_width=160, multipliers=(1, 1, 2, 2, 4), blocks=2, norm_groups=32,
+        tokenizer_steps=400_000, tokenizer_batch=128, tokenizer_lr=1e-4, depth=16, width=1024,
+        heads=16, drop_path=0.1 * 16 / 24, var_steps=333_000, var_batch=768, var_lr=3e-4,
+        muon=False, final_lr=0.1, warmup=6000, ema=0.9999),
 }
 
 
-def peak_flops(options: argparse.Namespace) -> float | None:
-    """FLOP/s of one GPU at bf16, where that is what is used and the card is a known one."""
-    if options.device.type != "cuda" or options.precision != "bf16":
-        return None
-    name = torch.cuda.get_device_name(options.device)
-    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Stage one: the tokenizer
-
-
-class TokenizerStage(Stage):
-    name, kind, spares = "tokenizer", "tokenizer", True   # no codes at first
-    recipe = ("tokenizer_steps", "tokenizer_batch", "unquantized", "final_lr", "warmup")
-
-    def __init__(self, data: Data, options: argparse.Namespace):
-        preset, self.images = options.preset, data
-        self.quantized_from = int(preset.unquantized * preset.tokenizer_steps)
-        torch.manual_seed(options.seed)
-        model = Tokenizer(preset.tokenizer_config(data.channels)).to(options.device)
-        optimizer = torch.optim.AdamW(model.parameters(), preset.tokenizer_lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                      fused=True)
-        super().__init__(model, [optimizer], data.train, options, ema=0.0)
-
-    @torch.no_grad()
-    def before_step(self) -> None:
-        if self.step == self.quantized_from:   # only now is there a latent worth taking codes from
-            # (The average, at ema 0, is the model itself, but never compiled: these batches have other shapes.)
-            with self.options.autocast():
-                latents = [self.average.module.latent(images) for images in self.passes(self.data, 512)]
-                self.model.quantizer.start_from(torch.cat(latents))
-
-    def passes(self, images: ArrayImages | FolderImages, count: int) -> Iterator[Tensor]:
-        """At most `count` images, evenly over all classes, as many at a time as a pass without gradients takes."""
-        sample = spread(images, count)
-        for part in chunks(len(sample), at_a_time(self.options.preset.image_size)):
-            yield to_float(images[[sample[i] for i in part]][0], self.options.device)
-
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        _, losses = self.replica(to_float(images, self.options.device), quantize=self.step >= self.quantized_from)
-        return losses["total"], losses
-
-    def after_step(self) -> None:
-        if self.step < self.quantized_from:
-            return
-        self.model.quantizer.remember()
-        if self.quantized_from < self.step < 0.9 * self.steps and self.step % 20 == 0:   # the end is for settling down
-            self.model.quantizer.revive(self.optimizers[0])
-
-    @torch.no_grad()
-    def validate(self, model: Tokenizer) -> dict:
-        with self.options.autocast():
-            parts = [(len(images), model(images)[1]["mse"].item()) for images in self.passes(self.images.held_out, 256)]
-        return {"psnr": psnr(sum(count * mse for count, mse in parts) / sum(count for count, _ in parts))}
-
-    def example(self) -> tuple[Tensor, ...]:
-        return (to_float(self.images.held_out[[0]][0], self.options.device),)
-
-    def finish(self, model: Tokenizer, log: Log) -> None:
-        log.write(self.steps, "health", **tokenizer_health(model, self.images, self.options))
-        draw_reconstructions(self.options.out / "reconstructions.png", model, self.images, self.options)
-
-
-def chosen_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
-    """The run's own tokenizer, or the one that --tokenizer names, which the run then keeps a copy of."""
-    own = options.out / "tokenizer.pt"
-    path = options.tokenizer or own
-    tokenizer, side = load_tokenizer(path, options.preset.scales), options.preset.image_size
-    if path.suffix != ".pth" and "training" in load_checkpoint(path, "tokenizer"):
-        raise UserError(f"{path} is not trained to its end; --stage tokenizer --resume, in its folder, goes on with it")
-    if (tokenizer.config.image_side, tokenizer.config.image_channels) != (side, data.channels):
-        raise UserError(f"{path} is for images of side {tokenizer.config.image_side} with "
-                        f"{tokenizer.config.image_channels} channels, and these are {side} with {data.channels}")
-    if options.tokenizer and own.exists() and fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
-        raise UserError(f"{options.out} has a tokenizer.pt that is another than {path}; choose another --out")
-    if not own.exists() and rank_and_ranks()[0] == 0:
-        save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config), model=tokenizer.state_dict(),
-                        copied_from=str(path))
-    return tokenizer.to(options.device)
-
-
-def psnr(mse: float) -> float:
-    """In dB, of a mean squared error between images in [-1, 1]."""
-    return 10 * math.log10(4 / max(mse, 1e-10))
-
-
-def spread(images: ArrayImages | FolderImages, count: int) -> list[int]:
-    """Indices of at most `count` images, evenly over all classes."""
-    return np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist()
-
-
-def at_a_time(side: int) -> int:
-    """How many images of a side a pass without gradients takes: 512 of 32 x 32 pixels, 8 of 256 x 256."""
-    return max(1, 2**19 // side**2)
-
-
-def chunks(count: int, size: int) -> Iterator[list[int]]:
-    return (list(range(begin, min(begin + size, count))) for begin in range(0, count, size))
-
-
-@torch.no_grad()
-def tokenizer_health(tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> dict:
-    """Is the codebook alive? On held-out images, per scale: codes used, perplexity, PSNR decoding up to there.
-
-    usage is of the most codes a scale could use, min(V, images * s * s); perplexity is exp of the entropy.
-    """
-    scales, V = tokenizer.config.scales, tokenizer.config.vocabulary
-    counts_KV, errors_K, pixels = torch.zeros(len(scales), V), np.zeros(len(scales)), 0
-    sample = spread(data.held_out, 2000)
-    for chunk in chunks(len(sample), min(250, at_a_time(tokenizer.config.image_side))):
-        images = to_float(data.held_out[[sample[i] for i in chunk]][0], options.device)
-        with options.autocast():
-            tokens_BL = tokenizer.encode(images)
-            for k, tokens_Bl in enumerate(tokenizer.quantizer.split(tokens_BL)):
-                counts_KV[k] += torch.bincount(tokens_Bl.flatten().cpu(), minlength=V)
-                so_far = tokens_BL[:, :sum(s * s for s in scales[:k + 1])]
-                errors_K[k] += (tokenizer.decode(so_far) - images).square().sum().item()
-        pixels += images.numel()
-    share_KV = counts_KV / counts_KV.sum(dim=1, keepdim=True)
-    health = {
-        "psnr_per_scale": [psnr(error / pixels) for error in errors_K],
-        "codes_per_scale": (counts_KV > 0).sum(dim=1).tolist(),
-        "usage_per_scale": [((n > 0).sum() / min(V, n.sum())).item() for n in counts_KV],
-        "perplexity_per_scale": torch.special.entr(share_KV).sum(dim=1).exp().tolist(),
-        "codes_used": (counts_KV.sum(dim=0) > 0).sum().item() / V,
-    }
-    print(f"held-out images: PSNR {health['psnr_per_scale'][-1]:.2f} dB; "
-          f"{health['codes_used']:.0%} of {V} codes used\n  scale   codes  usage  perplexity  PSNR up to here")
-    for s, *row in zip(scales, *(health[f"{name}_per_scale"] for name in ("codes", "usage", "perplexity", "psnr"))):
-        print("  {:>2}x{:<3} {:>6} {:>6.0%} {:>11.1f} {:>13.2f} dB".format(s, s, *row))
-    return health
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Stage two: the transformer
-
-
-def tokens_of(tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> tuple[TokenData, TokenData]:
-    """The training and the held-out images as tokens, which are kept in a file for the next training."""
-    path = options.tokens or options.out / "tokens.pt"
-    made_with = {"tokenizer": fingerprint(tokenizer), "precision": options.precision, "images": data.fingerprint}
-    rank, ranks = rank_and_ranks()
-    kept = [kept_tokens(path, made_with, options) if rank == 0 else None]
-    if ranks > 1:
-        dist.broadcast_object_list(kept, device=options.device)
-    if kept[0] is not None:
-        return kept[0]
-    train = tokenise(tokenizer, data.train, options, "training images")
-    held_out = tokenise(tokenizer, data.held_out, options, "held-out images")
-    if rank == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(path, "set of tokens", made_with=made_with, train=vars(train), held_out=vars(held_out))
-        except (UserError, OSError) as error:
-            print(f"the tokens are not kept: {in_short(error)}")
-    return train, held_out
-
-
-def kept_tokens(path: Path, made_with: dict[str, str], options: argparse.Namespace) -> tuple[TokenData, TokenData] | None:
-    """What an earlier training kept, if it was made with the same. Raises UserError where --tokens names a file of
-    anything else, which would be lost."""
-    if not path.exists():
-        return None
-    try:
-        content = load_checkpoint(path, "set of tokens", "made_with", "train", "held_out")
-    except UserError as error:
-        if options.tokens:
-            raise
-        print(f"tokens are made anew: {error}")
-        return None
-    for name, value in made_with.items():
-        if content["made_with"].get(name) != value:
-            print(f"tokens are made anew: those in {path} were made with other {name}")
-            return None
-    print(f"tokens are those in {path}")
-    return TokenData(**content["train"]), TokenData(**content["held_out"])
-
-
-@torch.no_grad()
-def tokenise(tokenizer: Tokenizer, images: ArrayImages | FolderImages, options: argparse.Namespace, what: str) -> TokenData:
-    """Every image once: the tokenizer does not change any more."""
-    kept = torch.int16 if tokenizer.config.vocabulary <= 2 ** 15 else torch.int32
-    rank, ranks = rank_and_ranks()
-    own = own_part(list(range(len(images))))
-    size = min(128, at_a_time(tokenizer.config.image_side))
-    batches = [own[begin:begin + size] for begin in range(0, len(own), size)]
-    tokens, labels = [], []
-    for batch, batch_labels in tqdm(read_ahead(images, batches, options), total=len(batches), desc=f"tokenise {what}",
-                                    unit="batch", disable=rank > 0):
-        with options.autocast():
-            tokens.append(tokenizer.encode(to_float(batch, options.device)).to(kept).cpu())
-        labels.append(batch_labels)
-    parts = [(tokens, labels)] * ranks
-    if ranks > 1:
-        dist.all_gather_object(parts, (tokens, labels))
-    return TokenData(*(torch.cat([x for part in parts for x in part[i]]) for i in (0, 1)))
-
-
-class TokenData:
-    """Tokens [N, L] and labels [N] of a whole data set."""
-
-    def __init__(self, tokens_NL: Tensor, labels_N: Tensor):
-        self.tokens_NL, self.labels_N = tokens_NL, labels_N
-
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.tokens_NL[indices].long(), self.labels_N[indices]
-
-
-class VARStage(Stage):
-    name, kind = "var", "transformer"
-    recipe = ("var_steps", "var_batch", "muon", "weight_decay", "final_lr", "warmup", "ema")
-
-    def __init__(self, tokenizer: Tokenizer, data: Data, options: argparse.Namespace):
-        self.tokenizer, self.images = tokenizer, data
-        train, self.held_out = tokens_of(tokenizer, data, options)
-        torch.manual_seed(options.seed)
-        model = VAR(options.preset.var_config(tokenizer.config, len(data.classes))).to(options.device)
-        super().__init__(model, var_optimizers(model, options.preset), train, options, options.preset.ema)
-        self.identity["tokenizer"] = fingerprint(tokenizer)
-
-    def loss(self, tokens_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss_of(self.replica, tokens_BL, labels_B)
-
-    def loss_of(self, model: nn.Module, tokens_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy over all tokens; beside it, and beside the accuracy, their means per scale."""
-        tokens_BL, labels_B = tokens_BL.to(self.options.device), labels_B.to(self.options.device)
-        logits_BLV = model(labels_B, self.tokenizer.teacher_inputs(tokens_BL)).float()
-        loss_BL = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none").view(tokens_BL.shape)
-        hit_BL, sizes = (logits_BLV.argmax(dim=-1) == tokens_BL).float(), [s * s for s in self.model.config.scales]
-        per_scale = {name: torch.stack([x.mean() for x in values_BL.detach().split(sizes, dim=1)])
-                     for name, values_BL in (("loss_per_scale", loss_BL), ("accuracy_per_scale", hit_BL))}
-        return loss_BL.mean(), {"accuracy": hit_BL.mean(), **per_scale}
-
-    @torch.no_grad()
-    def validate(self, model: VAR) -> dict:
-        with self.options.autocast():
-            loss, values = self.loss_of(model, *self.held_out[spread(self.held_out, 256)])
-        return {"loss": loss.item(), **{name: value.tolist() for name, value in values.items()}}
-
-    def example(self) -> tuple[Tensor, ...]:
-        tokens_BL, labels_B = self.held_out[[0]]
-        return labels_B, self.tokenizer.teacher_inputs(tokens_BL.to(self.options.device))
-
-    def finish(self, model: VAR, log: Log) -> None:
-        draw_samples(self.options.out / "samples.png", model, self.tokenizer, self.images.classes, self.options)
-
-
-def var_optimizers(model: VAR, preset: Preset) -> list[torch.optim.Optimizer]:
-    """Decay pulls matrices that multiply features toward zero; biases, embeddings and scales are left alone.
-
-    Muon (Jordan et al., 2024) makes each update of a matrix orthogonal, so that all its directions learn, at the step
-    size AdamW would have. Tiny preset but 512 codes, one seed: held-out loss 3.22 after 116 s; AdamW 4.21 after 92 s and
-    3.27 after 240 s.
-    """
-    lr, decay, betas = preset.var_lr, preset.weight_decay, (0.9, 0.95)
-    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    inside = [m.weight for block in model.blocks for part in (block.attention, block.mlp)
-              for m in part.modules() if isinstance(m, nn.Linear)] if preset.muon else []
-
-    def others(parameters, taken) -> list[nn.Parameter]:
-        return [p for p in parameters if all(p is not q for q in taken)]
-
-    groups = [{"params": others(matrices, inside), "weight_decay": decay},
-              {"params": others(model.parameters(), matrices), "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr, betas=betas, fused=True)]
-    if preset.muon:
-        optimizers.append(torch.optim.Muon(inside, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pictures
-
-# What to draw pictures with: guidance and filters that trade variety for clean shapes. (The published demonstration
-# has cfg 4, top_k 900, top_p 0.95; its FID is measured at cfg 1.5.)
-FILTERS = {"cfg": 4.0, "top_k": 900, "top_p": 0.75}
-
-
-def save_image(path: Path, image: Image.Image) -> None:
-    save_whole(path, lambda file: image.save(file, format="PNG"))
-
-
-def grid(rows: list[tuple[str, Sequence[np.ndarray]]], cell: int = 64, gap: int = 2) -> Image.Image:
-    """A labelled row of images (bytes [side, side, channels]) for each entry; small images are enlarged."""
-    margin = max((len(label) for label, _ in rows), default=0) * 7 + 8
-    cell = max(cell, *(len(pixels) for _, images in rows for pixels in images))
-    columns = max(len(images) for _, images in rows)
-    canvas = Image.new("RGB", (margin + columns * (cell + gap), len(rows) * (cell + gap)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for r, (label, images) in enumerate(rows):
-        draw.text((4, r * (cell + gap) + cell // 2 - 6), label, fill="black")
-        for c, pixels in enumerate(images):
-            image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-            image = image.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(image, (margin + c * (cell + gap), r * (cell + gap)))
-    return canvas
-
-
-@torch.no_grad()
-def draw_reconstructions(path: Path, tokenizer: Tokenizer, data: Data, options: argparse.Namespace) -> None:
-    """Held-out images above their reconstructions."""
-    images = to_float(data.held_out[spread(data.held_out, 36)][0], options.device)
-    with options.autocast():
-        parts = [tokenizer.decode(tokenizer.encode(part)) for part in images.split(at_a_time(options.preset.image_size))]
-    originals, reconstructions, rows = to_bytes(images), to_bytes(torch.cat(parts)), []
-    for begin in range(0, len(images), 12):
-        rows.append(("original", originals[begin:begin + 12]))
-        rows.append(("reconstruction", reconstructions[begin:begin + 12]))
-    save_image(path, grid(rows))
-
-
-@torch.no_grad()
-def draw_samples(path: Path, model: VAR, tokenizer: Tokenizer, classes: list[str], options: argparse.Namespace) -> None:
-    """A row of generated images per class, for at most twenty classes."""
-    names, each, parts = classes[:20], 10, []
-    labels_N = torch.arange(len(names), device=options.device).repeat_interleave(each)
-    generator = torch.Generator(options.device).manual_seed(options.seed)
-    for labels_B in labels_N.split(at_a_time(tokenizer.config.image_side)):
-        with options.autocast():
-            parts.append(to_bytes(tokenizer.decode(model.generate(tokenizer, labels_B, **FILTERS, generator=generator))))
-    pixels = np.concatenate(parts)
-    save_image(path, grid(list(zip(names, pixels.reshape(len(names), each, *pixels.shape[1:])))))
-
-
-def draw_curves(path: Path, log: list[dict], scales: tuple[int, ...]) -> None:
-    """Both losses, and the transformer's loss and accuracy per scale, against the step."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
-    lines = {(stage, split): [x for x in log if (x["stage"], x["split"]) == (stage, split)]
-             for stage in ("tokenizer", "var") for split in ("train", "held_out")}
-
-    def curve(axis, stage, split, value, label):
-        chosen = [x for x in lines[stage, split] if len(x.get("loss_per_scale", scales)) == len(scales)]
-        axis.plot([x["step"] for x in chosen], [value(x) for x in chosen], label=label,
-                  marker="." if split == "held_out" else None)
-
-    for name in ("mse", "codebook"):
-        curve(axes[0, 0], "tokenizer", "train", lambda x: x[name], name)
-    axes[0, 0].set(title="tokenizer: training losses", yscale="log")
-    for split in ("train", "held_out"):
-        curve(axes[0, 1], "var", split, lambda x: x["loss"], split.replace("_", "-"))
-    axes[0, 1].set(title="transformer: loss (nats per token)")
-    for axis, name in ((axes[1, 0], "loss"), (axes[1, 1], "accuracy")):
-        for k, s in enumerate(scales):
-            curve(axis, "var", "held_out", lambda x: x[f"{name}_per_scale"][k], f"{s}x{s}")
-        axis.set(title=f"transformer: held-out {name} per scale")
-    for axis in axes.flat:
-        axis.set_xlabel("step")
-        if axis.lines:
-            axis.legend(fontsize="small", ncols=2)
-    save_whole(path, lambda file: figure.savefig(file, format="png", dpi=90))
-    plt.close(figure)
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that are values."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        none = action.default is None or action.default is False   # 0 is a value
-        return action.help if none else super()._get_help_string(action)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train VAR: the tokenizer, then the transformer.", formatter_class=Help)
+    parser = Parser(description="Train VAR: the tokenizer, then the transformer.")
     add = parser.add_argument
     add("--data", default="shapes",
-        help="shapes (drawn), mnist, fashion-mnist, cifar10, or a folder with one sub-folder of images per class")
-    add("--data-dir", type=Path, default=Path("data"), help="where known data sets are looked for first, and downloaded to")
-    add("--channels", type=int, choices=(1, 3), default=3, help="3 for colour or 1 for grey, of images in a folder")
-    add("--out", type=Path, help="folder to write to (default: out/ and the name of the data)")
+        help=f"shapes (drawn), {', '.join(KNOWN)}, or a folder: a sub-folder of images per class")
+    add("--data-dir", type=Path, default=Path("data"),
+        help="where known data sets are looked for first, and downloaded to")
+    add("--channels", type=int, choices=(1, 3), default=3,
+        help="3 for colour or 1 for grey, of images in a folder")
+    add("--out", type=Path, help="folder to write to; if not given, out/ and the name of the data")
     add("--stage", choices=("all", "tokenizer", "var"), default="all", help="what to train")
     add("--tokenizer", type=Path,
-        help="train the transformer on this tokenizer, a .pt of this program or a published .pth; it is copied to --out")
+        help="train the transformer on this tokenizer, a .pt of this program or a published .pth; "
+             "the run keeps a copy")
     add("--tokens", type=Path, metavar="FILE",
-        help="where the images' tokens are kept for the next training (default: tokens.pt in --out)")
+        help="where the images' tokens are kept; if not given, tokens.pt in the run's folder")
     add("--resume", action="store_true", help="go on from the checkpoints in the folder")
-    add("--overwrite", action="store_true", help="start anew in a folder that holds a training, which is lost")
-    add("--checkpoint-every", type=int, default=1000, help="steps between checkpoints")
-    add("--seed", type=int, default=0, help="of every random draw")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps, ...")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device is built for it")
-    add("--compile", action="store_true", help="compile the models with torch.compile: slow to start, then faster")
-    add("--grad-accumulation", type=int, default=1, metavar="PARTS",
+    add("--overwrite", action="store_true",
+        help="start anew in a folder that holds a training, which is lost")
+    add("--checkpoint-every", type=COUNT, default=1000, help="steps between checkpoints")
+    add("--seed", type=SEED, default=0, help="of every random draw")
+    parser.add_computer()
+    add("--compile", action="store_true",
+        help="compile the models with torch.compile: slow to start, then faster")
+    add("--grad-accumulation", type=COUNT, default=1, metavar="PARTS",
         help="compute a step's batch in this many parts, to need less memory")
     add("--checkpoint-activations", action="store_true",
-        help="keep only what enters a layer for the backward pass and compute the rest again: less memory, more time")
-    add("--workers", type=int, default=0, help="processes that read images ahead; 4 or so for a folder of large ones")
+        help="keep only what enters a layer for the backward pass and compute the rest again: less "
+             "memory, more time")
+    add("--workers", type=STEPS, default=min(8, os.cpu_count() or 1),
+        help="processes that read the images of a folder")
     add("--preset", choices=PRESETS, default="tiny",
         help="a size of model and training; the flags below change single values of it")
     group = parser.add_argument_group("values of the preset (the defaults shown are those of tiny)")
-    for f in fields(Preset):
-        kind = {"tuple[int, ...]": numbers, "int": int, "float": float, "int | None": int}.get(f.type)
-        how = {"type": kind} if kind else {"action": argparse.BooleanOptionalAction}
-        text = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
-        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
+    for value in fields(Preset):
+        flag = "--" + value.name.replace("_", "-")
+        text = value.metadata["help"]
+        if value.default is not None:
+            text += f" (default: {value.default})"
+        if value.metadata["read"] is YES_OR_NO:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction,
+                               default=argparse.SUPPRESS, help=text)
+        else:
+            group.add_argument(flag, type=value.metadata["read"], default=argparse.SUPPRESS,
+                               help=text)
+    parser.set_defaults(**FILTERS, batch=100)   # of the pictures that a run ends with
     return parser.parse_args(arguments)
 
 
-RANGES = (   # flags, and what they must be
-    ("grad_accumulation checkpoint_every image_size scales vocabulary code_channels tokenizer_width multipliers blocks phis "
-     "norm_groups tokenizer_steps tokenizer_batch depth width heads last_scales var_steps var_batch",
-     lambda x: x >= 1, "1 or more"),
-    ("workers warmup", lambda x: x >= 0, "0 or more"),
-    ("seed", lambda x: 0 <= x < 2**31, "from 0 to 2147483647"),
-    ("tokenizer_lr var_lr", lambda x: 0 < x < math.inf, "more than 0"),
-    ("weight_decay final_lr", lambda x: 0 <= x < math.inf, "0 or more"),
-    ("unquantized drop_path ema", lambda x: 0 <= x < 1, "from 0 to less than 1"),
-    ("label_dropout", lambda x: 0 <= x <= 1, "from 0 to 1"),
-)
-
-
 def settle(options: argparse.Namespace) -> None:
-    """Turn flags into the preset, the device and the precision they mean; raises UserError for what cannot be."""
-    given = {f.name: getattr(options, f.name) for f in fields(Preset) if hasattr(options, f.name)}
-    options.preset = replace(PRESETS[options.preset], **given)
-    everything = {**vars(options), **asdict(options.preset)}
-    for names, fine, what in RANGES:
-        for name in names.split():
-            values = everything[name] if isinstance(everything[name], tuple) else (everything[name],)
-            if not all(value is None or fine(value) for value in values):
-                raise UserError(f"--{name.replace('_', '-')} {everything[name]} must be {what}")
+    """Turn flags into the preset, the stages and the device they mean.
+
+    Raises UserError for what cannot be, or would go wrong later, perhaps after days of training.
+    """
     if options.resume and options.overwrite:
         raise UserError("--resume goes on with a training and --overwrite starts anew: one of them")
     if options.stage == "tokenizer" and options.tokenizer:
-        raise UserError("--tokenizer is for the transformer's training, and --stage tokenizer is without it")
+        raise UserError("--tokenizer is for the transformer's training, and --stage tokenizer is "
+                        "without it")
+    options.out = options.out or Path("out") / Path(options.data).resolve().name
+    options.stages = ["tokenizer", "var"] if options.stage == "all" else [options.stage]
+    if options.tokenizer:
+        options.stages = ["var"]
+    options.preset = settle_preset(options)
     if options.device == "cuda" and dist.is_torchelastic_launched():
         options.device = f"cuda:{os.environ['LOCAL_RANK']}"
     settle_device(options)
     join_processes(options.device)
     if options.compile:
         check_compiler(options.device)
-    options.out = options.out or Path("out") / Path(options.data).resolve().name
-
-
-def stages(options: argparse.Namespace) -> list[str]:
-    """What is to be trained."""
-    if options.stage != "all":
-        return [options.stage]
-    return ["var"] if options.tokenizer else ["tokenizer", "var"]
-
-
-def check_trainings(options: argparse.Namespace) -> None:
-    """Raises UserError for what would go wrong later, perhaps after days of the first stage."""
-    preset, ranks = options.preset, rank_and_ranks()[1]
     read_log(options.out / "log.jsonl")
     if options.tokens and options.tokens.exists():
         load_checkpoint(options.tokens, "set of tokens")
-    for name in stages(options):
-        path, batch = options.out / f"{name}.pt", getattr(preset, f"{name}_batch")
-        if batch % (ranks * options.grad_accumulation):
-            raise UserError(f"--{name}-batch {batch} does not divide into {ranks} processes times --grad-accumulation "
-                            f"{options.grad_accumulation}")
+    parts = rank_and_ranks()[1] * options.grad_accumulation
+    for name in options.stages:
+        batch = getattr(options.preset, f"{name}_batch")
+        if batch % parts:
+            raise UserError(f"--{name}-batch {batch} does not divide into {parts} parts, for so "
+                            f"many processes times --grad-accumulation")
+        path = options.out / f"{name}.pt"
         if path.exists() and not (options.resume or options.overwrite):
-            raise UserError(f"{path} is there already: --resume goes on with it, --overwrite starts anew, --out names "
-                            f"another folder")
-    if options.device.type == "cuda" and options.stage != "tokenizer" and not 16 <= preset.width // preset.heads <= 128:
-        raise UserError(f"--width {preset.width} over --heads {preset.heads} must be 16 to 128 on a GPU")
+            raise UserError(f"{path} is there already: --resume goes on with it, --overwrite "
+                            f"starts anew, --out names another folder")
 
 
-def settle_device(options: argparse.Namespace) -> None:
-    """The device, fp32 or bf16 on it, and what to run a model under: `with options.autocast():`. Raises UserError for a
-    device that is not there."""
+def settle_preset(options: argparse.Namespace) -> Preset:
+    """The preset with the values that were given instead of its own."""
+    names = [value.name for value in fields(Preset)]
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    preset = replace(PRESETS[options.preset], **given)
+    downsampling = 2 ** (len(preset.multipliers) - 1)
+    side = preset.image_size // downsampling   # of the latent
+    if preset.scales is None or ("scales" not in given and preset.scales[-1] != side):
+        doubling = [2**k for k in range(side.bit_length()) if 2**k < side]
+        preset = replace(preset, scales=(*doubling, max(1, side)))
+    if given.keys() & {"image_size", "multipliers"} and "scales" not in given:
+        print(f"images of side {preset.image_size} are tokenised at scales "
+              f"{','.join(map(str, preset.scales))}")
     try:
-        device = torch.device(options.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device} cannot be used: {in_short(error)}")
-    if options.precision == "auto":
-        options.precision = "bf16" if fast_bf16(device) else "fp32"
-    options.device = device
-    options.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+        config = preset.tokenizer_config(options.channels)
+        preset.var_config(config, classes=1)
+    except ValueError as error:
+        raise UserError(str(error))
+    if config.image_side != preset.image_size:
+        raise UserError(f"--image-size {preset.image_size} does not fit: scales up to "
+                        f"{preset.scales[-1]} at downsampling {downsampling} are images of "
+                        f"{config.image_side}")
+    if options.device.startswith("cuda") and not 16 <= preset.width // preset.heads <= 128:
+        raise UserError(f"--width {preset.width} over --heads {preset.heads} must be 16 to 128 on "
+                        f"a GPU")
+    return preset
 
 
 def check_compiler(device: torch.device) -> None:
@@ -1371,70 +1335,6 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:   # each back end has its own
         raise UserError(f"--compile does not work here: {in_short(error)}")
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 has its own instructions; emulated, it is slower than fp32.
-
-    Measured on two cores with AVX512-BF16, three runs of the tiny preset, forward and backward: 0.7 to 1.0 of the fp32
-    time in the transformer, 0.8 in the tokenizer.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capable = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
-
-
-def main() -> None:
-    options = parse()
-    settle(options)
-    preset = options.preset
-    try:
-        config = preset.tokenizer_config(options.channels)
-        preset.var_config(config, 1)
-    except ValueError as error:
-        raise UserError(str(error))
-    if config.image_side != preset.image_size:
-        raise UserError(f"--image-size {preset.image_size} does not fit: scales up to {preset.scales[-1]} at "
-                        f"downsampling {config.downsampling} are images of {config.image_side}")
-    check_trainings(options)
-    rank, ranks = rank_and_ranks()
-    if ranks > 1 and rank > 0:   # process 0 downloads what is missing
-        dist.barrier()
-    data = load_data(options.data, options.data_dir, preset.image_size, options.channels, options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if ranks > 1 and rank == 0:
-        dist.barrier()
-    say(f"{options.data}: {len(data.train)} training and {len(data.held_out)} held-out images, {len(data.classes)} "
-        f"classes; to {options.out} on {options.device}" + (f" and {ranks - 1} more" if ranks > 1 else ""))
-    if options.overwrite and rank == 0:   # all at once: --resume must not find a part of the old training
-        for name in stages(options):
-            (options.out / f"{name}.pt").unlink(missing_ok=True)
-    if "tokenizer" in stages(options):
-        tokenizer = TokenizerStage(data, options).run()
-    else:
-        tokenizer = chosen_tokenizer(data, options)
-    if "var" in stages(options):
-        VARStage(tokenizer, data, options).run()
-    if rank == 0:
-        draw_curves(options.out / "curves.png", read_log(options.out / "log.jsonl"), tokenizer.config.scales)
-    if ranks > 1:
-        dist.destroy_process_group()
-
-
-def run_program(main: Callable) -> None:
-    """Run a program of ours: the user's mistakes end it with one sentence and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:   # a folder where a file should be, a full disk
-        print(f"error: {in_short(error)}", file=sys.stderr)
-        sys.exit(2)
-    except (Stopped, KeyboardInterrupt) as stopped:
-        print(str(stopped) or "stopped")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Before any test imports Triton: without a GPU its kernels run in Triton's interpreter, on NumPy."""
+"""Before a test imports Triton: without a GPU its kernels run in Triton's interpreter, on NumPy."""
 import os
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -14,11 +15,17 @@ if not torch.cuda.is_available():
 
 from program import TINY, run  # noqa: E402
 
+# The same examples every time; `pytest --hypothesis-profile fresh` looks for new ones.
+settings.register_profile("same", derandomize=True, deadline=None, database=None)
+settings.register_profile("fresh", max_examples=1000, deadline=None)
+settings.load_profile("same")
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """A data set of one's own: two classes, several modes and formats, and one file that is no image."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    """A data set of one's own: two classes, several modes and formats, one file that is no image."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
     for label, name in enumerate(("cat", "dog")):
         (root / name).mkdir()
         for i in range(12):
@@ -35,5 +42,4 @@ def finished(folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
     result = run("train.py", "--data", folder, "--out", out, *TINY)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("05.jpg cannot be read as an image") == 1   # named once, however often it is met
     return out

@@ -1,38 +1,80 @@
-"""What the tests of the whole program share: a tiny run's flags, running a script, being
-refused by one, and damaged files."""
+"""What the tests of the whole program share: a tiny run's flags, running a program, being refused
+by one, and damaged files."""
+from __future__ import annotations
+
 import contextlib
 import io
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 
 import sample
 import train
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--image-size", "8", "--scales", "1,2,4", "--multipliers", "1,2", "--tokenizer-width", "8", "--vocabulary", "32",
-        "--code-channels", "4", "--tokenizer-steps", "40", "--tokenizer-batch", "8", "--depth", "1", "--width", "32",
-        "--heads", "2", "--var-steps", "30", "--var-batch", "8", "--warmup", "5", "--device", "cpu"]
+PROGRAMS = {"train.py": train.main, "sample.py": sample.main}
+TINY = [
+    "--image-size", "8", "--scales", "1,2,4", "--multipliers", "1,2", "--tokenizer-width", "8",
+    "--vocabulary", "32", "--code-channels", "4", "--tokenizer-steps", "40",
+    "--tokenizer-batch", "8", "--depth", "1", "--width", "32", "--heads", "2", "--var-steps", "30",
+    "--var-batch", "8", "--warmup", "5", "--workers", "1", "--device", "cpu",
+    "--precision", "fp32",   # so that every machine computes the same
+]
+FRESH = settings().max_examples >= 1000   # pytest --hypothesis-profile fresh
 
 
-def run(script: str, *arguments, timeout: int = 240) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
-                          timeout=timeout)
+def draws(count: int) -> settings:
+    """So many examples, the same ones every time; or a thousand fresh ones."""
+    return settings(max_examples=1000 if FRESH else count)
 
 
-def refused(script: str, *arguments) -> str:
-    """The one sentence a mistake is told in. In this process: starting one takes longer than the mistake."""
-    program, said = {"train.py": train, "sample.py": sample}[script], io.StringIO()
-    with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        train.run_program(program.main)
-    assert end.value.code == 2, said.getvalue()
-    last = said.getvalue().strip().splitlines()[-1]
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(program: str, *arguments) -> Result:
+    """Run a program in this process: starting Python takes longer than most of what is tested."""
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [program, *map(str, arguments)])
+            try:
+                sample.run_program(PROGRAMS[program])
+            except SystemExit as end:
+                code = end.code or 0
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def ran(program: str, *arguments) -> str:
+    """Run a program that is to succeed; what it prints."""
+    result = run(program, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refused(program: str, *arguments) -> str:
+    """The one sentence a mistake is told in."""
+    result = run(program, *arguments)
+    assert result.returncode == 2, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     return last
+
+
+def start(*command) -> subprocess.CompletedProcess:
+    """A process of its own, where that is the point."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240)
 
 
 def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
@@ -49,15 +91,17 @@ def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
         a, b, c = sorted(places)
         return whole[:a] + whole[b:c] + whole[a:b] + whole[c:]
 
-    return st.one_of(st.dictionaries(place, st.integers(1, 255), min_size=1, max_size=20).map(changed),
-                     place.map(lambda end: whole[:end]), st.tuples(place, place, place).map(swapped))
+    return st.one_of(
+        st.dictionaries(place, st.integers(1, 255), min_size=1, max_size=20).map(changed),
+        place.map(lambda end: whole[:end]),
+        st.tuples(place, place, place).map(swapped))
 
 
 def read_or_refused(read, path: Path, content: bytes):
-    """What `read` makes of a file, or None where it refuses it in one sentence that names the file."""
+    """What `read` makes of a file, or None where it refuses it in one sentence that names it."""
     path.write_bytes(content)
     try:
         return read(path)
-    except train.UserError as error:
+    except sample.UserError as error:
         assert str(path) in str(error) and "\n" not in str(error)
         return None

@@ -1,6 +1,10 @@
-"""What happens to runs and files: stopping, killing, full disks, damage, malice. Nothing is lost, nothing is let in."""
-import os
+"""What happens to runs and files: stopping, killing, full disks, damage, malice. Nothing is lost,
+and nothing is let in."""
+from __future__ import annotations
+
+import argparse
 import pickle
+import random
 import resource
 import shutil
 import signal
@@ -9,21 +13,23 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+import sample
 import train
-from program import ROOT, TINY, damaged, read_or_refused, refused, run
+from program import ROOT, TINY, damaged, draws, ran, read_or_refused, refused, run
 
 
-def stop_training(command: list, stop: int, log: Path, done: str) -> subprocess.Popen:
+def stop_training(stop: int, log: Path, done: str, *flags) -> subprocess.Popen:
     """Start a training, and send it a signal once its log has a certain line."""
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.time() + 120
+    command = [sys.executable, ROOT / "train.py", *flags]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.time() + 240
         while not log.exists() or done not in log.read_text():
             assert time.time() < deadline and process.poll() is None
             time.sleep(0.005)
@@ -33,166 +39,329 @@ def stop_training(command: list, stop: int, log: Path, done: str) -> subprocess.
 
 
 def same_run(one: Path, other: Path) -> bool:
-    """Whether two runs logged the same and drew the same, and their weights agree, all bit for bit."""
-    logs = [train.read_log(path / "log.jsonl") for path in (one, other)]
-    pictures = [(path / "samples.png").read_bytes() for path in (one, other)]
-    weights = [torch.load(path / name, weights_only=True)["model"]
-               for path in (one, other) for name in ("tokenizer.pt", "var.pt")]
-    return logs[0] == logs[1] and pictures[0] == pictures[1] and all(
-        torch.equal(weights[i][key], weights[i + 2][key]) for i in (0, 1) for key in weights[i])
+    """Whether two runs logged and drew the same, and their weights agree, all bit for bit."""
+    for name in ("log.jsonl", "samples.png"):
+        if (one / name).read_bytes() != (other / name).read_bytes():
+            return False
+    for name in ("tokenizer.pt", "var.pt"):
+        ours, its = (torch.load(path / name, weights_only=True)["model"] for path in (one, other))
+        if not all(torch.equal(ours[key], its[key]) for key in its):
+            return False
+    return True
+
+
+# Stopping and going on
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
-    command = [sys.executable, ROOT / "train.py", "--data", folder, "--out", tmp_path, *TINY]
-    for stop, stage, file in ((signal.SIGINT, "tokenizer", "tokenizer.pt"), (signal.SIGTERM, "var", "var.pt")):
-        process = stop_training(command, stop, tmp_path / "log.jsonl", f'"stage": "{stage}", "step": 1, "split": "train"')
+    flags = ["--data", folder, "--out", tmp_path, *TINY]
+    log = tmp_path / "log.jsonl"
+    for stop, stage, more in ((signal.SIGINT, "tokenizer", []), (signal.SIGTERM, "var", ["--resume"])):
+        done = f'"stage": "{stage}", "step": 1, "split": "train"'
+        process = stop_training(stop, log, done, *flags, *more)
         assert process.returncode == 130 and "--resume" in process.said
-        assert "training" in torch.load(tmp_path / file, weights_only=True)
-        command.append("--resume")
-    assert run("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume").returncode == 0
+        assert "training" in torch.load(tmp_path / f"{stage}.pt", weights_only=True)
+    ran("train.py", *flags, "--resume")
     assert same_run(tmp_path, finished)
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
     flags = ["--data", folder, "--out", tmp_path, *TINY, "--checkpoint-every", 3, "--resume"]
-    command = [sys.executable, ROOT / "train.py", *flags]
-    for stage, step in (("tokenizer", 11), ("var", 11)):
-        line = f'"stage": "{stage}", "step": {step}, "split": "train"'
-        assert stop_training(command, signal.SIGKILL, tmp_path / "log.jsonl", line).returncode == -signal.SIGKILL
-        train.load_tokenizer(tmp_path / "tokenizer.pt")
-    assert run("train.py", *flags).returncode == 0
+    line = '"stage": "tokenizer", "step": 11, "split": "train"'
+    process = stop_training(signal.SIGKILL, tmp_path / "log.jsonl", line, *flags)
+    assert process.returncode == -signal.SIGKILL
+    sample.load_tokenizer(tmp_path / "tokenizer.pt")
+    ran("train.py", *flags)
     assert same_run(tmp_path, finished)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stage, step", [("tokenizer", 7), ("tokenizer", 39), ("var", 1), ("var", 22)])
+def test_stopped_at_any_step_and_resumed_equals_uninterrupted(
+        folder, finished, tmp_path, monkeypatch, stage, step):
+    """As if the power failed: nothing is written after that step."""
+    flags = ["--data", folder, "--out", tmp_path, *TINY, "--checkpoint-every", 4, "--resume"]
+    advance = train.Stage.advance
+
+    def fails(self, *arguments):
+        if (self.name, self.step) == (stage, step):
+            raise Killed
+        return advance(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Stage, "advance", fails)
+        with pytest.raises(Killed):
+            run("train.py", *flags)
+    ran("train.py", *flags)
+    assert same_run(tmp_path, finished)
+
+
+@pytest.mark.long
+def test_a_hundred_kills(folder, finished, tmp_path):
+    """Each at a random moment of a training in a process of its own, and then it goes on."""
+    draw = random.Random(0)
+    for trial in range(100):
+        out = tmp_path / str(trial)
+        flags = ["--data", folder, "--out", out, *TINY, "--checkpoint-every", 2, "--resume"]
+        command = [sys.executable, ROOT / "train.py", *flags]
+        with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as process:
+            time.sleep(draw.uniform(3, 12))   # starting takes some of it, drawing the pictures, too
+            process.kill()
+        ran("train.py", *flags)
+        assert same_run(out, finished), trial
+        shutil.rmtree(out)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(finished, tmp_path):
     """The limit on a file's size fails a write as a full disk does: in its middle."""
-    path, limits = tmp_path / "tokenizer.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    path.write_bytes(before := (finished / "tokenizer.pt").read_bytes())
+    path = tmp_path / "tokenizer.pt"
+    before = (finished / "tokenizer.pt").read_bytes()
+    path.write_bytes(before)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
-        with pytest.raises(train.UserError, match="is what it was before.* File too large"):
-            train.save_checkpoint(path, "tokenizer", model=torch.zeros(len(before)))
+        with pytest.raises(sample.UserError, match="is what it was before.* File too large"):
+            sample.save_checkpoint(path, "tokenizer", model=torch.zeros(len(before)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["tokenizer.pt"]
 
 
 def test_resuming_with_other_flags_is_refused(folder, finished, tmp_path):
-    (tmp_path / "tokenizer.pt").write_bytes((finished / "tokenizer.pt").read_bytes())
+    shutil.copy(finished / "tokenizer.pt", tmp_path)
     resume = ("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")
     assert "begun with another vocabulary: 32, not 16" in refused(*resume, "--vocabulary", 16)
-    assert "another multipliers: (1, 2), not (1, 1)" in refused(*resume, "--multipliers", "1,1")
+    assert "another multipliers: (1, 2), not (1, 1)" in refused(
+        *resume, "--multipliers", "1,1")
     assert "another seed: 0, not 1" in refused(*resume, "--seed", 1)
     assert "another tokenizer_steps" in refused(*resume, "--tokenizer-steps", 50)
-    (tmp_path / "var.pt").write_bytes((finished / "var.pt").read_bytes())
+    shutil.copy(finished / "var.pt", tmp_path)
     assert "another muon" in refused(*resume, "--no-muon")
-    other = train.Tokenizer(train.TokenizerConfig(**torch.load(finished / "tokenizer.pt", weights_only=True)["config"]))
-    train.save_checkpoint(tmp_path / "other.pt", "tokenizer", config=asdict(other.config), model=other.state_dict())
-    assert "that is another than" in refused(*resume, "--tokenizer", tmp_path / "other.pt")
+    other = write_other_tokenizer(finished, tmp_path / "other.pt")
+    assert "that is another than" in refused(*resume, "--tokenizer", other)
     (tmp_path / "tokenizer.pt").unlink()
-    assert "begun with another tokenizer" in refused(*resume, "--tokenizer", tmp_path / "other.pt")
+    assert "begun with another tokenizer" in refused(*resume, "--tokenizer", other)
+
+
+def write_other_tokenizer(finished: Path, path: Path) -> Path:
+    """One of the same shape, but another."""
+    tokenizer = train.Tokenizer(sample.load_tokenizer(finished / "tokenizer.pt").config)
+    sample.save_checkpoint(path, "tokenizer", config=asdict(tokenizer.config),
+                           model=tokenizer.state_dict())
+    return path
+
+
+def test_resuming_with_other_images_is_refused_and_changes_nothing(folder, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    data = shutil.copytree(folder, tmp_path / "data")
+    (data / "cat" / "03.png").unlink()
+    before = (out / "held_out.pt").read_bytes()
+    told = refused("train.py", "--data", data, "--out", out, *TINY, "--resume")
+    assert "begun with another data set" in told
+    assert (out / "held_out.pt").read_bytes() == before
 
 
 def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
-    result = run("train.py", "--data", folder, "--out", tmp_path, *TINY, "--var-steps", 2,
-                 "--tokenizer", finished / "tokenizer.pt")
-    assert result.returncode == 0
-    assert run("sample.py", "--run", tmp_path).returncode == 0
-    assert "is a copy of" in refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")
+    ran("train.py", "--data", folder, "--out", tmp_path, *TINY, "--var-steps", 2,
+        "--tokenizer", finished / "tokenizer.pt")
+    ran("sample.py", "--run", tmp_path, "--per-class", 1)
+    again = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")
+    assert "is a copy of" in again
 
 
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
-    command = ("train.py", "--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer", "--precision", "fp32")
-    told = refused(*command, "--tokenizer-lr", "1e30")
-    assert "the tokenizer loss became nan" in told and "no checkpoint" in told
-    told = refused(*command, "--tokenizer-lr", "1e30", "--warmup", 0, "--checkpoint-every", 1)
-    assert "the last good checkpoint, of step 1" in told and (tmp_path / "tokenizer.pt").exists()
+    command = ("train.py", "--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer",
+               "--precision", "fp32", "--tokenizer-lr", "1e30")
+    told = refused(*command)
+    assert "the tokenizer loss became" in told and "there is no checkpoint yet" in told
+    told = refused(*command, "--warmup", 0, "--checkpoint-every", 1)
+    assert "the last good checkpoint, of step 1" in told
+    weights = torch.load(tmp_path / "tokenizer.pt", weights_only=True)["training"]["model"]
+    assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_a_gradient_that_is_no_number_changes_nothing(finished):
-    options = train.parse(["--out", str(finished), *TINY])
+def tokenizer_stage(out: Path) -> train.TokenizerStage:
+    options = train.parse(["--out", str(out), *TINY])
     train.settle(options)
-    data = train.Data(train.draw_shapes(20, 8, 0), train.draw_shapes(10, 8, 1), list(train.SHAPES), 3)
-    stage = train.TokenizerStage(data, options)
-    stage.loss = lambda images, labels: (0 * stage.model.encoder.conv_in.weight.sum().sqrt(), {})   # 0 times infinity
-    torch.nn.init.zeros_(stage.model.encoder.conv_in.weight)
-    before = [p.clone() for p in stage.model.parameters()]
-    with pytest.raises(train.UserError, match="its gradient nan"):
-        stage.advance(data.train[list(range(8))], False)
-    assert all(map(torch.equal, before, stage.model.parameters()))
+    images = [train.draw_shapes(count, 8, seed) for seed, count in enumerate((20, 10))]
+    return train.TokenizerStage(train.data_of(*images, train.SHAPES), options)
 
 
-def test_resuming_with_another_learning_rate_is_said(folder, tmp_path):
-    command = [sys.executable, ROOT / "train.py", "--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer"]
-    assert stop_training(command, signal.SIGTERM, tmp_path / "log.jsonl", '"train"').returncode == 130
-    assert "not trained to its end" in refused("train.py", *command[2:-1], "var")
-    result = run("train.py", *command[2:], "--resume", "--tokenizer-lr", "0.0005")
-    assert result.returncode == 0
-    assert "has a peak learning rate of 0.0015 so far, and 0.0005 is asked for" in result.stdout
+def test_a_gradient_that_is_no_number_is_never_saved(tmp_path, monkeypatch):
+    stage = tokenizer_stage(tmp_path)
+    weight = stage.model.encoder.conv_in.weight
+    loss = stage.loss
+
+    def spoiled(images, labels):
+        total, to_log = loss(images, labels)
+        if stage.step == 2:
+            total = total + 0 * (weight * 0).sum().sqrt()   # finite, but its gradient is 0 times infinity
+        return total, to_log
+
+    stage.loss = spoiled
+    stage.options.checkpoint_every = 1
+    with pytest.raises(sample.UserError, match="gradient nan at step 2; the last good checkpoint, of step 2"):
+        stage.run()
+    saved = torch.load(stage.path, weights_only=True)["training"]
+    assert saved["step"] == 2 and all(x.isfinite().all() for x in saved["model"].values())
 
 
-def test_a_training_is_not_overwritten_by_mistake(folder, finished, tmp_path):
-    (tmp_path / "tokenizer.pt").write_bytes((finished / "tokenizer.pt").read_bytes())
-    again = ("train.py", "--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer", "--tokenizer-steps", 8)
-    assert "tokenizer.pt is there already: --resume goes on with it" in refused(*again)
+def test_a_report_is_read_when_the_next_step_is_on_its_way(tmp_path, monkeypatch):
+    """So a GPU always has the next step to compute; before a checkpoint all reports are read."""
+    stage = tokenizer_stage(tmp_path)
+    stage.options.checkpoint_every = 6
+    events = []
+    for name in ("advance", "read", "save"):
+        method = getattr(stage, name)
+
+        def noted(*arguments, name=name, method=method, **keywords):
+            events.append(name)
+            return method(*arguments, **keywords)
+
+        monkeypatch.setattr(stage, name, noted)
+    monkeypatch.setattr(stage, "validate", lambda model: {"psnr": 0.0})
+    stage.steps = 80   # so that held-out images are measured at every tenth step
+    stage.quantized_from = 81
+    monkeypatch.setattr(stage, "finish", lambda model, log: None)
+    stage.run()
+    assert events[:13] == ["advance", "advance", "read", "advance", "read", "advance", "read",
+                           "advance", "read", "advance", "read", "read", "save"]
+
+
+def test_resuming_with_another_learning_rate_is_said(folder, tmp_path, monkeypatch):
+    flags = ["--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer"]
+    advance = train.Stage.advance
+    with monkeypatch.context() as patch:   # asked to stop at the third step
+        patch.setattr(train.Stage, "advance",
+                      lambda self, tensors, asked: advance(self, tensors, self.step == 3))
+        assert run("train.py", *flags).returncode == 130
+    assert "not trained to its end" in refused("train.py", *flags[:-1], "var")
+    said = ran("train.py", *flags, "--resume", "--tokenizer-lr", "0.0005")
+    assert "so far, and 0.0005 is asked for" in said
+
+
+def test_a_training_is_not_overwritten_by_mistake(folder, finished, tmp_path, monkeypatch):
+    for name in ("tokenizer.pt", "var.pt"):
+        shutil.copy(finished / name, tmp_path)
+    flags = ("--data", folder, "--out", tmp_path, *TINY)
+    assert "tokenizer.pt is there already: --resume goes on with it" in refused("train.py", *flags)
     assert (tmp_path / "tokenizer.pt").read_bytes() == (finished / "tokenizer.pt").read_bytes()
-    shutil.copy(finished / "var.pt", tmp_path / "var.pt")
-    log = tmp_path / "log.jsonl"
-    process = stop_training([sys.executable, ROOT / again[0], *again[1:-4], "--overwrite"], signal.SIGINT, log, '"train"')
-    assert process.returncode == 130 and "with --resume instead of --overwrite" in process.said
+    advance = train.Stage.advance
+    monkeypatch.setattr(train.Stage, "advance",
+                        lambda self, tensors, asked: advance(self, tensors, self.step == 3))
+    result = run("train.py", *flags, "--overwrite")
+    assert result.returncode == 130 and "with --resume instead of --overwrite" in result.stdout
     assert not (tmp_path / "var.pt").exists()   # or --resume would take it for this training's
     assert "training" in torch.load(tmp_path / "tokenizer.pt", weights_only=True)
 
 
-def test_tokens_are_made_once(folder, finished, tmp_path, capsys):
-    def tokens(*arguments) -> tuple[str, list[torch.Tensor]]:
-        """What is said about them, and they."""
-        options = train.parse(["--data", str(data_dir), "--out", str(tmp_path), *TINY, "--precision", "fp32",
-                               *arguments])
-        train.settle(options)
-        data = train.load_data(options.data, options.data_dir, 8, 3, 0)
-        sets = train.tokens_of(train.load_tokenizer(finished / "tokenizer.pt"), data, options)
-        said = [line for line in capsys.readouterr().out.splitlines() if "tokens are" in line]
-        return " ".join(said), [x for one in sets for x in (one.tokens_NL, one.labels_N)]
+# Tokens are computed once
 
-    data_dir = shutil.copytree(folder, tmp_path / "data")
-    said, first = tokens()
-    kept = tmp_path / "tokens.pt"
-    assert said == "" and kept.exists() and len(first[0]) + len(first[2]) == 25
-    said, again = tokens()
+
+class Tokens:
+    """A run's tokens, as often as one asks for them."""
+
+    def __init__(self, data: Path, tokenizer: Path, out: Path, capsys):
+        self.data = data
+        self.tokenizer = sample.load_tokenizer(tokenizer)
+        self.out = out
+        self.capsys = capsys
+
+    def options(self, *flags) -> argparse.Namespace:
+        given = ["--data", str(self.data), "--out", str(self.out), *TINY, "--precision", "fp32"]
+        options = train.parse([*given, *map(str, flags)])
+        train.settle(options)
+        return options
+
+    def make(self, *flags) -> tuple[str, list[torch.Tensor]]:
+        """What is said about them, and they: tokens and labels of both sets."""
+        options = self.options(*flags)
+        train_set, held_out = train.tokens_of(self.tokenizer, train.load_data(options), options)
+        said = [x for x in self.capsys.readouterr().out.splitlines() if "tokens are" in x]
+        return " ".join(said), [*train_set.tensors, *held_out.tensors]
+
+
+@pytest.fixture
+def tokens(folder, finished, tmp_path, capsys):
+    data = shutil.copytree(folder, tmp_path / "data")
+    return Tokens(data, finished / "tokenizer.pt", tmp_path / "out", capsys)
+
+
+def test_tokens_are_made_once(tokens):
+    kept = tokens.out / "tokens.pt"
+    said, first = tokens.make()
+    assert said == "" and kept.exists()
+    assert len(first[0]) + len(first[2]) == 24   # one of the 25 is no image
+    said, again = tokens.make()
     assert said == f"tokens are those in {kept}" and all(map(torch.equal, first, again))
-    assert "other precision" in tokens("--precision", "bf16")[0]
-    assert "other precision" in tokens()[0]   # the file is always that of the last
-    data_dir = data_dir.rename(tmp_path / "moved")
-    elsewhere = kept.rename(tmp_path / "elsewhere.pt")
-    assert tokens("--tokens", str(elsewhere))[0] == f"tokens are those in {elsewhere}"
-    (data_dir / "dog" / "00.jpg").rename(data_dir / "dog" / "0.jpg")
-    assert "other images" in tokens("--tokens", str(elsewhere))[0]
+    assert "other precision" in tokens.make("--precision", "bf16")[0]
+    assert "other precision" in tokens.make()[0]   # the file is always that of the last
+    tokens.data = tokens.data.rename(tokens.data.with_name("moved"))
+    elsewhere = kept.rename(tokens.out / "elsewhere.pt")
+    assert tokens.make("--tokens", elsewhere)[0] == f"tokens are those in {elsewhere}"
+    shutil.copy(tokens.data / "dog" / "00.jpg", tokens.data / "cat" / "00.jpg")
+    assert "other images" in tokens.make("--tokens", elsewhere)[0]
     content = torch.load(elsewhere, weights_only=True)
     content["made_with"]["tokenizer"] = "another"
     torch.save(content, elsewhere)
-    assert "other tokenizer" in tokens("--tokens", str(elsewhere))[0]
-    elsewhere.write_bytes(elsewhere.read_bytes()[:-1000])
-    for path, told in ((elsewhere, "cannot be read"), (finished / "var.pt", "is a checkpoint of a transformer")):
+    assert "other tokenizer" in tokens.make("--tokens", elsewhere)[0]
+
+
+def test_a_file_of_tokens_that_is_none_is_left_alone(tokens, finished):
+    tokens.make()
+    kept = tokens.out / "tokens.pt"
+    cut = kept.read_bytes()[:-1000]
+    elsewhere = tokens.out / "elsewhere.pt"
+    elsewhere.write_bytes(cut)
+    other = finished / "var.pt"
+    for path, told in ((elsewhere, "cannot be read"), (other, "is a checkpoint of a transformer")):
         before = path.read_bytes()
-        with pytest.raises(train.UserError, match=told):
-            tokens("--tokens", str(path))
+        with pytest.raises(sample.UserError, match=told):
+            tokens.make("--tokens", path)
         assert path.read_bytes() == before   # it may be dear to somebody
-    kept.write_bytes(elsewhere.read_bytes())
-    assert "made anew" in tokens()[0] and "tokens are those" in tokens()[0]   # the run's own
+    kept.write_bytes(cut)
+    assert "made anew" in tokens.make()[0]   # the run's own
+    assert "tokens are those" in tokens.make()[0]
 
 
-def test_tokens_that_cannot_be_kept_do_not_end_a_training(folder, finished, tmp_path, capsys):
-    options = train.parse(["--data", str(folder), "--out", str(tmp_path), *TINY, "--tokens", str(tmp_path / "file" / "tokens.pt")])
-    train.settle(options)
-    (tmp_path / "file").touch()
-    data = train.load_data(options.data, options.data_dir, 8, 3, 0)
-    tokens = train.tokens_of(train.load_tokenizer(finished / "tokenizer.pt"), data, options)
-    assert len(tokens[0]) == 23 and "the tokens are not kept" in capsys.readouterr().out
+def test_tokens_that_cannot_be_kept_do_not_end_a_training(tokens):
+    tokens.out.mkdir()
+    (tokens.out / "file").touch()
+    options = tokens.options("--tokens", tokens.out / "file" / "tokens.pt")
+    made, _ = train.tokens_of(tokens.tokenizer, train.load_data(options), options)
+    assert len(made) == 22 and "the tokens are not kept" in tokens.capsys.readouterr().out
+
+
+def test_a_stop_while_tokenising_loses_nothing(tokens, monkeypatch):
+    monkeypatch.setattr(train, "at_a_time", lambda side: 4)
+    _, expected = tokens.make()
+    (tokens.out / "tokens.pt").unlink()
+    encode = tokens.tokenizer.encode
+    counts = []
+
+    def stops(images):
+        counts.append(len(images))
+        if len(counts) == 4:
+            raise KeyboardInterrupt
+        return encode(images)
+
+    monkeypatch.setattr(tokens.tokenizer, "encode", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tokens.make()
+    assert all(map(torch.equal, tokens.make()[1], expected))
+    assert sum(counts) == 24 + counts[3]   # none twice but those of the step that was stopped
+
+
+# Malice and damage
 
 
 class Malicious:
     """What a pickle may do: run anything when it is loaded."""
+
     def __init__(self, path: Path):
         self.path = path
 
@@ -202,11 +371,13 @@ class Malicious:
 
 def test_a_checkpoint_that_would_run_code_does_not(finished, tmp_path):
     trace = tmp_path / "trace"
+    content = {"kind": "transformer", "config": Malicious(trace), "pos_1LC": Malicious(trace)}
     for name in ("var.pt", "var.pth"):
-        torch.save({"kind": "transformer", "config": Malicious(trace), "pos_1LC": Malicious(trace)}, tmp_path / name)
-        assert "cannot be read" in refused("sample.py", "--run", finished, "--var", tmp_path / name)
+        load = ("sample.py", "--run", finished, "--var", tmp_path / name)
+        torch.save(content, tmp_path / name)
+        assert "cannot be read" in refused(*load)
         (tmp_path / name).write_bytes(pickle.dumps(Malicious(trace)))
-        assert "cannot be read" in refused("sample.py", "--run", finished, "--var", tmp_path / name)
+        assert "cannot be read" in refused(*load)
     assert not trace.exists()
     pickle.loads((tmp_path / "var.pt").read_bytes())
     assert trace.exists()   # so it was a real one
@@ -214,19 +385,82 @@ def test_a_checkpoint_that_would_run_code_does_not(finished, tmp_path):
 
 def test_a_log_whose_last_line_was_cut_is_read(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"stage": "var", "step": 1}\n{"stage": "va')
-    assert train.read_log(tmp_path / "log.jsonl") == [{"stage": "var", "step": 1}]
+    assert sample.read_log(tmp_path / "log.jsonl") == [{"stage": "var", "step": 1}]
 
 
-@settings(max_examples=60, deadline=None)
+KINDS = {"tokenizer.pt": "tokenizer", "var.pt": "transformer", "tokens.pt": "set of tokens",
+         "held_out.pt": "set of held-out images"}
+
+
+def same_content(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_content(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_content, a, b))
+    return a == b
+
+
+def loads(path: Path) -> dict:
+    return sample.load_checkpoint(path, KINDS[path.name])
+
+
+@draws(60)
 @given(data=st.data())
-@pytest.mark.parametrize("name", ["tokenizer.pt", "tokens.pt"])
+@pytest.mark.parametrize("name", list(KINDS))
 def test_damaged_checkpoints(finished, tmp_path_factory, name, data):
-    def tensors(path: Path) -> list[torch.Tensor]:
-        if name == "tokenizer.pt":
-            return list(train.load_tokenizer(path).state_dict().values())
-        return [x for tokens in train.kept_tokens(path, made_with, SimpleNamespace(tokens=path)) for x in (tokens.tokens_NL, tokens.labels_N)]
+    whole = finished / name
+    found = read_or_refused(loads, tmp_path_factory.mktemp("damaged") / name,
+                            data.draw(damaged(whole.read_bytes())))
+    assert found is None or same_content(found, loads(whole))
 
-    made_with = torch.load(finished / "tokens.pt", weights_only=True)["made_with"]
-    found = read_or_refused(tensors, tmp_path_factory.mktemp("damaged") / name,
-                            data.draw(damaged((finished / name).read_bytes())))
-    assert found is None or all(map(torch.equal, found, tensors(finished / name)))
+
+def small_checkpoints(finished: Path) -> dict[str, bytes]:
+    """Small ones: a byte of an archive's directory counts no less for there being fewer weights."""
+    contents = {}
+    for name in ("tokenizer.pt", "var.pt", "tokens.pt"):
+        content = loads(finished / name)
+        if "model" in content:
+            content["model"] = dict(list(content["model"].items())[:3])
+        contents[name] = content
+    return contents
+
+
+def every_change(size: int) -> list[tuple[int, int]]:
+    return [(place, bits) for place in range(size) for bits in (0x01, 0x10, 0x80, 0xFF)]
+
+
+def check_changes(finished: Path, folder: Path, choose) -> None:
+    for name, content in small_checkpoints(finished).items():
+        path = folder / name
+        torch.save(content, path)
+        whole = path.read_bytes()
+        for place, bits in choose(every_change(len(whole))):
+            changed = bytearray(whole)
+            changed[place] ^= bits
+            found = read_or_refused(loads, path, bytes(changed))
+            assert found is None or same_content(found, content), (name, place, bits)
+
+
+def test_a_thousand_changed_bytes(finished, tmp_path):
+    check_changes(finished, tmp_path, lambda changes: random.Random(0).sample(changes, 334))
+
+
+@pytest.mark.long
+def test_every_changed_byte(finished, tmp_path):
+    check_changes(finished, tmp_path, lambda changes: changes)
+
+
+def test_an_entry_that_claims_to_be_a_folder_is_read_all_the_same(finished, tmp_path):
+    """PyTorch's reader would skip it, and return memory that was never written."""
+    content = loads(finished / "var.pt")
+    path = tmp_path / "var.pt"
+    torch.save(content, path)
+    archive = bytearray(path.read_bytes())
+    place = archive.find(b"PK\x01\x02")
+    while place >= 0:
+        archive[place + 38] ^= 0x10   # the attributes of an entry in the directory
+        place = archive.find(b"PK\x01\x02", place + 4)
+    path.write_bytes(archive)
+    assert same_content(loads(path), content)

@@ -1,10 +1,10 @@
-"""The whole program through its command line: tiny runs end to end, and every mistake told in one sentence."""
+"""The whole program through its command line: tiny runs end to end, and every mistake told in one
+sentence."""
+from __future__ import annotations
+
 import os
 import re
-import subprocess
-import sys
-from dataclasses import asdict
-from pathlib import Path
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,69 +13,119 @@ import torch
 from PIL import Image
 
 import kernels
+import sample
 import train
-from program import ROOT, TINY, refused, run
+from program import ROOT, TINY, ran, refused, run, start
+from test_faults import same_run, tokenizer_stage, write_other_tokenizer
 
 
 def test_a_run_writes_what_it_promises(finished):
-    assert {p.name for p in finished.iterdir()} == {"tokenizer.pt", "var.pt", "log.jsonl", "reconstructions.png",
-                                                    "samples.png", "curves.png", "tokens.pt"}
+    promised = re.findall(r"^    ([a-z_]+\.\w+)(?:  ([a-z]+\.pt))?", train.__doc__, re.MULTILINE)
+    files = {name for pair in promised for name in pair if name}
+    decoded = {path.name for path in finished.glob("*-*.images")}
+    assert len(decoded) == 2
+    assert {path.name for path in finished.iterdir()} == files | decoded
     for name in ("reconstructions.png", "samples.png", "curves.png"):
         with Image.open(finished / name) as image:
             assert len(np.unique(np.asarray(image.convert("L")))) > 20   # not a blank sheet
-    log = train.read_log(finished / "log.jsonl")
+    log = sample.read_log(finished / "log.jsonl")
     for stage, steps in (("tokenizer", 40), ("var", 30)):
-        assert [x["step"] for x in log if (x["stage"], x["split"]) == (stage, "train")] == list(range(1, steps, 10))
-    health = next(x for x in log if (x["stage"], x["split"]) == ("tokenizer", "health"))
+        lines = [line for line in log if line["stage"] == stage]
+        assert [x["step"] for x in lines if x["split"] == "train"] == list(range(1, steps, 10))
+        held_out = [x["step"] for x in lines if x["split"] == "held_out"]
+        assert held_out == sorted({*range(steps // 8, steps + 1, steps // 8), steps})
+    health = next(line for line in log if line["split"] == "health")
     assert len(health["psnr_per_scale"]) == 3 and 0 < health["codes_used"] <= 1
-    first = next(x for x in log if (x["stage"], x["split"], x["step"]) == ("var", "train", 1))
+    first = next(line for line in log if line["stage"] == "var" and line["split"] == "train")
     assert abs(first["loss"] - np.log(32)) < 0.1
 
 
 def test_the_losses_fall(finished):
-    log = train.read_log(finished / "log.jsonl")
+    log = sample.read_log(finished / "log.jsonl")
     for stage in ("tokenizer", "var"):
         losses = [x["loss"] for x in log if (x["stage"], x["split"]) == (stage, "train")]
         assert losses[-1] < losses[0]
 
 
+def test_the_health_that_is_printed_is_the_one_measured(finished, capsys):
+    tokenizer = sample.load_tokenizer(finished / "tokenizer.pt")
+    images, _ = sample.load_held_out(finished).tensors
+    health = tokenizer.health([sample.to_float(images)])
+    log = sample.read_log(finished / "log.jsonl")
+    logged = next(line for line in log if line["split"] == "health")
+    for name, value in health.items():
+        assert np.allclose(logged[name], value, rtol=1e-4), name
+    train.say_health(health, tokenizer.config)
+    said = capsys.readouterr().out
+    assert f"PSNR {health['psnr_per_scale'][-1]:.2f} dB; {health['codes_used']:.0%} of 32" in said
+    assert len(said.splitlines()) == 5
+
+
 def test_sampling(finished, tmp_path):
-    def draw(name, *arguments):
-        result = run("sample.py", "--run", finished, "--out", tmp_path / name, "--per-class", 3, *arguments)
-        assert result.returncode == 0, result.stderr
+    def draw(name, *arguments) -> Image.Image:
+        ran("sample.py", "--run", finished, "--out", tmp_path / name, "--per-class", 3, *arguments)
         return Image.open(tmp_path / name)
 
-    one, again, other = draw("a.png", "--seed", 4), draw("b.png", "--seed", 4), draw("c.png", "--seed", 5)
+    one, again, other = (draw(name, "--seed", seed) for name, seed in (("a", 4), ("b", 4), ("c", 5)))
     assert np.array_equal(one, again) and not np.array_equal(one, other)
     assert one.height == 2 * 66   # a row per class
-    assert draw("d.png", "--classes", "dog").height == 66
-    progress = draw("e.png", "--classes", "dog", "--progress")
+    assert draw("d", "--classes", "dog").height == 66
+    progress = draw("e", "--classes", "dog", "--progress")
     assert progress.height == 3 * 66   # a row per image
     assert progress.width < one.width + 10   # a column per scale: three
 
 
 def test_the_stages_alone_equal_the_whole(folder, finished, tmp_path):
     for stage in ("tokenizer", "var"):
-        assert run("train.py", "--data", folder, "--out", tmp_path, "--stage", stage, *TINY).returncode == 0
-    for name in ("tokenizer.pt", "var.pt"):
-        apart, whole = (torch.load(path / name, weights_only=True)["model"] for path in (tmp_path, finished))
-        assert all(torch.equal(apart[key], whole[key]) for key in whole)
+        ran("train.py", "--data", folder, "--out", tmp_path, "--stage", stage, *TINY)
+    assert same_run(tmp_path, finished)
+
+
+def test_half_precision(folder, tmp_path):
+    flags = ["--tokenizer-steps", 20, "--var-steps", 15, "--precision", "bf16"]
+    ran("train.py", "--data", folder, "--out", tmp_path, *TINY, *flags)
+    log = sample.read_log(tmp_path / "log.jsonl")
+    losses = [line["loss"] for line in log if line["split"] == "train"]
+    assert len(losses) == 4 and losses[1] < losses[0] and losses[3] < losses[2]
+    ran("sample.py", "--run", tmp_path, "--per-class", 2, "--precision", "bf16")
+
+
+def test_a_finished_run_is_left_as_it_is(folder, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    said = ran("train.py", "--data", folder, "--out", out, *TINY, "--resume")
+    assert said.count("is finished") == 2 and same_run(out, finished)
 
 
 @pytest.mark.parametrize("how", ["two processes", "parts", "workers"])
-def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path, how):
-    same = ["--data", folder, *TINY, "--precision", "fp32", "--label-dropout", 0, "--tokenizer-steps", 30, "--var-steps", 12,
+def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path, monkeypatch, how):
+    same = ["--data", folder, *TINY, "--label-dropout", 0, "--tokenizer-steps", 30,
+            "--var-steps", 12,
             "--var-lr", 1e-3]   # at a high rate, rounding errors double every few steps
-    assert run("train.py", "--out", tmp_path / "one", *same).returncode == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if how == "two processes" else []
-    extra = {"two processes": [], "parts": ["--grad-accumulation", 4], "workers": ["--workers", 2]}[how]
-    command = [sys.executable, *launcher, ROOT / "train.py", "--out", tmp_path / "other", *same, *extra]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    logs = [train.read_log(tmp_path / name / "log.jsonl") for name in ("one", "other")]
-    assert [(x["stage"], x["step"], x["split"]) for x in logs[0]] == [(x["stage"], x["step"], x["split"]) for x in logs[1]]
-    losses = [[x["loss"] for x in log if x["split"] == "train"] for log in logs]
-    assert losses[0] == losses[1] if how == "workers" else np.allclose(*losses, rtol=0, atol=1e-5)
+    ran("train.py", "--out", tmp_path / "one", *same)
+    other = ["--out", tmp_path / "other", *same]
+    if how == "two processes":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+        result = start(*torchrun, ROOT / "train.py", *other)
+        assert result.returncode == 0, result.stderr
+    elif how == "parts":
+        ran("train.py", *other, "--grad-accumulation", 4)
+    else:
+        monkeypatch.setattr(train, "DISK_SHARE", 0.0)
+        (folder / "dog" / "05.jpg").rename(folder / "05.jpg")   # no image: no other stands in for it
+        ran("train.py", "--out", tmp_path / "one", *same, "--overwrite", "--workers", 0)
+        ran("train.py", *other, "--workers", 2)
+        (folder / "05.jpg").rename(folder / "dog" / "05.jpg")
+    logs = [sample.read_log(tmp_path / name / "log.jsonl") for name in ("one", "other")]
+    keys = [[(line["stage"], line["step"], line["split"]) for line in log] for log in logs]
+    assert keys[0] == keys[1]
+    losses = [[line["loss"] for line in log if line["split"] == "train"] for log in logs]
+    if how == "workers":
+        assert losses[0] == losses[1]
+    else:
+        assert np.allclose(*losses, rtol=0, atol=1e-5)
+
+
+# What changes how a model is computed, and not what
 
 
 def small_var(**values) -> train.VAR:
@@ -87,44 +137,53 @@ def gradients(model: torch.nn.Module, *inputs) -> list[torch.Tensor]:
     torch.manual_seed(0)   # of dropped labels and layers
     outputs = model(*inputs)
     model.zero_grad()
-    (outputs[1]["total"] if isinstance(outputs, tuple) else outputs.square().mean()).backward()
+    loss = outputs[1]["total"] if isinstance(outputs, tuple) else outputs.square().mean()
+    loss.backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("model", ["tokenizer", "transformer"])
+@pytest.mark.parametrize("which", ["tokenizer", "transformer"])
 @pytest.mark.parametrize("how", ["compile", "checkpoint_activations"])
-def test_compiling_and_checkpointing_do_not_change_gradients(model, how, monkeypatch):
-    if how == "compile":
-        try:
-            train.check_compiler(torch.device("cpu"))
-        except train.UserError as error:
-            pytest.skip(str(error))
+def test_compiling_and_checkpointing_do_not_change_gradients(which, how, monkeypatch):
     torch.manual_seed(0)
-    if model == "tokenizer":
+    code_channels = 8
+    if which == "tokenizer":
         preset = train.Preset(image_size=4, scales=(1, 2), multipliers=(1, 1), tokenizer_width=8)
-        model, inputs = train.Tokenizer(preset.tokenizer_config(3)), (torch.rand(4, 3, 4, 4) * 2 - 1, False)
-    elif how == "compile":   # which has to leave the Triton kernels alone; it draws other dropped labels and layers
-        monkeypatch.setattr(kernels, "FACE", "triton" if os.environ.get("TRITON_INTERPRET") and kernels.triton else None)
-        model, inputs = small_var(label_dropout=0.0), (torch.arange(4), torch.randn(4, 13, 8))
+        model = train.Tokenizer(preset.tokenizer_config(3))
+        inputs = (torch.rand(4, 3, 4, 4) * 2 - 1, False)
     else:
-        model, inputs = small_var(label_dropout=0.5, drop_path=0.5), (torch.arange(4), torch.randn(4, 13, 8))
+        dropped = 0.0 if how == "compile" else 0.5   # compiled, it draws others
+        model = small_var(label_dropout=dropped, drop_path=dropped, code_channels=code_channels)
+        inputs = (torch.arange(4), torch.randn(4, 13, code_channels))
     for p in model.parameters():   # as initialised, most branches have no gradient
         torch.nn.init.normal_(p, std=0.2)
     before = gradients(model, *inputs)
+    if how == "compile":   # captured and differentiated as always; Inductor's code would take long
+        compile_module = torch.nn.Module.compile
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **flags: compile_module(
+            module, backend="aot_eager", **flags))
     flags = {"compile": False, "checkpoint_activations": False, how: True}
     train.change_parts(model, SimpleNamespace(**flags))
     after = gradients(model, *inputs)
     assert len(before) == len(after) and all(g.abs().max() > 0 for g in before)
     for a, b in zip(before, after):
-        assert torch.equal(a, b) if how == "checkpoint_activations" else torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+        if how == "checkpoint_activations":
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_checkpointing_activations_keeps_less():
     def kept(model) -> int:
         """Bytes that the backward pass finds in memory."""
         seen = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
-            model(torch.arange(4), torch.randn(4, 13, 8))
+
+        def keep(tensor):
+            seen[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.arange(4), torch.randn(4, 13, model.config.code_channels))
         return sum(seen.values())
 
     torch.manual_seed(0)
@@ -135,51 +194,115 @@ def test_checkpointing_activations_keeps_less():
 
 
 def test_model_flops():
-    model = small_var()
-    stage = train.VARStage.__new__(train.VARStage)
-    stage.average, stage.example = SimpleNamespace(module=model), lambda: (torch.tensor([0]), torch.randn(1, 13, 8))
+    model = small_var(code_channels=8)
     W, L, V, C, depth = 32, 14, 16, 8, 2
     per_token = depth * (3 * W * W + W * W + 2 * 4 * W * W) + W * V
     per_image = depth * 6 * W * W + 2 * W * W + (L - 1) * C * W
     seen = L * L   # so short a sequence is one masked call
-    assert stage.forward_flops() == 2 * (L * per_token + per_image + depth * 2 * seen * W)
+    flops = kernels.forward_flops(model, torch.tensor([0]), torch.randn(1, 13, 8))
+    assert flops == 2 * (L * per_token + per_image + depth * 2 * seen * W)
 
 
 def test_speed(monkeypatch):
     stage = train.VARStage.__new__(train.VARStage)
-    stage.model, stage.batch, stage.peak, stage.flops = small_var(), 8, None, 0
+    stage.model = small_var()
+    stage.batch = 8
+    stage.peak_flops = None
     assert stage.speed(None) == "" and stage.speed(2.0) == ", 16 images/s, 224 tokens/s"
-    stage.peak, stage.flops = 1e5, 1000   # 16 images of 3000 operations, backward pass included
+    stage.peak_flops = 1e5
+    stage.flops = 1000   # 16 images of 3000 operations, backward pass included
     assert stage.speed(2.0).endswith(", 48% of peak FLOP/s")
-    options = SimpleNamespace(device=torch.device("cuda"), precision="bf16")
-    for card, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA T4", None)):
+    cuda = torch.device("cuda")
+    for card, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 NVL", 835e12),
+                       ("NVIDIA T4", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
-        assert train.peak_flops(options) == peak
+        assert kernels.peak_flops(cuda) == peak
+    assert kernels.peak_flops(torch.device("cpu")) is None
+
+
+def test_what_a_stage_will_take_is_said(monkeypatch, capsys):
+    clock = iter([100.0, 103.0])   # ten steps of 0.3 s
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    forecast = train.Forecast("var", 815)
+    for step in range(1, 31):
+        forecast.after(step)
+    assert "var: about 4 minutes on this machine" in capsys.readouterr().out
+
+
+def test_learning_rate():
+    rates = [train.learning_rate(step, 100, 10, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[10] == 1 and rates[55] == pytest.approx(0.55)   # half way down
+    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[99] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_the_average_of_the_weights(tmp_path):
+    stage = tokenizer_stage(tmp_path)
+    stage.ema = 0.75
+    weight = stage.model.decoder.conv_out.bias
+    average = stage.average.decoder.conv_out.bias
+    expected = None
+    for stage.step in range(4):
+        torch.nn.init.constant_(weight, 2.0**stage.step)
+        stage.update_average()
+        expected = 1.0 if stage.step == 0 else 0.75 * expected + 0.25 * 2.0**stage.step
+        assert average.tolist() == pytest.approx([expected] * 3)
+    stage.ema = 0.0
+    stage.update_average()
+    assert torch.equal(average, weight)
+
+
+def test_notes_on_what_would_be_faster(monkeypatch, capsys):
+    options = SimpleNamespace(device="cpu", precision="bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    sample.settle_device(options)
+    said = capsys.readouterr().out
+    assert "--precision fp32 is faster here" in said and "one thread of 8 is used" in said
+    options = SimpleNamespace(device="cpu", precision="auto")
+    sample.settle_device(options)
+    assert options.precision == "fp32" and "faster" not in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    options = SimpleNamespace(device="cpu", precision="auto")
+    sample.settle_device(options)
+    assert options.precision == "bf16"
+
+
+# Mistakes
 
 
 def test_mistakes_in_training(folder, tmp_path):
+    def refusal(*arguments, data=folder, out=tmp_path / "out") -> str:
+        return refused("train.py", "--data", data, "--out", out, *TINY, *arguments)
+
     empty = tmp_path / "empty"
     empty.mkdir()
-    out = tmp_path / "out"
-    assert "neither a folder nor one of" in refused("train.py", "--data", tmp_path / "missing", "--out", out, *TINY)
-    assert "no sub-folders" in refused("train.py", "--data", empty, "--out", out, *TINY)
+    assert "neither a folder nor one of" in refusal(data=tmp_path / "missing")
+    assert "no sub-folders" in refusal(data=empty)
     (empty / "nothing").mkdir()
-    assert "has 0 images" in refused("train.py", "--data", empty, "--out", out, *TINY)
-    assert "start at 1" in refused("train.py", "--data", folder, "--out", out, *TINY, "--scales", "2,4")
-    assert "and grow" in refused("train.py", "--data", folder, "--out", out, *TINY, "--scales", "1,4,4")
-    assert "are images of 6" in refused("train.py", "--data", folder, "--out", out, *TINY, "--scales", "1,2,3")
-    assert "are images of 8" in refused("train.py", "--data", folder, "--out", out, *TINY, "--image-size", "9")
-    for flag, value in (("--unquantized", 1), ("--heads", 0), ("--seed", -1), ("--last-scales", 0), ("--tokenizer-batch", 0),
-                        ("--multipliers", "1,0"), ("--var-lr", "nan"), ("--grad-accumulation", 0)):
-        assert f"{flag} " in refused("train.py", "--data", folder, "--out", out, *TINY, flag, value)
+    assert "has 0 images" in refusal(data=empty)
+    assert "start at 1" in refusal("--scales", "2,4")
+    assert "and grow" in refusal("--scales", "1,4,4")
+    assert "are images of 6" in refusal("--scales", "1,2,3")
+    assert "are images of 8" in refusal("--image-size", 9)
+    wrong = {"--unquantized": 1, "--heads": 0, "--seed": -1, "--last-scales": 0, "--var-lr": "nan",
+             "--tokenizer-batch": 0, "--multipliers": "1,0", "--grad-accumulation": 0,
+             "--scales": "1,b", "--ema": 1, "--label-dropout": 1.5, "--var-steps": 2.5}
+    for flag, value in wrong.items():
+        told = refusal(flag, value)
+        assert f"{flag}: " in told and "must be" in told
     for batch in ("--tokenizer-batch", "--var-batch"):
-        assert f"{batch} 9 does not divide" in refused("train.py", "--data", folder, "--out", out, *TINY,
-                                                       "--grad-accumulation", 2, batch, 9)
-    assert "one of them" in refused("train.py", "--data", folder, "--out", out, *TINY, "--resume", "--overwrite")
+        told = refusal("--grad-accumulation", 2, batch, 9)
+        assert f"{batch} 9 does not divide into 2 parts" in told
+    assert "one of them" in refusal("--resume", "--overwrite")
+    assert "is without it" in refusal("--stage", "tokenizer", "--tokenizer", "x.pt")
     (tmp_path / "file").touch()
-    assert "File exists" in refused("train.py", "--data", folder, "--out", tmp_path / "file", *TINY)
-    assert "no tokenizer checkpoint" in refused("train.py", "--data", folder, "--out", out, *TINY, "--stage", "var")
-    assert not (out / "tokenizer.pt").exists()
+    assert "File exists" in refusal(out=tmp_path / "file") or "Not a directory" in refusal(
+        out=tmp_path / "file")
+    assert "no tokenizer checkpoint" in refusal("--stage", "var")
+    assert "cannot be used" in refusal("--device", "nonsense")
+    assert not (tmp_path / "out" / "tokenizer.pt").exists()
 
 
 def test_no_compiler(monkeypatch, tmp_path):
@@ -187,38 +310,45 @@ def test_no_compiler(monkeypatch, tmp_path):
         raise RuntimeError("no compiler\nmany lines")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert refused("train.py", "--out", tmp_path, *TINY, "--compile").endswith("--compile does not work here: no compiler many lines")
+    told = refused("train.py", "--out", tmp_path, *TINY, "--compile")
+    assert told.endswith("--compile does not work here: no compiler many lines")
 
 
 def test_a_mistake_ends_a_program_with_one_sentence(tmp_path):
-    result = run("sample.py", "--run", tmp_path)
-    assert result.returncode == 2 and result.stderr == f"error: there is no transformer checkpoint at {tmp_path / 'var.pt'}\n"
+    result = start(ROOT / "sample.py", "--run", tmp_path)
+    missing = tmp_path / "var.pt"
+    assert result.returncode == 2
+    assert result.stderr == f"error: there is no transformer checkpoint at {missing}\n"
 
 
 def test_mistakes_in_sampling(finished, tmp_path):
-    assert "no transformer checkpoint" in refused("sample.py", "--run", tmp_path)
-    assert "there is no class bird; there are cat, dog" in refused("sample.py", "--run", finished, "--classes", "bird")
-    assert "is a checkpoint of a tokenizer" in refused("sample.py", "--run", finished, "--var", finished / "tokenizer.pt")
-    assert "must be" in refused("sample.py", "--run", finished, "--top-p", "0")
+    def refusal(*arguments, run=finished) -> str:
+        return refused("sample.py", "--run", run, *arguments)
+
+    assert "no transformer checkpoint" in refusal(run=tmp_path)
+    assert "there is no class bird; there are cat, dog" in refusal("--classes", "bird")
+    assert "is a checkpoint of a tokenizer" in refusal("--var", finished / "tokenizer.pt")
+    assert "must be" in refusal("--top-p", "0")
     cut = tmp_path / "var.pt"
     cut.write_bytes((finished / "var.pt").read_bytes()[:5000])
-    assert "cannot be read as a transformer checkpoint" in refused("sample.py", "--run", finished, "--var", cut)
-    other = train.Tokenizer(train.TokenizerConfig(**torch.load(finished / "tokenizer.pt", weights_only=True)["config"]))
-    train.save_checkpoint(tmp_path / "tokenizer.pt", "tokenizer", config=asdict(other.config), model=other.state_dict())
-    assert "another tokenizer" in refused("sample.py", "--run", finished, "--tokenizer", tmp_path / "tokenizer.pt")
+    assert f"{cut} cannot be read" in refusal("--var", cut)
+    other = write_other_tokenizer(finished, tmp_path / "tokenizer.pt")
+    assert "another tokenizer" in refusal("--tokenizer", other)
 
 
-def test_help_explains_every_flag():
-    for script in ("train.py", "sample.py"):
-        text = run(script, "--help").stdout.split("\n\n", 1)[1] + "\n"
-        flags = re.findall(r"^  (?:-h, )?(--[a-z-]+)(.*\n(?: {10,}.*\n)*)", text, re.MULTILINE)
-        assert len(flags) > 20
-        for flag, rest in flags:
-            assert re.search(r"(  |\n {10,})\S+ \S+", rest), f"{flag} has no help"
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_help_explains_every_flag(program):
+    text = run(program, "--help").stdout.split("\n\n", 1)[1] + "\n"
+    flags = re.findall(r"^  (?:-h, )?(--[a-z-]+)(.*\n(?: {10,}.*\n)*)", text, re.MULTILINE)
+    assert len(flags) > 20
+    for flag, rest in flags:
+        assert re.search(r"(  |\n {10,})\S+ \S+", rest), f"{flag} has no help"
 
 
 def test_every_preset_is_a_possible_model():
-    for preset in train.PRESETS.values():
+    for name in train.PRESETS:
+        options = train.parse(["--preset", name])
+        preset = train.settle_preset(options)
         config = preset.tokenizer_config(3)
         assert config.image_side == preset.image_size
         preset.var_config(config, 10)

@@ -1,5 +1,9 @@
-"""Everything sample.py does with a trained run, through its command line, and what its pictures hold."""
+"""Everything sample.py does with a trained run, through its command line, and what its pictures
+hold."""
 from __future__ import annotations
+
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,30 +11,28 @@ import torch
 from PIL import Image
 
 import sample
-import train
-from program import TINY, refused, run
+from program import TINY, ran, refused
 
-GAP, CELL = 2, 64
+GAP = 2
+CELL = 64
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
+def shapes(tmp_path_factory) -> Path:
     """A short run on the built-in data: its reconstructions already resemble the images."""
     out = tmp_path_factory.mktemp("shapes")
-    small = dict(zip(TINY[::2], TINY[1::2]), **{"--image-size": "16", "--scales": "1,2,4", "--multipliers": "1,2,2",
-                                                "--tokenizer-steps": "150", "--var-steps": "60", "--code-channels": "8"})
-    result = run("train.py", "--out", out, *(part for pair in small.items() for part in pair))
-    assert result.returncode == 0, result.stderr
+    ran("train.py", "--out", out, *TINY, "--image-size", 16, "--scales", "1,2,4",
+        "--multipliers", "1,2,2", "--tokenizer-steps", 150, "--var-steps", 60,
+        "--code-channels", 8)
     return out
 
 
-def draw(shapes, path, *arguments) -> tuple[np.ndarray, str]:
+def draw(shapes: Path, path: Path, *arguments) -> tuple[np.ndarray, str]:
     """The picture a command writes, and what it says."""
-    result = run("sample.py", "--run", shapes, "--out", path, *arguments)
-    assert result.returncode == 0, result.stderr
+    said = ran("sample.py", "--run", shapes, "--precision", "fp32", "--out", path, *arguments)
     with Image.open(path) as image:
         assert image.format == "PNG"
-        return np.asarray(image.convert("RGB")), result.stdout
+        return np.asarray(image.convert("RGB")), said
 
 
 def columns(picture: np.ndarray, count: int) -> list[np.ndarray]:
@@ -39,90 +41,141 @@ def columns(picture: np.ndarray, count: int) -> list[np.ndarray]:
     return [picture[:, begin + i * (CELL + GAP):][:, :CELL] for i in range(count)]
 
 
-def opened(shapes, *arguments) -> tuple[sample.Run, sample.Given]:
-    """The same in this process, for numbers that a picture does not show."""
-    options = sample.parse(["--run", str(shapes), "--image", *(f"data:{i}" for i in range(40)), *arguments])
-    options.device, options.precision = "cpu", "fp32"
-    train.settle_device(options)
-    opened_run = sample.load(options)
-    return opened_run, sample.load_images(opened_run, options.image)
+def opened(shapes: Path, *arguments) -> tuple[sample.Run, sample.Given]:
+    """The run and 40 images of it, for numbers that a picture does not show."""
+    images = [f"data:{i}" for i in range(40)]
+    options = sample.parse(["--run", str(shapes), "--device", "cpu", "--precision", "fp32",
+                            "--task", "inpaint", "--image", *images, *map(str, arguments)])
+    sample.settle_device(options)
+    run = sample.load(options)
+    return run, sample.load_images(run, options.image)
 
 
-def completed(shapes, monkeypatch, *arguments) -> list[torch.Tensor]:
-    """The results of a task, one per seed, before they are put into a grid."""
-    opened_run, given = opened(shapes, "--seeds", "0", *arguments)
-    results, decode = [], opened_run.decode
-    monkeypatch.setattr(sample.Run, "decode", lambda self, tokens_NL: results.append(decode(tokens_NL)) or results[-1])
-    sample.complete(opened_run, given)
-    return results
+# Completing images
 
 
 @pytest.mark.parametrize("task", ["inpaint", "outpaint", "edit", "upscale"])
-def test_completing_keeps_what_is_kept(shapes, tmp_path, task):
-    extra = {"edit": ["--paste", "--classes", "star"], "upscale": []}.get(task, ["--paste"])
-    picture, said = draw(shapes, tmp_path / "a.png", "--task", task, "--image", "data:3", "data:5", "--seeds", 0, 1,
-                         "--box", 0, 0, 0.5, 1, *extra)
+def test_completing_keeps_what_is_known(shapes, tmp_path, task):
+    flags = {"edit": ["--paste", "--classes", "star"], "upscale": []}.get(task, ["--paste"])
+    picture, said = draw(shapes, tmp_path / "a.png", "--task", task, "--image", "data:3", "data:5",
+                         "--seeds", 0, 1, "--box", 0, 0, 0.5, 1, *flags)
     assert picture.shape[0] == 2 * (CELL + GAP)
     original, shown, first, second = columns(picture, 4)
     assert not np.array_equal(first, second)   # two seeds
     if task == "upscale":
         assert not np.array_equal(original, shown) and not np.array_equal(shown, first)
         return
-    top, bottom = (np.s_[y:y + CELL // 2] for y in (0, CELL // 2))
-    kept, made = (top, bottom) if task == "outpaint" else (bottom, top)
+    top = np.s_[:CELL // 2]
+    bottom = np.s_[CELL // 2:CELL]
+    known, made = (top, bottom) if task == "outpaint" else (bottom, top)
     for column in (shown, first, second):
-        assert np.array_equal(column[kept], original[kept])
+        assert np.array_equal(column[known], original[known])
     assert not np.array_equal(first[made], original[made])
-    assert "mean squared error 0.00000" in said or float(said.split("error ")[1].split()[0]) < 1e-4
+    assert float(said.split("error ")[1].split()[0]) < 1e-4
 
 
-def test_everything_kept_is_the_reconstruction(shapes, tmp_path):
+def test_upscaling_reads_the_small_image_alone(shapes, tmp_path):
+    """Two images with the same small one have the same result."""
+    image = sample.load_held_out(shapes).tensors[0][3]
+    small = image.float().view(3, 8, 2, 8, 2).mean(dim=(2, 4), keepdim=True)
+    flat = small.expand(3, 8, 2, 8, 2).reshape(3, 16, 16)
+    rough = flat + torch.tensor([[8.0, -8.0], [-8.0, 8.0]]).repeat(8, 8)
+    for name, pixels in (("flat", flat), ("rough", rough.clamp(0, 255))):
+        array = pixels.round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    results = []
+    for name in ("flat", "rough"):
+        picture, _ = draw(shapes, tmp_path / "a.png", "--task", "upscale", "--small", 4,
+                          "--image", tmp_path / f"{name}.png", "--seeds", 1)
+        results.append(columns(picture, 1)[0])
+    assert np.abs(results[0].astype(int) - results[1]).max() <= 8   # but for rounding to bytes
+
+
+def test_everything_known_is_the_reconstruction(shapes, tmp_path):
     Image.new("L", (16, 16), "black").save(tmp_path / "nothing.png")
-    kept, _ = draw(shapes, tmp_path / "a.png", "--task", "inpaint", "--image", "data:3", "--mask", tmp_path / "nothing.png", "--seeds", 0)
+    kept, _ = draw(shapes, tmp_path / "a.png", "--task", "inpaint", "--image", "data:3",
+                   "--mask", tmp_path / "nothing.png", "--seeds", 0)
     plain, said = draw(shapes, tmp_path / "b.png", "--task", "reconstruct", "--image", "data:3")
-    assert np.array_equal(columns(kept, 1)[0], columns(plain, 1)[0]) and "PSNR" in said
+    assert np.array_equal(columns(kept, 1)[0], columns(plain, 1)[0][CELL + GAP:])
+    error = (columns(plain, 1)[0][:CELL].astype(float) - columns(plain, 1)[0][CELL + GAP:-GAP]) / 255
+    expected = 10 * np.log10(1 / np.square(error).mean())
+    assert float(said.split("PSNR ")[1].split()[0]) == pytest.approx(expected, abs=0.1)
 
 
-def test_nothing_kept_is_plain_generation(shapes, tmp_path):
+def test_nothing_known_is_plain_generation(shapes, tmp_path):
     Image.new("RGBA", (40, 30), "white").save(tmp_path / "all.png")
-    made, _ = draw(shapes, tmp_path / "a.png", "--task", "edit", "--classes", "heart", "--image", "data:3",
-                   "--mask", tmp_path / "all.png", "--seeds", 4)
+    made, _ = draw(shapes, tmp_path / "a.png", "--task", "edit", "--classes", "heart",
+                   "--image", "data:3", "--mask", tmp_path / "all.png", "--seeds", 4)
     plain, _ = draw(shapes, tmp_path / "b.png", "--classes", "heart", "--per-class", 1, "--seed", 4)
     assert np.array_equal(columns(made, 1)[0], columns(plain, 1)[0])
 
 
-@pytest.mark.parametrize("box", [(0.25, 0.25, 0.75, 0.75), (0, 0, 1, 0.4), (0.5, 0, 1, 1)])
-def test_the_closed_loop_keeps_better_than_the_open_one(shapes, monkeypatch, box):
-    arguments = ["--task", "inpaint", "--box", *map(str, box)]
-    opened_run, given = opened(shapes, *arguments)
-    keep_HW = sample.kept_pixels(opened_run)
-    closed, open_ = (((completed(shapes, monkeypatch, *arguments, *loop)[0] - given.images) * keep_HW).square().mean()
-                     for loop in ([], ["--open-loop"]))
-    assert closed <= open_
+def test_the_open_loop_puts_the_image_s_own_tokens(shapes, monkeypatch):
+    """And the closed one others, as soon as a coarser scale was generated."""
+    tokens = []
+    for loop in ([], ["--open-loop"]):
+        run, given = opened(shapes, "--box", 0, 0, 0.5, 1, "--seeds", 0, *loop)
+        decode = run.decode
+        monkeypatch.setattr(run, "decode", lambda x: tokens.append(x) or decode(x))
+        sample.complete(run, given)
+    known_HW = sample.known_pixels(run)
+    own_NL = run.encode(sample.fill_holes(given.images, known_HW))[1]
+    known_L = torch.tensor([1] + [0, 0, 1, 1] + [0] * 8 + [1] * 8).bool()
+    closed_NL, open_NL = tokens
+    assert torch.equal(open_NL[:, known_L], own_NL[:, known_L])
+    assert not torch.equal(closed_NL[:, known_L], own_NL[:, known_L])
+    assert torch.equal(closed_NL[:, 0], own_NL[:, 0])   # nothing was generated before it
 
 
 def test_the_encoder_does_not_see_the_hole(shapes):
-    opened_run, given = opened(shapes, "--task", "inpaint")
-    keep_HW = sample.kept_pixels(opened_run)
-    other = torch.where(keep_HW > 0, given.images, torch.rand_like(given.images))
-    assert torch.equal(sample.fill_holes(given.images, keep_HW), sample.fill_holes(other, keep_HW))
-    assert torch.equal(sample.fill_holes(given.images, keep_HW) * keep_HW, given.images * keep_HW)
+    run, given = opened(shapes)
+    known_HW = sample.known_pixels(run)
+    filled = sample.fill_holes(given.images, known_HW)
+    other = torch.where(known_HW > 0, given.images, torch.rand_like(given.images))
+    assert torch.equal(filled, sample.fill_holes(other, known_HW))
+    assert torch.equal(filled * known_HW, given.images * known_HW)
     flat = torch.full_like(given.images, 0.3)
-    torch.testing.assert_close(sample.fill_holes(flat * keep_HW, keep_HW), flat)
+    torch.testing.assert_close(sample.fill_holes(flat * known_HW, known_HW), flat)
+
+
+def test_the_report_on_a_completion(capsys):
+    images = torch.zeros(2, 3, 4, 4)
+    known_HW = torch.ones(4, 4)
+    known_HW[:, 2:] = 0
+    images[:, :, :, 2:] = 0.5   # a step of 0.5 at the border, 0.25 in [0, 1]
+    result = images.clone()
+    result[:, :, 0, 0] = 0.4    # one pixel of the 8 that are known
+    result[:, :, :, 2:] = 1.0
+    sample.report([result, images], images, known_HW)
+    said = capsys.readouterr().out
+    assert f"error {0.2**2 / 8 / 2:.5f}" in said
+    assert "mean step 0.3750, 1.50 of the image's own" in said
+
+
+# Pictures
 
 
 def test_images_of_any_kind(shapes, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    for mode, ending in (("L", "png"), ("RGBA", "webp"), ("P", "png"), ("RGB", "jpg"), ("CMYK", "jpg"), ("1", "png"), ("I;16", "png")):
+    for mode, ending in (("L", "png"), ("RGBA", "webp"), ("P", "png"), ("RGB", "jpg"),
+                         ("CMYK", "jpg"), ("1", "png"), ("I;16", "png")):
         Image.new(mode, (30, 50)).save(folder / f"{mode.replace(';', '')}.{ending}")
-    picture, _ = draw(shapes, tmp_path / "a.png", "--task", "reconstruct", "--image", folder, "data:0")
-    assert picture.shape[0] == 8 * (CELL + GAP)
+    picture, said = draw(shapes, tmp_path / "a.png", "--task", "reconstruct", "--image", folder,
+                         "data:0")
+    assert said.count("PSNR") == 8 and picture.shape[0] == 2 * (CELL + GAP)
 
 
 def test_pictures_that_explain(shapes, tmp_path):
     codes, _ = draw(shapes, tmp_path / "codes.png", "--codes", "data:3", "data:4")
-    assert codes.shape[0] == 4 * (CELL + GAP) and len(np.unique(columns(codes, 3)[0][:CELL].reshape(-1, 3), axis=0)) == 1
+    assert codes.shape[0] == 6 * (CELL + GAP)   # left over, codes, image so far
+    coarse = columns(codes, 3)[0][CELL + GAP:2 * CELL + GAP]
+    assert len(np.unique(coarse.reshape(-1, 3), axis=0)) == 1   # a single code
+    teaching, _ = draw(shapes, tmp_path / "teaching.png", "--teaching", "data:3")
+    second = np.s_[CELL + GAP:2 * CELL + GAP]   # the second row
+    for read, code, s in zip(columns(teaching, 3), columns(codes, 3), (1, 2, 4)):
+        assert len(np.unique(read[:CELL].reshape(-1, 3), axis=0)) <= s * s
+        assert np.array_equal(read[second], code[second])   # what is to be predicted: its codes
     attention, _ = draw(shapes, tmp_path / "attention.png", "--attention", "data:3", "--cell", 0, 3)
     assert len(np.unique(attention.reshape(-1, 3), axis=0)) > 20
     draw(shapes, tmp_path / "a.png", "--gif", tmp_path / "a.gif", "--per-class", 2)
@@ -131,40 +184,86 @@ def test_pictures_that_explain(shapes, tmp_path):
 
 
 def test_attention_weights_are_what_the_layer_computes(shapes):
-    opened_run, given = opened(shapes)
-    model, inputs = opened_run.model, opened_run.tokenizer.teacher_inputs(sample.encode(opened_run, given.images[:1])[1])
-    labels_B, query, seen = torch.tensor([2]), 4, {}
+    run, given = opened(shapes)
+    model = run.model
+    inputs = run.tokenizer.teacher_inputs(run.encode(given.images[:1])[1])
+    seen = {}
     block = model.blocks[0].attention
-    hook = block.register_forward_hook(lambda module, arguments, result: seen.update(x=arguments[0], o=result))
+    hook = block.register_forward_hook(
+        lambda module, arguments, result: seen.update(x=arguments[0], o=result))
     with torch.no_grad():
-        weights_L = sample.attention_of(model, labels_B, inputs, query)[0]
+        weights_L = sample.attention_of(model, torch.tensor([2]), inputs, query=4)[0]
         hook.remove()
-        assert abs(weights_L.sum() - 1) < 1e-5 and weights_L[5:].abs().max() == 0   # scales 1x1 and 2x2 alone
+        assert abs(weights_L.sum() - 1) < 1e-5
+        assert weights_L[5:].abs().max() == 0   # scales 1x1 and 2x2 alone
+        # Averaging over heads is no loss if the values of all heads are the same.
         v_BHLD = block.project(seen["x"])[2]
-        if v_BHLD.shape[1] == 1:
-            torch.testing.assert_close(block.out((weights_L @ v_BHLD[0, 0])), seen["o"][0, query])
+        q_BHLD, k_BHLD, _, scale = block.project(seen["x"])
+        scores_HL = scale * torch.einsum("hd,hld->hl", q_BHLD[0, :, 4], k_BHLD[0, :, :5])
+        each_HL = scores_HL.softmax(dim=1)
+        torch.testing.assert_close(weights_L[:5], each_HL.mean(dim=0))
+        o_W = torch.einsum("hl,hld->hd", each_HL, v_BHLD[0, :, :5]).flatten()
+        torch.testing.assert_close(block.out(o_W), seen["o"][0, 4])
+
+
+# For evaluation
 
 
 def test_samples_for_evaluation(shapes, tmp_path):
-    for extra in ([], ["--rejection", 0.5]):
-        result = run("sample.py", "--run", shapes, "--npz", 23, tmp_path / "a.npz", *extra)
-        assert result.returncode == 0, result.stderr
+    for flags in ([], ["--rejection", 0.5]):
+        ran("sample.py", "--run", shapes, "--npz", 23, tmp_path / "a.npz", *flags)
         images = np.load(tmp_path / "a.npz")["arr_0"]
         assert images.shape == (23, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 10
-    assert run("sample.py", "--run", shapes, "--reference", tmp_path / "b.npz").returncode == 0
-    assert np.load(tmp_path / "b.npz")["arr_0"].shape == (1000, 16, 16, 3)
+    ran("sample.py", "--run", shapes, "--reference", tmp_path / "b.npz")
+    reference = np.load(tmp_path / "b.npz")["arr_0"]
+    held_out = sample.load_held_out(shapes).tensors[0]
+    assert np.array_equal(reference, held_out.permute(0, 2, 3, 1))
 
 
-def test_rejection_keeps_the_most_likely(shapes):
-    opened_run, _ = opened(shapes)
-    labels = [c for c in range(10) for _ in range(4)]
-    tokens_NL = opened_run.generate(labels, 0)
-    kept = opened_run.log_likelihood(tokens_NL, labels).view(10, 4).topk(2, dim=1).values
-    opened_run.options.rejection, shown = 0.5, []
-    opened_run.decode = lambda tokens_NL: shown.append(tokens_NL) or torch.zeros(len(tokens_NL), 3, 16, 16)
-    sample.draw_many(opened_run, 20)
-    again = opened_run.log_likelihood(shown[0], [c for c in range(10) for _ in range(2)]).view(10, 2)
-    torch.testing.assert_close(again.sort(dim=1).values, kept.sort(dim=1).values)
+def test_likelihoods(shapes):
+    """Against the sum over tokens, one at a time."""
+    run, given = opened(shapes)
+    tokens_NL = run.encode(given.images[:3])[1]
+    labels = [0, 4, 7]
+    found_N = run.log_likelihood(tokens_NL, labels)
+    with torch.no_grad():
+        logits_NLV = run.model(torch.tensor(labels), run.tokenizer.teacher_inputs(tokens_NL))
+    for n in range(3):
+        shares_LV = logits_NLV[n].softmax(dim=-1)
+        expected = sum(shares_LV[i, token].log() for i, token in enumerate(tokens_NL[n]))
+        torch.testing.assert_close(found_N[n], expected)
+
+
+def test_rejection_keeps_the_most_likely(shapes, monkeypatch):
+    run, _ = opened(shapes)
+    labels = [label for label in range(10) for _ in range(4)]
+    tokens_NL = run.generate(labels, 0)
+    likelihoods = run.log_likelihood(tokens_NL, labels).view(10, 4)
+    run.options.rejection = 0.5
+    shown = []
+
+    def decode(tokens_NL):
+        shown.append(tokens_NL)
+        return torch.zeros(len(tokens_NL), 3, 16, 16)
+
+    monkeypatch.setattr(run, "decode", decode)
+    sample.draw_many(run, 20)
+    kept = run.log_likelihood(shown[0], [label for label in range(10) for _ in range(2)])
+    best = likelihoods.topk(2, dim=1).values
+    torch.testing.assert_close(kept.view(10, 2).sort(dim=1).values, best.sort(dim=1).values)
+
+
+# Mistakes
+
+
+def test_a_run_is_whole_without_its_data(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for path in run.glob("*.images"):
+        path.unlink()
+    (run / "tokens.pt").unlink()
+    ran("sample.py", "--run", run, "--codes", "data:1")
+    (run / "held_out.pt").write_bytes(b"nothing")
+    assert "held_out.pt cannot be read" in refused("sample.py", "--run", run, "--codes", "data:1")
 
 
 def test_mistakes(shapes, tmp_path):
@@ -175,11 +274,12 @@ def test_mistakes(shapes, tmp_path):
     assert "needs --image" in refusal("--task", "inpaint")
     assert "needs --task" in refusal("--image", "data:3")
     assert "needs --classes" in refusal(*ask, "edit")
-    assert "fractions, from 0 to 1" in refusal(*ask, "inpaint", "--box", 0, 0, 1.5, 1)
-    assert "fractions, from 0 to 1" in refusal(*ask, "inpaint", "--box", 0, 0, "nan", 1)
+    assert "--box: 1.5 must be from 0 to 1" in refusal(*ask, "inpaint", "--box", 0, 0, 1.5, 1)
+    assert "nan must be from 0 to 1" in refusal(*ask, "inpaint", "--box", 0, 0, "nan", 1)
     assert "hold at least a pixel" in refusal(*ask, "inpaint", "--box", 0.5, 0, 0.5, 1)
     assert "no known pixels" in refusal(*ask, "upscale", "--paste")
     assert "less than the side" in refusal(*ask, "upscale", "--small", 16)
+    assert "--small: 0 must be" in refusal(*ask, "upscale", "--small", 0)
     assert "data:0 to data:999" in refusal("--codes", "data:1000")
     assert "cannot be read" in refusal("--codes", tmp_path / "missing.png")
     assert "cannot be read" in refusal(*ask, "inpaint", "--mask", tmp_path / "missing.png")
@@ -189,8 +289,7 @@ def test_mistakes(shapes, tmp_path):
     assert "is for --npz" in refusal("--rejection", 0.5)
     assert "no --classes" in refusal("--npz", 3, tmp_path / "a.npz", "--classes", "star")
     assert "is a folder" in refusal("--out", tmp_path)
-    assert "a seed must be" in refusal("--seed", 10**20)
-    assert "less than the side" in refusal(*ask, "upscale", "--small", 0)
+    assert "must be a whole number, from 0" in refusal("--seed", 10**20)
     assert "within the last map" in refusal("--attention", "data:3", "--cell", 4, 0)
     assert "a number of images" in refusal("--npz", "many", tmp_path / "a.npz")
     assert not list(tmp_path.iterdir())
