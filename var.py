@@ -194,6 +194,8 @@ class Block(nn.Module):
 
 
 class VAR(nn.Module):
+    """The class and what is decided so far in, logits of every token out."""
+
     def __init__(self, config: VARConfig):
         super().__init__()
         W = config.width
@@ -335,8 +337,8 @@ class VAR(nn.Module):
             logits = (1 + t) cond - t uncond,    t = cfg k / (K - 1)
 
         t starts at 0: the coarse scales choose among all images of the class, and pressed to be
-        typical they would choose alike. It grows, as the fine ones have less and less to choose,
-        and mistakes that show.
+        typical they would always choose alike. It grows because the finer ones have less and less
+        to choose, and what is not typical there is mostly a mistake.
         """
         last = len(self.config.scales) - 1
         guidance = cfg * k / max(last, 1)
@@ -539,7 +541,7 @@ class Muon(Optimizer):
     """Steps along the orthogonal matrix that is nearest to the momentum (Jordan et al., 2024).
 
     Momentum is a matrix too, U S V^T, with a few large singular values in S: a step along it moves
-    far in a few directions and hardly in all others, which then learn slowly. U V^T has the same
+    far in a few directions and hardly in all others, which learn slowly then. U V^T has the same
     directions and moves as far in each. Times 0.2 sqrt(max(rows, columns)) its entries have a root
     mean square of 0.2, about that of AdamW's steps, whose learning rate and weight decay then fit
     (arXiv 2502.16982, Sec. 2.2).
