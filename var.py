@@ -1,4 +1,4 @@
-"""Tokens to tokens: the transformer of VAR, which predicts an image scale by scale (2404.02905).
+"""Tokens to tokens: VAR's transformer, which predicts an image scale by scale (arXiv 2404.02905).
 
 A language model predicts the next token from all tokens before it. VAR predicts the next scale:
 all s x s tokens of it at once, from all coarser scales (Sec. 3.1).
@@ -14,8 +14,9 @@ is f_hat that is read). So a place of a map reads there what the image is so far
 token corrects it; and the tokens of a scale are drawn independently, given the coarser ones.
 
 `VAR.forward` teaches all scales at once: the maps of a real image are known, and so is what should
-be read (teacher forcing). `VAR.generate` makes one scale after the other, reading what it drew.
-Read these two first, then `Block` and `Attention`.
+be read (teacher forcing). What a token may see is the block-causal mask, a table of key ranges in
+kernels.py. `VAR.generate` makes one scale after the other, reading what it drew. Read these two
+first, then `Block` and `Attention`.
 
 Axes: B batch, L tokens of all scales (coarse to fine), l tokens of one scale, H heads, D width of
 a head, W = H * D model width, C code channels, V codebook size, K number of scales, k one of them,

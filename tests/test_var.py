@@ -134,6 +134,16 @@ def test_label_dropout_and_stochastic_depth_stop_in_eval():
     assert not torch.equal(dropped, model(zero, inputs))     # other layers were skipped
 
 
+def test_dropped_labels_become_the_null_class():
+    torch.manual_seed(0)
+    model, labels_B = VAR(config(label_dropout=0.25)), torch.arange(3).repeat(1000)
+    after_B = model.drop_labels(labels_B)
+    dropped_B = after_B == 3
+    assert torch.equal(after_B[~dropped_B], labels_B[~dropped_B])
+    assert 0.22 < dropped_B.float().mean() < 0.28
+    assert torch.equal(model.eval().drop_labels(labels_B), labels_B)
+
+
 def test_the_first_loss_is_ln_v():
     torch.manual_seed(0)
     model = VAR(config(vocabulary=512))
