@@ -68,7 +68,7 @@ class TokenizerConfig:
 
     def __post_init__(self):
         growing = all(b > a for a, b in zip(self.scales, self.scales[1:]))
-        if self.scales[:1] != (1,) or not growing:
+        if not self.scales or self.scales[0] != 1 or not growing:
             raise ValueError(f"scales {self.scales} must start at 1 and grow")
         for multiplier in self.multipliers:
             if self.width * multiplier % self.norm_groups:
