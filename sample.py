@@ -844,6 +844,7 @@ def settle_device(options: argparse.Namespace) -> None:
         print(f"note: one thread of {os.cpu_count()} is used; OMP_NUM_THREADS says how many")
     half = options.precision == "bf16"
     options.device = device
+    options.dtype = torch.bfloat16 if half else torch.float32
     options.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 

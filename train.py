@@ -61,7 +61,7 @@ from tokenizer import (
     PUBLISHED_SCALES, Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig,
     psnr,
 )
-from var import VAR, Block, VARConfig
+from var import VAR, Block, VARConfig, adamw_and_muon
 
 
 def main() -> None:
@@ -251,7 +251,7 @@ class Stage:
         rate = bar.format_dict["rate"]
         bar.set_postfix_str(f"loss {loss:.4f}{self.speed(rate)}", refresh=False)
         bar.update()
-        if bar.n == bar.initial + 20:
+        if not bar.disable and bar.n == bar.initial + 20:
             seconds = bar.format_dict["elapsed"] / 20 * (self.steps - bar.n)
             say(f"{self.name}: about {in_words(seconds)} on this machine")
         if report.logged:
@@ -355,11 +355,11 @@ def read_later(values: Tensor) -> Callable[[], list[float]]:
 
 
 def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
-    """Linear warm-up, then half a cosine down to the final share; as a share of the peak."""
+    """Linear warm-up, then linearly down to the final share; as a share of the peak."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+    return final + (1 - final) * (1 - progress)
 
 
 def shuffled(count: int, batch: int, seed: int, begin: int, end: int) -> Iterator[list[int]]:
@@ -414,13 +414,14 @@ class TokenizerStage(Stage):
         self.images = to_float(data.held_out.tensors[0][spread(data.held_out, 2000)])
         torch.manual_seed(options.seed)
         model = Tokenizer(preset.tokenizer_config(data.channels)).to(options.device)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), preset.tokenizer_lr, betas=(0.9, 0.95), weight_decay=0.0,
-            fused=True)
-        recipe = ("tokenizer_steps", "tokenizer_batch", "unquantized", "final_lr", "warmup")
+        layers = nn.ModuleList([model.encoder, model.decoder])
+        optimizers = adamw_and_muon(
+            model, layers, preset.tokenizer_lr, 0.0, preset.muon, options.dtype)
+        names = ("tokenizer_steps", "tokenizer_batch", "muon", "unquantized", "final_lr", "warmup")
+        recipe = {name: getattr(preset, name) for name in names}
         super().__init__(
-            model, [optimizer], data.train, preset.tokenizer_steps, preset.tokenizer_batch, 0.0,
-            {name: getattr(preset, name) for name in recipe}, data, options)
+            model, optimizers, data.train, preset.tokenizer_steps, preset.tokenizer_batch, 0.0,
+            recipe, data, options)
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -531,8 +532,8 @@ class VARStage(Stage):
         torch.manual_seed(options.seed)
         config = preset.var_config(tokenizer.config, len(data.classes))
         model = VAR(config).to(options.device)
-        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-        optimizers = model.optimizers(preset.var_lr, preset.weight_decay, preset.muon, dtype)
+        optimizers = model.optimizers(
+            preset.var_lr, preset.weight_decay, preset.muon, options.dtype)
         names = ("var_steps", "var_batch", "muon", "weight_decay", "final_lr", "warmup", "ema")
         recipe = {name: getattr(preset, name) for name in names}
         recipe["tokenizer"] = tokenizer.fingerprint()
@@ -706,9 +707,9 @@ def load_data(options: argparse.Namespace) -> Data:
         train = draw_shapes(20_000, side, seed=2 * options.seed)
         held_out = draw_shapes(1000, side, seed=2 * options.seed + 1)
         data = data_of(train, held_out, SHAPES)
-    elif options.data in KNOWN:
+    elif options.data in PUBLISHED:
         read = read_cifar10 if options.data == "cifar10" else read_idx
-        data = data_of(*read(options.data, options.data_dir, side), KNOWN[options.data].classes)
+        data = data_of(*read(options.data, options.data_dir, side), PUBLISHED[options.data].classes)
     else:
         data = load_folder(Path(options.data), options)
     if rank == 0 and ranks > 1:
@@ -837,7 +838,7 @@ OUTLINES = {   # in [-1, 1], y down
 
 
 @dataclass(frozen=True)
-class Known:
+class Published:
     """A published data set: where it is downloaded from, and the SHA-256 of its files' content.
 
     Of the idx files that is what they decompress to, since they are compressed in several ways.
@@ -847,8 +848,8 @@ class Known:
     classes: tuple[str, ...]
 
 
-KNOWN = {
-    "mnist": Known("https://storage.googleapis.com/cvdf-datasets/mnist/", {
+PUBLISHED = {
+    "mnist": Published("https://storage.googleapis.com/cvdf-datasets/mnist/", {
         "train-images-idx3-ubyte.gz":
             "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         "train-labels-idx1-ubyte.gz":
@@ -858,7 +859,7 @@ KNOWN = {
         "t10k-labels-idx1-ubyte.gz":
             "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     }, tuple("0123456789")),
-    "fashion-mnist": Known("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
+    "fashion-mnist": Published("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
         "train-images-idx3-ubyte.gz":
             "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
         "train-labels-idx1-ubyte.gz":
@@ -869,7 +870,7 @@ KNOWN = {
             "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     }, ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
         "boot")),
-    "cifar10": Known("https://www.cs.toronto.edu/~kriz/", {
+    "cifar10": Published("https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz":
             "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     }, ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
@@ -883,14 +884,14 @@ def known_file(name: str, file: str, data_dir: Path) -> bytes:
     places = [folder / file for folder in (data_dir, data_dir / name, SYSTEM_DATA / name)]
     path = next((place for place in places if place.exists()), data_dir / name / file)
     if not path.exists():
-        download(KNOWN[name].url + file, path)
+        download(PUBLISHED[name].url + file, path)
     content = path.read_bytes()
     if file.endswith(".gz") and not file.endswith(".tar.gz"):
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} cannot be read as a gzip file: {error}")
-    if hashlib.sha256(content).hexdigest() != KNOWN[name].files[file]:
+    if hashlib.sha256(content).hexdigest() != PUBLISHED[name].files[file]:
         raise UserError(f"{path} is not the published file, its SHA-256 is another; remove it")
     return content
 
@@ -1023,7 +1024,7 @@ UNSEEN, READ, UNREADABLE = range(3)   # the first byte of a record
 def load_folder(root: Path, options: argparse.Namespace) -> Data:
     """One sub-folder per class, named for it; every twentieth image of a class is held out."""
     if not root.is_dir():
-        raise UserError(f"--data {root} is neither a folder nor one of shapes, {', '.join(KNOWN)}")
+        raise UserError(f"--data {root} is neither a folder nor one of shapes, {', '.join(PUBLISHED)}")
     classes = sorted(x.name for x in root.iterdir() if x.is_dir() and not x.name.startswith("."))
     if not classes:
         raise UserError(f"{root} has no sub-folders; it needs one with images for each class")
@@ -1131,13 +1132,13 @@ class Preset:
     code_channels: int = option(8, COUNT, "channels of a code")
     tokenizer_width: int = option(16, COUNT, "the tokenizer's channels at full resolution")
     multipliers: tuple[int, ...] = option(
-        (1, 4, 4), several(COUNT),
+        (1, 2, 4), several(COUNT),
         "of that width, per resolution; each but the first halves the side")
     blocks: int = option(1, COUNT, "residual blocks per resolution")
     phis: int = option(4, COUNT, "distinct phi convolutions")
     norm_groups: int = option(2, COUNT, "groups of the tokenizer's group norms")
-    tokenizer_steps: int = option(1100, COUNT, "training steps of the tokenizer")
-    tokenizer_batch: int = option(16, COUNT, "images per step of the tokenizer")
+    tokenizer_steps: int = option(850, COUNT, "training steps of the tokenizer")
+    tokenizer_batch: int = option(8, COUNT, "images per step of the tokenizer")
     tokenizer_lr: float = option(1.5e-3, RATE, "peak learning rate of the tokenizer")
     unquantized: float = option(
         0.1, BELOW_1, "share of the tokenizer's steps, at the start, without quantization")
@@ -1156,10 +1157,10 @@ class Preset:
     var_batch: int = option(32, COUNT, "images per step of the transformer")
     var_lr: float = option(1e-2, RATE, "peak learning rate of the transformer")
     muon: bool = option(
-        True, YES_OR_NO, "Muon instead of AdamW for the matrices inside the transformer's layers")
+        True, YES_OR_NO, "Muon instead of AdamW for the matrices and convolutions inside layers")
     weight_decay: float = option(0.05, number(float, 0), "of the transformer's matrices")
     final_lr: float = option(
-        0.05, number(float, 0), "learning rate at the end, as a share of the peak")
+        0.0, number(float, 0), "learning rate at the end, as a share of the peak")
     warmup: int = option(30, STEPS, "steps of linear warm-up, in both stages")
     ema: float = option(
         0.98, BELOW_1,
@@ -1187,7 +1188,8 @@ PRESETS = {
         scales=(1, 2, 3, 4, 6, 8), vocabulary=1024, code_channels=32, tokenizer_width=96,
         multipliers=(1, 2, 2), blocks=2, norm_groups=32, tokenizer_steps=20_000,
         tokenizer_batch=256, tokenizer_lr=4e-4, depth=12, width=768, heads=12, drop_path=0.05,
-        var_steps=40_000, var_batch=256, var_lr=3e-4, muon=False, warmup=1000, ema=0.9995),
+        var_steps=40_000, var_batch=256, var_lr=3e-4, muon=False, final_lr=0.05, warmup=1000,
+        ema=0.9995),
     # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
     "imagenet256": Preset(
         image_size=256, scales=PUBLISHED_SCALES, vocabulary=4096, code_channels=32,
@@ -1206,7 +1208,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Train VAR: the tokenizer, then the transformer.")
     add = parser.add_argument
     add("--data", default="shapes",
-        help=f"shapes (drawn), {', '.join(KNOWN)}, or a folder: a sub-folder of images per class")
+        help=f"shapes (drawn), {', '.join(PUBLISHED)}, or a folder: a sub-folder of images per class")
     add("--data-dir", type=Path, default=Path("data"),
         help="where known data sets are looked for first, and downloaded to")
     add("--channels", type=int, choices=(1, 3), default=3,

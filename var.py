@@ -386,30 +386,11 @@ class VAR(nn.Module):
 
     def optimizers(self, lr: float, weight_decay: float, muon: bool,
                    dtype: torch.dtype = torch.float32) -> list[Optimizer]:
-        """AdamW for all parameters; or, with Muon, for all but the matrices inside the layers.
-
-        Decay pulls the matrices that multiply features toward zero; biases, embeddings and scales
-        are left alone. dtype: what Muon computes in, see there.
-        """
-        linear = {part.weight for part in self.modules() if isinstance(part, nn.Linear)}
-        inside = []
-        matrices = []
-        others = []
-        for name, parameter in self.named_parameters():
-            if parameter not in linear:
-                others.append(parameter)
-            elif muon and (".attention." in name or ".mlp." in name):
-                inside.append(parameter)
-            else:
-                matrices.append(parameter)
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        optimizers: list[Optimizer] = [AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
-        if muon:
-            optimizers.append(Muon(inside, lr, weight_decay, dtype))
-        return optimizers
+        """See `adamw_and_muon`: modulations, embeddings and the head are AdamW's in any case."""
+        layers = nn.ModuleList()
+        for block in self.blocks:
+            layers += [block.attention, block.mlp]
+        return adamw_and_muon(self, layers, lr, weight_decay, muon, dtype)
 
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor]) -> VAR:
@@ -535,11 +516,38 @@ class Known:
 
 
 # -------------------------------------------------------------------------------------------------
-# Muon
+# Optimizers, of the tokenizer, too
+
+
+def adamw_and_muon(model: nn.Module, layers: nn.Module, lr: float, weight_decay: float, muon: bool,
+                   dtype: torch.dtype) -> list[Optimizer]:
+    """AdamW for all parameters; or, with Muon, for all but the matrices inside the layers.
+
+    Decay pulls what multiplies features toward zero; biases, embeddings and scales are left alone.
+    dtype: what Muon computes in, see there.
+    """
+    decayed = products(model)
+    inside = products(layers) if muon else []
+    taken = set(inside)
+    groups = [
+        {"params": [p for p in decayed if p not in taken], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p not in set(decayed)], "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = [AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
+    if muon:
+        optimizers.append(Muon(inside, lr, weight_decay, dtype))
+    return optimizers
+
+
+def products(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of its linear layers and its convolutions."""
+    return [part.weight for part in model.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
 
 
 class Muon(Optimizer):
     """Steps along the orthogonal matrix that is nearest to the momentum (Jordan et al., 2024).
+
+    A convolution [out, in, 3, 3] counts as the matrix [out, in * 9] that multiplies a patch.
 
     Momentum is a matrix too, U S V^T, with a few large singular values in S: a step along it moves
     far in a few directions and hardly in all others, which learn slowly then. U V^T has the same
@@ -562,12 +570,13 @@ class Muon(Optimizer):
             alike: dict[torch.Size, list[nn.Parameter]] = {}
             for matrix in group["params"]:
                 alike.setdefault(matrix.shape, []).append(matrix)
-            for (rows, columns), matrices in alike.items():
+            for matrices in alike.values():
                 # Matrices of one shape are one stack: a few large products, not many small ones.
-                momentum_NRC = torch.stack([self.momentum(matrix) for matrix in matrices])
-                steps_NRC = orthogonal(momentum_NRC.to(self.dtype))
-                length = 0.2 * math.sqrt(max(rows, columns))
-                for matrix, step in zip(matrices, steps_NRC):
+                momenta = torch.stack([self.momentum(matrix) for matrix in matrices])
+                momenta_NRC = momenta.flatten(2)
+                steps = orthogonal(momenta_NRC.to(self.dtype)).view_as(momenta)
+                length = 0.2 * math.sqrt(max(momenta_NRC.shape[1:]))
+                for matrix, step in zip(matrices, steps):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     matrix.add_(step, alpha=-group["lr"] * length)
 

@@ -443,3 +443,14 @@ def test_muon_takes_the_steps_of_torch():
             optimizer.step()
     for a, b, before in zip(ours, theirs, start):
         assert (a - b).norm() < 0.02 * (b - before).norm()
+
+
+def test_muon_takes_a_convolution_for_the_matrix_that_multiplies_a_patch():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3, generator=generator))
+    matrix = torch.nn.Parameter(weight.detach().reshape(4, 27).clone())
+    weight.grad = torch.randn(4, 3, 3, 3, generator=generator)
+    matrix.grad = weight.grad.reshape(4, 27).clone()
+    for parameter in (weight, matrix):
+        Muon([parameter], 0.1, 0.05, torch.float32).step()
+    torch.testing.assert_close(weight.detach().reshape(4, 27), matrix.detach())
