@@ -490,7 +490,7 @@ def draw_attention(run: Run, given: Given):
         row[0].set_ylabel(f"layer {layer + 1}")
         maps = layers[layer].split([s * s for s in scales])
         for axis, s, weights_l in zip(row[1:], scales, maps):
-            axis.imshow(weights_l.view(s, s), vmin=0)
+            axis.imshow(weights_l.view(s, s).numpy(), vmin=0)
             axis.set_xlabel(f"{weights_l.sum():.0%}")
     for axis, s in zip(axes[0][1:], scales):
         axis.set_title(f"{s}x{s}")

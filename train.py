@@ -709,7 +709,8 @@ def load_data(options: argparse.Namespace) -> Data:
         data = data_of(train, held_out, SHAPES)
     elif options.data in PUBLISHED:
         read = read_cifar10 if options.data == "cifar10" else read_idx
-        data = data_of(*read(options.data, options.data_dir, side), PUBLISHED[options.data].classes)
+        sets = read(options.data, options.data_dir, side)
+        data = data_of(*sets, PUBLISHED[options.data].classes)
     else:
         data = load_folder(Path(options.data), options)
     if rank == 0 and ranks > 1:
@@ -1024,7 +1025,8 @@ UNSEEN, READ, UNREADABLE = range(3)   # the first byte of a record
 def load_folder(root: Path, options: argparse.Namespace) -> Data:
     """One sub-folder per class, named for it; every twentieth image of a class is held out."""
     if not root.is_dir():
-        raise UserError(f"--data {root} is neither a folder nor one of shapes, {', '.join(PUBLISHED)}")
+        raise UserError(f"--data {root} is neither a folder nor one of shapes, "
+                        f"{', '.join(PUBLISHED)}")
     classes = sorted(x.name for x in root.iterdir() if x.is_dir() and not x.name.startswith("."))
     if not classes:
         raise UserError(f"{root} has no sub-folders; it needs one with images for each class")
@@ -1208,7 +1210,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Train VAR: the tokenizer, then the transformer.")
     add = parser.add_argument
     add("--data", default="shapes",
-        help=f"shapes (drawn), {', '.join(PUBLISHED)}, or a folder: a sub-folder of images per class")
+        help=f"shapes (drawn), {', '.join(PUBLISHED)}, or a folder with a sub-folder of images for "
+             f"each class")
     add("--data-dir", type=Path, default=Path("data"),
         help="where known data sets are looked for first, and downloaded to")
     add("--channels", type=int, choices=(1, 3), default=3,
