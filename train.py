@@ -753,88 +753,98 @@ def draw_shapes(count: int, side: int, seed: int) -> TensorDataset:
     """The built-in data: a coloured shape on a background that runs from one colour to another."""
     from matplotlib.colors import hsv_to_rgb
     rng = np.random.default_rng(seed)
-    labels = np.arange(count) % len(SHAPES)
-    size = rng.uniform(0.28, 0.42, count)
-    angle = rng.uniform(-0.35, 0.35, count)
-    x, y = 0.5 + rng.uniform(-1, 1, (2, count)) * (0.48 - size)
-    covers = [draw_shape(SHAPES[labels[i]], size[i], angle[i], x[i], y[i], side)
-              for i in range(count)]
-    cover = np.stack(covers)[:, None].astype(np.float32) / 255
+    labels_N = np.arange(count) % len(SHAPES)
+    size_N = rng.uniform(0.28, 0.42, count)
+    angle_N = rng.uniform(-0.35, 0.35, count)
+    x_N, y_N = 0.5 + rng.uniform(-1, 1, (2, count)) * (0.48 - size_N)
+    covers = []
+    for label, size, angle, x, y in zip(labels_N, size_N, angle_N, x_N, y_N):
+        covers.append(draw_shape(SHAPES[label], size, angle, x, y, side))
+    cover_N1HW = np.stack(covers)[:, None].astype(np.float32) / 255
 
     # One is light and the other dark, so that no shape is hidden; the background's two ends have
     # neighbouring hues.
-    def colours(saturation: tuple[float, float], value: tuple[float, float], hue: np.ndarray):
-        hsv = [hue % 1, rng.uniform(*saturation, count), rng.uniform(*value, count)]
-        return 255 * hsv_to_rgb(np.stack(hsv, axis=-1))
+    def colours(saturation: tuple[float, float], value: tuple[float, float], hue_N: np.ndarray):
+        saturation_N = rng.uniform(*saturation, count)
+        value_N = rng.uniform(*value, count)
+        hsv_N3 = np.stack([hue_N % 1, saturation_N, value_N], axis=-1)
+        return 255 * hsv_to_rgb(hsv_N3).astype(np.float32)
 
-    hue = rng.random((2, count))
-    shift = rng.uniform(-0.12, 0.12, (2, count))
-    light = [colours((0.3, 0.65), (0.75, 0.95), hue[0] + shift[i]) for i in (0, 1)]
-    dark = [colours((0.4, 0.8), (0.28, 0.52), hue[1] + shift[i]) for i in (0, 1)]
-    flip = (rng.random(count) < 0.5)[:, None]
-    shape = np.where(flip, light[0], dark[0])[:, :, None, None]
-    start = np.where(flip, dark[0], light[0])[:, :, None, None]
-    end = np.where(flip, dark[1], light[1])[:, :, None, None]
-    direction = rng.uniform(0, 2 * math.pi, (count, 1, 1))
-    rows, columns = (np.mgrid[:side, :side] + 0.5) / side - 0.5
-    blend = 0.5 + 0.7 * (np.cos(direction) * columns + np.sin(direction) * rows)
-    blend = blend[:, None].astype(np.float32)
-    background = start * (1 - blend) + end * blend
-    images = background * (1 - cover) + shape * cover
-    pixels = images.clip(0, 255).round().astype(np.uint8)
-    return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels))
+    hue_2N = rng.random((2, count))
+    shift_2N = rng.uniform(-0.12, 0.12, (2, count))
+    light = [colours((0.3, 0.65), (0.75, 0.95), hue_2N[0] + shift_N) for shift_N in shift_2N]
+    dark = [colours((0.4, 0.8), (0.28, 0.52), hue_2N[1] + shift_N) for shift_N in shift_2N]
+    flip_N1 = rng.random((count, 1)) < 0.5
+    shape_N3 = np.where(flip_N1, light[0], dark[0])
+    start_N3 = np.where(flip_N1, dark[0], light[0])
+    end_N3 = np.where(flip_N1, dark[1], light[1])
+    direction_N11 = rng.uniform(0, 2 * math.pi, (count, 1, 1))
+    rows_HW, columns_HW = (np.mgrid[:side, :side] + 0.5) / side - 0.5
+    along_NHW = np.cos(direction_N11) * columns_HW + np.sin(direction_N11) * rows_HW
+    blend_N1HW = 0.5 + 0.7 * along_NHW[:, None].astype(np.float32)
+    shape, start, end = (x[:, :, None, None] for x in (shape_N3, start_N3, end_N3))
+    background_N3HW = start + (end - start) * blend_N1HW
+    images_N3HW = background_N3HW + (shape - background_N3HW) * cover_N1HW
+    pixels = images_N3HW.clip(0, 255).round().astype(np.uint8)
+    return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels_N))
 
 
-def draw_shape(name: str, size: float, angle: float, x: float, y: float, side: int) -> np.ndarray:
+def draw_shape(
+    name: str, size: float, angle: float, x: float, y: float, side: int
+) -> np.ndarray:
     """Coverage [side, side] in [0, 255] of one shape: drawn four times as large, then averaged.
 
     size: half the shape's extent; x, y: its centre; both as shares of the side. angle: in radians.
+    A point is a complex number, so a turn is a product.
     """
     canvas = Image.new("L", (4 * side, 4 * side))
     draw = ImageDraw.Draw(canvas)
-    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    turn = size * np.exp(1j * angle)
 
-    def place(points) -> list[tuple[float, float]]:
-        return [tuple(p) for p in (np.asarray(points) @ turn * size + (x, y)) * 4 * side]
+    def place(points):
+        return 4 * side * (points * turn + x + 1j * y)
 
-    def disc(centre, radius, fill):
-        ((cx, cy),) = place([centre])
-        r = radius * size * 4 * side
-        draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
+    def disc(centre: float, radius: float, fill: int) -> None:
+        middle = place(centre)
+        r = 4 * side * radius * size
+        box = (middle.real - r, middle.imag - r, middle.real + r, middle.imag + r)
+        draw.ellipse(box, fill=fill)
 
     if name in OUTLINES:
-        draw.polygon(place(OUTLINES[name]), fill=255)
+        points = place(np.array(OUTLINES[name]))
+        draw.polygon(list(zip(points.real, points.imag)), fill=255)
     else:
-        disc((0, 0), 0.95, 255)
+        disc(0, 0.95, 255)
     if name == "ring":
-        disc((0, 0), 0.5, 0)
+        disc(0, 0.5, 0)
     if name == "crescent":
-        disc((0.45, 0), 0.75, 0)
+        disc(0.45, 0.75, 0)
     return np.asarray(canvas.reduce(4))
 
 
-def spikes(count: int, inner: float) -> list[tuple[float, float]]:
-    return [(r * math.sin(math.pi * i / count), -r * math.cos(math.pi * i / count))
-            for i, r in enumerate([1.0, inner] * count)]
+def spikes(count: int, inner: float) -> np.ndarray:
+    radius = np.array([1.0, inner] * count)
+    return -1j * radius * np.exp(1j * np.pi / count * np.arange(2 * count))
 
 
-def heart(points: int) -> list[tuple[float, float]]:
-    t = np.linspace(0, 2 * math.pi, points)
+def heart(points: int) -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, points)
     x = 16 * np.sin(t) ** 3
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return list(zip(0.063 * x, -0.063 * y))
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t)
+    y = y - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return 0.063 * (x - 1j * y)
 
 
-OUTLINES = {   # in [-1, 1], y down
-    "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
-    "triangle": [(0, -1), (0.95, 0.75), (-0.95, 0.75)],
+OUTLINES = {   # x + 1j y, from -1 to 1, y down
+    "square": [-0.8 - 0.8j, 0.8 - 0.8j, 0.8 + 0.8j, -0.8 + 0.8j],
+    "triangle": [-1j, 0.95 + 0.75j, -0.95 + 0.75j],
     "star": spikes(5, 0.48),
-    "cross": [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
-              (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
+    "cross": [-0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j, 1 - 0.3j, 1 + 0.3j, 0.3 + 0.3j,
+              0.3 + 1j, -0.3 + 1j, -0.3 + 0.3j, -1 + 0.3j, -1 - 0.3j, -0.3 - 0.3j],
     "heart": heart(60),
-    "arrow": [(0, -1), (0.85, -0.05), (0.32, -0.05), (0.32, 1), (-0.32, 1), (-0.32, -0.05),
-              (-0.85, -0.05)],
-    "bar": [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)],
+    "arrow": [-1j, 0.85 - 0.05j, 0.32 - 0.05j, 0.32 + 1j, -0.32 + 1j, -0.32 - 0.05j,
+              -0.85 - 0.05j],
+    "bar": [-1 - 0.3j, 1 - 0.3j, 1 + 0.3j, -1 + 0.3j],
 }
 
 
