@@ -1154,8 +1154,8 @@ class Preset:
     tokenizer_lr: float = option(1.5e-3, RATE, "peak learning rate of the tokenizer")
     unquantized: float = option(
         0.1, BELOW_1, "share of the tokenizer's steps, at the start, without quantization")
-    depth: int = option(4, COUNT, "layers of the transformer")
-    width: int = option(192, COUNT, "width of the transformer")
+    depth: int = option(6, COUNT, "layers of the transformer")
+    width: int = option(64, COUNT, "width of the transformer")
     heads: int = option(4, COUNT, "attention heads")
     shared_adaln: bool = option(False, YES_OR_NO, "one AdaLN modulation shared by all layers")
     normalise_qk: bool = option(True, YES_OR_NO, "unit queries and keys with a learned scale")
@@ -1165,9 +1165,9 @@ class Preset:
         0.0, BELOW_1, "stochastic depth of the last layer; the first has none")
     last_scales: int | None = option(
         None, COUNT, "how many scales a token sees, its own among them; if not given, all so far")
-    var_steps: int = option(800, COUNT, "training steps of the transformer")
+    var_steps: int = option(1100, COUNT, "training steps of the transformer")
     var_batch: int = option(32, COUNT, "images per step of the transformer")
-    var_lr: float = option(1e-2, RATE, "peak learning rate of the transformer")
+    var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     muon: bool = option(
         True, YES_OR_NO, "Muon instead of AdamW for the matrices and convolutions inside layers")
     weight_decay: float = option(0.05, number(float, 0), "of the transformer's matrices")
@@ -1175,7 +1175,7 @@ class Preset:
         0.0, number(float, 0), "learning rate at the end, as a share of the peak")
     warmup: int = option(30, STEPS, "steps of linear warm-up, in both stages")
     ema: float = option(
-        0.98, BELOW_1,
+        0.95, BELOW_1,
         "decay of the running average of the transformer's weights, which is what is kept")
 
     def tokenizer_config(self, image_channels: int) -> TokenizerConfig:
