@@ -9,6 +9,7 @@ A run is a folder. It ends up holding
 
     tokenizer.pt  var.pt     weights, and what they are of: configuration, data, classes
     held_out.pt              images that training does not see, for measuring and for sample.py
+    train_images.pt          some that it sees, for the classifier by which sample.py judges
     tokens.pt                all images as tokens, for the next training in this folder
     images-*.bin             a folder's images, decoded once
     log.jsonl                one line per few steps, and what was measured on held-out images
@@ -51,11 +52,11 @@ from tqdm import tqdm
 
 from kernels import forward_flops, peak_flops
 from sample import (
-    FILTERS, IMAGE_ENDINGS, SEED, Interrupt, Log, Parser, Run, Stopped, UserError, at_a_time,
-    batches, blaming, draw_curves, grid_of_classes, grid_of_pairs, in_short, join_processes,
-    load_checkpoint, load_tokenizer, mean_over_processes, number, own_part, rank_and_ranks,
-    read_image, read_log, run_program, save_checkpoint, save_picture, say, settle_device, to_bytes,
-    to_float,
+    CLASSIFIER_IMAGES, FILTERS, IMAGE_ENDINGS, SEED, Interrupt, Log, Parser, Run, Stopped,
+    UserError, at_a_time, averaged_down, batches, blaming, draw_curves, grid_of_classes,
+    grid_of_pairs, in_short, join_processes, load_checkpoint, load_tokenizer, mean_over_processes,
+    number, own_part, rank_and_ranks, read_image, read_log, run_program, save_checkpoint,
+    save_picture, say, settle_device, to_bytes, to_float,
 )
 from tokenizer import (
     PUBLISHED_SCALES, Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig,
@@ -80,6 +81,9 @@ def main() -> None:
     if rank_and_ranks()[0] == 0:
         curves = draw_curves(read_log(options.out / "log.jsonl"), tokenizer.config.scales)
         save_picture(options.out / "curves.png", curves)
+        images, labels = some_images(data, options)
+        save_checkpoint(options.out / "train_images.pt", "set of training images", images=images,
+                        labels=labels, side=options.preset.image_size, data_set=data.key)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -743,6 +747,20 @@ def spread(data: TensorDataset, count: int) -> list[int]:
         own = labels_N == label
         round_N[own] = np.arange(own.sum())
     return np.lexsort((labels_N, round_N))[:count].tolist()
+
+
+def some_images(data: Data, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Training images to learn a classifier on: as bytes, no larger than it sees them, and their
+    labels."""
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    rows = order[:CLASSIFIER_IMAGES].sort().values.tolist()
+    parts = [rows[part.start:part.stop] for part in batches(len(rows), 256)]
+    images = []
+    labels = []
+    for pixels, labels_B in read_ahead(data.train, parts, options):
+        images.append(averaged_down(pixels.float()).round().byte())
+        labels.append(labels_B)
+    return torch.cat(images), torch.cat(labels)
 
 
 SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow",
