@@ -11,8 +11,8 @@
 
 train.py writes a run's folder, out/shapes for one; a published pair of checkpoints does as well.
 Read `main`, then `Run`, then `complete`: in-painting, out-painting, editing and upscaling are one
-mechanism; `Quality` says what the figures mean. Below them is what train.py uses, too: pictures, files that are whole or not there,
-images from files, devices and processes, and how a program ends.
+mechanism; `Quality` says what the figures mean. Below them is what train.py uses, too: pictures,
+files that are whole or not there, images from files, devices and processes, how a program ends.
 """
 from __future__ import annotations
 
@@ -196,12 +196,15 @@ def load(options: argparse.Namespace) -> Run:
         held_out = load_held_out(run_folder(options))
     ours = tokenizer.config
     for name in ("scales", "vocabulary", "code_channels"):
-        found, expected = getattr(ours, name), getattr(model.config, name)
+        found = getattr(ours, name)
+        expected = getattr(model.config, name)
         if found != expected:
             raise UserError(f"{var_path} expects {name.replace('_', ' ')} {expected}, and "
                             f"{tokenizer_path} has {found}")
     device = options.device
-    return Run(tokenizer.to(device), model.eval().to(device), classes, held_out, options)
+    tokenizer = tokenizer.to(device)
+    model = model.to(device).eval()
+    return Run(tokenizer, model, classes, held_out, options)
 
 
 def run_folder(options: argparse.Namespace) -> Path:
@@ -232,8 +235,10 @@ def draw_samples(run: Run) -> Image.Image:
     if options.gif:
         save_film(options.gif, [grid_of_classes(names, images) for images in frames_KN])
     if options.progress:
-        rows = zip(labels, *frames_KN)
-        return grid([(run.classes[label], np.stack(frames)) for label, *frames in rows])
+        rows = []
+        for label, *frames in zip(labels, *frames_KN):
+            rows.append((run.classes[label], frames))
+        return grid(rows)
     return grid_of_classes(names, frames_KN[-1])
 
 
@@ -303,12 +308,14 @@ def complete(run: Run, given: Given) -> Image.Image:
     options = run.options
     config = run.tokenizer.config
     if options.task == "upscale":
-        small = F.interpolate(given.images, size=small_sides(run), mode="area")
-        filled = F.interpolate(small, size=given.images.shape[2:], mode="bicubic").clamp(-1, 1)
+        side = small_side(run)
+        small = F.interpolate(given.images, size=(side, side), mode="area")
+        large = F.interpolate(small, size=given.images.shape[2:], mode="bicubic")
+        filled = large.clamp(-1, 1)
         shown = filled
         known_HW = torch.ones(given.images.shape[2:])
-        sides = [s * config.downsampling for s in config.scales]
-        scales = max(1, sum(side <= small.shape[-1] for side in sides))
+        sides = [s * config.downsampling for s in config.scales]   # that a scale stands for
+        scales = max(1, sum(s <= side for s in sides))
     else:
         known_HW = known_pixels(run)
         shown = given.images * known_HW
@@ -321,13 +328,15 @@ def complete(run: Run, given: Given) -> Image.Image:
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
 
     def known(rows: range) -> Known:
-        own_tokens_BL = tokens_NL[rows].to(options.device) if options.open_loop else None
+        latent_BCSS = latent_NCSS[rows].to(options.device)
         where_B1SS = where_11SS.expand(len(rows), -1, -1, -1).to(options.device)
-        return Known(latent_NCSS[rows].to(options.device), where_B1SS, scales, own_tokens_BL)
+        own_tokens_BL = tokens_NL[rows].to(options.device) if options.open_loop else None
+        return Known(latent_BCSS, where_B1SS, scales, own_tokens_BL)
 
     results = []
+    labels = [label] * len(given.images)
     for seed in options.seeds:
-        result = run.decode(run.generate([label] * len(given.images), seed, known))
+        result = run.decode(run.generate(labels, seed, known))
         if options.paste:
             result = torch.where(known_HW > 0, given.images, result)
         results.append(result)
@@ -337,13 +346,13 @@ def complete(run: Run, given: Given) -> Image.Image:
     return grid(list(zip(given.names, np.stack(columns, axis=1))))
 
 
-def small_sides(run: Run) -> tuple[int, int]:
-    """Sides of the small images that upscaling starts from."""
+def small_side(run: Run) -> int:
+    """Of the small images that upscaling starts from."""
     side = run.tokenizer.config.image_side
     small = run.options.small or side // 2
     if small >= side:
         raise UserError(f"--small {small} must be less than the side of the images, {side}")
-    return small, small
+    return small
 
 
 def known_pixels(run: Run) -> Tensor:
@@ -414,7 +423,9 @@ def draw_codes(run: Run, given: Given) -> Image.Image:
     """
     quantizer = run.tokenizer.quantizer
     scales = run.tokenizer.config.scales
-    f_NCSS, tokens_NL = (x.to(run.options.device) for x in run.encode(given.images))
+    f_NCSS, tokens_NL = run.encode(given.images)
+    f_NCSS = f_NCSS.to(run.options.device)
+    tokens_NL = tokens_NL.to(run.options.device)
     colours_V3 = code_colours(run.tokenizer)
     left = []
     maps = []
@@ -437,21 +448,26 @@ def draw_codes(run: Run, given: Given) -> Image.Image:
 def draw_teaching(run: Run, given: Given) -> Image.Image:
     """Teacher forcing: what the transformer reads for each scale, above what it has to predict."""
     tokenizer = run.tokenizer
-    scales = tokenizer.config.scales
-    tokens_1L = run.encode(given.images[:1])[1].to(run.options.device)
+    quantizer = tokenizer.quantizer
+    _, tokens_1L = run.encode(given.images[:1])
+    tokens_1L = tokens_1L.to(run.options.device)
     size_1L = tokenizer.teacher_inputs(tokens_1L).norm(dim=-1)
-    read = heat(size_1L)[0].split([s * s for s in scales[1:]])
-    inputs = [x.view(s, s, 3).numpy() for x, s in zip(read, scales[1:])]
-    the_class = np.full((1, 1, 3), 128, np.uint8)
-    targets = tokenizer.quantizer.split(tokens_1L.cpu())
-    colours_V3 = code_colours(tokenizer)
-    maps = [colours_V3[x].view(s, s, 3).numpy() for x, s in zip(targets, scales)]
-    return grid([("reads (first: the class)", [the_class, *inputs]), ("has to predict", maps)])
+    size_1L = F.pad(size_1L, (1, 0), value=size_1L.max())   # the first scale reads the class
+    shades_1L3 = heat(size_1L)
+    colours_1L3 = code_colours(tokenizer)[tokens_1L.cpu()]
+    inputs = []
+    targets = []
+    for s, read, predicted in zip(
+            quantizer.scales, quantizer.split(shades_1L3), quantizer.split(colours_1L3)):
+        inputs.append(read.view(s, s, 3).numpy())
+        targets.append(predicted.view(s, s, 3).numpy())
+    return grid([("reads (first: the class)", inputs), ("has to predict", targets)])
 
 
 def heat(x: Tensor) -> Tensor:
     """Sizes as shades of grey, black for none: bytes [..., 3]."""
-    shade = (255 * x / x.amax().clamp(min=1e-6)).byte().cpu()
+    largest = x.amax().clamp(min=1e-6)
+    shade = (255 * x / largest).byte().cpu()
     return shade[..., None].expand(*shade.shape, 3)
 
 
@@ -482,9 +498,12 @@ def draw_attention(run: Run, given: Given):
     if label is None:
         label = model.config.classes
     labels_B = torch.tensor([label], device=run.options.device)
-    tokens_1L = run.encode(given.images[:1])[1].to(run.options.device)
-    layers = attention_of(model, labels_B, run.tokenizer.teacher_inputs(tokens_1L), query)
-    chosen = np.linspace(0, len(layers) - 1, min(8, len(layers))).round().astype(int)
+    _, tokens_1L = run.encode(given.images[:1])
+    inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.options.device))
+    layers = attention_of(model, labels_B, inputs, query)
+    chosen = range(len(layers))
+    if len(layers) > 8:
+        chosen = np.linspace(0, len(layers) - 1, 8).round().astype(int)
 
     plt = pyplot()
     figure, axes = plt.subplots(
@@ -523,8 +542,9 @@ def attention_of(model: VAR, labels_B: Tensor, inputs: Tensor, query: int) -> li
     layers = []
     for block, x_BLW in zip(model.blocks, seen):
         q_BHLD, k_BHLD, _, scale = block.attention.project(x_BLW)
-        scores_HL = scale * (k_BHLD[0] @ q_BHLD[0, :, query, :, None]).squeeze(-1)
-        weights_HL = scores_HL.float().masked_fill(~visible_L, -torch.inf).softmax(dim=-1)
+        q_HD1 = q_BHLD[0, :, query, :, None]
+        scores_HL = scale * (k_BHLD[0] @ q_HD1).squeeze(-1).float()
+        weights_HL = scores_HL.masked_fill(~visible_L, -torch.inf).softmax(dim=-1)
         layers.append(weights_HL.mean(dim=0).cpu())
     return layers
 
@@ -885,7 +905,8 @@ def kept_classifier(run: Run) -> Classifier:
     """
     classes = len(run.classes)
     if classes == 1:
-        raise UserError("--evaluate judges by a classifier, and one class gives it nothing to learn")
+        raise UserError("--evaluate judges by a classifier, and with one class there is nothing to "
+                        "learn for it")
     folder = run_folder(run.options)
     device = run.options.device
     images_path = folder / "train_images.pt"
@@ -935,7 +956,10 @@ def draw_many(run: Run, count: int) -> np.ndarray:
             own_likelihood_N = likelihood_N.masked_fill(~own_N, -torch.inf)
             best.append(own_likelihood_N.topk(wanted[label]).indices)
         tokens_NL = tokens_NL[torch.cat(best)]
-    return np.concatenate([to_bytes(run.decode(tokens_NL[rows])) for rows in batches(count, 1000)])
+    images = []
+    for rows in batches(count, 1000):
+        images.append(to_bytes(run.decode(tokens_NL[rows])))
+    return np.concatenate(images)
 
 
 def save_npz(path: Path, images: np.ndarray) -> None:
@@ -999,7 +1023,8 @@ def grid(
 
 def grid_of_classes(names: list[str], images: np.ndarray) -> Image.Image:
     """A row per class of images that are sorted by class, as many of each."""
-    return grid(list(zip(names, images.reshape(len(names), -1, *images.shape[1:]))))
+    rows = np.split(images, len(names))
+    return grid(list(zip(names, rows)))
 
 
 def grid_of_pairs(originals: Tensor, results: Tensor) -> Image.Image:
@@ -1179,7 +1204,8 @@ def read_image(path: Path, side: int, channels: int) -> np.ndarray:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):   # 16 bits of grey, which Pillow would clip at 255
-                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+                high = np.asarray(image) // 256
+                image = Image.fromarray(high.clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:   # what lies under it was never meant to be seen
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -1197,7 +1223,8 @@ def to_float(images: Tensor) -> Tensor:
 
 def to_bytes(images: Tensor) -> np.ndarray:
     """[-1, 1] to bytes [N, side, side, channels], on the CPU."""
-    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels = (images.float() + 1) * 127.5
+    pixels = pixels.round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -1261,7 +1288,9 @@ def join_processes(device: torch.device) -> None:
 
 def rank_and_ranks() -> tuple[int, int]:
     """This process's number, and how many there are; 0 and 1 without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def say(text: str) -> None:
@@ -1302,7 +1331,9 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {}
+        for s in (signal.SIGINT, signal.SIGTERM):
+            self.before[s] = signal.signal(s, self.ask)
         return self
 
     def ask(self, *_) -> None:
@@ -1456,7 +1487,7 @@ def check(options: argparse.Namespace) -> None:
     asked = [f"--{name}" for name in modes if getattr(options, name)]
     if len(asked) > 1:
         raise UserError(f"one thing at a time: {' or '.join(asked)}")
-    if options.npz and not (options.npz[0].isdecimal() and int(options.npz[0]) > 0):
+    if options.npz and (not options.npz[0].isdecimal() or int(options.npz[0]) == 0):
         raise UserError(f"--npz {options.npz[0]} must be a number of images, 1 or more, and a file")
     if options.rejection < 1 and not options.npz:
         raise UserError("--rejection is for --npz")
