@@ -51,11 +51,13 @@ Commands:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
@@ -124,15 +126,36 @@ def launch_nothing(*arguments) -> None:
 
 def start(kernel: Callable, programs: int, tensors: Sequence[Tensor], numbers: Sequence[float],
           constants: dict[str, int]) -> None:
-    """Where the tensors are: Triton alone takes the current GPU, which may be another."""
+    """Where the tensors are: Triton alone takes the current GPU, which may be another.
+
+    RuntimeError where Triton cannot build the C program by which it starts its kernels.
+    """
     with torch.cuda.device_of(tensors[0]):
-        kernel[(programs,)](*as_arrays(tensors), *numbers, **constants)
+        try:
+            kernel[(programs,)](*as_arrays(tensors), *numbers, **constants)
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            if isinstance(error, RuntimeError) and "C compiler" not in str(error):
+                raise
+            raise RuntimeError(
+                "Triton could not build its launcher, for which it needs a C compiler and Python's "
+                "headers (Debian: apt install gcc python3-dev)") from error
 
 
 @triton.jit
 def product(a_MK, b_KN):
     """a b, summed in fp32. "ieee": the usual TF32 has 10 bits and would change codes."""
     return tl.dot(a_MK, b_KN, input_precision="ieee")
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 convolutions without TF32, which cuDNN takes unless told otherwise."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def check_tensors(**tensors: Tensor) -> None:
@@ -288,9 +311,9 @@ def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW
 
 
 def adaln_tiles(W: int) -> dict[str, int]:
-    """A row in registers; from W 129 to 4096 8 numbers a thread, which in bf16 one load moves."""
+    """A row in registers; from W 65 to 2048 4 numbers a thread, which in fp32 one load moves."""
     TILE_W = triton.next_power_of_2(W)
-    return dict(TILE_W=TILE_W, num_warps=min(16, max(1, TILE_W // 256)))
+    return dict(TILE_W=TILE_W, num_warps=min(16, max(1, TILE_W // 128)))
 
 
 class AdaLN(torch.autograd.Function):
@@ -632,8 +655,8 @@ def rows_first(x_BHLD: Tensor) -> Tensor:
 
 
 def heads_tiles(L: int, D: int) -> dict[str, int]:
-    """A tile is 4096 numbers at most, of which 128 threads hold 32 each."""
-    TILE_L = min(triton.next_power_of_2(L), 4096 // triton.next_power_of_2(D))
+    """A tile is 2048 numbers at most, of which 128 threads hold 16 each."""
+    TILE_L = min(triton.next_power_of_2(L), 2048 // triton.next_power_of_2(D))
     return dict(D=D, TILE_L=TILE_L, num_warps=4)
 
 
@@ -1081,9 +1104,17 @@ ATTENTION_TILES = {
 
 
 def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
-    D = q_BHLD.shape[3]
+    """As in the table, but in the forward no more than twice as many rows as there are queries.
+
+    The first scales of a generation have 1, 4 and 9: in tiles of 128 nearly all would be padding.
+    """
+    L, D = q_BHLD.shape[2:]
     tiles = ATTENTION_TILES[name][2 * (q_BHLD.dtype == torch.float32) + (D > 64)]
-    return dict(zip(("TILE_L", "TILE_S", "num_warps", "num_stages"), tiles), D=D)
+    TILE_L, TILE_S, num_warps, num_stages = tiles
+    if name == "forward":
+        TILE_L = min(TILE_L, max(16, triton.next_power_of_2(L)))   # a product takes 16 or more
+        num_warps = max(4, num_warps * TILE_L // tiles[0])
+    return dict(TILE_L=TILE_L, TILE_S=TILE_S, num_warps=num_warps, num_stages=num_stages, D=D)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -1558,7 +1589,10 @@ def attention_alternatives(ranges: KeyRanges, scale: float, dtype: torch.dtype,
         first_L, last_L = ranges.once(table, device)
         block_mask = create_block_mask(lambda b, h, i, j: (j >= first_L[i]) & (j < last_L[i]),
                                        None, None, *mask_LS.shape, device=device)
-        compiled = torch.compile(flex_attention, dynamic=False)
+        # Past a limit of recompilations PyTorch runs a function without compiling it, and
+        # says no word. Forget those of the last case; fullgraph makes any more an error.
+        torch.compiler.reset()
+        compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         alternatives["compiled FlexAttention"] = partial(
             compiled, block_mask=block_mask, scale=scale)
     return alternatives

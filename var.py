@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -280,10 +281,16 @@ class VAR(nn.Module):
         return stream
 
     def logits(self, stream: Stream, head_B2W: Tensor) -> Tensor:
-        """What comes out of the last layer as logits [B, L, V]."""
+        """What comes out of the last layer as logits [B, L, V].
+
+        In fp32 but in training: guidance multiplies what is between two logits, and of numbers of
+        4 to 16, as theirs are, bf16 keeps four or five binary places.
+        """
         scale_BW, shift_BW = head_B2W.unbind(1)
-        _, y_BLW = adaln(*stream, scale_BW, shift_BW)
-        return self.head(y_BLW)
+        device = scale_BW.device.type
+        with nullcontext() if self.training else torch.autocast(device, enabled=False):
+            _, y_BLW = adaln(*stream, scale_BW, shift_BW)
+            return self.head(y_BLW)
 
     @torch.no_grad()
     def generate(

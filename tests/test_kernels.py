@@ -3,7 +3,8 @@
 With a GPU the Triton kernels run compiled, in every dtype and at real sizes. Without one they run in Triton's
 interpreter in fp32 (its bf16 product is wrong) at small sizes, and are compiled for GPUs that are not there:
 
-    python tests/test_kernels.py 90      compiles all for sm_90 and prints registers, spills and shared memory
+    python tests/test_kernels.py 90      compiles all for sm_90; prints registers, spills (the stack), shared memory
+                                         and how many programs one multiprocessor holds
 
 Random search has a fixed seed. To search on with fresh examples, a thousand a test:
 
@@ -710,6 +711,50 @@ def test_all_layers_are_one_graph():
     assert len(graphs) == 2
 
 
+@pytest.mark.parametrize("training, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_what_tokens_are_drawn_from_is_fp32_also_under_autocast(training, dtype):
+    model = small_model(depth=1).train(training)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert training_pass(model, seed=0).dtype == dtype
+
+
+def test_no_phi_is_computed_in_tf32(small_tokenizer, monkeypatch):
+    quantizer, allowed = small_tokenizer.quantizer, []
+    for phi in quantizer.phis:
+        phi.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cudnn.allow_tf32))
+    for before in True, False:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+        quantizer.decode(torch.zeros(1, 14, dtype=torch.int64, device=DEVICE))
+        assert torch.backends.cudnn.allow_tf32 == before   # what the program chose elsewhere stays
+    assert allowed == 6 * [False]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler. Please specify via CC"),
+                                   subprocess.CalledProcessError(1, ["gcc"]), FileNotFoundError("gcc")], ids=type)
+def test_a_machine_without_a_compiler_is_told_what_it_lacks(error):
+    class Kernel:
+        def __getitem__(self, grid):
+            raise error
+    with pytest.raises(RuntimeError, match="needs a C compiler and Python's headers"):
+        kernels.launch(Kernel(), 1, [torch.zeros(1)], [])
+
+
+def test_any_other_error_of_a_kernel_stays_as_it_is():
+    class Kernel:
+        def __getitem__(self, grid):
+            raise RuntimeError("out of shared memory")
+    with pytest.raises(RuntimeError, match="^out of shared memory$"):
+        kernels.launch(Kernel(), 1, [torch.zeros(1)], [])
+
+
+@pytest.mark.parametrize("L, rows, warps", [(1, 16, 4), (9, 16, 4), (25, 32, 4), (64, 64, 4), (100, 128, 8), (680, 128, 8)])
+def test_a_few_queries_get_a_small_tile(L, rows, warps):
+    q_BHLD = torch.zeros(1, 1, L, 64, dtype=torch.bfloat16)
+    tiles = kernels.attention_tiles("forward", q_BHLD)
+    assert (tiles["TILE_L"], tiles["num_warps"]) == (rows, warps)
+    assert kernels.attention_tiles("backward_q", q_BHLD)["TILE_L"] == 128
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Counts and benchmarks: python kernels.py
 
@@ -790,10 +835,12 @@ def compile_everything(capability: int, heads: list[tuple], thoroughly: bool):
         (kernel, read + written, numbers, constants))
     driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", capability, 32),
                                       get_current_device=lambda: capability, get_current_stream=lambda device: 0))
-    ranges = KeyRanges([0] * 32, [32] * 32)
     for dtype, D in heads:
-        q_BHLD = torch.zeros(2, 2, 32, D, dtype=dtype, requires_grad=True)
-        kernels.block_attention_triton(q_BHLD, q_BHLD, q_BHLD, ranges, 1.0).sum().backward()
+        q_BHLD = torch.zeros(2, 2, 128, D, dtype=dtype, requires_grad=True)
+        kernels.block_attention_triton(q_BHLD, q_BHLD, q_BHLD, KeyRanges([0] * 128, [128] * 128), 1.0).sum().backward()
+        for L in [16, 32, 64] if thoroughly else []:
+            few_BHLD = q_BHLD[:, :, :L].detach()
+            kernels.block_attention_triton(few_BHLD, q_BHLD.detach(), q_BHLD.detach(), KeyRanges([0] * L, [128] * L), 1.0)
     for V, C in [(4096, 32), (33, 5)][:1 + thoroughly]:
         kernels.nearest_code_triton(torch.zeros(64, C), torch.zeros(V, C))
     for dtype, W in [(torch.bfloat16, 1024), (torch.bfloat16, 1920), (torch.float32, 64)][:1 + 2 * thoroughly]:
@@ -813,6 +860,15 @@ def compile_everything(capability: int, heads: list[tuple], thoroughly: bool):
                    shared_bytes=compiled.metadata.shared, **constants)
 
 
+def programs(capability: int, report: dict) -> int:
+    """How many programs of a kernel one multiprocessor holds at a time: 65,536 registers, 64 warps (48 on the consumer
+    cards that run the code of sm_80), and shared memory, of which each program takes 1 kB more than it asks for."""
+    by_registers = 65536 // (-(-report["registers"] // 8) * 8 * 32 * report["num_warps"])
+    by_warps = (48 if capability == 80 else 64) // report["num_warps"]
+    by_memory = (SHARED_MEMORY[capability] + 1024) // (report["shared_bytes"] + 1024)
+    return min(by_registers, by_warps, by_memory)
+
+
 def registers(cubin: bytes) -> dict[str, int]:
     """What the assembler reports; bytes on the stack are spilled registers."""
     from triton.backends import nvidia
@@ -822,6 +878,12 @@ def registers(cubin: bytes) -> dict[str, int]:
         usage = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True).stdout
     count, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return dict(registers=int(count), stack_bytes=int(stack))
+
+
+def check_resources(report: dict) -> None:
+    """It fits, and next to nothing is spilled."""
+    assert report["shared_bytes"] <= SHARED_MEMORY[report["capability"]] and report["stack_bytes"] <= 16, report
+    assert report["programs"] >= 1, report
 
 
 @needs_triton
@@ -837,7 +899,7 @@ def test_every_configuration_compiles_and_fits_in_shared_memory():
     for line in result.stdout.splitlines():
         report = json.loads(line)
         compiled.add((report["capability"], report["kernel"]))
-        assert report["shared_bytes"] <= SHARED_MEMORY[report["capability"]], report
+        check_resources(report)
     assert compiled == set(itertools.product(SHARED_MEMORY, [
         "attention_forward", "attention_backward_q", "attention_backward_kv", "nearest_code_kernel",
         "adaln_forward", "adaln_backward", "split_heads_forward", "split_heads_backward", "sample_tokens_kernel"]))
@@ -849,5 +911,14 @@ if __name__ == "__main__":
     else:
         plan = {int(sys.argv[1]): HEADS}
     for capability, heads in plan.items():
+        if sys.argv[1] != "suite":
+            print(f"{'sm_' + str(capability):24}{'dtype':>10}{'registers':>10}{'stack':>6}{'shared':>8}{'programs':>9}  constants")
         for report in compile_everything(capability, heads, thoroughly=sys.argv[1] != "suite"):
-            print(json.dumps(dict(capability=capability) | report), flush=True)
+            report |= dict(capability=capability, programs=programs(capability, report))
+            if sys.argv[1] == "suite":
+                print(json.dumps(report), flush=True)
+                continue
+            check_resources(report)
+            constants = {name: value for name, value in report.items() if name.isupper() or name.startswith("num_")}
+            print(f"{report['kernel']:24}{report['dtype']:>10}{report['registers']:10}{report['stack_bytes']:6}"
+                  f"{report['shared_bytes']:8}{report['programs']:9}  {constants}", flush=True)
