@@ -1038,17 +1038,28 @@ def grid_of_pairs(originals: Tensor, results: Tensor) -> Image.Image:
 
 
 def draw_curves(log: list[dict], scales: tuple[int, ...]):
-    """Both losses, and the transformer's loss and accuracy per scale, against the step."""
-    figure, axes = pyplot().subplots(2, 2, figsize=(11, 7), layout="constrained")
+    """Both losses, and the transformer's loss and accuracy per scale, against the step; and how the
+    discriminator does, if there is one."""
+    adversary = any("balance" in line for line in log)
+    columns = 3 if adversary else 2
+    figure, axes = pyplot().subplots(
+        2, columns, figsize=(5.5 * columns, 7), layout="constrained")
 
     def curve(axis, stage: str, split: str, value: Callable[[dict], float], label: str) -> None:
         lines = [line for line in log if line["stage"] == stage and line["split"] == split]
         axis.plot([line["step"] for line in lines], [value(line) for line in lines],
                   label=label, marker="." if split == "held_out" else None)
 
-    for name in ("mse", "codebook"):
-        curve(axes[0, 0], "tokenizer", "train", lambda line: line[name], name)
+    for name in ("mse", "codebook", "perceptual"):
+        if any(name in line for line in log):
+            curve(axes[0, 0], "tokenizer", "train", lambda line: line.get(name, math.nan), name)
     axes[0, 0].set(title="tokenizer: training losses", yscale="log")
+    if adversary:
+        for name in ("discriminator", "discriminator_right"):
+            curve(axes[0, 2], "tokenizer", "train", lambda line: line.get(name, math.nan), name)
+        axes[0, 2].set(title="discriminator: loss, share of patches right")
+        curve(axes[1, 2], "tokenizer", "train", lambda line: line.get("balance", math.nan), "weight")
+        axes[1, 2].set(title="weight of the adversarial loss", yscale="log")
     for split in ("train", "held_out"):
         curve(axes[0, 1], "var", split, lambda line: line["loss"], split.replace("_", "-"))
     axes[0, 1].set(title="transformer: loss (nats per token)")
