@@ -875,7 +875,7 @@ def rank_and_ranks() -> tuple[int, int]:
 def say(text: str) -> None:
     """Print once, not in every process."""
     if rank_and_ranks()[0] == 0:
-        print(text)
+        tqdm.write(text)
 
 
 def own_part(rows: list[int]) -> list[int]:

@@ -7,8 +7,8 @@ sum of K token maps, from 1 x 1 up to S x S, and a decoder makes an image of tha
     f_hat = 0                                       nothing is decided yet
     for every scale k, coarse to fine:
         residual = f - f_hat                        what the coarser scales left over
-        tokens_k = the nearest codes to the residual, averaged down to s_k x s_k
-        f_hat = f_hat + phi(the codes of tokens_k, upsampled to S x S)
+        tokens_k = nearest codes                    to its averages over a grid of s_k x s_k areas
+        f_hat = f_hat + phi(upsampled codes)        the codes of tokens_k, interpolated to S x S
 
 So every scale corrects the sum of those before it, and the first few maps alone are already an
 image: the whole of it, blurred. That is the order in which the transformer will predict the maps.
@@ -67,7 +67,9 @@ class TokenizerConfig:
     norm_groups: int                # of the group norms
 
     def __post_init__(self):
-        check_scales(self.scales)
+        growing = all(b > a for a, b in zip(self.scales, self.scales[1:]))
+        if not self.scales or self.scales[0] != 1 or not growing:
+            raise ValueError(f"scales {self.scales} must start at 1 and grow")
         for multiplier in self.multipliers:
             if self.width * multiplier % self.norm_groups:
                 raise ValueError(f"width {self.width} times {multiplier} is not divisible by "
@@ -80,12 +82,6 @@ class TokenizerConfig:
     @property
     def image_side(self) -> int:
         return self.scales[-1] * self.downsampling
-
-
-def check_scales(scales: tuple[int, ...]) -> None:
-    """Raises ValueError unless the scales start at 1 and grow."""
-    if not scales or scales[0] != 1 or any(b <= a for a, b in zip(scales, scales[1:])):
-        raise ValueError(f"scales {tuple(scales)} must start at 1 and grow")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -254,13 +250,11 @@ class Quantizer(nn.Module):
         for k in range(K):
             begin = math.ceil(V * k / K)
             end = math.ceil(V * (k + 1) / K)
-            residual_BlC = self.read(f_BCSS - f_hat_BCSS, k)
-            residual_NC = residual_BlC.flatten(0, 1)
+            residual_NC = self.read(f_BCSS - f_hat_BCSS, k).flatten(0, 1)
             chosen = torch.randint(len(residual_NC), (end - begin,))
             self.codebook_VC[begin:end] = residual_NC[chosen]
             tokens_N = nearest_code(residual_NC, self.codebook_VC[:end])
-            tokens_Bl = tokens_N.view(residual_BlC.shape[:2])
-            f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)
+            f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_N.view(len(f_BCSS), -1), k)
 
     @torch.no_grad()
     def remember(self) -> None:
@@ -318,8 +312,6 @@ def choose_phis(scales: int, phis: int) -> list[int]:
 
 # -------------------------------------------------------------------------------------------------
 # Encoder and decoder: the convolutional pair of latent diffusion (arXiv 2112.10752), as published
-#
-# Side and channels in the shapes below are those of four resolutions and multipliers m1 .. m4.
 
 
 class ResidualBlock(nn.Module):
@@ -436,8 +428,8 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)                        # [B, width, side, side]
         for level in self.levels:
-            x = level(x)                                # [B, width m4, S, S] after the last
-        x = self.middle(x)                              # [B, width m4, S, S]
+            x = level(x)                                # half the side, more channels; at last
+        x = self.middle(x)                              # [B, width * last multiplier, S, S]
         return self.conv_out(F.silu(self.norm_out(x)))  # [B, C, S, S]
 
 
@@ -461,9 +453,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
     def forward(self, f_BCSS: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(f_BCSS))           # [B, width m4, S, S]
+        x = self.conv_in(f_BCSS)                        # [B, width * last multiplier, S, S]
+        x = self.middle(x)                              # [B, width * last multiplier, S, S]
         for level in reversed(self.levels):
-            x = level(x)                                # [B, width m1, side, side] after the last
+            x = level(x)                                # twice the side, until the image's
         return self.conv_out(F.silu(self.norm_out(x)))  # [B, channels, side, side]
 
 
@@ -556,7 +549,7 @@ class Tokenizer(nn.Module):
             psnr_per_scale         dB, of the images decoded from the scales up to this one
             codes_per_scale        how many codes the scale uses
             usage_per_scale        the same as a share of what it could use, min(V, its tokens)
-            perplexity_per_scale   exp of the codes' entropy: as many, used alike, would differ so
+            perplexity_per_scale   exp(entropy) of its codes: how many, if all were used alike
             codes_used             share of the codebook that is used by any scale
 
         batches: images on the tokenizer's device.
@@ -615,17 +608,15 @@ class Tokenizer(nn.Module):
         elif scales is None:
             scales = range(1, len(hits_KV) + 1)
         width, image_channels = state["encoder.conv_in.weight"].shape[:2]
-        multipliers = []
-        for i in range(count(state, "encoder.levels")):
-            channels = len(state[f"encoder.levels.{i}.blocks.0.conv1.bias"])
-            multipliers.append(channels // width)
+        levels = range(count(state, "encoder.levels"))
+        widths = [len(state[f"encoder.levels.{i}.blocks.0.conv1.bias"]) for i in levels]
         tokenizer = cls(TokenizerConfig(
             scales=tuple(scales),
             vocabulary=V,
             code_channels=C,
             image_channels=image_channels,
             width=width,
-            multipliers=tuple(multipliers),
+            multipliers=tuple(w // width for w in widths),
             blocks=count(state, "encoder.levels.0.blocks"),
             phis=count(state, "quantizer.phis"),
             norm_groups=32,
@@ -641,8 +632,8 @@ def psnr(mse: float) -> float:
 
 def count(state: dict[str, Tensor], prefix: str) -> int:
     """How many numbered modules a state dict has under a name."""
-    under = [name for name in state if name.startswith(prefix + ".")]
-    return len({name.split(".")[1 + prefix.count(".")] for name in under})
+    under = [name.removeprefix(prefix + ".") for name in state if name.startswith(prefix + ".")]
+    return len({name.split(".")[0] for name in under})
 
 
 OFFICIAL_NAMES = [   # published name -> ours, applied in this order

@@ -32,7 +32,6 @@ import signal
 import socket
 import sys
 import tarfile
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -161,12 +160,10 @@ class Stage:
         steps = shuffled(len(self.rows), self.batch, options.seed, self.step, self.steps)
         bar = tqdm(initial=self.step, total=self.steps, desc=self.name, unit="step",
                    mininterval=0.5, disable=rank_and_ranks()[0] > 0)
-        forecast = Forecast(self.name, self.steps)
         reports: list[Report] = []
         with Interrupt() as interrupt, bar:
             for tensors in read_ahead(self.rows, map(own_part, steps), options):
                 reports.append(self.advance(tensors, interrupt.asked))
-                forecast.after(self.step)
                 last = self.step == self.steps
                 measured = last or self.step % max(1, self.steps // 8) == 0
                 saved = last or self.step % options.checkpoint_every == 0
@@ -254,6 +251,9 @@ class Stage:
         rate = bar.format_dict["rate"]
         bar.set_postfix_str(f"loss {loss:.4f}{self.speed(rate)}", refresh=False)
         bar.update()
+        if bar.n == bar.initial + 20:
+            seconds = bar.format_dict["elapsed"] / 20 * (self.steps - bar.n)
+            say(f"{self.name}: about {in_words(seconds)} on this machine")
         if report.logged:
             values = {name: value.tolist() for name, value in report.logged.items()}
             log.write(report.step, "train", loss=loss, **values)
@@ -328,6 +328,10 @@ class Stage:
                 f"{self.peaks[0][0]} is asked for")
 
 
+def in_words(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+
+
 @dataclass
 class Report:
     """Of a step: its loss, the norm of its gradient, whether to stop; and what is logged of it."""
@@ -392,26 +396,6 @@ def change_parts(model: nn.Module, options: argparse.Namespace) -> None:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
         if options.compile and isinstance(module, (Encoder, Decoder, VAR)):
             module.compile(dynamic=False)   # every batch of a training has the same shape
-
-
-class Forecast:
-    """Says what a stage will take once some steps are timed: a slow machine is no riddle then."""
-
-    def __init__(self, name: str, steps: int):
-        self.name = name
-        self.steps = steps
-        self.done = 0
-        self.begin = 0.0
-
-    def after(self, step: int) -> None:
-        self.done += 1
-        if self.done == 5:   # the first ones allocate, and compile if asked to
-            self.begin = time.perf_counter()
-        if self.done == 15:
-            seconds = (time.perf_counter() - self.begin) / 10 * (self.steps - step)
-            take = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
-            if rank_and_ranks()[0] == 0:
-                tqdm.write(f"{self.name}: about {take} on this machine")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -987,20 +971,11 @@ class FolderImages(Dataset):
         for i in (*range(row, len(self)), *range(row)):
             if i in self.unreadable:
                 continue
-            image = self.read(i)
+            image = try_to_read(self.paths[i], self.shape)
             if image is not None:
                 return image, i
             self.unreadable.add(i)
         raise UserError(f"none of the {len(self)} images can be read")
-
-    def read(self, row: int) -> np.ndarray | None:
-        """Bytes [channels, side, side], or None for what is no image."""
-        channels, side, _ = self.shape
-        try:
-            return read_image(self.paths[row], side, channels)
-        except UserError as error:
-            tqdm.write(f"skipped: {in_short(error)}", file=sys.stderr)
-            return None
 
     def key(self) -> str:
         """Of the names, sizes and times of the files, wherever the folder lies."""
@@ -1010,6 +985,16 @@ class FolderImages(Dataset):
             about = (str(path.relative_to(self.root)), status.st_size, status.st_mtime_ns)
             digest.update(repr(about).encode())
         return digest.hexdigest()
+
+
+def try_to_read(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """Bytes [channels, side, side], or None for what is no image."""
+    channels, side, _ = shape
+    try:
+        return read_image(path, side, channels)
+    except UserError as error:   # no tqdm.write: a process that was forked may find its lock taken
+        print(f"skipped: {in_short(error)}", file=sys.stderr)
+        return None
 
 
 class DecodedImages(Dataset):
@@ -1095,9 +1080,10 @@ def decode_all(
 ) -> None:
     """Fill the records that are not filled yet, in several processes."""
     rows = np.flatnonzero(records_NR[:, 0] == UNSEEN).tolist()
-    bar = tqdm(rows, desc=f"decode {name}", unit="image")
+    read = partial(try_to_read, shape=images.shape)
     with multiprocessing.Pool(max(1, options.workers), ignore_interrupts) as pool:
-        for row, image in zip(bar, pool.imap(images.read, rows, chunksize=8)):
+        found = pool.imap(read, [images.paths[row] for row in rows], chunksize=8)
+        for row, image in zip(tqdm(rows, desc=f"decode {name}", unit="image"), found):
             if image is not None:
                 records_NR[row, 1:] = image.reshape(-1)
             records_NR[row, 0] = UNREADABLE if image is None else READ   # last: now it is whole

@@ -1,4 +1,4 @@
-"""Tokens to tokens: the transformer of VAR, which predicts an image scale by scale (2404.02905).
+"""Tokens to tokens: VAR's transformer, which predicts an image scale by scale (arXiv 2404.02905).
 
 A language model predicts the next token from all tokens before it. VAR predicts the next scale:
 all s x s tokens of it at once, from all coarser scales (Sec. 3.1).
@@ -14,8 +14,9 @@ is f_hat that is read). So a place of a map reads there what the image is so far
 token corrects it; and the tokens of a scale are drawn independently, given the coarser ones.
 
 `VAR.forward` teaches all scales at once: the maps of a real image are known, and so is what should
-be read (teacher forcing). `VAR.generate` makes one scale after the other, reading what it drew.
-Read these two first, then `Block` and `Attention`.
+be read (teacher forcing). What a token may see is the block-causal mask, a table of key ranges in
+kernels.py. `VAR.generate` makes one scale after the other, reading what it drew. Read these two
+first, then `Block` and `Attention`.
 
 Axes: B batch, L tokens of all scales (coarse to fine), l tokens of one scale, H heads, D width of
 a head, W = H * D model width, C code channels, V codebook size, K number of scales, k one of them,
@@ -194,6 +195,8 @@ class Block(nn.Module):
 
 
 class VAR(nn.Module):
+    """The class and what is decided so far in, logits of every token out."""
+
     def __init__(self, config: VARConfig):
         super().__init__()
         W = config.width
@@ -335,8 +338,8 @@ class VAR(nn.Module):
             logits = (1 + t) cond - t uncond,    t = cfg k / (K - 1)
 
         t starts at 0: the coarse scales choose among all images of the class, and pressed to be
-        typical they would choose alike. It grows, as the fine ones have less and less to choose,
-        and mistakes that show.
+        typical they would always choose alike. It grows because the finer ones have less and less
+        to choose, and what is not typical there is mostly a mistake.
         """
         last = len(self.config.scales) - 1
         guidance = cfg * k / max(last, 1)
@@ -539,7 +542,7 @@ class Muon(Optimizer):
     """Steps along the orthogonal matrix that is nearest to the momentum (Jordan et al., 2024).
 
     Momentum is a matrix too, U S V^T, with a few large singular values in S: a step along it moves
-    far in a few directions and hardly in all others, which then learn slowly. U V^T has the same
+    far in a few directions and hardly in all others, which learn slowly then. U V^T has the same
     directions and moves as far in each. Times 0.2 sqrt(max(rows, columns)) its entries have a root
     mean square of 0.2, about that of AdamW's steps, whose learning rate and weight decay then fit
     (arXiv 2502.16982, Sec. 2.2).

@@ -1,4 +1,4 @@
-"""The math of kernels.py in NumPy and float64: slow and obvious, to hold the fast versions to.
+"""The math of kernels.py, and of the quantizer, in NumPy and float64: slow and obvious.
 
 Where an output is a sum, the size of what was summed (the same sum over absolute values) comes with it: rounding
 errors are in proportion to that, also where the sum itself cancels to nothing.
@@ -70,3 +70,57 @@ def kept_probabilities(logits_V, top_k: int, top_p: float):
                 probability_V[token] = 0
         before += share
     return probability_V / probability_V.sum(), margin
+
+
+def bicubic(side_in: int, side_out: int):
+    """[side_out, side_in]: along one axis, what each place of a map gives to each of the enlarged map (Keys, a -0.75)."""
+    near = lambda d: 1.25 * d**3 - 2.25 * d**2 + 1
+    far = lambda d: -0.75 * d**3 + 3.75 * d**2 - 6 * d + 3
+    matrix = np.zeros((side_out, side_in))
+    for out in range(side_out):
+        centre = (out + 0.5) * side_in / side_out - 0.5
+        for i in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            distance = abs(centre - i)
+            weight = near(distance) if distance <= 1 else far(distance)
+            matrix[out, min(max(i, 0), side_in - 1)] += weight   # beyond the border it goes on as at the border
+    return matrix
+
+
+def convolve(x_BCSS, weight, bias):
+    """3 x 3, zeros around."""
+    S = x_BCSS.shape[2]
+    padded = np.pad(x_BCSS, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    out = np.zeros((len(x_BCSS), len(weight), S, S)) + bias[None, :, None, None]
+    for y in range(3):
+        for x in range(3):
+            out += np.einsum("bchw,oc->bohw", padded[:, :, y:y + S, x:x + S], weight[:, :, y, x])
+    return out
+
+
+def running_latents(tokens, codebook_VC, phis, scales) -> list:
+    """f_hat after each scale. tokens: [B, l] for each; phis: (weight, bias) of the convolution for each."""
+    f_hats, f_hat = [], 0.0
+    for tokens_Bl, (weight, bias), s in zip(tokens, phis, scales):
+        up = bicubic(s, scales[-1])
+        h = codebook_VC[tokens_Bl].swapaxes(1, 2).reshape(len(tokens_Bl), -1, s, s)
+        h = up @ h @ up.T
+        f_hat = f_hat + (h + convolve(h, weight, bias)) / 2
+        f_hats.append(f_hat)
+    return f_hats
+
+
+def read(f_BCSS, s: int):
+    """[B, s*s, C]: averages over areas, of which the side must be a multiple of s here."""
+    B, C, S, _ = f_BCSS.shape
+    return f_BCSS.reshape(B, C, s, S // s, s, S // s).mean(axis=(3, 5)).reshape(B, C, s * s).swapaxes(1, 2)
+
+
+def slopes(function, x, step: float = 1e-3):
+    """d function / d x by central differences, which are exact for a polynomial of degree 2."""
+    gradient = np.zeros_like(x)
+    for place in np.ndindex(x.shape):
+        ahead, behind = x.copy(), x.copy()
+        ahead[place] += step
+        behind[place] -= step
+        gradient[place] = (function(ahead) - function(behind)) / (2 * step)
+    return gradient

@@ -202,7 +202,7 @@ def test_decoding_that_is_stopped_goes_on(tmp_path, monkeypatch):
     root = draw_folder(tmp_path / "data", {"a": 12})
     options = settled("--data", root, "--out", tmp_path / "out")
     files = train.FolderImages(root, [(0, path) for path in sorted(root.rglob("*.png"))], 8, 3)
-    read: list[int] = []
+    read: list[str] = []
 
     class Pool:
         """One that is stopped by Ctrl-C at the seventh image."""
@@ -215,20 +215,21 @@ def test_decoding_that_is_stopped_goes_on(tmp_path, monkeypatch):
         def __exit__(self, *_):
             pass
 
-        def imap(self, function, rows, chunksize):
-            for row in rows:
+        def imap(self, function, paths, chunksize):
+            for path in paths:
                 if len(read) == 7:
-                    read.append(-1)
+                    read.append("stopped")
                     raise KeyboardInterrupt
-                read.append(row)
-                yield function(row)
+                read.append(path.name)
+                yield function(path)
 
     monkeypatch.setattr(train.multiprocessing, "Pool", Pool)
     with pytest.raises(KeyboardInterrupt):
         train.decoded(files, "train", options)
     assert [path.suffix for path in options.out.iterdir()] == [".partial"]
     images = train.decoded(files, "train", options)
-    assert read == [*range(7), -1, *range(7, 12)]
+    names = [path.name for path in files.paths]
+    assert read == [*names[:7], "stopped", *names[7:]]
     assert [path.suffix for path in options.out.iterdir()] == [".images"]
     assert np.array_equal(images[[11]][0][0], train.read_image(files.paths[11], 8, 3))
 
@@ -324,9 +325,8 @@ def test_strange_files_among_the_images(tmp_path, capsys):
     before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.exists()}
     options = settled("--data", tmp_path / "data", "--out", tmp_path / "out")
     capsys.readouterr()
-    files = train.FolderImages(tmp_path / "data", [(0, data / "bomb.png"), (0, data / "cut\nshort.jpg")],
-                               8, 3)
-    assert files.read(0) is None and files.read(1) is None
+    for name in ("bomb.png", "cut\nshort.jpg"):
+        assert train.try_to_read(data / name, (3, 8, 8)) is None
     bomb, cut = capsys.readouterr().err.splitlines()
     assert "bomb.png cannot be read" in bomb and "exceeds limit" in bomb
     assert "cut short.jpg cannot be read" in cut

@@ -220,13 +220,13 @@ def test_speed(monkeypatch):
     assert kernels.peak_flops(torch.device("cpu")) is None
 
 
-def test_what_a_stage_will_take_is_said(monkeypatch, capsys):
-    clock = iter([100.0, 103.0])   # ten steps of 0.3 s
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
-    forecast = train.Forecast("var", 815)
-    for step in range(1, 31):
-        forecast.after(step)
-    assert "var: about 4 minutes on this machine" in capsys.readouterr().out
+def test_what_a_stage_will_take_is_said(folder, tmp_path, monkeypatch):
+    real = train.tqdm.format_dict.fget
+    slow = property(lambda bar: {**real(bar), "elapsed": 5.0})   # 5 s for 20 of the 40 steps
+    monkeypatch.setattr(train.tqdm, "format_dict", slow)
+    said = ran("train.py", "--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer")
+    assert "tokenizer: about 5 seconds on this machine" in said
+    assert train.in_words(245.0) == "4 minutes"
 
 
 def test_learning_rate():

@@ -1,10 +1,15 @@
-"""The tokenizer: encoding and decoding agree, residuals shrink, dead codes come back, bad shapes are refused."""
+"""The tokenizer: encoding and decoding agree, losses and gradients are NumPy's, codes start and come back as they
+should, bad shapes are refused."""
+import copy
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer import Tokenizer, TokenizerConfig, choose_phis
+import reference
+from tokenizer import Quantizer, Tokenizer, TokenizerConfig, choose_phis, psnr
 
 
 def config(**changes) -> TokenizerConfig:
@@ -22,6 +27,25 @@ def tokenizer(seed: int = 0, **changes) -> Tokenizer:
 
 def images(made: Tokenizer, count: int) -> torch.Tensor:
     return torch.rand(count, made.config.image_channels, *[made.config.image_side] * 2) * 2 - 1
+
+
+def quantizer(seed: int = 0, **changes) -> Quantizer:
+    """In float64, with sides that divide each other, random codes, and phis that do something."""
+    torch.manual_seed(seed)
+    made = Quantizer(config(**{**dict(scales=(1, 2, 4), vocabulary=8, code_channels=2, phis=3), **changes})).double()
+    with torch.no_grad():
+        made.codebook_VC.normal_()
+        for phi in made.phis:
+            phi.weight.normal_(std=0.3)
+            phi.bias.normal_(std=0.3)
+    return made
+
+
+def in_numpy(made: Quantizer) -> dict:
+    """What tests/reference.py needs of it."""
+    phis = [made.phis[i] for i in made.phi_of_scale]
+    return dict(codebook_VC=made.codebook_VC.detach().numpy(), scales=made.scales,
+                phis=[(phi.weight.detach().numpy(), phi.bias.detach().numpy()) for phi in phis])
 
 
 GROWING = st.lists(st.integers(1, 3), min_size=0, max_size=4).map(lambda steps: tuple(1 + sum(steps[:i]) for i in range(len(steps) + 1)))
@@ -68,30 +92,128 @@ def test_teacher_inputs_read_the_running_latent_of_coarser_scales_only():
 
 
 def test_gradients_pass_straight_through_to_the_encoder():
+    """The value of f_hat, the gradient of f."""
     made = tokenizer().train()
     f_BCSS = made.latent(images(made, 4)).detach().requires_grad_()
     out_BCSS, _ = made.quantizer(f_BCSS)
     weight = torch.randn_like(out_BCSS)
     (out_BCSS * weight).sum().backward()
     torch.testing.assert_close(f_BCSS.grad, weight)
+    assert made.quantizer.codebook_VC.grad is None
 
 
-def test_dead_codes_become_residuals_and_live_ones_stay():
-    made = tokenizer().train()
-    quantizer, optimizer = made.quantizer, torch.optim.AdamW(made.parameters(), 1e-3)
+def test_every_step_of_the_loop_is_numpys():
+    """Codes, upsampled and through phi, added up; and what the next scale reads of the sum."""
+    made = quantizer()
+    f_BCSS = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    tokens = [x.numpy() for x in made.split(made.encode(f_BCSS))]
+    f_hats = reference.running_latents(tokens, **in_numpy(made))
+    so_far, codebook_VC = [0.0, *f_hats], made.codebook_VC.detach().numpy()
+    for k, s in enumerate(made.scales):
+        residual_NC = reference.read(f_BCSS.numpy() - so_far[k], s).reshape(-1, 2)
+        assert (tokens[k].reshape(-1) == reference.distances(residual_NC, codebook_VC, False).argmin(axis=1)).all()
+    decoded_BCSS = made.decode(torch.from_numpy(np.concatenate(tokens, axis=1)))
+    np.testing.assert_allclose(decoded_BCSS.numpy(), f_hats[-1], atol=1e-12)
+    inputs = made.teacher_inputs(torch.from_numpy(np.concatenate(tokens, axis=1))).numpy()
+    read = np.concatenate([reference.read(f_hats[0], 2), reference.read(f_hats[1], 4)], axis=1)
+    np.testing.assert_allclose(inputs, read, atol=1e-12)
+
+
+def test_the_codebook_loss_and_its_gradients_are_numpys():
+    """Codes and phis move to the latent at full weight, the latent moves to them at a quarter, each scale alike."""
+    made = quantizer().train()
+    f_BCSS = torch.randn(3, 2, 4, 4, dtype=torch.float64).requires_grad_()
+    _, loss = made(f_BCSS)
+    loss.backward()
+    tokens = [x.numpy() for x in made.split(made.encode(f_BCSS.detach()))]
+    known, f = in_numpy(made), f_BCSS.detach().numpy()
+
+    def distance(f, known):
+        """Mean over the scales of the mean squared error."""
+        return np.mean([np.square(f_hat - f).mean() for f_hat in reference.running_latents(tokens, **known)])
+
+    np.testing.assert_allclose(loss.item(), 1.25 * distance(f, known))
+    np.testing.assert_allclose(f_BCSS.grad.numpy(), 0.25 * reference.slopes(lambda x: distance(x, known), f), atol=1e-9)
+    moved = reference.slopes(lambda x: distance(f, {**known, "codebook_VC": x}), known["codebook_VC"])
+    np.testing.assert_allclose(made.codebook_VC.grad.numpy(), moved, atol=1e-9)
+    for k in range(3):   # a phi for each scale here
+        def with_bias(x):
+            phis = [(weight, x if i == k else bias) for i, (weight, bias) in enumerate(known["phis"])]
+            return distance(f, {**known, "phis": phis})
+        moved = reference.slopes(with_bias, known["phis"][k][1])
+        np.testing.assert_allclose(made.phis[made.phi_of_scale[k]].bias.grad.numpy(), moved, atol=1e-9)
+
+
+def test_a_training_pass_keeps_residuals_without_their_graph_and_counts_hits():
+    made = quantizer().train()
+    f_BCSS = torch.randn(3, 2, 4, 4, dtype=torch.float64).requires_grad_()
+    made(f_BCSS)
+    tokens_BL = made.encode(f_BCSS.detach())
+    so_far = [0.0, *reference.running_latents([x.numpy() for x in made.split(tokens_BL)], **in_numpy(made))]
+    for k, residual_BlC in enumerate(made.residuals):
+        assert not residual_BlC.requires_grad
+        expected = reference.read(f_BCSS.detach().numpy() - so_far[k], made.scales[k])
+        np.testing.assert_allclose(residual_BlC.numpy(), expected, atol=1e-12)
+    assert made.new_hits_V.tolist() == np.bincount(tokens_BL.numpy().ravel(), minlength=8).tolist()
+    made.eval()(f_BCSS)
+    assert made.new_hits_V.sum() == 3 * 21   # evaluation does not count
+
+
+@pytest.mark.parametrize("vocabulary, shares", [(9, (3, 3, 3)), (8, (3, 3, 2)), (2, (1, 1, 0)), (1, (1, 0, 0))])
+def test_the_first_codes_are_residuals_of_every_scale_alike(vocabulary, shares):
+    """Each of what its own codes and those of coarser scales have left over: codes to come do not serve yet."""
+    made = quantizer(vocabulary=vocabulary)
+    f_BCSS = torch.randn(6, 2, 4, 4, dtype=torch.float64)
     with torch.no_grad():
-        quantizer.codebook_VC[5:] = 1e3   # no residual is near
-    for _ in range(400):   # the hit counts forget slowly
-        quantizer.new_hits_V = torch.bincount(torch.randint(0, 5, (40,)), minlength=len(quantizer.hits_V))
-        quantizer.remember()
-    made(images(made, 8))[1]["total"].backward()
-    optimizer.step()
-    before_VC = quantizer.codebook_VC.detach().clone()
-    assert quantizer.revive(optimizer) == 27
-    assert torch.equal(quantizer.codebook_VC[:5], before_VC[:5])
-    assert quantizer.codebook_VC[5:].abs().max() < 100
-    assert optimizer.state[quantizer.codebook_VC]["exp_avg"][5:].abs().max() == 0
-    assert quantizer.revive(optimizer) == 0
+        made.codebook_VC.zero_()   # nearer to most residuals than any of them is
+    made.start_from(f_BCSS)
+    known, tokens, end = in_numpy(made), [], 0
+    for s, share in zip(made.scales, shares):
+        so_far = reference.running_latents(tokens, **known)[-1] if tokens else 0.0
+        residual_NC = reference.read(f_BCSS.numpy() - so_far, s).reshape(-1, 2)
+        end += share
+        distance_NV = reference.distances(residual_NC, known["codebook_VC"][:end], False)
+        assert (distance_NV[:, end - share:].min(axis=0) < 1e-20).all()   # each code is one of the residuals
+        assert len(set(distance_NV[:, end - share:].argmin(axis=0))) >= min(share, 2)   # and not always the same
+        tokens.append(distance_NV.argmin(axis=1).reshape(6, -1))
+
+
+def test_remember_is_a_running_average_of_the_hits_of_a_step():
+    made = quantizer()
+    made.hits_V[:] = 2.0
+    made.new_hits_V = torch.tensor([12, 0, 2, 0, 0, 0, 0, 0])
+    made.remember()
+    expected = [0.99 * 2 + 0.01 * hits for hits in (12, 0, 2, 0, 0, 0, 0, 0)]
+    torch.testing.assert_close(made.hits_V.tolist(), expected)
+    made(torch.randn(1, 2, 4, 4, dtype=torch.float64))
+    assert made.new_hits_V.sum() == 21   # counted anew
+
+
+def test_revive_moves_dead_codes_only_and_makes_them_new():
+    made = quantizer(vocabulary=400)
+    for k, s in enumerate(made.scales):   # which residual a code became can be read off it: (scale, row)
+        row_N = torch.arange(3.0 * s * s)
+        made.residuals.append(torch.stack([torch.full_like(row_N, k), row_N], dim=1).double().view(3, s * s, 2))
+    optimizer = torch.optim.AdamW(made.parameters())
+    optimizer.state[made.codebook_VC] = {name: torch.ones(400, 2) for name in ("exp_avg", "exp_avg_sq")}
+    with torch.no_grad():
+        made.codebook_VC.fill_(-7)
+    made.hits_V[:100] = 1.0
+    made.hits_V[100:] = 0.01
+    made.hits_V[100] = 0.0501 * made.hits_V.mean()   # just alive
+    made.hits_V[101] = 0.0495 * made.hits_V.mean()   # just dead
+    average = made.hits_V.mean().item()
+    assert made.revive(optimizer) == 299
+    assert (made.codebook_VC[:101] == -7).all()
+    assert made.hits_V[:100].eq(1).all() and made.hits_V[101:].allclose(torch.tensor(average, dtype=torch.float64))
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment_VC = optimizer.state[made.codebook_VC][name]
+        assert moment_VC[:101].min() > 0 and moment_VC[101:].abs().max() == 0
+    scale_N, row_N = made.codebook_VC[101:].detach().long().T
+    for k, s in enumerate(made.scales):
+        rows = row_N[scale_N == k]
+        assert 75 <= len(rows) <= 125              # every scale alike, however many residuals it has
+        assert rows.unique().numel() >= 0.7 * 3 * s * s   # and all of them, of all images
 
 
 def test_hits_do_not_depend_on_how_a_step_is_split():
@@ -127,3 +249,49 @@ def test_images_and_tokens_of_another_size_are_refused():
         made.encode(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="7 tokens"):
         made.decode(torch.zeros(1, 7, dtype=torch.int64))
+
+
+# -----------------------------------------------------------------------------
+# Health and identity
+
+
+def test_psnr():
+    """Of images in [-1, 1], whose greatest squared error is 4."""
+    assert psnr(4) == 0 and psnr(0.04) == pytest.approx(20) and psnr(0) == pytest.approx(106.0206, abs=1e-3)
+
+
+@torch.no_grad()
+def test_health_is_what_counting_gives():
+    made = tokenizer()
+    x = images(made, 7)
+    health = made.health(iter((x[:5], x[5:])))
+    tokens_BL = made.encode(x)
+    ends = np.cumsum([0, *(s * s for s in made.config.scales)])
+    for k in range(4):
+        tokens_N = tokens_BL[:, ends[k]:ends[k + 1]].numpy().ravel()
+        counts = np.unique(tokens_N, return_counts=True)[1]
+        share = counts / counts.sum()
+        error = np.square(made.decode(tokens_BL[:, :ends[k + 1]]).numpy() - x.numpy()).mean()
+        assert health["codes_per_scale"][k] == len(counts)
+        assert health["usage_per_scale"][k] == pytest.approx(len(counts) / min(32, len(tokens_N)))
+        assert health["perplexity_per_scale"][k] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
+        assert health["psnr_per_scale"][k] == pytest.approx(10 * np.log10(4 / error), rel=1e-5)
+    assert health["codes_used"] == len(np.unique(tokens_BL.numpy())) / 32
+
+
+def test_a_fingerprint_is_of_weights_and_config_and_not_of_training():
+    made = tokenizer()
+    before = made.fingerprint()
+    assert len(before) == 64 and copy.deepcopy(made).fingerprint() == before
+    made.train()(images(made, 2))
+    made.quantizer.remember()
+    assert made.fingerprint() == before                    # hits and residuals are not what it computes
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter[(0,) * parameter.ndim] += 1e-3
+            changed = made.fingerprint()
+            assert changed != before
+            before = changed
+    other = Tokenizer(config(norm_groups=4))               # the same weights compute something else
+    other.load_state_dict(made.state_dict())
+    assert other.fingerprint() != before

@@ -1,14 +1,19 @@
-"""The transformer: nothing later moves an earlier logit, and generation computes what teaching does."""
+"""The transformer: nothing later moves an earlier logit, generation computes what teaching does, what is known of an
+image stays, and Muon takes the steps that it says."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+import reference
+import var
 from tokenizer import Tokenizer
 from test_tokenizer import images, tokenizer
-from var import VAR, VARConfig
+from var import VAR, Attention, Block, Known, LayerCache, Muon, VARConfig, orthogonal
 
 SCALES = (1, 2, 3, 4)
 ENDS = [0, 1, 5, 14, 30]
@@ -129,6 +134,16 @@ def test_label_dropout_and_stochastic_depth_stop_in_eval():
     assert not torch.equal(dropped, model(zero, inputs))     # other layers were skipped
 
 
+def test_dropped_labels_become_the_null_class():
+    torch.manual_seed(0)
+    model, labels_B = VAR(config(label_dropout=0.25)), torch.arange(3).repeat(1000)
+    after_B = model.drop_labels(labels_B)
+    dropped_B = after_B == 3
+    assert torch.equal(after_B[~dropped_B], labels_B[~dropped_B])
+    assert 0.22 < dropped_B.float().mean() < 0.28
+    assert torch.equal(model.eval().drop_labels(labels_B), labels_B)
+
+
 def test_the_first_loss_is_ln_v():
     torch.manual_seed(0)
     model = VAR(config(vocabulary=512))
@@ -136,7 +151,7 @@ def test_the_first_loss_is_ln_v():
     assert abs(loss.item() - math.log(512)) < 0.05
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
 def test_both_faces_give_the_same_loss_and_gradients(monkeypatch):
     torch.manual_seed(0)
     model, made = lively(VAR(config())), tokenizer()
@@ -153,7 +168,278 @@ def test_both_faces_give_the_same_loss_and_gradients(monkeypatch):
         torch.testing.assert_close(ours, twin, rtol=1e-3, atol=1e-5)
 
 
-
 def test_widths_that_heads_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="not divisible by 3 heads"):
         config(heads=3)
+
+
+# -----------------------------------------------------------------------------
+# The parts of a layer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalise_qk", [True, False])
+def test_attention_is_numpys(normalise_qk):
+    """Scores of unit queries and keys times the learned scale, or of any times 0.25 / sqrt(D); no bias on keys."""
+    torch.manual_seed(0)
+    attention = Attention(config(normalise_qk=normalise_qk)).double()
+    for parameter in attention.parameters():
+        parameter.normal_()
+    if normalise_qk:
+        attention.log_scale_H11[:] = torch.tensor([1.0, 7.0]).view(2, 1, 1)   # the second is above ln 100
+    x_BLW = torch.randn(2, 30, 32, dtype=torch.float64)
+    ranges = kernels.KeyRanges.from_scales(SCALES)
+    q, k, v = (x_BLW.numpy() @ attention.qkv.weight.numpy().T).reshape(2, 30, 3, 2, 16).transpose(2, 0, 3, 1, 4)
+    q, v = (x + bias.numpy().reshape(2, 1, 16) for x, bias in ((q, attention.q_bias), (v, attention.v_bias)))
+    scale = 0.25 / 4
+    if normalise_qk:
+        q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+        q, scale = q * np.array([math.e, 100.0]).reshape(2, 1, 1), 1.0
+    o = reference.attention(q, k, v, ranges.first, ranges.last, scale, np.zeros_like(q))[0]["o"]
+    expected = o.transpose(0, 2, 1, 3).reshape(2, 30, 32) @ attention.out.weight.numpy().T + attention.out.bias.numpy()
+    np.testing.assert_allclose(attention(x_BLW, ranges, None).numpy(), expected, rtol=1e-5, atol=1e-4)   # unit in fp32
+
+
+def test_stochastic_depth_skips_whole_images_and_scales_the_others():
+    torch.manual_seed(0)
+    block = Block(config(), drop_path=0.25)
+    x_BLW, h_BLW, gate_BW = torch.randn(2000, 3, 32), torch.ones(2000, 3, 32), torch.full((2000, 32), 0.6)
+    added_BLW = block.add_branch(x_BLW, h_BLW, gate_BW) - x_BLW
+    assert torch.allclose(added_BLW, added_BLW[:, :1, :1].expand_as(added_BLW), atol=1e-5)   # all of an image alike
+    added_B = added_BLW[:, 0, 0]
+    skipped_B = added_B.abs() < 1e-5
+    assert torch.allclose(added_B[~skipped_B], torch.tensor(0.6 / 0.75), atol=1e-5)
+    assert 0.22 < skipped_B.float().mean() < 0.28
+    torch.testing.assert_close(block.eval().add_branch(x_BLW, h_BLW, gate_BW), x_BLW + 0.6)
+    rates = [block.drop_path for block in VAR(config(depth=3, drop_path=0.3)).blocks]
+    assert rates == pytest.approx([0, 0.15, 0.3])
+
+
+def test_a_block_is_what_it_says(model):
+    """Attention, then the perceptron, each after an AdaLN and scaled by a gate; six vectors, in this order."""
+    block, ranges = model.blocks[0], model.ranges
+    torch.manual_seed(0)
+    x_BLW, m = torch.randn(2, 30, 32), torch.randn(2, 6, 32)
+    norm = lambda x_BLW: F.layer_norm(x_BLW, (32,), eps=1e-6)
+    h_BLW = x_BLW + m[:, None, 0] * block.attention(norm(x_BLW) * (1 + m[:, None, 2]) + m[:, None, 4], ranges, None)
+    expected = h_BLW + m[:, None, 1] * block.mlp(norm(h_BLW) * (1 + m[:, None, 3]) + m[:, None, 5])
+    torch.testing.assert_close(block(x_BLW, m, ranges, None), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared_adaln", [True, False])
+def test_sizes_at_the_start(shared_adaln):
+    torch.manual_seed(0)
+    W, depth = 64, 8
+    model = VAR(config(width=W, depth=depth, vocabulary=256, classes=50, shared_adaln=shared_adaln))
+    std, block = math.sqrt(1 / (3 * W)), model.blocks[3]
+    expected = {
+        model.class_embedding.weight: std, model.code_embedding.weight: std, model.position_1LW: std,
+        block.attention.qkv.weight: std, block.mlp[0].weight: std,
+        block.attention.out.weight: std / 4, block.mlp[2].weight: std / 4,   # 16 branches
+        model.head_modulation.weight: std / 2, model.head.weight: std * 0.02,
+    }
+    if shared_adaln:
+        expected[model.shared_modulation.weight] = std
+        gates, others = block.modulation_offset_6W.split((2, 4))
+        expected |= {gates: 1e-5 * math.sqrt(1 / W), others: 0.5 * math.sqrt(1 / W)}
+    else:
+        gates, others = block.modulation.weight.view(6, W, W).split((2, 4))
+        expected |= {gates: 1e-5 * std, others: 0.5 * std}
+    for tensor, size in expected.items():
+        assert tensor.std().item() == pytest.approx(size, rel=0.15)
+    assert model.class_embedding.weight.shape == (51, W)   # the last is the null class
+    assert all(part.bias.abs().max() == 0 for part in model.modules() if getattr(part, "bias", None) is not None)
+
+
+# -----------------------------------------------------------------------------
+# Generation
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scales, guidances", [((1, 2, 3, 4), [0, 2, 4, 6]), ((1,), [0]), ((1, 4), [0, 6])])
+def test_guidance_grows_from_nothing_at_the_first_scale_to_cfg_at_the_last(monkeypatch, scales, guidances):
+    torch.manual_seed(0)
+    model, asked = lively(VAR(config(scales=scales))), []
+
+    def record(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV):
+        asked.append(guidance)
+        assert (top_k, top_p) == (7, 0.8) and cond_BlV.shape == uncond_BlV.shape == noise_BlV.shape
+        assert not torch.equal(cond_BlV, uncond_BlV)
+        return kernels.sample_tokens(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
+
+    monkeypatch.setattr(var, "sample_tokens", record)
+    model.generate(tokenizer(scales=scales), torch.tensor([0, 1]), cfg=6.0, top_k=7, top_p=0.8)
+    assert asked == pytest.approx(guidances)
+
+
+@torch.no_grad()
+def test_drawing_a_scale_and_the_caches_can_be_replaced():
+    """Where other models of the family differ: what is drawn, and what a layer remembers."""
+    lengths = []
+
+    class Watched(LayerCache):
+        def extend(self, k_BHlD, v_BHlD):
+            lengths.append(k_BHlD.shape[2])
+            return super().extend(k_BHlD, v_BHlD)
+
+    class Other(VAR):
+        draw = lambda self, logits_BlV, k, *how: torch.full(logits_BlV.shape[:2], k)
+        new_caches = lambda self: [Watched(self.config.length) for _ in self.blocks]
+
+    torch.manual_seed(0)
+    tokens_BL = Other(config(depth=2)).eval().generate(tokenizer(), torch.tensor([0]), cfg=0.0)
+    assert tokens_BL.tolist() == [[0] + [1] * 4 + [2] * 9 + [3] * 16]
+    assert lengths == [1, 1, 4, 4, 9, 9, 16, 16]
+
+
+class Operations(TorchDispatchMode):
+    """The names of all that is computed."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_second_generation_makes_no_tables_and_waits_for_nothing(monkeypatch):
+    """No tensor made of Python numbers, which is a copy to the device, and no number read back from there."""
+    torch.manual_seed(0)
+    model, made, labels_B = lively(VAR(config())), tokenizer(), torch.tensor([0, 2])
+    f_BCSS = made.latent(images(made, 2))
+    known = Known(f_BCSS, torch.zeros(2, 1, 4, 4).index_fill(3, torch.tensor([0]), 1), 4)
+    model.generate(made, labels_B, known=known)
+    tables = []
+    monkeypatch.setattr(kernels.KeyRanges, "__init__", lambda *arguments: tables.append(arguments))
+    operations = Operations()
+    operations.names = []
+    with operations:
+        model.generate(made, labels_B, known=known)
+    assert not tables and len(operations.names) > 100
+    assert not {"_local_scalar_dense", "lift_fresh", "scalar_tensor", "nonzero"} & set(operations.names)
+
+
+# -----------------------------------------------------------------------------
+# In-painting
+
+
+def known_left(made: Tokenizer, columns: int, **how) -> Known:
+    """Two images of whose latent the left columns are known."""
+    where_B1SS = torch.zeros(2, 1, made.config.scales[-1], made.config.scales[-1])
+    where_B1SS[..., :columns] = 1
+    with torch.no_grad():
+        latent_BCSS = made.latent(images(made, 2))
+    return Known(latent_BCSS, where_B1SS, **{**dict(scales=len(made.config.scales)), **how})
+
+
+def test_which_tokens_are_known():
+    """All of the maps up to a quarter of the side; then cells with any known part; of the finest, with half of it."""
+    made = tokenizer(scales=(1, 2, 4, 8))
+    row = lambda known, k: known.places(made.quantizer, k)[0].view(made.config.scales[k], -1)[0].tolist()
+    known = known_left(made, 3)
+    assert row(known, 0) == [True] and row(known, 1) == [True, True]
+    assert row(known, 2) == [True, True, False, False]
+    assert row(known, 3) == [True] * 3 + [False] * 5
+    known.where_B1SS[..., 3] = 0.5
+    assert row(known, 3) == [True] * 4 + [False] * 4
+    known.where_B1SS[..., 3] = 0.49
+    assert row(known, 3) == [True] * 3 + [False] * 5
+    assert not known_left(made, 0).places(made.quantizer, 0).any()
+    drawn_Bl, f_hat_BCSS = torch.full((2, 64), -1), made.quantizer.empty(2)
+    put_Bl = known.put(drawn_Bl, made.quantizer, f_hat_BCSS, 3).view(2, 8, 8)
+    assert (put_Bl[..., :3] >= 0).all() and (put_Bl[..., 3:] == -1).all()
+    known.scales = 3   # finer ones are drawn
+    assert torch.equal(known.put(drawn_Bl, made.quantizer, f_hat_BCSS, 3), drawn_Bl)
+    assert (known.put(torch.full((2, 16), -1), made.quantizer, f_hat_BCSS, 2).view(2, 4, 4)[..., :2] >= 0).all()
+
+
+@torch.no_grad()
+def test_the_closed_loop_codes_what_is_missing_and_the_open_loop_the_images_own_tokens():
+    made = tokenizer(vocabulary=128)
+    closed = known_left(made, 2)
+    own_BL = made.quantizer.encode(closed.latent_BCSS)
+    opened = Known(closed.latent_BCSS, closed.where_B1SS, 4, own_BL)
+    f_hat_BCSS = made.quantizer.empty(2)
+    for k, own_Bl in enumerate(made.quantizer.split(own_BL)):
+        # As long as f_hat is the image's own, both are the tokens of the encoder.
+        assert torch.equal(closed.tokens(made.quantizer, f_hat_BCSS, k), own_Bl)
+        assert torch.equal(opened.tokens(made.quantizer, f_hat_BCSS, k), own_Bl)
+        other_BCSS = f_hat_BCSS + 0.5 * torch.randn_like(f_hat_BCSS)   # some of it was generated
+        missing_BlC = made.quantizer.read(closed.latent_BCSS - other_BCSS, k)
+        nearest = [torch.cdist(x_lC, made.quantizer.codebook_VC).argmin(dim=1) for x_lC in missing_BlC]
+        assert torch.equal(closed.tokens(made.quantizer, other_BCSS, k), torch.stack(nearest))
+        assert torch.equal(opened.tokens(made.quantizer, other_BCSS, k), own_Bl)
+        f_hat_BCSS = made.quantizer.accumulate(f_hat_BCSS, own_Bl, k)
+
+
+@torch.no_grad()
+def test_in_painting_keeps_what_is_known_and_the_closed_loop_keeps_it_better():
+    torch.manual_seed(0)
+    made, labels_B, errors = tokenizer(vocabulary=128), torch.tensor([0, 2]), {}
+    model = lively(VAR(config(vocabulary=128)))
+    closed = known_left(made, 2)
+    own_BL = made.quantizer.encode(closed.latent_BCSS)
+    finest = lambda tokens_BL: tokens_BL[:, ENDS[3]:].view(2, 4, 4)
+    for name, own_tokens_BL in (("closed", None), ("open", own_BL)):
+        known = Known(closed.latent_BCSS, closed.where_B1SS, 4, own_tokens_BL)
+        tokens_BL = model.generate(made, labels_B, generator=torch.Generator().manual_seed(0), known=known)
+        same_BSS = finest(tokens_BL) == finest(own_BL)
+        assert same_BSS[..., :2].all() == (name == "open")   # closed, they answer to what was generated beside them
+        assert same_BSS[..., 2:].float().mean() < 0.2
+        f_hat_BCSS = made.quantizer.decode(tokens_BL)
+        errors[name] = (f_hat_BCSS - closed.latent_BCSS)[..., :2].square().mean()
+    assert errors["closed"] < errors["open"]
+    everything = Known(closed.latent_BCSS, torch.ones_like(closed.where_B1SS), 4)
+    assert torch.equal(model.generate(made, labels_B, known=everything), own_BL)
+
+
+# -----------------------------------------------------------------------------
+# Optimizers
+
+
+@pytest.mark.parametrize("muon", [True, False])
+def test_which_parameters_decay_and_which_go_to_muon(muon):
+    model = VAR(config(depth=1, shared_adaln=True))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    adamw, *rest = model.optimizers(1e-3, 0.05, muon)
+    groups = {group["weight_decay"]: {names[p] for p in group["params"]} for group in adamw.param_groups}
+    inside = {f"blocks.0.{name}.weight" for name in ("attention.qkv", "attention.out", "mlp.0", "mlp.2")}
+    outside = {f"{name}.weight" for name in ("code_embedding", "shared_modulation", "head_modulation", "head")}
+    assert groups[0.05] == (outside if muon else outside | inside)
+    assert groups[0.0] == set(names.values()) - outside - inside
+    assert {"class_embedding.weight", "blocks.0.modulation_offset_6W", "blocks.0.mlp.0.bias"} < groups[0.0]
+    assert all(group["lr"] == 1e-3 and group["betas"] == (0.9, 0.95) for group in adamw.param_groups)
+    assert len(rest) == muon
+    for optimizer in rest:
+        group, = optimizer.param_groups
+        assert {names[p] for p in group["params"]} == inside
+        assert (group["lr"], group["weight_decay"], optimizer.dtype) == (1e-3, 0.05, torch.float32)
+    assert all(x.dtype == torch.bfloat16 for x in model.optimizers(1e-3, 0.05, muon, torch.bfloat16)[1:])
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (6, 20), (20, 6)], ids=str)
+def test_orthogonal_keeps_the_directions_and_levels_the_singular_values(shape):
+    """U S V^T becomes U S' V^T with every S' near 1, however unlike the S were."""
+    left, right = (np.linalg.qr(np.random.default_rng(n).normal(size=(n, 6)))[0] for n in shape)
+    matrix = left @ np.diag([100, 50, 20, 5, 2, 1]) @ right.T
+    result = orthogonal(torch.tensor(matrix)[None])[0].numpy()
+    values = left.T @ result @ right
+    assert np.abs(values - np.diag(np.diag(values))).max() < 1e-9
+    assert np.diag(values).min() > 0.68 and np.diag(values).max() < 1.21
+    np.testing.assert_allclose(left @ values @ right.T, result, atol=1e-9)   # and no other direction
+
+
+def test_muon_takes_the_steps_of_torch():
+    """Which stacks nothing, and computes in bf16 on every device."""
+    shapes = [(8, 8), (24, 8), (8, 24), (8, 8)]
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizers = [Muon(ours, 0.1, 0.05, torch.float32),
+                  torch.optim.Muon(theirs, 0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, before in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.02 * (b - before).norm()
