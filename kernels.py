@@ -88,15 +88,43 @@ class Array(NamedTuple):
     strides: tuple[int, ...]
 
 
-def as_arrays(arguments: Sequence) -> list:
-    return [Array(x, x.stride()) if isinstance(x, Tensor) else x for x in arguments]
+def as_arrays(tensors: Sequence[Tensor]) -> list[Array]:
+    return [Array(x, x.stride()) for x in tensors]
 
 
-@torch._disable_dynamo   # as torch.compiler.disable, which would import torch._dynamo at once: 1 s
-def launch(kernel: Callable, programs: int, *arguments, **constants) -> None:
-    """Start a kernel where its tensors are: Triton alone takes the current GPU, maybe another."""
-    with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*as_arrays(arguments), **constants)
+def launch(kernel: Callable, programs: int, read: list[Tensor], written: list[Tensor],
+           *numbers: float, **constants: int) -> None:
+    """Start a kernel on the arrays it reads, the arrays it writes, and numbers, floats first.
+
+    torch.compile cannot look into it. What it needs to know is what is written, so that there a
+    launch is one operator of PyTorch's, for all kernels. Elsewhere it goes the short way: the
+    operator takes longer to call than many a kernel to run.
+    """
+    if torch.compiler.is_compiling():
+        floats = [number for number in numbers if isinstance(number, float)]
+        launch_compiled(kernel.__name__, programs, read, written, floats,
+                        list(numbers[len(floats):]), ",".join(constants), list(constants.values()))
+    else:
+        start(kernel, programs, read + written, numbers, constants)
+
+
+@torch.library.custom_op("var::launch", mutates_args=["written"])
+def launch_compiled(kernel: str, programs: int, read: list[Tensor], written: list[Tensor],
+                    floats: list[float], sizes: list[int], names: str, values: list[int]) -> None:
+    constants = dict(zip(names.split(","), values))
+    start(globals()[kernel], programs, read + written, floats + sizes, constants)
+
+
+@launch_compiled.register_fake
+def launch_nothing(*arguments) -> None:
+    """What torch.compile calls to learn the shapes of the outputs: there are none."""
+
+
+def start(kernel: Callable, programs: int, tensors: Sequence[Tensor], numbers: Sequence[float],
+          constants: dict[str, int]) -> None:
+    """Where the tensors are: Triton alone takes the current GPU, which may be another."""
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(programs,)](*as_arrays(tensors), *numbers, **constants)
 
 
 @triton.jit
@@ -239,7 +267,8 @@ class AdaLN(torch.autograd.Function):
     def forward(ctx, x_BLW, scale_B1W, shift_B1W):
         B, L, W = x_BLW.shape
         y_BLW = torch.empty_like(x_BLW)
-        launch(adaln_forward, B * L, x_BLW, scale_B1W, shift_B1W, y_BLW, L, W, **adaln_tiles(W))
+        launch(adaln_forward, B * L, [x_BLW, scale_B1W, shift_B1W], [y_BLW], L, W,
+               **adaln_tiles(W))
         ctx.save_for_backward(x_BLW, scale_B1W)
         ctx.shift_dtype = shift_B1W.dtype
         return y_BLW
@@ -253,7 +282,7 @@ class AdaLN(torch.autograd.Function):
         parts = triton.cdiv(L, TOKENS)
         dx_BLW = torch.empty_like(x_BLW)
         sums_2BPW = x_BLW.new_empty(2, B, parts, W, dtype=torch.float32)
-        launch(adaln_backward, B * parts, x_BLW, scale_B1W, dy_BLW, dx_BLW, *sums_2BPW, L, W,
+        launch(adaln_backward, B * parts, [x_BLW, scale_B1W, dy_BLW], [dx_BLW, *sums_2BPW], L, W,
                TOKENS=TOKENS, **adaln_tiles(W))
         dscale_B1W, dshift_B1W = sums_2BPW.sum(dim=2, keepdim=True)
         return dx_BLW, dscale_B1W.to(scale_B1W.dtype), dshift_B1W.to(ctx.shift_dtype)
@@ -357,8 +386,9 @@ def nearest_code_triton(x_NC, codebook_VC, cosine=False):
     x_NC, e_VC, squares_V = code_terms(x_NC.detach(), codebook_VC.detach(), cosine)
     N, C = x_NC.shape
     index_N = torch.empty(N, dtype=torch.int64, device=x_NC.device)
-    launch(nearest_code_kernel, triton.cdiv(N, 64), x_NC, e_VC, squares_V, index_N, N, len(e_VC),
-           C=C, TILE_N=64, TILE_V=64, TILE_C=16 if C <= 16 else 32, num_warps=4, num_stages=3)
+    launch(nearest_code_kernel, triton.cdiv(N, 64), [x_NC, e_VC, squares_V], [index_N], N,
+           len(e_VC), C=C, TILE_N=64, TILE_V=64, TILE_C=16 if C <= 16 else 32, num_warps=4,
+           num_stages=3)
     return index_N
 
 
@@ -428,6 +458,15 @@ class KeyRanges:
         first_L1 = torch.tensor(self.first)[:, None]
         last_L1 = torch.tensor(self.last)[:, None]
         return (keys_S >= first_L1) & (keys_S < last_L1)
+
+    def prepare(self, device: torch.device) -> None:
+        """Make what both faces read on a device.
+
+        Before torch.compile looks: it would see no table in the first call and one in the second,
+        and compile all over again.
+        """
+        for make in (table, transposed_table, attention_calls):
+            self.once(make, device)
 
     def once(self, make: Callable, *arguments) -> Any:
         """make(self, *arguments), kept: a second generation makes no table and copies none."""
@@ -772,38 +811,37 @@ def rows_first(x_BHLD: Tensor) -> Tensor:
 
 class BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHLD, k_BHSD, v_BHSD, ranges, scale):
+    def forward(ctx, q_BHLD, k_BHSD, v_BHSD, first_L, last_L, first_S, last_S, scale):
         qkv = [rows_first(x) for x in (q_BHLD, k_BHSD, v_BHSD)]
         B, H, L, _ = q_BHLD.shape
         S = k_BHSD.shape[2]
         o_BHLD = torch.empty_like(qkv[0])
         log2sum_BHL = q_BHLD.new_empty(B, H, L, dtype=torch.float32)
-        ctx.ranges = ranges
         ctx.sizes = scale / math.log(2), H, L, S
         tiles = attention_tiles("forward", q_BHLD)
-        launch(attention_forward, B * H * triton.cdiv(L, tiles["TILE_L"]), *qkv,
-               *ranges.once(table, q_BHLD.device), o_BHLD, log2sum_BHL, *ctx.sizes, **tiles)
-        ctx.save_for_backward(*qkv, o_BHLD, log2sum_BHL)
+        launch(attention_forward, B * H * triton.cdiv(L, tiles["TILE_L"]),
+               [*qkv, first_L, last_L], [o_BHLD, log2sum_BHL], *ctx.sizes, **tiles)
+        ctx.save_for_backward(*qkv, first_L, last_L, first_S, last_S, o_BHLD, log2sum_BHL)
         return o_BHLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do_BHLD):
-        *qkv, o_BHLD, log2sum_BHL = ctx.saved_tensors
+        *qkv, first_L, last_L, first_S, last_S, o_BHLD, log2sum_BHL = ctx.saved_tensors
         do_BHLD = rows_first(do_BHLD)
         delta_BHL = torch.empty_like(log2sum_BHL)
         dq_BHLD, dk_BHSD, dv_BHSD = map(torch.empty_like, qkv)
         _, H, L, S = ctx.sizes
         heads = len(do_BHLD) * H
         tiles = attention_tiles("backward_q", do_BHLD)
-        launch(attention_backward_q, heads * triton.cdiv(L, tiles["TILE_L"]), *qkv,
-               *ctx.ranges.once(table, do_BHLD.device), o_BHLD, do_BHLD, log2sum_BHL, delta_BHL,
-               dq_BHLD, *ctx.sizes, **tiles)
+        launch(attention_backward_q, heads * triton.cdiv(L, tiles["TILE_L"]),
+               [*qkv, first_L, last_L, o_BHLD, do_BHLD, log2sum_BHL], [delta_BHL, dq_BHLD],
+               *ctx.sizes, **tiles)
         tiles = attention_tiles("backward_kv", do_BHLD)
-        launch(attention_backward_kv, heads * triton.cdiv(S, tiles["TILE_S"]), *qkv,
-               *ctx.ranges.once(transposed_table, do_BHLD.device), do_BHLD, log2sum_BHL, delta_BHL,
-               dk_BHSD, dv_BHSD, *ctx.sizes, **tiles)
-        return dq_BHLD, dk_BHSD, dv_BHSD, None, None
+        launch(attention_backward_kv, heads * triton.cdiv(S, tiles["TILE_S"]),
+               [*qkv, first_S, last_S, do_BHLD, log2sum_BHL, delta_BHL], [dk_BHSD, dv_BHSD],
+               *ctx.sizes, **tiles)
+        return dq_BHLD, dk_BHSD, dv_BHSD, None, None, None, None, None
 
 
 def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
@@ -817,7 +855,8 @@ def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
     # Keys after those in sight may hold anything, as in a cache that is not yet full.
     seen = ranges.last[-1]
     k_BHSD, v_BHSD = k_BHSD[:, :, :seen], v_BHSD[:, :, :seen]
-    return BlockAttention.apply(q_BHLD, k_BHSD, v_BHSD, ranges, float(scale))
+    tables = ranges.once(table, q_BHLD.device) + ranges.once(transposed_table, q_BHLD.device)
+    return BlockAttention.apply(q_BHLD, k_BHSD, v_BHSD, *tables, float(scale))
 
 
 class Call(NamedTuple):
@@ -941,7 +980,7 @@ def ranked_within(keys_V, weights_V, target):
 
 
 @triton.jit
-def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, top_k, top_p, l, V,
+def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, top_p, top_k, l, V,
                          GUIDED: tl.constexpr, TILE_V: tl.constexpr):
     """One place a program: cond, uncond, noise [B, l, V] -> token [B, l], int64."""
     image = tl.program_id(0) // l
@@ -976,8 +1015,9 @@ def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV
     token_Bl = torch.empty(B, l, dtype=torch.int64, device=cond_BlV.device)
     GUIDED = uncond_BlV is not None
     TILE_V = triton.next_power_of_2(V)
-    launch(sample_tokens_kernel, B * l, cond_BlV, uncond_BlV if GUIDED else cond_BlV, noise_BlV,
-           token_Bl, float(guidance), top_k if top_k > 0 else V, float(top_p), l, V,
+    launch(sample_tokens_kernel, B * l,
+           [cond_BlV, uncond_BlV if GUIDED else cond_BlV, noise_BlV], [token_Bl],
+           float(guidance), float(top_p), top_k if top_k > 0 else V, l, V,
            GUIDED=GUIDED, TILE_V=TILE_V,
            num_warps=min(32, max(1, TILE_V // 512)),   # 16 numbers a thread, if V is 257 to 16,384
            enable_fp_fusion=False)   # a fused multiply-add rounds once, the twin twice: ties break

@@ -155,7 +155,9 @@ class Block(nn.Module):
     def __init__(self, config: VARConfig, drop_path: float):
         super().__init__()
         W = config.width
-        self.drop_path = drop_path
+        self.drops = config.drop_path > 0
+        # A tensor: torch.compile makes one program for all layers then, and not one for each rate.
+        self.register_buffer("survival", torch.tensor(1 - drop_path), persistent=False)
         self.attention = Attention(config)
         self.mlp = nn.Sequential(
             nn.Linear(W, 4 * W),
@@ -183,10 +185,9 @@ class Block(nn.Module):
         Each image skips the branch with probability drop_path, so that no layer can count on all
         others. Where it is not skipped it counts for more, so that on average nothing changes.
         """
-        if self.training and self.drop_path:
-            survival = 1 - self.drop_path
-            survives_B1 = torch.full_like(gate_BW[:, :1], survival).bernoulli()
-            gate_BW = gate_BW * survives_B1 / survival
+        if self.training and self.drops:
+            survives_B1 = self.survival.expand(len(gate_BW), 1).bernoulli()
+            gate_BW = gate_BW * survives_B1 / self.survival
         return x_BLW + gate_BW[:, None] * h_BLW
 
 
@@ -217,6 +218,7 @@ class VAR(nn.Module):
         sizes_K = torch.tensor([s * s for s in config.scales])
         level_L = torch.repeat_interleave(sizes_K)
         self.register_buffer("level_L", level_L, persistent=False)   # the scale of each token
+        self.ranges.prepare(level_L.device)
         self.initialise()
 
     def forward(self, labels_B: Tensor, inputs: Tensor) -> Tensor:
@@ -354,6 +356,12 @@ class VAR(nn.Module):
     def new_caches(self) -> list[LayerCache]:
         """One for each layer, for one generation; they go when it ends, or is interrupted."""
         return [LayerCache(self.config.length) for _ in self.blocks]
+
+    def _apply(self, *arguments, **more) -> VAR:
+        """What `to` and its kin call: the tables of the mask go along."""
+        super()._apply(*arguments, **more)
+        self.ranges.prepare(self.level_L.device)
+        return self
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -20,6 +20,7 @@ Rounding errors are in proportion to the terms of a sum, so an error may be, tim
 from __future__ import annotations
 
 import contextlib
+import copy
 import doctest
 import itertools
 import json
@@ -41,6 +42,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import reference
+import tokenizer
+import var
 from kernels import KeyRanges
 
 GPU = torch.cuda.is_available()
@@ -234,7 +237,7 @@ def test_the_tiles_that_are_counted_and_drawn_are_those_that_are_visited(L):
     plan_T4 = torch.zeros(len(grid), 4, dtype=torch.int32)
     ranges = KeyRanges.from_scales(kernels.BENCHMARK_SCALES[L])
     table = ranges.once(kernels.table, torch.device(DEVICE))
-    kernels.launch(plan_kernel, len(grid), *table, plan_T4, L, TILE_L=128, TILE_S=64)
+    kernels.launch(plan_kernel, len(grid), list(table), [plan_T4], L, TILE_L=128, TILE_S=64)
     for tiles_S, (start, before, whole, cut) in zip(grid.tolist(), plan_T4.tolist()):
         assert (start, before, tiles_S) == (0, 0, [2] * whole + [1] * cut + [0] * (len(tiles_S) - whole - cut))
 
@@ -528,6 +531,103 @@ def test_the_example_in_the_text_runs_the_triton_kernel(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Between the kernels: what a whole model makes, copies and compiles
+
+
+def small_model(**changes):
+    config = dict(scales=(1, 2, 3), vocabulary=16, code_channels=4, classes=3, depth=3, width=32, heads=2,
+                  shared_adaln=False, normalise_qk=True, label_dropout=0.1, drop_path=0.1, last_scales=None)
+    return var.VAR(var.VARConfig(**config | changes)).to(DEVICE)
+
+
+@pytest.fixture
+def small_tokenizer():
+    made = tokenizer.Tokenizer(tokenizer.TokenizerConfig(
+        scales=(1, 2, 3), vocabulary=16, code_channels=4, image_channels=3, width=8, multipliers=(1, 1), blocks=1,
+        phis=2, norm_groups=4))
+    return made.to(DEVICE).eval()
+
+
+class HostArrays(TorchDispatchMode):
+    """Names of the operations that make a tensor from numbers of Python or, with a GPU, bring one from the host to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        copied = GPU and name.startswith(("aten::_to_copy", "aten::copy_"))
+        from_host = copied and any(x.device.type == "cpu" for x in args if isinstance(x, torch.Tensor))
+        if from_host or name.startswith(("aten::lift_fresh", "aten::arange", "aten::scalar_tensor", "aten::searchsorted")):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_second_generation_makes_no_table_and_copies_nothing_to_the_device(face, small_tokenizer, monkeypatch):
+    if not GPU:   # the interpreter is slow, and copies
+        monkeypatch.setattr(kernels, "launch", lambda kernel, programs, read, written, *numbers, **constants:
+                            [x.zero_() for x in written])
+    monkeypatch.setattr(kernels, "FACE", face)
+    made, make = [], KeyRanges.__init__
+    monkeypatch.setattr(KeyRanges, "__init__", lambda self, *ends: made.append(ends) or make(self, *ends))
+    model, labels_B = small_model().eval(), torch.tensor([0, 2], device=DEVICE)
+    whole = len(made)
+    model.generate(small_tokenizer, labels_B)
+    assert len(made) == whole + 3   # a part of the table for every scale
+    with HostArrays() as arrays:
+        model.generate(small_tokenizer, labels_B)
+    assert len(made) == whole + 3 and not arrays.found
+
+
+def training_pass(model, seed: int) -> torch.Tensor:
+    """Logits; with another seed, of other images, other labels dropped, other branches skipped."""
+    torch.manual_seed(seed)
+    inputs = torch.randn(2, model.config.length - 1, 4, device=DEVICE)
+    return model(torch.tensor([seed, 1], device=DEVICE), inputs)
+
+
+def compiled(parts, backend) -> list:
+    """The parts, compiled in place; the list grows by a graph at a time. fullgraph: a break in one is an error."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return backend(graph, inputs)
+
+    torch._dynamo.reset()
+    for part in parts:
+        part.compile(backend=count, fullgraph=True, dynamic=False)
+    return graphs
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_pass_of_training_is_one_graph(face, monkeypatch):
+    from torch._dynamo.backends.debugging import aot_eager
+    monkeypatch.setattr(kernels, "FACE", face)
+    model = small_model(scales=(1, 2), depth=2, width=16, heads=1).train()
+    twin = copy.deepcopy(model)
+    graphs = compiled([twin], aot_eager)
+    for made in model, twin:
+        logits = training_pass(made, seed=0)
+        logits.backward(logits)
+    assert len(graphs) == 1
+    for parameter, other in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(parameter.grad, other.grad)
+    training_pass(twin, seed=2)
+    assert len(graphs) == 1
+
+
+def test_all_layers_are_one_graph():
+    """So that compiling them, and not the whole, takes as long for a deep model as for a shallow one."""
+    model = small_model(scales=(1, 2), depth=3, width=16, heads=1).train()
+    graphs = compiled(model.blocks, lambda graph, inputs: graph)
+    training_pass(model, seed=0)
+    assert len(graphs) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Counts and benchmarks: python kernels.py
 
 
@@ -603,7 +703,8 @@ def compile_everything(capability: int, heads: list[tuple], thoroughly: bool):
     from triton.runtime import driver
 
     launches: list[tuple] = []
-    kernels.launch = lambda kernel, programs, *arguments, **constants: launches.append((kernel, arguments, constants))
+    kernels.launch = lambda kernel, programs, read, written, *numbers, **constants: launches.append(
+        (kernel, read + written, numbers, constants))
     driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", capability, 32),
                                       get_current_device=lambda: capability, get_current_stream=lambda device: 0))
     ranges = KeyRanges([0] * 32, [32] * 32)
@@ -618,9 +719,9 @@ def compile_everything(capability: int, heads: list[tuple], thoroughly: bool):
     for V, guided in [(4096, True), (4096, False), (33, True), (33, False)][:1 + 3 * thoroughly]:
         logits_BlV = torch.zeros(2, 32, V)
         kernels.sample_tokens_triton(logits_BlV, logits_BlV if guided else None, 1.5, 900, 0.95, logits_BlV)
-    for kernel, arguments, constants in launches:
-        compiled = kernel.warmup(*kernels.as_arrays(arguments), grid=(1,), **constants)
-        yield dict(kernel=kernel.__name__, dtype=str(arguments[0].dtype)[6:], **registers(compiled.asm["cubin"]),
+    for kernel, tensors, numbers, constants in launches:
+        compiled = kernel.warmup(*kernels.as_arrays(tensors), *numbers, grid=(1,), **constants)
+        yield dict(kernel=kernel.__name__, dtype=str(tensors[0].dtype)[6:], **registers(compiled.asm["cubin"]),
                    shared_bytes=compiled.metadata.shared, **constants)
 
 
