@@ -2,7 +2,7 @@
 
     python tests/assignments.py                     the list
     python tests/assignments.py handout 3           the text a student gets
-    python tests/assignments.py cut 3 FOLDER        the repository without those bodies, in a new folder
+    python tests/assignments.py cut 3 FOLDER        the repository without those bodies
     python tests/assignments.py grade 3 FOLDER      points, test by test
 
 Stubs kept beside a source go stale. Here nothing is kept but names (handouts.py): an assignment
@@ -30,6 +30,7 @@ import textwrap
 import types
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import compiled
@@ -58,7 +59,7 @@ def main() -> None:
             command.add_argument("folder", type=Path, metavar="FOLDER")
         if name == "grade":
             command.add_argument("--json", type=Path, metavar="FILE",
-                                 help="where the points go, too (default: FOLDER/grade-NUMBER.json)")
+                                 help="for the points (default: FOLDER/grade-NUMBER.json)")
     options = parser.parse_args()
     if options.command is None:
         print(overview())
@@ -85,7 +86,8 @@ def overview() -> str:
     lines = ["      points  hours   after", ""]
     for number, assignment in ASSIGNMENTS.items():
         after = ", ".join(map(str, assignment.after)) or "-"
-        lines.append(f"{number:3}  {assignment.of:6}  {assignment.hours:7} {after:8} {assignment.title}")
+        numbers = f"{number:3}  {assignment.of:6}  {assignment.hours:7} {after:8}"
+        lines.append(f"{numbers} {assignment.title}")
         names = ", ".join(assignment.bodies)
         lines += textwrap.wrap(names, 76, initial_indent=" " * 29, subsequent_indent=" " * 29)
     return "\n".join(lines + ["", "Hours are a guess: of a student who knows PyTorch."])
@@ -108,9 +110,14 @@ def by_file(names: tuple[str, ...]) -> dict[str, list[str]]:
     return files
 
 
+@cache
+def tree_of(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def find(source: str, name: str) -> Function | None:
     """The definition of a function or method in the text of its file."""
-    scope = ast.parse(source)
+    scope = tree_of(source)
     for part in name.split(".")[1:]:
         inside = [node for node in scope.body if getattr(node, "name", None) == part]
         if not inside:
@@ -210,7 +217,7 @@ def cut(assignment: Assignment, folder: Path) -> None:
 
 
 def code_of(source: str, names: list[str]) -> tuple[dict, dict]:
-    """Functions as compiled code, and Triton's kernels, which it compiles from their text, packed."""
+    """Functions as compiled code; Triton's kernels, which it compiles itself, as packed text."""
     codes = dict(nested(compile(source, "<compiled>", "exec")))
     functions = {}
     kernels = {}
@@ -231,43 +238,49 @@ def nested(code: types.CodeType) -> Iterator[tuple[str, types.CodeType]]:
 
 
 def handout(assignment: Assignment) -> str:
-    number, bodies = assignment.number, assignment.bodies
-    parts = [f"# Assignment {number}: {assignment.title}",
-             f"{assignment.of} points, about {assignment.hours} hours" + "".join(
-                 f", builds on {before}" for before in assignment.after) + ".",
-             textwrap.dedent(assignment.text).strip()]
-    parts.append("## What to write\n\nThe bodies of these functions, and nothing else. Signatures stay.")
-    for file, names in by_file(bodies).items():
+    builds = "".join(f", builds on {before}" for before in assignment.after)
+    parts = [
+        f"# Assignment {assignment.number}: {assignment.title}",
+        f"{assignment.of} points, about {assignment.hours} hours{builds}.",
+        textwrap.dedent(assignment.text).strip(),
+        "## What to write",
+        "The bodies of these functions. Signatures stay.",
+    ]
+    for file, names in by_file(assignment.bodies).items():
         source = (ROOT / file).read_text()
-        for section in dict.fromkeys(section_of(source, name) for name in names):
-            parts.append(f"From `{file}`:\n\n" + fenced(section))
+        parts.append(f"From `{file}`:")
+        parts += dict.fromkeys(fenced(section_of(source, name)) for name in names)
         parts += [fenced(shown(source, name)) for name in names]
-    parts.append("## What may be used\n\n" + allowed(assignment))
+    parts += ["## What may be used", allowed(assignment)]
     if assignment.give_aways:
-        parts.append(
-            "## What is compiled\n\n" + in_prose(assignment.give_aways) + " would show how yours "
-            "go. Their text is left out of your folder; `compiled.bin` holds them, so that the "
-            f"rest of the program runs (with Python {compiled.PYTHON}). They are no part of the "
-            "assignment.")
-    tests = "\n".join(f"    {points:3}  {test}" for test, points in assignment.points.items())
-    parts.append(
-        "## How it is graded\n\nThe assigned bodies are taken out of your folder and put into a "
-        "copy of the original, so changes elsewhere do not count. Each of these tests has points, "
-        f"all or none; `pytest TEST` runs one on your folder:\n\n{tests}\n\nA body that is refused "
-        "(above) makes the whole assignment 0 points, and you are told why.")
-    parts.append("## The open question\n\n" + textwrap.dedent(assignment.question).strip())
+        parts += ["## What is compiled", filled(
+            f"{in_prose(assignment.give_aways)} would show how yours go. Their text is left out of "
+            f"your folder; `compiled.bin` holds them, so that the rest of the program runs (with "
+            f"Python {compiled.PYTHON}). They are no part of the assignment.")]
+    parts += ["## How it is graded", filled(
+        "The assigned bodies are taken out of your folder and put into a copy of the original, so "
+        "changes elsewhere do not count. Each of these tests has points, all or none; `pytest "
+        "TEST` runs one in your folder:")]
+    parts.append("\n".join(f"    {of:3}  {test}" for test, of in assignment.points.items()))
+    parts.append(filled("A body that is refused, see above, makes the whole assignment 0 points, "
+                        "and you are told why."))
+    parts += ["## The open question", textwrap.dedent(assignment.question).strip()]
     return "\n\n".join(parts)
 
 
+def filled(text: str) -> str:
+    return textwrap.fill(text, 88, break_on_hyphens=False, break_long_words=False)
+
+
 def allowed(assignment: Assignment) -> str:
-    lines = ["What the file imports from Python's library, PyTorch and this project, and Python's "
-             "usual built-ins. A helper goes inside the function that needs it. Refused are: "
-             "`import`, `class`, `global` and `match`, whatever reaches files, processes or the "
-             "inside of Python objects (double underscores among it), and changing anything that "
-             "is not yours, such as an attribute of another object than `self`."]
+    said = ("What the file imports from Python's library, PyTorch and this project, and Python's "
+            "usual built-ins. A helper goes inside the function that needs it. Refused are "
+            "`import`, `class`, `global` and `match`; whatever reaches files, processes or the "
+            "inside of Python's objects, double underscores among it; and changing what is not "
+            "yours, such as an attribute of another object than `self`.")
     if forbidden(assignment):
-        lines.append(f"In this assignment also {in_prose(forbidden(assignment))}.")
-    return " ".join(lines)
+        said += f" In this assignment also {in_prose(forbidden(assignment))}."
+    return filled(said)
 
 
 def forbidden(assignment: Assignment) -> list[str]:
@@ -299,7 +312,7 @@ def section_of(source: str, name: str) -> str:
     parts = ["\n".join(lines[begin:end])]
     *owners, _ = name.split(".")[1:]
     for owner in owners:
-        node = next(x for x in ast.parse(source).body if getattr(x, "name", None) == owner)
+        node = next(x for x in tree_of(source).body if getattr(x, "name", None) == owner)
         if ast.get_docstring(node):
             doc = node.body[0]
             parts += ["", *lines[node.lineno - 1:doc.end_lineno]]
@@ -328,12 +341,12 @@ def shown(source: str, name: str) -> str:
 
 
 PLAIN = set("""
-    abs all any bool dict divmod enumerate filter float int isinstance len list map max min pow print
-    range reversed round set slice sorted str sum super tuple zip
+    abs all any bool dict divmod enumerate filter float int isinstance len list map max min pow
+    print range reversed round set slice sorted str sum super tuple zip
     True False None NotImplementedError ValueError AssertionError
 """.split())
 MODULES = {"torch", "torch.nn", "torch.nn.functional", "numpy", "math", "triton",
-           "triton.language", "torch.distributed"}
+           "triton.language", "triton.language.math", "torch.distributed"}
 IMPORTED = {"Tensor", "accumulate", "groupby", "pairwise", "partial"}   # may be used if it is there
 REACHING = set("""
     os sys io save load tofile fromfile from_file memmap savez savetxt loadtxt genfromtxt hub ops
@@ -409,12 +422,10 @@ class Reader(ast.NodeVisitor):
         if not isinstance(node.ctx, ast.Load) and root != "self":
             self.refuse(f"changes {ast.unparse(node)}, which is not its own")
         module = self.imports.get(root)
-        if module in MODULES or module and root not in self.own and not self.of_project(root):
-            if module in MODULES:
-                self.visit_name(root)
-            else:
-                self.refuse(f"uses {root}, which no solution needs")
+        if module in MODULES:
             self.dotted.add(f"{module}.{chain.partition('.')[2]}")
+        if module in MODULES and isinstance(node.value, ast.Name):
+            self.visit_name(root)
         else:
             self.visit(node.value)
 
@@ -459,7 +470,7 @@ def dotted(node: ast.AST) -> str:
 def imports_of(source: str) -> dict[str, str]:
     """{name: where from} of everything that a file imports."""
     names = {}
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree_of(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 names[alias.asname or alias.name.partition(".")[0]] = alias.name
@@ -495,17 +506,20 @@ class Nursery:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
-    def run(self, folder: Path, test: str, seconds: float) -> dict:
-        """One test, in a copy of the folder that goes with it."""
+    def run(self, folder: Path, tests: list[str], seconds: float) -> dict:
+        """{passed, failed: {case: message}, seconds}, in a copy of the folder that goes with it."""
         with tempfile.TemporaryDirectory() as place:
             copy = os.path.realpath(place)
             shutil.copytree(folder, copy, dirs_exist_ok=True)
-            return self.ask(folder=copy, test=test, seconds=seconds)
+            return self.ask(folder=copy, tests=tests, seconds=seconds)
 
 
 def grade(assignment: Assignment, folder: Path, nursery: Nursery,
           seconds: float = SECONDS) -> dict:
-    """{assignment, points, of, refused: [sentence], tests: [{test, points, of, message, seconds}]}"""
+    """{assignment, points, of, refused: sentences, tests: [{test, points, of, message, seconds}]}
+
+    refused: why there are no points at all.
+    """
     if not folder.is_dir():
         raise Mistake(f"{folder} is no folder")
     bodies, refused = solution(assignment, folder, nursery)
@@ -514,11 +528,12 @@ def grade(assignment: Assignment, folder: Path, nursery: Nursery,
         repository(Path(place))
         carry(bodies, Path(place))
         for test, of in assignment.points.items():
-            result = dict(passed=False, message="refused", seconds=0.0)
+            result = dict(passed=False, failed={test: "refused"}, seconds=0.0)
             if not refused:
-                result = nursery.run(Path(place), test, seconds)
-            passed = result.pop("passed")
-            tests.append(dict(test=test, points=of if passed else 0, of=of, **result))
+                result = nursery.run(Path(place), [test], seconds)
+            message = next(iter(result["failed"].values()), "")
+            tests.append(dict(test=test, points=of if result["passed"] else 0, of=of,
+                              message=message, seconds=result["seconds"]))
     points = sum(test["points"] for test in tests)
     return dict(assignment=assignment.number, points=points, of=assignment.of, refused=refused,
                 tests=tests)
@@ -532,7 +547,7 @@ def solution(assignment: Assignment, folder: Path,
     for file, names in by_file(assignment.bodies).items():
         try:
             source = (folder / file).read_text()
-            ast.parse(source)
+            tree_of(source)
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             refused.append(f"{file} cannot be read: {' '.join(str(error).split())}")
             continue

@@ -1,4 +1,4 @@
-"""Planted errors: what a student may plausibly get wrong, in every function that an assignment cuts.
+"""Planted errors: what a student may plausibly get wrong in the functions that are cut.
 
 {function: [(a piece of its text, what is written there instead)]}. Each must cost points: see
 test_assignments.py. A piece occurs once in its function.
@@ -120,7 +120,8 @@ PLANTED = {
     "tokenizer.Quantizer.teacher_inputs": [
         ("self.read(f_hat_BCSS, k + 1))", "self.read(f_hat_BCSS, k))"),
         ("inputs.append(self.read(f_hat_BCSS, k + 1))",
-         "inputs.append(self.read(self.accumulate(self.empty(len(tokens_BL)), tokens_Bl, k), k + 1))"),
+         "so_far = self.accumulate(self.empty(len(tokens_BL)), tokens_Bl, k)\n"
+         "            inputs.append(self.read(so_far, k + 1))"),
         ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)\n"
          "            inputs.append(self.read(f_hat_BCSS, k + 1))",
          "inputs.append(self.read(f_hat_BCSS, k + 1))\n"
@@ -163,7 +164,8 @@ PLANTED = {
         ("begin, first = short.queries.start, short.keys.start", "begin = short.queries.start"),
         ("ranges.rows(begin, end).dense()", "ranges.dense()"),
         ("begin - calls[-1].queries.start < 64", "True"),
-        ("mask_LS = None\n        if", "mask_LS = None\n        first = max(first, 1) if len(calls) "
+        ("mask_LS = None\n        if",
+         "mask_LS = None\n        first = max(first, 1) if len(calls) "
          "else first\n        if"),
     ],
     "kernels.block_attention_torch": [
@@ -208,13 +210,13 @@ PLANTED = {
         ("self.attention(h_BLW, ranges, cache)", "self.attention(h_BLW, ranges, None)"),
     ],
     "var.Block.add_branch": [
-        ("gate_BW[:, :1]", "gate_BW"),
-        ("gate_BW[:, :1]", "gate_BW[:1, :1]"),
-        ("gate_BW * survives_B1 / survival", "gate_BW * survives_B1"),
-        ("gate_BW * survives_B1 / survival", "gate_BW * survives_B1 * survival"),
-        ("gate_BW * survives_B1 / survival", "gate_BW * survives_B1 / self.drop_path"),
-        ("survival = 1 - self.drop_path", "survival = self.drop_path"),
-        ("self.training and self.drop_path", "self.drop_path"),
+        ("self.survival.expand(len(gate_BW), 1)", "self.survival.expand(gate_BW.shape)"),
+        ("self.survival.expand(len(gate_BW), 1)", "self.survival.expand(1, 1)"),
+        ("gate_BW * survives_B1 / self.survival", "gate_BW * survives_B1"),
+        ("gate_BW * survives_B1 / self.survival", "gate_BW * survives_B1 * self.survival"),
+        ("gate_BW * survives_B1 / self.survival", "gate_BW * survives_B1 / (1 - self.survival)"),
+        ("self.survival.expand(len(gate_BW), 1)", "(1 - self.survival).expand(len(gate_BW), 1)"),
+        ("self.training and self.drops", "self.drops"),
         ("x_BLW + gate_BW[:, None] * h_BLW", "x_BLW + h_BLW"),
         ("x_BLW + gate_BW[:, None] * h_BLW", "x_BLW + (1 + gate_BW[:, None]) * h_BLW"),
     ],
@@ -224,14 +226,17 @@ PLANTED = {
         ("shared_B6W + block.modulation_offset_6W", "shared_B6W"),
         ("shared_B6W + block.modulation_offset_6W", "shared_B6W * block.modulation_offset_6W"),
         ("self.head_modulation(c_BW)", "self.head_modulation(class_BW)"),
-        ("block.modulation(c_BW).unflatten(1, (6, W))", "block.modulation(c_BW).unflatten(1, (W, 6)).mT"),
+        ("block.modulation(c_BW).unflatten(1, (6, W))",
+         "block.modulation(c_BW).unflatten(1, (W, 6)).mT"),
         ("block.modulation(c_BW)", "self.blocks[0].modulation(c_BW)"),
     ],
     # 7 Generation
     "var.LayerCache.extend": [
         ("self.filled = end", "self.filled = l"),
-        ("self.v_BHLD[:, :, self.filled:end] = v_BHlD", "self.v_BHLD[:, :, self.filled:end] = k_BHlD"),
-        ("return self.k_BHLD[:, :, :end], self.v_BHLD[:, :, :end]", "return self.k_BHLD, self.v_BHLD"),
+        ("self.v_BHLD[:, :, self.filled:end] = v_BHlD",
+         "self.v_BHLD[:, :, self.filled:end] = k_BHlD"),
+        ("return self.k_BHLD[:, :, :end], self.v_BHLD[:, :, :end]",
+         "return self.k_BHLD, self.v_BHLD"),
         ("self.filled == 0", "True"),
         ("end = self.filled + l", "end = self.filled + H"),
         ("return self.k_BHLD[:, :, :end], self.v_BHLD[:, :, :end]",
@@ -262,25 +267,29 @@ PLANTED = {
         ("cfg * k / max(last, 1)", "cfg * k / len(self.config.scales)"),
         ("cfg * k / max(last, 1)", "cfg * k / last"),
         ("cfg * k / max(last, 1)", "cfg * (last - k) / max(last, 1)"),
-        ("cond_BlV, uncond_BlV = logits_BlV.chunk(2)", "uncond_BlV, cond_BlV = logits_BlV.chunk(2)"),
+        ("cond_BlV, uncond_BlV = logits_BlV.chunk(2)",
+         "uncond_BlV, cond_BlV = logits_BlV.chunk(2)"),
         ("noise_BlV.exponential_(generator=generator)", "noise_BlV.uniform_(generator=generator)"),
         ("noise_BlV.exponential_(generator=generator)", "noise_BlV.exponential_()"),
         ("top_k, top_p, noise_BlV)", "0, 1.0, noise_BlV)"),
     ],
     # 8 Sampling
     "kernels.sample_tokens_torch": [
-        ("guidance * (logits_BlV - uncond_BlV.float())", "guidance * (uncond_BlV.float() - logits_BlV)"),
+        ("guidance * (logits_BlV - uncond_BlV.float())",
+         "guidance * (uncond_BlV.float() - logits_BlV)"),
         ("logits_BlV + guidance * (logits_BlV - uncond_BlV.float())",
          "guidance * logits_BlV + (1 - guidance) * uncond_BlV.float()"),
         ("logits_BlV - noise_BlV.float().log()", "logits_BlV + noise_BlV.float().log()"),
         ("logits_BlV - noise_BlV.float().log()", "logits_BlV - noise_BlV.float()"),
         ("logits_BlV - noise_BlV.float().log()", "logits_BlV"),
         ("0 < top_k < V", "0 < top_k"),
-        ("before_Blk = units_Blk.cumsum(dim=-1) - units_Blk", "before_Blk = units_Blk.cumsum(dim=-1)"),
+        ("before_Blk = units_Blk.cumsum(dim=-1) - units_Blk",
+         "before_Blk = units_Blk.cumsum(dim=-1)"),
         ("before_Blk < target_Bl1", "before_Blk <= target_Bl1"),
         (".clamp(min=1)", ""),
         ("logits_BlV > threshold_Bl1", "logits_BlV >= threshold_Bl1"),
-        ("above_BlV | (level_BlV & (level_BlV.cumsum(dim=-1) <= left_Bl1))", "above_BlV | level_BlV"),
+        ("above_BlV | (level_BlV & (level_BlV.cumsum(dim=-1) <= left_Bl1))",
+         "above_BlV | level_BlV"),
         ("level_BlV.cumsum(dim=-1) <= left_Bl1", "level_BlV.cumsum(dim=-1) < left_Bl1"),
         ("level_BlV.cumsum(dim=-1) <= left_Bl1",
          "level_BlV.flip(-1).cumsum(dim=-1).flip(-1) <= left_Bl1"),
@@ -297,8 +306,8 @@ PLANTED = {
         ("tl.sqrt(tl.sum(centred_W * centred_W) / W + 1e-6)",
          "(tl.sqrt(tl.sum(centred_W * centred_W) / W) + 1e-6)"),
         ("tl.sum(centred_W * centred_W) / W", "tl.sum(centred_W * centred_W) / (W - 1)"),
-        ("tl.sum(centred_W * centred_W) / W", "(tl.sum(x_W * x_W) / W - tl.sum(x_W) / W * tl.sum(x_W)"
-         " / W)"),
+        ("tl.sum(centred_W * centred_W) / W",
+         "(tl.sum(x_W * x_W) / W - tl.sum(x_W) / W * tl.sum(x_W) / W)"),
         ("return centred_W * inverse, inverse", "return x_W * inverse, inverse"),
         ("return centred_W * inverse, inverse", "return centred_W * inverse, 1 / inverse"),
     ],
@@ -320,7 +329,8 @@ PLANTED = {
         ("- normed_W * mean_gn) * inverse", "- normed_W * mean_gn)"),
         ("tl.minimum(L, (part + 1) * TOKENS)", "(part + 1) * TOKENS - 1"),
         ("mean_gn = tl.sum(g_W * normed_W) / W", "mean_gn = tl.sum(g_W * normed_W)"),
-        ("store_row(dscale_BPW, dscale_W, image, part,", "store_row(dscale_BPW, dscale_W, image, 0,"),
+        ("store_row(dscale_BPW, dscale_W, image, part,",
+         "store_row(dscale_BPW, dscale_W, image, 0,"),
     ],
     # 10 Nearest code in Triton
     "kernels.nearest_code_kernel": [
@@ -427,8 +437,10 @@ PLANTED = {
     "var.Known.places": [
         ("share_Bl >= 0.5 if s == S else share_Bl > 0", "share_Bl > 0"),
         ("share_Bl >= 0.5 if s == S else share_Bl > 0", "share_Bl >= 0.5"),
-        ("share_Bl >= 0.5 if s == S else share_Bl > 0", "share_Bl > 0.5 if s == S else share_Bl > 0"),
-        ("share_Bl >= 0.5 if s == S else share_Bl > 0", "share_Bl >= 0.5 if s == S else share_Bl == 1"),
+        ("share_Bl >= 0.5 if s == S else share_Bl > 0",
+         "share_Bl > 0.5 if s == S else share_Bl > 0"),
+        ("share_Bl >= 0.5 if s == S else share_Bl > 0",
+         "share_Bl >= 0.5 if s == S else share_Bl == 1"),
         ("4 * s <= S", "2 * s <= S"),
         ("4 * s <= S", "4 * s < S"),
         ("4 * s <= S", "False"),

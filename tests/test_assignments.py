@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 
 import assignments
-from assignments import ROOT, Nursery, carry, find, forbidden, grade, path_of, repository, text_of
+from assignments import ROOT, Nursery, carry, find, grade, path_of, repository, text_of
 from handouts import ASSIGNMENTS
 from mutations import PLANTED
 
 BODIES = {name: number for number, each in ASSIGNMENTS.items() for name in each.bodies}
-PLAIN = "1 passed"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def first_failure(name: str, text: str, nursery: Nursery) -> str | None:
     with tempfile.TemporaryDirectory() as place:
         handed_in(Path(place), {name: text})
         for test in ASSIGNMENTS[BODIES[name]].points:
-            if not nursery.run(Path(place), test, 60)["passed"]:
+            if not nursery.run(Path(place), [test], 60)["passed"]:
                 return test
     return None
 
@@ -133,8 +132,9 @@ def test_what_is_cut_is_gone_and_nothing_else_is(number, tmp_path):
         node = find(source, name)
         assert ast.dump(node.args) == ast.dump(find(source_of(name), name).args)
         assert ast.get_docstring(node) == ast.get_docstring(find(source_of(name), name))
-        lines = [line.strip() for line in text(name).split("\n")[-3:] if len(line.strip()) > 30]
-        assert not any(line in text_of(source, name) for line in lines)
+        first, last = assignments.body_lines(source_of(name), find(source_of(name), name))
+        for line in assignments.lines_of(source_of(name))[first - 1:last]:
+            assert len(line.strip()) < 20 or line.strip() not in text_of(source, name)
     assert not any(".git/" in str(path) or "mutations" in str(path) for path in files)
     assert {"HANDOUT.md", "train.py", "tests"} <= {path.parts[0] for path in files}
 
@@ -148,8 +148,8 @@ def test_what_is_compiled_works(number, tests, nursery, tmp_path):
     """In the student's folder: with the assigned bodies back, everything else is there."""
     assignments.cut(ASSIGNMENTS[number], tmp_path / "cut")
     carry({name: text(name) for name in ASSIGNMENTS[number].bodies}, tmp_path / "cut")
-    for test in tests:
-        assert nursery.run(tmp_path / "cut", f"tests/{test}", 60)["message"] == ""
+    result = nursery.run(tmp_path / "cut", [f"tests/{test}" for test in tests], 60)
+    assert result["passed"], result
 
 
 # -------------------------------------------------------------------------------------------------
@@ -179,9 +179,199 @@ def test_the_source_breaks_no_rule(number, nursery, tmp_path):
 
 
 @pytest.mark.parametrize("number", ASSIGNMENTS)
+def test_the_stub_fails_every_graded_test(number, nursery, tmp_path):
+    """All in one process, which takes a tenth of the time."""
+    handed_in(tmp_path, stubs(number))
+    failed = nursery.run(tmp_path, [*ASSIGNMENTS[number].points], 60)["failed"]
+    for test in ASSIGNMENTS[number].points:
+        said = [message for case, message in failed.items() if case.startswith(test)]
+        assert any("stub" in message for message in said), (test, failed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", ASSIGNMENTS)
 def test_the_stub_gets_nothing(number, nursery, tmp_path):
     assignments.cut(ASSIGNMENTS[number], tmp_path / "cut")
     result = grade(ASSIGNMENTS[number], tmp_path / "cut", nursery, 60)
     assert result["points"] == 0 and not result["refused"]
     for test in result["tests"]:
         assert test["points"] == 0 and f"assignment {number}" in test["message"], test
+
+
+# -------------------------------------------------------------------------------------------------
+# Forging: no points, and no harm
+
+
+FORGED = {   # a body of `teacher_inputs` -> what is said of it
+    'print("1 passed")\nimport os\nos._exit(0)': "imports",
+    "raise SystemExit(0)": "uses SystemExit",
+    "raise KeyboardInterrupt": "uses KeyboardInterrupt",
+    "exit(0)": "uses exit",
+    'exec("x = 1")': "uses exec",
+    'open("tests/conftest.py", "w").write("")': "uses open",
+    'getattr(torch, "o" + "s").remove("x")': "uses getattr",
+    "torch.os.remove('x')": "uses .os",
+    "torch.serialization.pathlib.Path('tests').unlink()": "uses torch.serialization,",
+    "torch.utils.data.dataset": "uses torch.utils,",
+    "np.lib.npyio.os.unlink('x')": "uses .os",
+    "hashlib.sys.exit(0)": "uses .sys",
+    "t = torch\nt.testing.assert_close = lambda *a, **k: None": "hands torch around",
+    "torch.testing.assert_close = lambda *a, **k: None": "changes torch.testing.assert_close",
+    "torch.equal = lambda *a: True": "changes torch.equal",
+    "Tensor.allclose = lambda *a: True": "changes Tensor.allclose",
+    "def patch(self):\n    self.allclose = print\npatch(Tensor)": "gives self another meaning",
+    "T = torch.Tensor\nT.shape = (2, 29, 4)": "changes T.shape",
+    "for torch.equal in [print]:\n    pass": "changes torch.equal",
+    "Quantizer.read = Quantizer.empty": "changes Quantizer.read",
+    "().__class__.__base__.__subclasses__()": "double underscore",
+    "self.read.__globals__['os']": "double underscore",
+    "'{0.__class__}'.format(self)": "a text with a double underscore",
+    "(x for x in ()).gi_frame.f_back": "uses .gi_frame",
+    "class Liar:\n    pass\nreturn Liar()": "defines a class",
+    "match self:\n    case object(shape=x):\n        pass": "uses `match`",
+    "global PHI_STRENGTH\nPHI_STRENGTH = 0": "uses `global`",
+    "return self.decode(tokens_BL)": "uses decode, which this assignment forbids",
+    "torch.save(self, 'x')": "uses .save",
+    "self._forward_hooks": "uses ._forward_hooks",
+    "breakpoint()": "uses breakpoint",
+    "torch = self": "torch",
+}
+
+
+def test_forgeries_are_refused(nursery, tmp_path):
+    name = "tokenizer.Quantizer.teacher_inputs"
+    repository(tmp_path)
+    for body, said in FORGED.items():
+        carry({name: with_lines(name, body + "\nreturn torch.zeros(1)")}, tmp_path)
+        result = grade(ASSIGNMENTS[4], tmp_path, nursery)
+        assert result["points"] == 0 and said in " ".join(result["refused"]), (body, result)
+
+
+@pytest.mark.parametrize("number, name, body, said", [
+    (9, "kernels.adaln_forward", "adaln_torch(x_BLW, scale_B1W, shift_B1W)", "adaln_torch"),
+    (5, "kernels.block_attention_torch",
+     "return block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale)",
+     "block_attention_triton"),
+    (8, "kernels.sample_tokens_torch",
+     "return sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)",
+     "sample_tokens_triton"),
+    (9, "kernels.normalise", "return F.layer_norm(x_W, (W,)), 1.0", "F"),
+    (10, "kernels.nearest_code_kernel", "x_NC.start.handle.data", "handle"),
+    (11, "kernels.attention_forward", "torch.softmax(q_BHLD, 0)", "torch"),
+    (13, "sample.fill_holes", "Path('x').unlink()", "Path"),
+    (13, "sample.fill_holes", "os.remove('x')", "os"),
+])
+def test_the_twin_and_other_libraries_are_refused(number, name, body, said, nursery, tmp_path):
+    result = graded(number, tmp_path, nursery, {name: with_lines(name, body)})
+    assert result["points"] == 0
+    assert any(f"{name} uses {said}" in x or f".{said}" in x for x in result["refused"]), result
+
+
+def test_another_signature_and_a_file_that_is_none_are_refused(nursery, tmp_path):
+    name = "tokenizer.Quantizer.teacher_inputs"
+    other = text(name).replace("tokens_BL: Tensor", "tokens_BL: Tensor, more=print(1)")
+    result = graded(4, tmp_path, nursery, {name: other})
+    assert result["points"] == 0 and "another signature" in result["refused"][0]
+    for content in (b"def (", b"\xff\xfe", b"x = 1"):
+        (tmp_path / "tokenizer.py").write_bytes(content)
+        result = grade(ASSIGNMENTS[4], tmp_path, nursery)
+        assert result["points"] == 0 and len(result["refused"]) == 1
+
+
+def test_only_the_bodies_travel(nursery, tmp_path):
+    """Tests that always pass and a conftest that ends the process stay where they are."""
+    handed_in(tmp_path, stubs(4))
+    for path in (tmp_path / "tests").glob("test_*.py"):
+        path.write_text("def test_psnr(): pass\n")
+    (tmp_path / "tests" / "conftest.py").write_text("import os; os._exit(0)\n")
+    (tmp_path / "sitecustomize.py").write_text("import os; os._exit(0)\n")
+    with (tmp_path / "tokenizer.py").open("a") as file:
+        file.write("\nimport os\nos._exit(0)\n")
+    result = grade(ASSIGNMENTS[4], tmp_path, nursery)
+    assert result["points"] == 0 and not result["refused"]
+    assert all("stub" in test["message"] for test in result["tests"])
+
+
+LET_THROUGH = {   # what would happen should a rule have a hole: a body, and what the test is told
+    "print('1 passed')\nimport os\nos._exit(0)": "ended before the test did",
+    "raise SystemExit(0)": "SystemExit",
+    "import sys\nsys.exit(0)": "SystemExit",
+    "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)": "os.kill",
+    "import pathlib\npathlib.Path('ROOT/LICENSE').unlink()": "os.remove",
+    "import shutil\nshutil.rmtree('ROOT/tests')": "shutil.rmtree",
+    "open('ROOT/LICENSE', 'w')": "open",
+    "import subprocess\nsubprocess.run(['true'])": "subprocess.Popen",
+    "import os\nos.write(1, b'[null, [true, \"\"]]')\nos.closerange(3, 50)\nos._exit(0)": "ended before",
+    "return torch.zeros(10**12)": "memory",
+}
+
+
+def test_what_rules_might_let_through_gets_no_points_and_does_no_harm(nursery, tmp_path):
+    """Straight to the process that runs tests, past all rules."""
+    name = "tokenizer.Quantizer.teacher_inputs"
+    before = {path: path.read_bytes() for path in ROOT.glob("*.py")}
+    for i, (body, said) in enumerate(LET_THROUGH.items()):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        body = body.replace("ROOT", str(ROOT))
+        handed_in(folder, {name: with_lines(name, body)})
+        result = nursery.run(folder, [next(iter(ASSIGNMENTS[4].points))], 60)
+        assert not result["passed"] and said in str(result["failed"]), (body, result)
+    assert {path: path.read_bytes() for path in ROOT.glob("*.py")} == before
+    assert (ROOT / "LICENSE").stat().st_size > 0
+
+
+def test_a_loop_without_end_is_stopped(nursery, tmp_path):
+    name = "tokenizer.Quantizer.teacher_inputs"
+    each = ASSIGNMENTS[4]
+    handed_in(tmp_path, {name: with_lines(name, "while True:\n    pass")})
+    assert assignments.solution(each, tmp_path, nursery)[1] == []
+    result = nursery.run(tmp_path, [next(iter(each.points))], 3)
+    assert not result["passed"] and "took more than 3 s" in str(result["failed"])
+
+
+def test_points_are_told_and_written(nursery, tmp_path, capsys, monkeypatch):
+    """A solution with one error, from the command line."""
+    name = "tokenizer.Quantizer.teacher_inputs"
+    handed_in(tmp_path, {name: mutants(name)[0]})
+    monkeypatch.setattr(sys, "argv", ["assignments.py", "grade", "4", str(tmp_path)])
+    monkeypatch.setattr(Nursery, "__enter__", lambda self: nursery)
+    monkeypatch.setattr(Nursery, "__exit__", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        assignments.main()
+    result = json.loads((tmp_path / "grade-4.json").read_text())
+    printed = capsys.readouterr().out
+    assert ended.value.code and 0 <= result["points"] < result["of"] == 10
+    assert printed.endswith(f"{result['points']} of 10 points\n")
+    for test in result["tests"]:
+        assert f"{test['points']:3} of {test['of']:2}  {test['test']}" in printed
+        assert bool(test["message"]) == (test["points"] < test["of"])
+
+
+# -------------------------------------------------------------------------------------------------
+# Planted errors
+
+
+HANDFUL = ["tokenizer.Quantizer.forward", "var.Known.tokens"]
+
+
+def test_errors_are_planted_in_every_function():
+    assert PLANTED.keys() == BODIES.keys()
+    for name, planted in PLANTED.items():
+        assert len({new for _, new in planted}) >= 5, name
+        for mutant in mutants(name):
+            assert ast.dump(ast.parse(textwrap.dedent(mutant))) != \
+                ast.dump(ast.parse(textwrap.dedent(text(name)))), name
+
+
+@pytest.mark.parametrize("name", HANDFUL)
+def test_some_planted_errors_cost_points(name, nursery):
+    for mutant in mutants(name)[:2]:
+        assert first_failure(name, mutant, nursery)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", PLANTED)
+def test_every_planted_error_costs_points(name, nursery):
+    for (_, new), mutant in zip(PLANTED[name], mutants(name)):
+        assert first_failure(name, mutant, nursery), new

@@ -46,6 +46,26 @@ def test_the_first_maps_alone_are_decoded(scales, L):
     assert torch.equal(made.decode(tokens_BL), f_hat_BCSS)
 
 
+@torch.no_grad()
+def test_neighbouring_scales_share_a_phi():
+    made = quantizer(scales=(1, 2, 3, 4), phis=2)
+    for k, used in enumerate((0, 0, 1, 1)):
+        tokens_Bl = torch.randint(8, (2, (k + 1)**2))
+        before = made.accumulate(made.empty(2), tokens_Bl, k)
+        made.phis[1 - used].weight.normal_()
+        assert torch.equal(made.accumulate(made.empty(2), tokens_Bl, k), before)
+        made.phis[used].weight.normal_()
+        assert not torch.equal(made.accumulate(made.empty(2), tokens_Bl, k), before)
+
+
+@torch.no_grad()
+def test_the_first_codes_are_of_any_images():
+    made = quantizer(vocabulary=30)
+    made.start_from(torch.arange(100.0).double().view(100, 1, 1, 1).expand(100, 2, 4, 4))
+    assert len(made.codebook_VC[:10, 0].unique()) > 5
+    assert made.codebook_VC[:10, 0].max() > 50
+
+
 def test_the_hits_and_residuals_of_all_processes_count(monkeypatch):
     """As if there were a second process in which everything is twice as much."""
     made = quantizer()
@@ -59,7 +79,8 @@ def test_the_hits_and_residuals_of_all_processes_count(monkeypatch):
     made.residuals = [torch.ones(2, s * s, 2, dtype=torch.float64) for s in made.scales]
     made.hits_V[:] = torch.tensor([1.0] * 2 + [0.0] * 6)
     optimizer = torch.optim.AdamW(made.parameters())
-    optimizer.state[made.codebook_VC] = {name: torch.ones(8, 2) for name in ("exp_avg", "exp_avg_sq")}
+    moments = {name: torch.ones(8, 2) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[made.codebook_VC] = moments
     assert made.revive(optimizer) == 6
     assert len(gathered) == 3 and made.codebook_VC[2:].eq(101).all()
 
@@ -98,13 +119,16 @@ class Largest(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_long_runs_of_queries_need_no_mask():
-    """Nothing as large as queries times keys; and with D 1 no fused attention hides its scores."""
-    ranges = KeyRanges.from_scales((1, 8, 8, 16, 16), last_scales=1)
-    q = torch.randn(1, 1, len(ranges), 16)
+@pytest.mark.parametrize("last_scales, numbers", [(None, 256 * 641), (1, 256 * 256)])
+def test_long_runs_of_queries_need_no_mask(last_scales, numbers):
+    """Nothing as large as queries times keys, and the same numbers as with a mask."""
+    ranges = KeyRanges.from_scales((1, 8, 8, 16, 16), last_scales)
+    q, k, v = torch.randn(3, 1, 1, len(ranges), 16)
     with Largest() as largest:
-        kernels.block_attention_torch(q, q, q, ranges, 1.0)
-    assert largest.numel <= 256 * 256
+        o = kernels.block_attention_torch(q, k, v, ranges, 0.3)
+    assert largest.numel <= numbers
+    scores = (0.3 * q @ k.mT).masked_fill(~ranges.dense(), -torch.inf)
+    torch.testing.assert_close(o, scores.softmax(dim=-1) @ v)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -150,7 +174,7 @@ def test_no_guidance_does_not_pay_for_it(cfg, rows):
 
 @torch.no_grad()
 def test_tokens_that_are_known_are_read_by_the_next_scale():
-    """What was drawn there is forgotten: the logits are those of teaching on the tokens returned."""
+    """What was drawn is forgotten: the logits are those of teaching on the tokens returned."""
     made = tokenizer()
     model = lively(VAR(config()))
     model.__class__, model.passes = Recorder, []

@@ -211,7 +211,7 @@ def test_stochastic_depth_skips_whole_images_and_scales_the_others():
     assert torch.allclose(added_B[~skipped_B], torch.tensor(0.6 / 0.75), atol=1e-5)
     assert 0.22 < skipped_B.float().mean() < 0.28
     torch.testing.assert_close(block.eval().add_branch(x_BLW, h_BLW, gate_BW), x_BLW + 0.6)
-    rates = [block.drop_path for block in VAR(config(depth=3, drop_path=0.3)).blocks]
+    rates = [1 - block.survival.item() for block in VAR(config(depth=3, drop_path=0.3)).blocks]
     assert rates == pytest.approx([0, 0.15, 0.3])
 
 
