@@ -1,7 +1,8 @@
 """The operations of VAR worth a hand-written kernel, each in Triton for a GPU and in PyTorch.
 
-    adaln              layer norm, then a scale and a shift per image     (var.py, every layer)
+    adaln              a branch added, layer norm, scale and shift        (var.py, every layer)
     nearest_code       index of the closest codebook row                  (tokenizer.py, each scale)
+    split_heads        queries, keys and values of one matrix product     (var.py, every layer)
     block_attention    attention in which a query sees one range of keys  (var.py, every layer)
     sample_tokens      guidance, top-k, top-p and the draw                (var.py, generation)
 
@@ -36,7 +37,8 @@ With TRITON_INTERPRET=1 in the environment of `python`:
 
     >>> import torch, kernels
     >>> kernels.FACE = "triton"
-    >>> kernels.adaln(torch.randn(2, 5, 24), torch.zeros(2, 24), torch.zeros(2, 24)).shape
+    >>> x, y = kernels.adaln(*torch.randn(2, 2, 5, 24), *torch.zeros(3, 2, 24))
+    >>> y.shape
     torch.Size([2, 5, 24])
 
 Commands:
@@ -49,11 +51,13 @@ Commands:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
@@ -122,15 +126,36 @@ def launch_nothing(*arguments) -> None:
 
 def start(kernel: Callable, programs: int, tensors: Sequence[Tensor], numbers: Sequence[float],
           constants: dict[str, int]) -> None:
-    """Where the tensors are: Triton alone takes the current GPU, which may be another."""
+    """Where the tensors are: Triton alone takes the current GPU, which may be another.
+
+    RuntimeError where Triton cannot build the C program by which it starts its kernels.
+    """
     with torch.cuda.device_of(tensors[0]):
-        kernel[(programs,)](*as_arrays(tensors), *numbers, **constants)
+        try:
+            kernel[(programs,)](*as_arrays(tensors), *numbers, **constants)
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            if isinstance(error, RuntimeError) and "C compiler" not in str(error):
+                raise
+            raise RuntimeError(
+                "Triton could not build its launcher, for which it needs a C compiler and Python's "
+                "headers (Debian: apt install gcc python3-dev)") from error
 
 
 @triton.jit
 def product(a_MK, b_KN):
     """a b, summed in fp32. "ieee": the usual TF32 has 10 bits and would change codes."""
     return tl.dot(a_MK, b_KN, input_precision="ieee")
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 convolutions without TF32, which cuDNN takes unless told otherwise."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def check_tensors(**tensors: Tensor) -> None:
@@ -147,43 +172,60 @@ def check_tensors(**tensors: Tensor) -> None:
 # -------------------------------------------------------------------------------------------------
 # Adaptive layer norm
 #
-# The obvious version goes to memory after every step: cast to fp32, norm, scale, shift, cast back.
-# In bf16 that is 36 bytes per number of x, where reading x and writing y is 4.
+# A layer adds its branch h to the residual stream x, each channel times a gate, and what the next
+# branch reads is the norm of that, scaled and shifted. The obvious version goes to memory after
+# every step. With x in fp32 and h and y in bf16, as under autocast, that is 44 bytes per number,
+# where reading x and h and writing x and y is 12.
 #
-#     n = (x - mean) / sqrt(variance + 1e-6)                            mean and variance over W
-#     y = n (1 + scale) + shift
+#     x' = x + gate h
+#     n  = (x' - mean) / sqrt(variance + 1e-6)                          mean and variance over W
+#     y  = n (1 + scale) + shift
 #
-# Backward, with d = dL/d of any name:
+# Backward, with d = dL/d of any name; dx' comes from whatever else reads x':
 #
-#     g = dy (1 + scale)
-#     dx = (g - mean(g) - n mean(g n)) / sqrt(variance + 1e-6)
+#     g  = dy (1 + scale)
+#     dx = dx' + (g - mean(g) - n mean(g n)) / sqrt(variance + 1e-6)
+#     dh = gate dx
+#     dgate  = sum of dx h over the tokens of an image
 #     dscale = sum of dy n over the tokens of an image
 #     dshift = sum of dy over the tokens of an image
 
 
-def obvious_adaln(x_BLW: Tensor, scale_BW: Tensor, shift_BW: Tensor) -> Tensor:
+def obvious_adaln(x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor, scale_BW: Tensor,
+                  shift_BW: Tensor) -> tuple[Tensor, Tensor]:
+    x_BLW = x_BLW + gate_BW[:, None] * h_BLW
     normed_BLW = F.layer_norm(x_BLW.float(), x_BLW.shape[-1:], eps=1e-6)
-    return (normed_BLW * (1 + scale_BW[:, None]) + shift_BW[:, None]).to(x_BLW.dtype)
+    y_BLW = normed_BLW * (1 + scale_BW[:, None]) + shift_BW[:, None]
+    return x_BLW, y_BLW.to(h_BLW.dtype)
 
 
-def adaln(x_BLW: Tensor, scale_BW: Tensor, shift_BW: Tensor) -> Tensor:
-    """layer_norm(x) * (1 + scale) + shift, one scale and shift per image (paper: Sec. 3.3).
+def adaln(x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor, scale_BW: Tensor,
+          shift_BW: Tensor) -> tuple[Tensor, Tensor]:
+    """x + gate * h, and layer_norm of that * (1 + scale) + shift (paper: Sec. 3.3).
 
-    The norm has eps 1e-6 and no weights. As x in shape and dtype, computed in fp32: a mean and a
-    variance in bf16 are worth little. scale and shift may have other dtypes than x, as under
-    autocast. Raises ValueError where the shapes do not fit.
+    x, h [B, L, W]; gate, scale, shift [B, W], one each per image. The norm has eps 1e-6 and no
+    weights, and is computed in fp32: a mean and a variance in bf16 are worth little. The first
+    result has the dtype of x, the second that of autocast where it is on, for the matrix product
+    that comes next. All else may differ in dtype. Raises ValueError where shapes do not fit.
     """
     face = adaln_triton if use_triton(x_BLW) else adaln_torch
-    return face(x_BLW, scale_BW, shift_BW)
+    return face(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, product_dtype(x_BLW))
 
 
-def check_adaln(x_BLW, scale_BW, shift_BW):
-    check_tensors(x=x_BLW, scale=scale_BW, shift=shift_BW)
-    per_image = x_BLW.shape[::2]
-    if x_BLW.ndim != 3 or not scale_BW.shape == shift_BW.shape == per_image:
-        raise ValueError(f"x must be [B, L, W], scale and shift [B, W]: they are "
-                         f"{tuple(x_BLW.shape)}, {tuple(scale_BW.shape)} and "
-                         f"{tuple(shift_BW.shape)}")
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product would take x in."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def check_adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW):
+    check_tensors(x=x_BLW, h=h_BLW, gate=gate_BW, scale=scale_BW, shift=shift_BW)
+    modulation = [tuple(part.shape) for part in (gate_BW, scale_BW, shift_BW)]
+    fits = x_BLW.ndim == 3 and x_BLW.shape == h_BLW.shape
+    if not fits or modulation != 3 * [tuple(x_BLW.shape[::2])]:
+        raise ValueError(f"x and h must be [B, L, W], gate, scale and shift [B, W]: they are "
+                         f"{tuple(x_BLW.shape)}, {tuple(h_BLW.shape)} and {modulation}")
 
 
 @triton.jit
@@ -216,92 +258,109 @@ def normalise(x_W, columns_W, W):
 
 
 @triton.jit
-def adaln_forward(x_BLW, scale_B1W, shift_B1W, y_BLW, L, W, TILE_W: tl.constexpr):
-    """One token a program: x [B, L, W], scale and shift [B, 1, W] -> y [B, L, W]."""
+def adaln_forward(x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, sum_BLW, y_BLW, L, W,
+                  TILE_W: tl.constexpr):
+    """One token a program: x, h [B, L, W], gate, scale, shift [B, 1, W] -> x + gate h, y."""
     image = tl.program_id(0) // L
     token = tl.program_id(0) % L
     columns_W = tl.arange(0, TILE_W)
     x_W = load_row(x_BLW, image, token, columns_W, W)
+    h_W = load_row(h_BLW, image, token, columns_W, W)
+    gate_W = load_row(gate_B1W, image, 0, columns_W, W)
+    sum_W = (x_W + gate_W * h_W).to(sum_BLW.start.dtype.element_ty)
+    store_row(sum_BLW, sum_W, image, token, columns_W, W)
+    normed_W, _ = normalise(sum_W.to(tl.float32), columns_W, W)   # of what the backward will find
     scale_W = load_row(scale_B1W, image, 0, columns_W, W)
     shift_W = load_row(shift_B1W, image, 0, columns_W, W)
-    normed_W, _ = normalise(x_W, columns_W, W)
     store_row(y_BLW, normed_W * (1 + scale_W) + shift_W, image, token, columns_W, W)
 
 
 @triton.jit
-def adaln_backward(x_BLW, scale_B1W, dy_BLW, dx_BLW, dscale_BPW, dshift_BPW, L, W,
+def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW, dh_BLW,
+                   dgate_BPW, dscale_BPW, dshift_BPW, L, W,
                    TOKENS: tl.constexpr, TILE_W: tl.constexpr):
-    """TOKENS tokens of an image a program: x, scale, dy -> dx, and part P of the two sums.
+    """TOKENS tokens of an image a program -> dx, dh, and part P of the three sums.
 
-    The parts, dscale and dshift [B, P, W] in fp32, are added up afterwards, always in one order.
+    sum = x + gate h. The parts, [B, P, W] in fp32, are added up afterwards, always in one order.
     """
     parts = tl.cdiv(L, TOKENS)
     image = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     columns_W = tl.arange(0, TILE_W)
+    gate_W = load_row(gate_B1W, image, 0, columns_W, W)
     scale_W = load_row(scale_B1W, image, 0, columns_W, W)
+    dgate_W = tl.zeros([TILE_W], tl.float32)
     dscale_W = tl.zeros([TILE_W], tl.float32)
     dshift_W = tl.zeros([TILE_W], tl.float32)
     for token in range(part * TOKENS, tl.minimum(L, (part + 1) * TOKENS)):
-        x_W = load_row(x_BLW, image, token, columns_W, W)
-        normed_W, inverse = normalise(x_W, columns_W, W)
+        sum_W = load_row(sum_BLW, image, token, columns_W, W)
+        normed_W, inverse = normalise(sum_W, columns_W, W)
         dy_W = load_row(dy_BLW, image, token, columns_W, W)
         dscale_W += dy_W * normed_W
         dshift_W += dy_W
         g_W = dy_W * (1 + scale_W)
         mean_gn = tl.sum(g_W * normed_W) / W
         dx_W = (g_W - tl.sum(g_W) / W - normed_W * mean_gn) * inverse
+        dx_W += load_row(dsum_BLW, image, token, columns_W, W)
         store_row(dx_BLW, dx_W, image, token, columns_W, W)
+        dgate_W += dx_W * load_row(h_BLW, image, token, columns_W, W)
+        store_row(dh_BLW, dx_W * gate_W, image, token, columns_W, W)
+    store_row(dgate_BPW, dgate_W, image, part, columns_W, W)
     store_row(dscale_BPW, dscale_W, image, part, columns_W, W)
     store_row(dshift_BPW, dshift_W, image, part, columns_W, W)
 
 
 def adaln_tiles(W: int) -> dict[str, int]:
-    """A row in registers; from W 129 to 4096 8 numbers a thread, which in bf16 one load moves."""
+    """A row in registers; from W 65 to 2048 4 numbers a thread, which in fp32 one load moves."""
     TILE_W = triton.next_power_of_2(W)
-    return dict(TILE_W=TILE_W, num_warps=min(16, max(1, TILE_W // 256)))
+    return dict(TILE_W=TILE_W, num_warps=min(16, max(1, TILE_W // 128)))
 
 
 class AdaLN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BLW, scale_B1W, shift_B1W):
+    def forward(ctx, x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, dtype):
         B, L, W = x_BLW.shape
-        y_BLW = torch.empty_like(x_BLW)
-        launch(adaln_forward, B * L, [x_BLW, scale_B1W, shift_B1W], [y_BLW], L, W,
-               **adaln_tiles(W))
-        ctx.save_for_backward(x_BLW, scale_B1W)
+        sum_BLW = x_BLW.new_empty(B, L, W)
+        y_BLW = x_BLW.new_empty(B, L, W, dtype=dtype)
+        launch(adaln_forward, B * L, [x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W],
+               [sum_BLW, y_BLW], L, W, **adaln_tiles(W))
+        ctx.save_for_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W)
         ctx.shift_dtype = shift_B1W.dtype
-        return y_BLW
+        return sum_BLW, y_BLW
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy_BLW):
-        x_BLW, scale_B1W = ctx.saved_tensors
-        B, L, W = x_BLW.shape
-        TOKENS = 32   # so the sums are an eighth or less of what is read and written
+    def backward(ctx, dsum_BLW, dy_BLW):
+        sum_BLW, h_BLW, gate_B1W, scale_B1W = ctx.saved_tensors
+        B, L, W = sum_BLW.shape
+        TOKENS = 32   # so the sums are a small part of what is read and written
         parts = triton.cdiv(L, TOKENS)
-        dx_BLW = torch.empty_like(x_BLW)
-        sums_2BPW = x_BLW.new_empty(2, B, parts, W, dtype=torch.float32)
-        launch(adaln_backward, B * parts, [x_BLW, scale_B1W, dy_BLW], [dx_BLW, *sums_2BPW], L, W,
-               TOKENS=TOKENS, **adaln_tiles(W))
-        dscale_B1W, dshift_B1W = sums_2BPW.sum(dim=2, keepdim=True)
-        return dx_BLW, dscale_B1W.to(scale_B1W.dtype), dshift_B1W.to(ctx.shift_dtype)
+        dx_BLW = torch.empty_like(sum_BLW)
+        dh_BLW = torch.empty_like(h_BLW)
+        sums_3BPW = sum_BLW.new_empty(3, B, parts, W, dtype=torch.float32)
+        launch(adaln_backward, B * parts, [sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW],
+               [dx_BLW, dh_BLW, *sums_3BPW], L, W, TOKENS=TOKENS, **adaln_tiles(W))
+        dgate_B1W, dscale_B1W, dshift_B1W = sums_3BPW.sum(dim=2, keepdim=True)
+        return (dx_BLW, dh_BLW, dgate_B1W.to(gate_B1W.dtype), dscale_B1W.to(scale_B1W.dtype),
+                dshift_B1W.to(ctx.shift_dtype), None)
 
 
-def adaln_triton(x_BLW, scale_BW, shift_BW):
-    check_adaln(x_BLW, scale_BW, shift_BW)
+def adaln_triton(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
+    check_adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW)
     W = x_BLW.shape[2]
     if W > 16384:
         raise ValueError(f"the Triton kernel holds a row in registers, up to 16384: W is {W}")
-    return AdaLN.apply(x_BLW, scale_BW[:, None], shift_BW[:, None])
+    modulation = [part[:, None] for part in (gate_BW, scale_BW, shift_BW)]
+    return AdaLN.apply(x_BLW, h_BLW, *modulation, dtype)
 
 
-def adaln_torch(x_BLW, scale_BW, shift_BW):
-    check_adaln(x_BLW, scale_BW, shift_BW)
-    normed_BLW = F.layer_norm(x_BLW.float(), x_BLW.shape[-1:], eps=1e-6)
-    scale_B1W = scale_BW.float()[:, None]
-    shift_B1W = shift_BW.float()[:, None]
-    return torch.addcmul(shift_B1W, normed_BLW, 1 + scale_B1W).to(x_BLW.dtype)
+def adaln_torch(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
+    check_adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW)
+    gate_B1W, scale_B1W, shift_B1W = (x.float()[:, None] for x in (gate_BW, scale_BW, shift_BW))
+    sum_BLW = torch.addcmul(x_BLW.float(), gate_B1W, h_BLW.float()).to(x_BLW.dtype)
+    normed_BLW = F.layer_norm(sum_BLW.float(), x_BLW.shape[-1:], eps=1e-6)
+    y_BLW = torch.addcmul(shift_B1W, normed_BLW, 1 + scale_B1W)
+    return sum_BLW, y_BLW.to(dtype)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -396,6 +455,295 @@ def nearest_code_torch(x_NC, codebook_VC, cosine=False):
     with torch.no_grad(), torch.autocast(x_NC.device.type, enabled=False):
         x_NC, e_VC, squares_V = code_terms(x_NC, codebook_VC, cosine)
         return torch.addmm(squares_V, x_NC, e_VC.T, alpha=-2).argmin(dim=1)
+
+
+# -------------------------------------------------------------------------------------------------
+# Heads
+#
+# One matrix product makes queries, keys and values. Before attention reads them they are given
+# their biases; queries and keys are normalised, so that scores stay bounded in deep models (paper:
+# Sec. 3.3), and each head learns a factor for its queries; and in generation keys and values go to
+# where the later scales find them. The obvious version is a dozen operations. With the product in
+# bf16 they move 54 bytes for each of its numbers, where reading and writing it is 4.
+#
+#     q = a n(product_q + bias_q),     n(x) = x / |x|,     a = min(e^log_scale, 100)
+#     k = n(product_k)
+#     v = product_v + bias_v
+#
+# Backward, from q and k, which attention keeps anyway, and |x|; dx is dL/d of what n is taken of:
+#
+#     dx = a (dq - n (n.dq)) / |x|
+#     dlog_scale = sum of q.dq, over all queries of a head; 0 where a is 100
+
+LARGEST_LOG_SCALE = math.log(100)
+
+
+def obvious_split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
+                        log_scale_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    bias_X = torch.cat([q_bias_W, torch.zeros_like(q_bias_W), v_bias_W])
+    split_BL3HD = (product_BLX + bias_X).unflatten(2, (3, len(log_scale_H), -1))
+    q_BHLD, k_BHLD, v_BHLD = split_BL3HD.permute(2, 0, 3, 1, 4)
+    a_H11 = log_scale_H.clamp(max=LARGEST_LOG_SCALE).exp()[:, None, None]
+    q_BHLD = F.normalize(q_BHLD.float(), dim=-1) * a_H11
+    k_BHLD = F.normalize(k_BHLD.float(), dim=-1)
+    return q_BHLD.to(v_BHLD.dtype), k_BHLD.to(v_BHLD.dtype), v_BHLD
+
+
+def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
+                log_scale_H: Tensor | None, heads: int,
+                room: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, L, D] of a product [B, L, 3 W], in its dtype.
+
+    log_scale_H: the learned scale of each head; None leaves queries and keys as they are.
+    room: where to put keys and values, [B, H, L, D] both, as in a part of a cache, and where
+        they are returned. For generation: no gradient goes through.
+    Raises ValueError where the shapes do not fit.
+    """
+    face = split_heads_triton if use_triton(product_BLX) else split_heads_torch
+    return face(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)
+
+
+def check_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room):
+    given = dict(product=product_BLX, q_bias=q_bias_W, v_bias=v_bias_W)
+    if log_scale_H is not None:
+        given["log_scale"] = log_scale_H
+    if room is not None:
+        given["room for k"], given["room for v"] = room
+    check_tensors(**given)
+    B, L, X = product_BLX.shape
+    W = X // 3
+    expected = dict(zip(given, [(B, L, 3 * W), (W,), (W,)]), log_scale=(heads,))
+    for name, tensor in given.items():
+        shape = expected.get(name, (B, heads, L, W // heads))
+        if tensor.shape != shape or W % heads:
+            raise ValueError(f"{name} must be {shape} for {heads} heads of a product "
+                             f"{tuple(product_BLX.shape)}: it is {tuple(tensor.shape)}")
+
+
+@triton.jit
+def aligned(stride, D: tl.constexpr):
+    """The stride, which `rows_first` made a multiple of 8 if D is one, so that it can be seen.
+
+    16 bytes are loaded at once where the compiler can prove that rows begin at multiples of 8
+    numbers. It proves that of stride // 8 * 8. With tl.multiple_of(stride, 8) it does not, because
+    the stride is a bare argument: D 72 was then loaded 2 bytes at a time (compiled for sm_90).
+    """
+    return stride // 8 * 8 if D % 8 == 0 else stride
+
+
+@triton.jit
+def rows_of(x_BHLD, head, H, rows_T, D: tl.constexpr):
+    """Pointers to rows of a head, and which of them lie within D; heads are counted over images.
+
+    A tile's width is a power of two: D 72 is computed as 128, 1.8 times the products of its own.
+    """
+    image = (head // H).to(tl.int64) * aligned(x_BHLD.strides[0], D)   # in 64 bits
+    begin = image + (head % H).to(tl.int64) * aligned(x_BHLD.strides[1], D)
+    columns_1D = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    rows_T1 = rows_T[:, None] * aligned(x_BHLD.strides[2], D)
+    return x_BHLD.start + begin + rows_T1 + columns_1D, columns_1D < D
+
+
+@triton.jit
+def load_rows(x_BHLD, head, H, rows_T, end, D: tl.constexpr, CUT: tl.constexpr):
+    """Rows of a head as [T, D]; zeros beyond D and, if the tile may be cut, from row `end` on."""
+    places_TD, inside_TD = rows_of(x_BHLD, head, H, rows_T, D)
+    if CUT:
+        inside_TD &= rows_T[:, None] < end
+    return tl.load(places_TD, mask=inside_TD, other=0.0)
+
+
+@triton.jit
+def store_rows(x_BHLD, x_TD, head, H, rows_T, end, D: tl.constexpr):
+    """The rows of a head, up to row `end`, in the dtype of the array."""
+    places_TD, inside_TD = rows_of(x_BHLD, head, H, rows_T, D)
+    inside_TD &= rows_T[:, None] < end
+    tl.store(places_TD, x_TD.to(x_BHLD.start.dtype.element_ty), mask=inside_TD)
+
+
+@triton.jit
+def load_bias(bias_W, head, H, D: tl.constexpr):
+    """A head's part of a bias, [1, D] in fp32."""
+    columns_1D = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    places_1D = bias_W.start + head % H * D + columns_1D
+    return tl.load(places_1D, mask=columns_1D < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def learned_factor(log_scale_H, head, H, largest):
+    return tl.exp(tl.minimum(tl.load(log_scale_H.start + head % H).to(tl.float32), largest))
+
+
+@triton.jit
+def unit_rows(x_TD):
+    """x / |x| of each row, and 1 / |x|."""
+    inverse_T = 1 / tl.maximum(tl.sqrt(tl.sum(x_TD * x_TD, 1)), 1e-12)
+    return x_TD * inverse_T[:, None], inverse_T
+
+
+@triton.jit
+def unit_backward(n_TD, dn_TD, inverse_T):
+    """dL/dx from dL/dn: what goes along n is lost, since n has length 1 whatever x is."""
+    along_T = tl.sum(n_TD * dn_TD, 1)
+    return (dn_TD - n_TD * along_T[:, None]) * inverse_T[:, None]
+
+
+@triton.jit
+def split_heads_forward(xq_BHLD, xk_BHLD, xv_BHLD, q_bias_W, v_bias_W, log_scale_H,
+                        q_BHLD, k_BHLD, v_BHLD, q_inverse_BHL, k_inverse_BHL, largest, H, L,
+                        NORMALISED: tl.constexpr, D: tl.constexpr, TILE_L: tl.constexpr):
+    """A tile of tokens of one head a program: three views of the product -> q, k, v, 1 / |x|.
+
+    All [B, H, L, D], biases [W], log_scale [H], inverses [B, H, L] in fp32.
+    """
+    tiles = tl.cdiv(L, TILE_L)
+    head = tl.program_id(0) // tiles
+    tokens_T = tl.program_id(0) % tiles * TILE_L + tl.arange(0, TILE_L)
+    q_TD = load_rows(xq_BHLD, head, H, tokens_T, L, D, True) + load_bias(q_bias_W, head, H, D)
+    k_TD = load_rows(xk_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
+    v_TD = load_rows(xv_BHLD, head, H, tokens_T, L, D, True) + load_bias(v_bias_W, head, H, D)
+    if NORMALISED:
+        q_TD, q_inverse_T = unit_rows(q_TD)
+        k_TD, k_inverse_T = unit_rows(k_TD)
+        q_TD *= learned_factor(log_scale_H, head, H, largest)
+        numbers_T = head * L + tokens_T
+        tl.store(q_inverse_BHL.start + numbers_T, q_inverse_T, mask=tokens_T < L)
+        tl.store(k_inverse_BHL.start + numbers_T, k_inverse_T, mask=tokens_T < L)
+    store_rows(q_BHLD, q_TD, head, H, tokens_T, L, D)
+    store_rows(k_BHLD, k_TD, head, H, tokens_T, L, D)
+    store_rows(v_BHLD, v_TD, head, H, tokens_T, L, D)
+
+
+@triton.jit
+def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL, log_scale_H,
+                         dq_BHLD, dk_BHLD, dv_BHLD, dxq_BHLD, dxk_BHLD, dxv_BHLD,
+                         dq_bias_BHPD, dv_bias_BHPD, dlog_scale_BHPD, largest, H, L, parts,
+                         NORMALISED: tl.constexpr, D: tl.constexpr, TILE_L: tl.constexpr):
+    """A tile of tokens of one head a program -> the product's gradient, and part P of the sums.
+
+    The parts, [B, H, P, D] in fp32, are added up afterwards. That of the log scale by column.
+    """
+    head = tl.program_id(0) // parts
+    part_1 = tl.program_id(0) % parts + tl.arange(0, 1)
+    tokens_T = part_1 * TILE_L + tl.arange(0, TILE_L)
+    dq_TD = load_rows(dq_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
+    dk_TD = load_rows(dk_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
+    dv_TD = load_rows(dv_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
+    if NORMALISED:
+        factor = learned_factor(log_scale_H, head, H, largest)
+        q_TD = load_rows(q_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
+        dlog_scale_1D = tl.sum(q_TD * dq_TD, 0)[None, :]
+        store_rows(dlog_scale_BHPD, dlog_scale_1D, head, H, part_1, parts, D)
+        numbers_T = head * L + tokens_T
+        q_inverse_T = tl.load(q_inverse_BHL.start + numbers_T, mask=tokens_T < L, other=0.0)
+        dq_TD = unit_backward(q_TD / factor, dq_TD * factor, q_inverse_T)
+        k_TD = load_rows(k_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
+        k_inverse_T = tl.load(k_inverse_BHL.start + numbers_T, mask=tokens_T < L, other=0.0)
+        dk_TD = unit_backward(k_TD, dk_TD, k_inverse_T)
+    store_rows(dxq_BHLD, dq_TD, head, H, tokens_T, L, D)
+    store_rows(dxk_BHLD, dk_TD, head, H, tokens_T, L, D)
+    store_rows(dxv_BHLD, dv_TD, head, H, tokens_T, L, D)
+    store_rows(dq_bias_BHPD, tl.sum(dq_TD, 0)[None, :], head, H, part_1, parts, D)
+    store_rows(dv_bias_BHPD, tl.sum(dv_TD, 0)[None, :], head, H, part_1, parts, D)
+
+
+def rows_first(x_BHLD: Tensor) -> Tensor:
+    """x if kernels can read it: rows unbroken and, if D is a multiple of 8, so is every stride."""
+    *strides, last = x_BHLD.stride()
+    multiple = x_BHLD.shape[3] % 8 != 0 or all(stride % 8 == 0 for stride in strides)
+    return x_BHLD if last == 1 and multiple else x_BHLD.contiguous()
+
+
+def heads_tiles(L: int, D: int) -> dict[str, int]:
+    """A tile is 2048 numbers at most, of which 128 threads hold 16 each."""
+    TILE_L = min(triton.next_power_of_2(L), 2048 // triton.next_power_of_2(D))
+    return dict(D=D, TILE_L=TILE_L, num_warps=4)
+
+
+def three_heads(product_BLX: Tensor, heads: int) -> list[Tensor]:
+    """Queries, keys and values [B, H, L, D] as views of the product."""
+    return list(product_BLX.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4))
+
+
+def launch_split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
+                       log_scale_H: Tensor | None, *qkv: Tensor) -> Tensor:
+    """Fill q, k and v [B, H, L, D]; returns [2, B, H, L] of 1 / |x|, of queries and of keys."""
+    B, H, L, D = qkv[0].shape
+    inverse_2BHL = product_BLX.new_empty(2, B, H, L, dtype=torch.float32)
+    read = [*three_heads(product_BLX.contiguous(), H), q_bias_W, v_bias_W]
+    read.append(q_bias_W if log_scale_H is None else log_scale_H)   # of which nothing is read then
+    tiles = heads_tiles(L, D)
+    launch(split_heads_forward, B * H * triton.cdiv(L, tiles["TILE_L"]), read,
+           [*qkv, *inverse_2BHL], LARGEST_LOG_SCALE, H, L,
+           NORMALISED=log_scale_H is not None, **tiles)
+    return inverse_2BHL
+
+
+def new_heads(product_BLX: Tensor, heads: int) -> Tensor:
+    B, L, X = product_BLX.shape
+    return product_BLX.new_empty(B, heads, L, X // 3 // heads)
+
+
+class SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, product_BLX, q_bias_W, v_bias_W, log_scale_H, heads):
+        q_BHLD, k_BHLD, v_BHLD = (new_heads(product_BLX, heads) for _ in range(3))
+        inverse_2BHL = launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H,
+                                          q_BHLD, k_BHLD, v_BHLD)
+        ctx.normalised = log_scale_H is not None
+        ctx.bias_dtype = q_bias_W.dtype
+        scales = log_scale_H if ctx.normalised else q_bias_W
+        ctx.save_for_backward(q_BHLD, k_BHLD, inverse_2BHL, scales)
+        return q_BHLD, k_BHLD, v_BHLD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq_BHLD, dk_BHLD, dv_BHLD):
+        q_BHLD, k_BHLD, inverse_2BHL, log_scale_H = ctx.saved_tensors
+        B, H, L, D = q_BHLD.shape
+        tiles = heads_tiles(L, D)
+        parts = triton.cdiv(L, tiles["TILE_L"])
+        gradients = [rows_first(x) for x in (dq_BHLD, dk_BHLD, dv_BHLD)]
+        dproduct_BLX = q_BHLD.new_empty(B, L, 3 * H * D)
+        sums_3BHPD = q_BHLD.new_empty(3, B, H, parts, D, dtype=torch.float32)
+        launch(split_heads_backward, B * H * parts,
+               [q_BHLD, k_BHLD, *inverse_2BHL, log_scale_H, *gradients],
+               [*three_heads(dproduct_BLX, H), *sums_3BHPD], LARGEST_LOG_SCALE, H, L, parts,
+               NORMALISED=ctx.normalised, **tiles)
+        dq_bias_HD, dv_bias_HD, dlog_scale_HD = sums_3BHPD.sum(dim=(1, 3))
+        dbiases = [x.flatten().to(ctx.bias_dtype) for x in (dq_bias_HD, dv_bias_HD)]
+        dlog_scale_H = None
+        if ctx.normalised:
+            free_H = log_scale_H <= LARGEST_LOG_SCALE
+            dlog_scale_H = (dlog_scale_HD.sum(dim=1) * free_H).to(log_scale_H.dtype)
+        return dproduct_BLX, *dbiases, dlog_scale_H, None
+
+
+def split_heads_triton(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
+    check_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)
+    if room is None:
+        return SplitHeads.apply(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads)
+    if any(rows_first(x) is not x for x in room):
+        raise ValueError("room must have unbroken rows, at multiples of 8 numbers if their width "
+                         f"is one: its strides are {[x.stride() for x in room]}")
+    q_BHLD = new_heads(product_BLX, heads)
+    launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, q_BHLD, *room)
+    return q_BHLD, *room
+
+
+def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
+    check_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)
+    q_BLW, k_BLW, v_BLW = product_BLX.chunk(3, dim=2)
+    whole = q_BLW.float() + q_bias_W.float(), k_BLW.float(), v_BLW.float() + v_bias_W.float()
+    q_BHLD, k_BHLD, v_BHLD = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in whole)
+    if log_scale_H is not None:
+        factor_H11 = log_scale_H.float().clamp(max=LARGEST_LOG_SCALE).exp()[:, None, None]
+        q_BHLD = F.normalize(q_BHLD, dim=-1) * factor_H11
+        k_BHLD = F.normalize(k_BHLD, dim=-1)
+    q_BHLD, k_BHLD, v_BHLD = (x.to(product_BLX.dtype) for x in (q_BHLD, k_BHLD, v_BHLD))
+    if room is None:
+        return q_BHLD, k_BHLD, v_BHLD
+    return q_BHLD, room[0].copy_(k_BHLD), room[1].copy_(v_BHLD)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -525,7 +873,7 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
     for what a face cannot take.
     """
     if torch.is_autocast_enabled(q_BHLD.device.type):
-        dtype = torch.get_autocast_dtype(q_BHLD.device.type)
+        dtype = product_dtype(q_BHLD)
         q_BHLD, k_BHSD, v_BHSD = (x.to(dtype) for x in (q_BHLD, k_BHSD, v_BHSD))
     face = block_attention_triton if use_triton(q_BHLD) else block_attention_torch
     return face(q_BHLD, k_BHSD, v_BHSD, ranges, scale)
@@ -596,47 +944,6 @@ def seen_by(rows_T, length, first, last, partners_T):
     first_T1 = tl.load(first.start + rows_T)[:, None]
     last_T1 = tl.load(last.start + rows_T)[:, None]
     return (partners_T[None, :] >= first_T1) & (partners_T[None, :] < last_T1)
-
-
-@triton.jit
-def aligned(stride, D: tl.constexpr):
-    """The stride, which `rows_first` made a multiple of 8 if D is one, so that it can be seen.
-
-    16 bytes are loaded at once where the compiler can prove that rows begin at multiples of 8
-    numbers. It proves that of stride // 8 * 8. With tl.multiple_of(stride, 8) it does not, because
-    the stride is a bare argument: D 72 was then loaded 2 bytes at a time (compiled for sm_90).
-    """
-    return stride // 8 * 8 if D % 8 == 0 else stride
-
-
-@triton.jit
-def rows_of(x_BHLD, head, H, rows_T, D: tl.constexpr):
-    """Pointers to rows of a head, and which of them lie within D; heads are counted over images.
-
-    A tile's width is a power of two: D 72 is computed as 128, 1.8 times the products of its own.
-    """
-    image = (head // H).to(tl.int64) * aligned(x_BHLD.strides[0], D)   # in 64 bits
-    begin = image + (head % H).to(tl.int64) * aligned(x_BHLD.strides[1], D)
-    columns_1D = tl.arange(0, triton.next_power_of_2(D))[None, :]
-    rows_T1 = rows_T[:, None] * aligned(x_BHLD.strides[2], D)
-    return x_BHLD.start + begin + rows_T1 + columns_1D, columns_1D < D
-
-
-@triton.jit
-def load_rows(x_BHLD, head, H, rows_T, end, D: tl.constexpr, CUT: tl.constexpr):
-    """Rows of a head as [T, D]; zeros beyond D and, if the tile may be cut, from row `end` on."""
-    places_TD, inside_TD = rows_of(x_BHLD, head, H, rows_T, D)
-    if CUT:
-        inside_TD &= rows_T[:, None] < end
-    return tl.load(places_TD, mask=inside_TD, other=0.0)
-
-
-@triton.jit
-def store_rows(x_BHLD, x_TD, head, H, rows_T, end, D: tl.constexpr):
-    """The rows of a head, up to row `end`, in the dtype of the array."""
-    places_TD, inside_TD = rows_of(x_BHLD, head, H, rows_T, D)
-    inside_TD &= rows_T[:, None] < end
-    tl.store(places_TD, x_TD.to(x_BHLD.start.dtype.element_ty), mask=inside_TD)
 
 
 @triton.jit
@@ -797,16 +1104,17 @@ ATTENTION_TILES = {
 
 
 def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
-    D = q_BHLD.shape[3]
+    """As in the table, but in the forward no more than twice as many rows as there are queries.
+
+    The first scales of a generation have 1, 4 and 9: in tiles of 128 nearly all would be padding.
+    """
+    L, D = q_BHLD.shape[2:]
     tiles = ATTENTION_TILES[name][2 * (q_BHLD.dtype == torch.float32) + (D > 64)]
-    return dict(zip(("TILE_L", "TILE_S", "num_warps", "num_stages"), tiles), D=D)
-
-
-def rows_first(x_BHLD: Tensor) -> Tensor:
-    """x if kernels can read it: rows unbroken and, if D is a multiple of 8, so is every stride."""
-    *strides, last = x_BHLD.stride()
-    multiple = x_BHLD.shape[3] % 8 != 0 or all(stride % 8 == 0 for stride in strides)
-    return x_BHLD if last == 1 and multiple else x_BHLD.contiguous()
+    TILE_L, TILE_S, num_warps, num_stages = tiles
+    if name == "forward":
+        TILE_L = min(TILE_L, max(16, triton.next_power_of_2(L)))   # a product takes 16 or more
+        num_warps = max(4, num_warps * TILE_L // tiles[0])
+    return dict(TILE_L=TILE_L, TILE_S=TILE_S, num_warps=num_warps, num_stages=num_stages, D=D)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -1136,17 +1444,25 @@ def array_bytes(*values) -> int:
 
 
 def cases(new: Callable) -> dict[str, tuple]:
-    """{title: (ours, obvious, FLOP, *inputs)} at width 1024; new(*shape) is a tensor."""
+    """{title: (ours, obvious, FLOP, backward, *inputs)} at width 1024; new(*shape) is a tensor.
+
+    backward: how many times as many bytes as the forward it moves at the least; 0: there is none.
+    """
     half = partial(new, dtype=torch.bfloat16)
+    modulation = [half(64, 1024) for _ in range(3)]
     return {
-        "AdaLN, B 64 L 680 W 1024 bfloat16":
-            (adaln, obvious_adaln, 0, half(64, 680, 1024), half(64, 1024), half(64, 1024)),
+        "AdaLN, B 64 L 680 W 1024 float32 + bfloat16":
+            (lambda *inputs: adaln_triton(*inputs, torch.bfloat16), obvious_adaln, 0, 3 / 2,
+             new(64, 680, 1024), half(64, 680, 1024), *modulation),
         "nearest code, N 43520 V 4096 C 32 float32":
-            (nearest_code, obvious_nearest_code, 2 * 43520 * 4096 * 32, new(43520, 32),
+            (nearest_code, obvious_nearest_code, 2 * 43520 * 4096 * 32, 0, new(43520, 32),
              new(4096, 32)),
+        "heads, B 64 L 680 W 1024 bfloat16":
+            (partial(split_heads, heads=16), obvious_split_heads, 0, 4 / 3,
+             half(64, 680, 3072), new(1024), new(1024), new(16)),
         "sampling, B 64 l 256 V 4096 float32":
             (lambda logits, noise: sample_tokens(logits, None, 0.0, 900, 0.96, noise),
-             obvious_sampling, 0, new(64, 256, 4096), new(64, 256, 4096)),
+             obvious_sampling, 0, 0, new(64, 256, 4096), new(64, 256, 4096)),
     }
 
 
@@ -1163,10 +1479,10 @@ def print_counts() -> None:
         qkv = new(3, 1, 16, L, 64, dtype=torch.bfloat16)
         mask_LS = new(L, L, dtype=torch.bool)
         counted[f"attention, B 1 H 16 L {L} D 64 bfloat16"] = (
-            block_attention, obvious_attention, 0, *qkv, mask_LS)
+            block_attention, obvious_attention, 0, 0, *qkv, mask_LS)
 
     print(f"\n{'bytes, in GB':50}{'obvious':>10}{'ours':>10}")
-    for title, (_, obvious, _, *inputs) in counted.items():
+    for title, (_, obvious, _, _, *inputs) in counted.items():
         with BytesMoved() as moved:
             output = obvious(*inputs)
         ours = array_bytes([x for x in inputs if x.dtype != torch.bool], output)
@@ -1255,8 +1571,8 @@ def forward_only(function: Callable, *inputs: Tensor) -> Callable:
 def with_gradients(function: Callable, *inputs: Tensor) -> Callable:
     """A call of the function and of its backward."""
     def call():
-        out = function(*inputs)
-        torch.autograd.grad(out, inputs, out.detach())
+        out = torch.utils._pytree.tree_leaves(function(*inputs))
+        torch.autograd.grad(out, inputs, [x.detach() for x in out])
     return call
 
 
@@ -1273,7 +1589,10 @@ def attention_alternatives(ranges: KeyRanges, scale: float, dtype: torch.dtype,
         first_L, last_L = ranges.once(table, device)
         block_mask = create_block_mask(lambda b, h, i, j: (j >= first_L[i]) & (j < last_L[i]),
                                        None, None, *mask_LS.shape, device=device)
-        compiled = torch.compile(flex_attention, dynamic=False)
+        # Past a limit of recompilations PyTorch runs a function without compiling it, and
+        # says no word. Forget those of the last case; fullgraph makes any more an error.
+        torch.compiler.reset()
+        compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         alternatives["compiled FlexAttention"] = partial(
             compiled, block_mask=block_mask, scale=scale)
     return alternatives
@@ -1298,18 +1617,19 @@ def benchmark_attention(dtype: torch.dtype, rate: float, cold: Tensor) -> dict:
 
 
 def benchmark_the_rest(rate: float, bandwidth: float, cold: Tensor) -> None:
-    """The other three operations, on a GPU."""
+    """All operations but attention, on a GPU."""
     for title, case in cases(partial(torch.rand, device="cuda", requires_grad=True)).items():
-        ours, obvious, flops, *inputs = case
+        ours, obvious, flops, backward, *inputs = case
         faces = {"ours": ours, "obvious": obvious,
                  "obvious, compiled": torch.compile(obvious, dynamic=False)}
-        limit = max(flops / rate, array_bytes(inputs) / bandwidth)
+        bytes_moved = array_bytes(inputs, ours(*inputs))
+        limit = max(flops / rate, bytes_moved / bandwidth)
         print_table(title, {name: forward_only(face, *inputs) for name, face in faces.items()},
                     limit, cold)
-        if ours is adaln:   # backward: x and dy are read and dx is written, beside x and y
+        if backward:
             print_table(title + ", and backward",
                         {name: with_gradients(face, *inputs) for name, face in faces.items()},
-                        5 * inputs[0].nbytes / bandwidth, cold)
+                        (1 + backward) * bytes_moved / bandwidth, cold)
 
 
 def product_rate(dtype: torch.dtype, cold: Tensor) -> float:

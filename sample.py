@@ -490,7 +490,7 @@ def draw_attention(run: Run, given: Given):
         row[0].set_ylabel(f"layer {layer + 1}")
         maps = layers[layer].split([s * s for s in scales])
         for axis, s, weights_l in zip(row[1:], scales, maps):
-            axis.imshow(weights_l.view(s, s), vmin=0)
+            axis.imshow(weights_l.view(s, s).numpy(), vmin=0)
             axis.set_xlabel(f"{weights_l.sum():.0%}")
     for axis, s in zip(axes[0][1:], scales):
         axis.set_title(f"{s}x{s}")
@@ -844,6 +844,7 @@ def settle_device(options: argparse.Namespace) -> None:
         print(f"note: one thread of {os.cpu_count()} is used; OMP_NUM_THREADS says how many")
     half = options.precision == "bf16"
     options.device = device
+    options.dtype = torch.bfloat16 if half else torch.float32
     options.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 

@@ -43,7 +43,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import nearest_code
+from kernels import full_precision, nearest_code
 
 PUBLISHED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # of the 256-pixel models
 PHI_STRENGTH = 0.5    # phi(h) = (1 - strength) h + strength conv(h), as published
@@ -129,12 +129,13 @@ class Quantizer(nn.Module):
     def accumulate(self, f_hat_BCSS: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
         """f_hat with scale k, given by its tokens, added to it.
 
-        In fp32 also under autocast: a sum of ever smaller corrections needs the digits.
+        In fp32 also under autocast, and without TF32: a sum of ever smaller corrections needs the
+        digits, and codes would change.
         """
         s = self.scales[k]
         S = self.scales[-1]
         phi = self.phis[self.phi_of_scale[k]]
-        with torch.autocast(f_hat_BCSS.device.type, enabled=False):
+        with torch.autocast(f_hat_BCSS.device.type, enabled=False), full_precision():
             h_BlC = F.embedding(tokens_Bl, self.codebook_VC)                # [B, l, C]
             h_BCss = h_BlC.transpose(1, 2).unflatten(2, (s, s))             # [B, C, s, s]
             h_BCSS = F.interpolate(h_BCss, size=(S, S), mode="bicubic")     # [B, C, S, S]

@@ -61,7 +61,7 @@ from tokenizer import (
     PUBLISHED_SCALES, Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig,
     psnr,
 )
-from var import VAR, Block, VARConfig
+from var import VAR, Block, VARConfig, adamw_and_muon
 
 
 def main() -> None:
@@ -251,7 +251,7 @@ class Stage:
         rate = bar.format_dict["rate"]
         bar.set_postfix_str(f"loss {loss:.4f}{self.speed(rate)}", refresh=False)
         bar.update()
-        if bar.n == bar.initial + 20:
+        if not bar.disable and bar.n == bar.initial + 20:
             seconds = bar.format_dict["elapsed"] / 20 * (self.steps - bar.n)
             say(f"{self.name}: about {in_words(seconds)} on this machine")
         if report.logged:
@@ -355,11 +355,11 @@ def read_later(values: Tensor) -> Callable[[], list[float]]:
 
 
 def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
-    """Linear warm-up, then half a cosine down to the final share; as a share of the peak."""
+    """Linear warm-up, then linearly down to the final share; as a share of the peak."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+    return final + (1 - final) * (1 - progress)
 
 
 def shuffled(count: int, batch: int, seed: int, begin: int, end: int) -> Iterator[list[int]]:
@@ -414,13 +414,14 @@ class TokenizerStage(Stage):
         self.images = to_float(data.held_out.tensors[0][spread(data.held_out, 2000)])
         torch.manual_seed(options.seed)
         model = Tokenizer(preset.tokenizer_config(data.channels)).to(options.device)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), preset.tokenizer_lr, betas=(0.9, 0.95), weight_decay=0.0,
-            fused=True)
-        recipe = ("tokenizer_steps", "tokenizer_batch", "unquantized", "final_lr", "warmup")
+        layers = nn.ModuleList([model.encoder, model.decoder])
+        optimizers = adamw_and_muon(
+            model, layers, preset.tokenizer_lr, 0.0, preset.muon, options.dtype)
+        names = ("tokenizer_steps", "tokenizer_batch", "muon", "unquantized", "final_lr", "warmup")
+        recipe = {name: getattr(preset, name) for name in names}
         super().__init__(
-            model, [optimizer], data.train, preset.tokenizer_steps, preset.tokenizer_batch, 0.0,
-            {name: getattr(preset, name) for name in recipe}, data, options)
+            model, optimizers, data.train, preset.tokenizer_steps, preset.tokenizer_batch, 0.0,
+            recipe, data, options)
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -531,8 +532,8 @@ class VARStage(Stage):
         torch.manual_seed(options.seed)
         config = preset.var_config(tokenizer.config, len(data.classes))
         model = VAR(config).to(options.device)
-        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-        optimizers = model.optimizers(preset.var_lr, preset.weight_decay, preset.muon, dtype)
+        optimizers = model.optimizers(
+            preset.var_lr, preset.weight_decay, preset.muon, options.dtype)
         names = ("var_steps", "var_batch", "muon", "weight_decay", "final_lr", "warmup", "ema")
         recipe = {name: getattr(preset, name) for name in names}
         recipe["tokenizer"] = tokenizer.fingerprint()
@@ -706,9 +707,10 @@ def load_data(options: argparse.Namespace) -> Data:
         train = draw_shapes(20_000, side, seed=2 * options.seed)
         held_out = draw_shapes(1000, side, seed=2 * options.seed + 1)
         data = data_of(train, held_out, SHAPES)
-    elif options.data in KNOWN:
+    elif options.data in PUBLISHED:
         read = read_cifar10 if options.data == "cifar10" else read_idx
-        data = data_of(*read(options.data, options.data_dir, side), KNOWN[options.data].classes)
+        sets = read(options.data, options.data_dir, side)
+        data = data_of(*sets, PUBLISHED[options.data].classes)
     else:
         data = load_folder(Path(options.data), options)
     if rank == 0 and ranks > 1:
@@ -751,93 +753,103 @@ def draw_shapes(count: int, side: int, seed: int) -> TensorDataset:
     """The built-in data: a coloured shape on a background that runs from one colour to another."""
     from matplotlib.colors import hsv_to_rgb
     rng = np.random.default_rng(seed)
-    labels = np.arange(count) % len(SHAPES)
-    size = rng.uniform(0.28, 0.42, count)
-    angle = rng.uniform(-0.35, 0.35, count)
-    x, y = 0.5 + rng.uniform(-1, 1, (2, count)) * (0.48 - size)
-    covers = [draw_shape(SHAPES[labels[i]], size[i], angle[i], x[i], y[i], side)
-              for i in range(count)]
-    cover = np.stack(covers)[:, None].astype(np.float32) / 255
+    labels_N = np.arange(count) % len(SHAPES)
+    size_N = rng.uniform(0.28, 0.42, count)
+    angle_N = rng.uniform(-0.35, 0.35, count)
+    x_N, y_N = 0.5 + rng.uniform(-1, 1, (2, count)) * (0.48 - size_N)
+    covers = []
+    for label, size, angle, x, y in zip(labels_N, size_N, angle_N, x_N, y_N):
+        covers.append(draw_shape(SHAPES[label], size, angle, x, y, side))
+    cover_N1HW = np.stack(covers)[:, None].astype(np.float32) / 255
 
     # One is light and the other dark, so that no shape is hidden; the background's two ends have
     # neighbouring hues.
-    def colours(saturation: tuple[float, float], value: tuple[float, float], hue: np.ndarray):
-        hsv = [hue % 1, rng.uniform(*saturation, count), rng.uniform(*value, count)]
-        return 255 * hsv_to_rgb(np.stack(hsv, axis=-1))
+    def colours(saturation: tuple[float, float], value: tuple[float, float], hue_N: np.ndarray):
+        saturation_N = rng.uniform(*saturation, count)
+        value_N = rng.uniform(*value, count)
+        hsv_N3 = np.stack([hue_N % 1, saturation_N, value_N], axis=-1)
+        return 255 * hsv_to_rgb(hsv_N3).astype(np.float32)
 
-    hue = rng.random((2, count))
-    shift = rng.uniform(-0.12, 0.12, (2, count))
-    light = [colours((0.3, 0.65), (0.75, 0.95), hue[0] + shift[i]) for i in (0, 1)]
-    dark = [colours((0.4, 0.8), (0.28, 0.52), hue[1] + shift[i]) for i in (0, 1)]
-    flip = (rng.random(count) < 0.5)[:, None]
-    shape = np.where(flip, light[0], dark[0])[:, :, None, None]
-    start = np.where(flip, dark[0], light[0])[:, :, None, None]
-    end = np.where(flip, dark[1], light[1])[:, :, None, None]
-    direction = rng.uniform(0, 2 * math.pi, (count, 1, 1))
-    rows, columns = (np.mgrid[:side, :side] + 0.5) / side - 0.5
-    blend = 0.5 + 0.7 * (np.cos(direction) * columns + np.sin(direction) * rows)
-    blend = blend[:, None].astype(np.float32)
-    background = start * (1 - blend) + end * blend
-    images = background * (1 - cover) + shape * cover
-    pixels = images.clip(0, 255).round().astype(np.uint8)
-    return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels))
+    hue_2N = rng.random((2, count))
+    shift_2N = rng.uniform(-0.12, 0.12, (2, count))
+    light = [colours((0.3, 0.65), (0.75, 0.95), hue_2N[0] + shift_N) for shift_N in shift_2N]
+    dark = [colours((0.4, 0.8), (0.28, 0.52), hue_2N[1] + shift_N) for shift_N in shift_2N]
+    flip_N1 = rng.random((count, 1)) < 0.5
+    shape_N3 = np.where(flip_N1, light[0], dark[0])
+    start_N3 = np.where(flip_N1, dark[0], light[0])
+    end_N3 = np.where(flip_N1, dark[1], light[1])
+    direction_N11 = rng.uniform(0, 2 * math.pi, (count, 1, 1))
+    rows_HW, columns_HW = (np.mgrid[:side, :side] + 0.5) / side - 0.5
+    along_NHW = np.cos(direction_N11) * columns_HW + np.sin(direction_N11) * rows_HW
+    blend_N1HW = 0.5 + 0.7 * along_NHW[:, None].astype(np.float32)
+    shape, start, end = (x[:, :, None, None] for x in (shape_N3, start_N3, end_N3))
+    background_N3HW = start + (end - start) * blend_N1HW
+    images_N3HW = background_N3HW + (shape - background_N3HW) * cover_N1HW
+    pixels = images_N3HW.clip(0, 255).round().astype(np.uint8)
+    return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels_N))
 
 
-def draw_shape(name: str, size: float, angle: float, x: float, y: float, side: int) -> np.ndarray:
+def draw_shape(
+    name: str, size: float, angle: float, x: float, y: float, side: int
+) -> np.ndarray:
     """Coverage [side, side] in [0, 255] of one shape: drawn four times as large, then averaged.
 
     size: half the shape's extent; x, y: its centre; both as shares of the side. angle: in radians.
+    A point is a complex number, so a turn is a product.
     """
     canvas = Image.new("L", (4 * side, 4 * side))
     draw = ImageDraw.Draw(canvas)
-    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    turn = size * np.exp(1j * angle)
 
-    def place(points) -> list[tuple[float, float]]:
-        return [tuple(p) for p in (np.asarray(points) @ turn * size + (x, y)) * 4 * side]
+    def place(points):
+        return 4 * side * (points * turn + x + 1j * y)
 
-    def disc(centre, radius, fill):
-        ((cx, cy),) = place([centre])
-        r = radius * size * 4 * side
-        draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
+    def disc(centre: float, radius: float, fill: int) -> None:
+        middle = place(centre)
+        r = 4 * side * radius * size
+        box = (middle.real - r, middle.imag - r, middle.real + r, middle.imag + r)
+        draw.ellipse(box, fill=fill)
 
     if name in OUTLINES:
-        draw.polygon(place(OUTLINES[name]), fill=255)
+        points = place(np.array(OUTLINES[name]))
+        draw.polygon(list(zip(points.real, points.imag)), fill=255)
     else:
-        disc((0, 0), 0.95, 255)
+        disc(0, 0.95, 255)
     if name == "ring":
-        disc((0, 0), 0.5, 0)
+        disc(0, 0.5, 0)
     if name == "crescent":
-        disc((0.45, 0), 0.75, 0)
+        disc(0.45, 0.75, 0)
     return np.asarray(canvas.reduce(4))
 
 
-def spikes(count: int, inner: float) -> list[tuple[float, float]]:
-    return [(r * math.sin(math.pi * i / count), -r * math.cos(math.pi * i / count))
-            for i, r in enumerate([1.0, inner] * count)]
+def spikes(count: int, inner: float) -> np.ndarray:
+    radius = np.array([1.0, inner] * count)
+    return -1j * radius * np.exp(1j * np.pi / count * np.arange(2 * count))
 
 
-def heart(points: int) -> list[tuple[float, float]]:
-    t = np.linspace(0, 2 * math.pi, points)
+def heart(points: int) -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, points)
     x = 16 * np.sin(t) ** 3
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return list(zip(0.063 * x, -0.063 * y))
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t)
+    y = y - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return 0.063 * (x - 1j * y)
 
 
-OUTLINES = {   # in [-1, 1], y down
-    "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
-    "triangle": [(0, -1), (0.95, 0.75), (-0.95, 0.75)],
+OUTLINES = {   # x + 1j y, from -1 to 1, y down
+    "square": [-0.8 - 0.8j, 0.8 - 0.8j, 0.8 + 0.8j, -0.8 + 0.8j],
+    "triangle": [-1j, 0.95 + 0.75j, -0.95 + 0.75j],
     "star": spikes(5, 0.48),
-    "cross": [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
-              (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
+    "cross": [-0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j, 1 - 0.3j, 1 + 0.3j, 0.3 + 0.3j,
+              0.3 + 1j, -0.3 + 1j, -0.3 + 0.3j, -1 + 0.3j, -1 - 0.3j, -0.3 - 0.3j],
     "heart": heart(60),
-    "arrow": [(0, -1), (0.85, -0.05), (0.32, -0.05), (0.32, 1), (-0.32, 1), (-0.32, -0.05),
-              (-0.85, -0.05)],
-    "bar": [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)],
+    "arrow": [-1j, 0.85 - 0.05j, 0.32 - 0.05j, 0.32 + 1j, -0.32 + 1j, -0.32 - 0.05j,
+              -0.85 - 0.05j],
+    "bar": [-1 - 0.3j, 1 - 0.3j, 1 + 0.3j, -1 + 0.3j],
 }
 
 
 @dataclass(frozen=True)
-class Known:
+class Published:
     """A published data set: where it is downloaded from, and the SHA-256 of its files' content.
 
     Of the idx files that is what they decompress to, since they are compressed in several ways.
@@ -847,8 +859,8 @@ class Known:
     classes: tuple[str, ...]
 
 
-KNOWN = {
-    "mnist": Known("https://storage.googleapis.com/cvdf-datasets/mnist/", {
+PUBLISHED = {
+    "mnist": Published("https://storage.googleapis.com/cvdf-datasets/mnist/", {
         "train-images-idx3-ubyte.gz":
             "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         "train-labels-idx1-ubyte.gz":
@@ -858,7 +870,7 @@ KNOWN = {
         "t10k-labels-idx1-ubyte.gz":
             "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     }, tuple("0123456789")),
-    "fashion-mnist": Known("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
+    "fashion-mnist": Published("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
         "train-images-idx3-ubyte.gz":
             "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
         "train-labels-idx1-ubyte.gz":
@@ -869,7 +881,7 @@ KNOWN = {
             "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     }, ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
         "boot")),
-    "cifar10": Known("https://www.cs.toronto.edu/~kriz/", {
+    "cifar10": Published("https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz":
             "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     }, ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
@@ -883,14 +895,14 @@ def known_file(name: str, file: str, data_dir: Path) -> bytes:
     places = [folder / file for folder in (data_dir, data_dir / name, SYSTEM_DATA / name)]
     path = next((place for place in places if place.exists()), data_dir / name / file)
     if not path.exists():
-        download(KNOWN[name].url + file, path)
+        download(PUBLISHED[name].url + file, path)
     content = path.read_bytes()
     if file.endswith(".gz") and not file.endswith(".tar.gz"):
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} cannot be read as a gzip file: {error}")
-    if hashlib.sha256(content).hexdigest() != KNOWN[name].files[file]:
+    if hashlib.sha256(content).hexdigest() != PUBLISHED[name].files[file]:
         raise UserError(f"{path} is not the published file, its SHA-256 is another; remove it")
     return content
 
@@ -1023,7 +1035,8 @@ UNSEEN, READ, UNREADABLE = range(3)   # the first byte of a record
 def load_folder(root: Path, options: argparse.Namespace) -> Data:
     """One sub-folder per class, named for it; every twentieth image of a class is held out."""
     if not root.is_dir():
-        raise UserError(f"--data {root} is neither a folder nor one of shapes, {', '.join(KNOWN)}")
+        raise UserError(f"--data {root} is neither a folder nor one of shapes, "
+                        f"{', '.join(PUBLISHED)}")
     classes = sorted(x.name for x in root.iterdir() if x.is_dir() and not x.name.startswith("."))
     if not classes:
         raise UserError(f"{root} has no sub-folders; it needs one with images for each class")
@@ -1131,13 +1144,13 @@ class Preset:
     code_channels: int = option(8, COUNT, "channels of a code")
     tokenizer_width: int = option(16, COUNT, "the tokenizer's channels at full resolution")
     multipliers: tuple[int, ...] = option(
-        (1, 4, 4), several(COUNT),
+        (1, 2, 4), several(COUNT),
         "of that width, per resolution; each but the first halves the side")
     blocks: int = option(1, COUNT, "residual blocks per resolution")
     phis: int = option(4, COUNT, "distinct phi convolutions")
     norm_groups: int = option(2, COUNT, "groups of the tokenizer's group norms")
-    tokenizer_steps: int = option(1100, COUNT, "training steps of the tokenizer")
-    tokenizer_batch: int = option(16, COUNT, "images per step of the tokenizer")
+    tokenizer_steps: int = option(850, COUNT, "training steps of the tokenizer")
+    tokenizer_batch: int = option(8, COUNT, "images per step of the tokenizer")
     tokenizer_lr: float = option(1.5e-3, RATE, "peak learning rate of the tokenizer")
     unquantized: float = option(
         0.1, BELOW_1, "share of the tokenizer's steps, at the start, without quantization")
@@ -1156,10 +1169,10 @@ class Preset:
     var_batch: int = option(32, COUNT, "images per step of the transformer")
     var_lr: float = option(1e-2, RATE, "peak learning rate of the transformer")
     muon: bool = option(
-        True, YES_OR_NO, "Muon instead of AdamW for the matrices inside the transformer's layers")
+        True, YES_OR_NO, "Muon instead of AdamW for the matrices and convolutions inside layers")
     weight_decay: float = option(0.05, number(float, 0), "of the transformer's matrices")
     final_lr: float = option(
-        0.05, number(float, 0), "learning rate at the end, as a share of the peak")
+        0.0, number(float, 0), "learning rate at the end, as a share of the peak")
     warmup: int = option(30, STEPS, "steps of linear warm-up, in both stages")
     ema: float = option(
         0.98, BELOW_1,
@@ -1187,7 +1200,8 @@ PRESETS = {
         scales=(1, 2, 3, 4, 6, 8), vocabulary=1024, code_channels=32, tokenizer_width=96,
         multipliers=(1, 2, 2), blocks=2, norm_groups=32, tokenizer_steps=20_000,
         tokenizer_batch=256, tokenizer_lr=4e-4, depth=12, width=768, heads=12, drop_path=0.05,
-        var_steps=40_000, var_batch=256, var_lr=3e-4, muon=False, warmup=1000, ema=0.9995),
+        var_steps=40_000, var_batch=256, var_lr=3e-4, muon=False, final_lr=0.05, warmup=1000,
+        ema=0.9995),
     # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
     "imagenet256": Preset(
         image_size=256, scales=PUBLISHED_SCALES, vocabulary=4096, code_channels=32,
@@ -1206,7 +1220,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="Train VAR: the tokenizer, then the transformer.")
     add = parser.add_argument
     add("--data", default="shapes",
-        help=f"shapes (drawn), {', '.join(KNOWN)}, or a folder: a sub-folder of images per class")
+        help=f"shapes (drawn), {', '.join(PUBLISHED)}, or a folder with a sub-folder of images for "
+             f"each class")
     add("--data-dir", type=Path, default=Path("data"),
         help="where known data sets are looked for first, and downloaded to")
     add("--channels", type=int, choices=(1, 3), default=3,

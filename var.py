@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
@@ -35,12 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from kernels import KeyRanges, adaln, block_attention, sample_tokens
+from kernels import KeyRanges, adaln, block_attention, sample_tokens, split_heads
 
 if TYPE_CHECKING:
     from tokenizer import Quantizer, Tokenizer
 
-LARGEST_QK_SCALE = 100.0   # of the learned attention scale, when queries and keys are normalised
 MUON_MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)   # Keller Jordan's a, b, c: see `orthogonal`
 
@@ -90,17 +90,19 @@ class LayerCache:
         self.length = length
         self.filled = 0
 
-    def extend(self, k_BHlD: Tensor, v_BHlD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append one scale; returns the keys and values so far."""
-        B, H, l, D = k_BHlD.shape
+    def room(self, product_BlX: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Where the keys and values of the next scale, made of this product, go."""
+        B, l, X = product_BlX.shape
         if self.filled == 0:
-            self.k_BHLD = k_BHlD.new_empty(B, H, self.length, D)
-            self.v_BHLD = v_BHlD.new_empty(B, H, self.length, D)
-        end = self.filled + l
-        self.k_BHLD[:, :, self.filled:end] = k_BHlD
-        self.v_BHLD[:, :, self.filled:end] = v_BHlD
-        self.filled = end
-        return self.k_BHLD[:, :, :end], self.v_BHLD[:, :, :end]
+            shape = B, heads, self.length, X // 3 // heads
+            self.k_BHLD = product_BlX.new_empty(shape)
+            self.v_BHLD = product_BlX.new_empty(shape)
+        begin = self.filled
+        self.filled += l
+        return self.k_BHLD[:, :, begin:self.filled], self.v_BHLD[:, :, begin:self.filled]
+
+    def so_far(self) -> tuple[Tensor, Tensor]:
+        return self.k_BHLD[:, :, :self.filled], self.v_BHLD[:, :, :self.filled]
 
 
 class Attention(nn.Module):
@@ -119,29 +121,34 @@ class Attention(nn.Module):
             log_scale_H11 = torch.full((config.heads, 1, 1), math.log(4))
             self.log_scale_H11 = nn.Parameter(log_scale_H11)
 
-    def project(self, x_BLW: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Queries, keys and values [B, H, L, D], and the scale of their products.
+    def project(self, x_BLW: Tensor, cache: LayerCache | None = None
+                ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Queries [B, H, L, D], keys and values [B, H, S, D] and the scale of their products.
 
-        Unit queries and keys, of which a head learns how sharply it attends, keep scores bounded
-        in deep models (paper: Sec. 3.3).
+        S: with a cache all keys so far, else L.
         """
-        bias_3W = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv_BLW = F.linear(x_BLW, self.qkv.weight, bias_3W)              # [B, L, 3 W]
-        qkv_BL3HD = qkv_BLW.unflatten(2, (3, self.heads, -1))            # [B, L, 3, H, D]
-        q_BHLD, k_BHLD, v_BHLD = qkv_BL3HD.permute(2, 0, 3, 1, 4)        # [B, H, L, D] each
-        if not self.normalise_qk:
-            return q_BHLD, k_BHLD, v_BHLD, 0.25 / math.sqrt(q_BHLD.shape[-1])
-        scale_H11 = self.log_scale_H11.clamp(max=math.log(LARGEST_QK_SCALE)).exp()
-        q_BHLD = F.normalize(q_BHLD.float(), dim=-1) * scale_H11         # [B, H, L, D]
-        k_BHLD = F.normalize(k_BHLD.float(), dim=-1)                     # [B, H, L, D]
-        return q_BHLD.to(v_BHLD.dtype), k_BHLD.to(v_BHLD.dtype), v_BHLD, 1.0
+        product_BLX = self.qkv(x_BLW)                                    # [B, L, 3 W]
+        scale = 0.25 / math.sqrt(x_BLW.shape[2] // self.heads)
+        log_scale_H = None
+        if self.normalise_qk:   # then each head learns how sharply it attends
+            scale = 1.0
+            log_scale_H = self.log_scale_H11.flatten()
+        room = None if cache is None else cache.room(product_BLX, self.heads)
+        q_BHLD, k_BHSD, v_BHSD = split_heads(
+            product_BLX, self.q_bias, self.v_bias, log_scale_H, self.heads, room)
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.so_far()
+        return q_BHLD, k_BHSD, v_BHSD, scale
 
     def forward(self, x_BLW: Tensor, ranges: KeyRanges, cache: LayerCache | None) -> Tensor:
-        q_BHLD, k_BHSD, v_BHSD, scale = self.project(x_BLW)              # [B, H, L, D] each
-        if cache is not None:
-            k_BHSD, v_BHSD = cache.extend(k_BHSD, v_BHSD)                # S: all keys so far
+        q_BHLD, k_BHSD, v_BHSD, scale = self.project(x_BLW, cache)
         o_BHLD = block_attention(q_BHLD, k_BHSD, v_BHSD, ranges, scale)  # [B, H, L, D]
         return self.out(o_BHLD.transpose(1, 2).flatten(2))               # [B, L, W]
+
+
+# The residual stream x [B, L, W] between two layers, and what is still to be added to it: the last
+# branch h [B, L, W], times its gate [B, W]. The next AdaLN adds it, in the same pass over memory.
+Stream = tuple[Tensor, Tensor, Tensor]
 
 
 class Block(nn.Module):
@@ -169,26 +176,26 @@ class Block(nn.Module):
         else:
             self.modulation = nn.Linear(W, 6 * W)
 
-    def forward(self, x_BLW: Tensor, modulation_B6W: Tensor, ranges: KeyRanges,
-                cache: LayerCache | None) -> Tensor:
+    def forward(self, stream: Stream, modulation_B6W: Tensor, ranges: KeyRanges,
+                cache: LayerCache | None) -> Stream:
         gate1_BW, gate2_BW, scale1_BW, scale2_BW, shift1_BW, shift2_BW = modulation_B6W.unbind(1)
-        h_BLW = adaln(x_BLW, scale1_BW, shift1_BW)           # [B, L, W]
-        h_BLW = self.attention(h_BLW, ranges, cache)         # [B, L, W]
-        x_BLW = self.add_branch(x_BLW, h_BLW, gate1_BW)      # [B, L, W]
-        h_BLW = adaln(x_BLW, scale2_BW, shift2_BW)           # [B, L, W]
-        h_BLW = self.mlp(h_BLW)                              # [B, L, W], 4 W between
-        return self.add_branch(x_BLW, h_BLW, gate2_BW)       # [B, L, W]
+        x_BLW, y_BLW = adaln(*stream, scale1_BW, shift1_BW)                # [B, L, W] each
+        h_BLW = self.attention(y_BLW, ranges, cache)                       # [B, L, W]
+        gate1_BW = self.skip(gate1_BW)                                     # [B, W]
+        x_BLW, y_BLW = adaln(x_BLW, h_BLW, gate1_BW, scale2_BW, shift2_BW)
+        h_BLW = self.mlp(y_BLW)                                            # [B, L, W], 4 W between
+        return x_BLW, h_BLW, self.skip(gate2_BW)
 
-    def add_branch(self, x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor) -> Tensor:
-        """x + gate * h, with stochastic depth in training.
+    def skip(self, gate_BW: Tensor) -> Tensor:
+        """The gate with stochastic depth, in training.
 
         Each image skips the branch with probability drop_path, so that no layer can count on all
         others. Where it is not skipped it counts for more, so that on average nothing changes.
         """
-        if self.training and self.drops:
-            survives_B1 = self.survival.expand(len(gate_BW), 1).bernoulli()
-            gate_BW = gate_BW * survives_B1 / self.survival
-        return x_BLW + gate_BW[:, None] * h_BLW
+        if not self.training or not self.drops:
+            return gate_BW
+        survives_B1 = self.survival.expand(len(gate_BW), 1).bernoulli()
+        return gate_BW * survives_B1 / self.survival
 
 
 # -------------------------------------------------------------------------------------------------
@@ -232,9 +239,8 @@ class VAR(nn.Module):
         modulations, head_B2W = self.modulations(class_BW)                  # depth x [B, 6, W]
         read_BlW = self.code_embedding(inputs)                              # [B, L-1, W]
         x_BLW = torch.cat([self.start(class_BW), read_BlW], dim=1)          # [B, L, W]
-        x_BLW = x_BLW + self.places()                                       # [B, L, W]
-        x_BLW = self.through_layers(x_BLW, modulations, self.ranges, None)  # [B, L, W]
-        return self.logits(x_BLW, head_B2W)                                 # [B, L, V]
+        stream = self.through_layers(x_BLW, self.places(), modulations, self.ranges, None)
+        return self.logits(stream, head_B2W)                                # [B, L, V]
 
     def drop_labels(self, labels_B: Tensor) -> Tensor:
         """In training some labels become the null class: `draw` compares a class with none."""
@@ -264,18 +270,27 @@ class VAR(nn.Module):
             layers = [block.modulation(c_BW).unflatten(1, (6, W)) for block in self.blocks]
         return layers, head_B2W
 
-    def through_layers(self, x_BLW: Tensor, modulations: list[Tensor], ranges: KeyRanges,
-                       caches: list[LayerCache] | None) -> Tensor:
-        """The pass through all layers: [B, L, W] to [B, L, W]. caches: one for each, or none."""
+    def through_layers(self, x_BLW: Tensor, places_1LW: Tensor, modulations: list[Tensor],
+                       ranges: KeyRanges, caches: list[LayerCache] | None) -> Stream:
+        """The pass of what is read through all layers. caches: one for each, or none."""
+        whole_BW = torch.ones_like(x_BLW[:, 0])   # the gate of the first that is added to places
+        stream = places_1LW.expand_as(x_BLW), x_BLW, whole_BW
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
-            x_BLW = block(x_BLW, modulations[i], ranges, cache)
-        return x_BLW
+            stream = block(stream, modulations[i], ranges, cache)
+        return stream
 
-    def logits(self, x_BLW: Tensor, head_B2W: Tensor) -> Tensor:
-        """What comes out of the last layer as logits [B, L, V]."""
+    def logits(self, stream: Stream, head_B2W: Tensor) -> Tensor:
+        """What comes out of the last layer as logits [B, L, V].
+
+        In fp32 but in training: guidance multiplies what is between two logits, and of numbers of
+        4 to 16, as theirs are, bf16 keeps four or five binary places.
+        """
         scale_BW, shift_BW = head_B2W.unbind(1)
-        return self.head(adaln(x_BLW, scale_BW, shift_BW))
+        device = scale_BW.device.type
+        with nullcontext() if self.training else torch.autocast(device, enabled=False):
+            _, y_BLW = adaln(*stream, scale_BW, shift_BW)
+            return self.head(y_BLW)
 
     @torch.no_grad()
     def generate(
@@ -308,9 +323,9 @@ class VAR(nn.Module):
         tokens = []
         for k, span in enumerate(self.config.spans):
             ranges = self.ranges.rows(span.start, span.stop)
-            x_BlW = x_BlW + places_1LW[:, span]                                 # [B, l, W]
-            x_BlW = self.through_layers(x_BlW, modulations, ranges, caches)     # [B, l, W]
-            logits_BlV = self.logits(x_BlW, head_B2W)                           # [B, l, V]
+            stream = self.through_layers(
+                x_BlW, places_1LW[:, span], modulations, ranges, caches)        # [B, l, W]
+            logits_BlV = self.logits(stream, head_B2W)                          # [B, l, V]
             tokens_Bl = self.draw(logits_BlV, k, cfg, top_k, top_p, generator)  # [B, l]
             if known is not None:
                 tokens_Bl = known.put(tokens_Bl, quantizer, f_hat_BCSS, k)      # [B, l]
@@ -394,30 +409,11 @@ class VAR(nn.Module):
 
     def optimizers(self, lr: float, weight_decay: float, muon: bool,
                    dtype: torch.dtype = torch.float32) -> list[Optimizer]:
-        """AdamW for all parameters; or, with Muon, for all but the matrices inside the layers.
-
-        Decay pulls the matrices that multiply features toward zero; biases, embeddings and scales
-        are left alone. dtype: what Muon computes in, see there.
-        """
-        linear = {part.weight for part in self.modules() if isinstance(part, nn.Linear)}
-        inside = []
-        matrices = []
-        others = []
-        for name, parameter in self.named_parameters():
-            if parameter not in linear:
-                others.append(parameter)
-            elif muon and (".attention." in name or ".mlp." in name):
-                inside.append(parameter)
-            else:
-                matrices.append(parameter)
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        optimizers: list[Optimizer] = [AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
-        if muon:
-            optimizers.append(Muon(inside, lr, weight_decay, dtype))
-        return optimizers
+        """See `adamw_and_muon`: modulations, embeddings and the head are AdamW's in any case."""
+        layers = nn.ModuleList()
+        for block in self.blocks:
+            layers += [block.attention, block.mlp]
+        return adamw_and_muon(self, layers, lr, weight_decay, muon, dtype)
 
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor]) -> VAR:
@@ -543,11 +539,38 @@ class Known:
 
 
 # -------------------------------------------------------------------------------------------------
-# Muon
+# Optimizers, of the tokenizer, too
+
+
+def adamw_and_muon(model: nn.Module, layers: nn.Module, lr: float, weight_decay: float, muon: bool,
+                   dtype: torch.dtype) -> list[Optimizer]:
+    """AdamW for all parameters; or, with Muon, for all but the matrices inside the layers.
+
+    Decay pulls what multiplies features toward zero; biases, embeddings and scales are left alone.
+    dtype: what Muon computes in, see there.
+    """
+    decayed = products(model)
+    inside = products(layers) if muon else []
+    taken = set(inside)
+    groups = [
+        {"params": [p for p in decayed if p not in taken], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p not in set(decayed)], "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = [AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
+    if muon:
+        optimizers.append(Muon(inside, lr, weight_decay, dtype))
+    return optimizers
+
+
+def products(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of its linear layers and its convolutions."""
+    return [part.weight for part in model.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
 
 
 class Muon(Optimizer):
     """Steps along the orthogonal matrix that is nearest to the momentum (Jordan et al., 2024).
+
+    A convolution [out, in, 3, 3] counts as the matrix [out, in * 9] that multiplies a patch.
 
     Momentum is a matrix too, U S V^T, with a few large singular values in S: a step along it moves
     far in a few directions and hardly in all others, which learn slowly then. U V^T has the same
@@ -570,12 +593,13 @@ class Muon(Optimizer):
             alike: dict[torch.Size, list[nn.Parameter]] = {}
             for matrix in group["params"]:
                 alike.setdefault(matrix.shape, []).append(matrix)
-            for (rows, columns), matrices in alike.items():
+            for matrices in alike.values():
                 # Matrices of one shape are one stack: a few large products, not many small ones.
-                momentum_NRC = torch.stack([self.momentum(matrix) for matrix in matrices])
-                steps_NRC = orthogonal(momentum_NRC.to(self.dtype))
-                length = 0.2 * math.sqrt(max(rows, columns))
-                for matrix, step in zip(matrices, steps_NRC):
+                momenta = torch.stack([self.momentum(matrix) for matrix in matrices])
+                momenta_NRC = momenta.flatten(2)
+                steps = orthogonal(momenta_NRC.to(self.dtype)).view_as(momenta)
+                length = 0.2 * math.sqrt(max(momenta_NRC.shape[1:]))
+                for matrix, step in zip(matrices, steps):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     matrix.add_(step, alpha=-group["lr"] * length)
 

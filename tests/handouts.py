@@ -279,12 +279,15 @@ LIST = [
     Assignment(
         number=6,
         title="The block",
-        bodies=("var.Attention.project", "var.Block.forward", "var.Block.add_branch",
-                "var.VAR.modulations"),
-        give_aways=("reference.attention",),
-        forbidden=(),
+        bodies=("kernels.split_heads_torch", "var.Attention.project", "var.Block.forward",
+                "var.Block.skip", "var.VAR.modulations"),
+        give_aways=("kernels.obvious_split_heads", "kernels.split_heads_forward",
+                    "reference.split_heads", "reference.attention"),
+        forbidden=("split_heads_triton", "launch", "launch_split_heads", "SplitHeads"),
         points={
-            TRANSFORMER + "test_attention_is_numpys": 3,
+            KERNELS + "test_split_heads_and_its_gradients[torch]": 2,
+            KERNELS + "test_keys_and_values_go_where_there_is_room_and_nowhere_else": 1,
+            TRANSFORMER + "test_attention_is_numpys": 2,
             TRANSFORMER + "test_a_block_is_what_it_says": 2,
             TRANSFORMER + "test_stochastic_depth_skips_whole_images_and_scales_the_others": 2,
             TRANSFORMER + "test_label_dropout_and_stochastic_depth_stop_in_eval": 1,
@@ -296,15 +299,17 @@ LIST = [
         after=(),
         text="""
             A layer of the transformer: attention and a perceptron, each after an adaptive layer
-            norm and scaled by a gate. You write how queries, keys and values come about, the layer
-            itself, the branch that is skipped at random (stochastic depth), and what the class does
-            to each layer.
+            norm and scaled by a gate. You write how one product becomes queries, keys and values,
+            the layer itself, the branch that is skipped at random (stochastic depth), and what
+            the class does to each layer.
 
             Hints. The six vectors of a modulation are unbound in one order, which published
             checkpoints fix: gates, scales, shifts. One product makes queries, keys and values:
             first which, then which head. Keys have no bias. The learned scale is kept as a
-            logarithm and must not pass 100. Stochastic depth skips a branch for whole images, and
-            on average changes nothing. adaln(x, scale, shift) adds the 1 to the scale itself.
+            logarithm and must not pass 100. A layer is given the stream and a branch that is
+            still to be added to it; it returns the same, with its own last branch. Stochastic
+            depth skips a branch for whole images, and on average changes nothing. `adaln` adds
+            the branch it is given, and the 1 to the scale, itself.
         """,
         question="""
             What are normalised queries and keys good for? Four short trainings on one tokenizer, a
@@ -327,7 +332,7 @@ LIST = [
     Assignment(
         number=7,
         title="Generation",
-        bodies=("var.LayerCache.extend", "var.VAR.generate", "var.VAR.draw"),
+        bodies=("var.LayerCache.room", "var.LayerCache.so_far", "var.VAR.generate", "var.VAR.draw"),
         give_aways=("tokenizer.Quantizer.teacher_inputs",),
         forbidden=("forward",),
         points={

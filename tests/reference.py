@@ -35,22 +35,68 @@ def distances(x_NC, codebook_VC, cosine: bool):
     return -x_NC @ (codebook_VC / np.maximum(norm_V1, 1e-12)).T
 
 
-def adaln(x_BLW, scale_BW, shift_BW, dy_BLW) -> tuple[dict, dict]:
-    """As `attention`: the output y and the gradients dx, dscale, dshift of sum(y dy)."""
-    scale, shift = scale_BW[:, None], shift_BW[:, None]
-    centred = x_BLW - x_BLW.mean(axis=-1, keepdims=True)
+def adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dsum_BLW, dy_BLW) -> tuple[dict, dict]:
+    """As `attention`: x + gate h, y, and the gradients dx, dh, dgate, dscale, dshift of sum((x + gate h) dsum + y dy)."""
+    gate, scale, shift = gate_BW[:, None], scale_BW[:, None], shift_BW[:, None]
+    x = x_BLW + gate * h_BLW
+    centred = x - x.mean(axis=-1, keepdims=True)
     inverse = 1 / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
     n, g = centred * inverse, dy_BLW * (1 + scale)
     mean_g, mean_gn = g.mean(axis=-1, keepdims=True), (g * n).mean(axis=-1, keepdims=True)
-    value = dict(y=n * (1 + scale) + shift, dx=(g - mean_g - n * mean_gn) * inverse,
+    dx = dsum_BLW + (g - mean_g - n * mean_gn) * inverse
+    value = dict(sum=x, y=n * (1 + scale) + shift, dx=dx, dh=dx * gate, dgate=(dx * h_BLW).sum(axis=1),
                  dscale=(dy_BLW * n).sum(axis=1), dshift=dy_BLW.sum(axis=1))
     # The mean of x rounds in proportion to x, not to what is left after it is taken away.
-    n = np.abs(n) + np.abs(x_BLW).max(axis=-1, keepdims=True) * inverse
+    x, gate, h = np.abs(x_BLW) + np.abs(gate * h_BLW), np.abs(gate), np.abs(h_BLW)
+    n = np.abs(n) + x.max(axis=-1, keepdims=True) * inverse
     g, dy = np.abs(g), np.abs(dy_BLW)
     mean_g, mean_gn = g.mean(axis=-1, keepdims=True), (g * n).mean(axis=-1, keepdims=True)
-    size = dict(y=n * (1 + np.abs(scale)) + np.abs(shift), dx=(g + mean_g + n * mean_gn) * inverse,
+    dx = np.abs(dsum_BLW) + (g + mean_g + n * mean_gn) * inverse
+    size = dict(sum=x, y=n * (1 + np.abs(scale)) + np.abs(shift), dx=dx, dh=dx * gate, dgate=(dx * h).sum(axis=1),
                 dscale=(dy * n).sum(axis=1), dshift=dy.sum(axis=1))
     return value, size
+
+
+def split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, dq_BHLD, dk_BHLD, dv_BHLD) -> tuple[dict, dict]:
+    """As `attention`: q, k, v and the gradients of product, biases and log scale of sum(q dq + k dk + v dv)."""
+    B, L, X = product_BLX.shape
+    bias_X = np.concatenate([q_bias_W, np.zeros(X // 3), v_bias_W])
+
+    def split(x_BLX):
+        return x_BLX.reshape(B, L, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+
+    def joined(*parts):
+        return np.stack(parts).transpose(1, 3, 0, 2, 4).reshape(B, L, X)
+
+    given = dq_BHLD, dk_BHLD, dv_BHLD
+    (q, k, v), (dq, dk, dv) = split(product_BLX + bias_X), given
+    q_size, k_size, v_size = split(np.abs(product_BLX) + np.abs(bias_X))
+    dq_size, dk_size, dv_size = map(np.abs, given)
+    dlog_scale = dlog_scale_size = None
+    if log_scale_H is not None:
+        a = np.minimum(np.exp(log_scale_H), 100)[:, None, None]
+        free_H = np.exp(log_scale_H) <= 100
+
+        def normalised(x, size, dn):
+            """n(x), dx, and the sizes of both."""
+            norm = np.maximum(np.sqrt(np.square(x).sum(axis=-1, keepdims=True)), 1e-12)
+            n, n_size = x / norm, (np.abs(x) + size) / norm
+            dx = (dn - n * (n * dn).sum(axis=-1, keepdims=True)) / norm
+            dn = np.abs(dn)
+            return n, dx, n_size, (dn + n_size * (n_size * dn).sum(axis=-1, keepdims=True)) / norm
+
+        q, dq_in, q_size, dq_size_in = normalised(q, q_size, a * dq)
+        q, q_size = a * q, a * q_size
+        dlog_scale = (q * dq).sum(axis=(0, 2, 3)) * free_H
+        dlog_scale_size = (q_size * np.abs(dq)).sum(axis=(0, 2, 3))
+        dq, dq_size = dq_in, dq_size_in
+        k, dk, k_size, dk_size = normalised(k, k_size, dk)
+    value = dict(q=q, k=k, v=v, dproduct=joined(dq, dk, dv), dq_bias=dq.sum(axis=(0, 2)).reshape(-1),
+                 dv_bias=dv.sum(axis=(0, 2)).reshape(-1), dlog_scale=dlog_scale)
+    size = dict(q=q_size, k=k_size, v=v_size, dproduct=joined(dq_size, dk_size, dv_size),
+                dq_bias=dq_size.sum(axis=(0, 2)).reshape(-1), dv_bias=dv_size.sum(axis=(0, 2)).reshape(-1),
+                dlog_scale=dlog_scale_size)
+    return ({name: x for name, x in part.items() if x is not None} for part in (value, size))
 
 
 def kept_probabilities(logits_V, top_k: int, top_p: float):

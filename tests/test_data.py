@@ -47,7 +47,7 @@ def idx(values: np.ndarray) -> bytes:
 def publish(monkeypatch, name: str, files: dict[str, bytes]) -> None:
     """As if these were the published contents."""
     sums = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
-    monkeypatch.setitem(train.KNOWN, name, replace(train.KNOWN[name], files=sums))
+    monkeypatch.setitem(train.PUBLISHED, name, replace(train.PUBLISHED[name], files=sums))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def mnist(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     x = rng.integers(0, 255, (8, 28, 28))
     parts = (idx(x[:6]), idx(np.arange(6)), idx(x[6:]), idx(np.arange(2)))
-    files = dict(zip(train.KNOWN["mnist"].files, parts))
+    files = dict(zip(train.PUBLISHED["mnist"].files, parts))
     publish(monkeypatch, "mnist", files)
     for file, content in files.items():
         (tmp_path / file).write_bytes(gzip.compress(content))
@@ -123,8 +123,8 @@ def test_cifar10_files(tmp_path, monkeypatch):
 
 def test_downloads_are_checked_before_they_are_used(mnist, tmp_path, monkeypatch):
     x, served = mnist
-    known = train.KNOWN["mnist"]
-    monkeypatch.setitem(train.KNOWN, "mnist", replace(known, url=served.as_uri() + "/"))
+    known = train.PUBLISHED["mnist"]
+    monkeypatch.setitem(train.PUBLISHED, "mnist", replace(known, url=served.as_uri() + "/"))
     fetched = tmp_path / "fetched"
     data = load_known("mnist", fetched, 32)
     assert np.array_equal(data.train[[0]][0][0, 0, 2:30, 2:30], x[0])

@@ -157,7 +157,10 @@ def test_a_cache_takes_its_room_once_and_gives_what_is_there():
     k_BHLD, v_BHLD = torch.randn(2, 2, 3, 14, 8)
     places = set()
     for begin, end in ((0, 1), (1, 5), (5, 14)):
-        seen = cache.extend(k_BHLD[:, :, begin:end], v_BHLD[:, :, begin:end])
+        room = cache.room(torch.empty(2, end - begin, 3 * 3 * 8), heads=3)
+        room[0].copy_(k_BHLD[:, :, begin:end])
+        room[1].copy_(v_BHLD[:, :, begin:end])
+        seen = cache.so_far()
         assert torch.equal(seen[0], k_BHLD[:, :, :end]) and torch.equal(seen[1], v_BHLD[:, :, :end])
         places.add((seen[0].data_ptr(), seen[1].data_ptr()))
     assert len(places) == 1

@@ -3,7 +3,8 @@
 With a GPU the Triton kernels run compiled, in every dtype and at real sizes. Without one they run in Triton's
 interpreter in fp32 (its bf16 product is wrong) at small sizes, and are compiled for GPUs that are not there:
 
-    python tests/test_kernels.py 90      compiles all for sm_90 and prints registers, spills and shared memory
+    python tests/test_kernels.py 90      compiles all for sm_90; prints registers, spills (the stack), shared memory
+                                         and how many programs one multiprocessor holds
 
 Random search has a fixed seed. To search on with fresh examples, a thousand a test:
 
@@ -366,34 +367,113 @@ def test_nearest_code_names_what_it_cannot_take(face, N, V, width, message):
 def test_adaln_and_its_gradients(face, data):
     B, L = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 5, 32, 33] + [70] * GPU))
     W = data.draw(st.sampled_from([1, 2, 24, 64, 100] + [1024, 1920] * GPU))
-    x_dtype, dtype = data.draw(st.sampled_from(list(UNIT))), data.draw(st.sampled_from(list(UNIT)))
+    x_dtype, h_dtype, dtype, y_dtype = (data.draw(st.sampled_from(list(UNIT))) for _ in range(4))
     rng, pattern = np.random.default_rng(data.draw(st.integers(0, 99))), data.draw(patterns)
-    x, dy = (on_device(values(rng, p, (L, B, W)), x_dtype).transpose(0, 1) for p in (pattern, "normal"))
-    modulation = on_device(values(rng, "normal", (B, 3 * W)), dtype)[:, W:]   # as a layer hands it over: a slice
-    scale, shift = (part.requires_grad_() for part in modulation.chunk(2, dim=1))
-    x.requires_grad_()
+    x, dsum = (on_device(values(rng, p, (L, B, W)), x_dtype).transpose(0, 1) for p in (pattern, "normal"))
+    h, dy = on_device(values(rng, pattern, (B, L, W)), h_dtype), on_device(values(rng, "normal", (B, L, W)), y_dtype)
+    if data.draw(st.booleans()):
+        x = x[:1].expand(B, L, W)   # as the places of tokens are, which all images share
+    modulation = on_device(values(rng, "normal", (B, 4 * W)), dtype)[:, W:]   # as a layer hands it over: slices
+    inputs = [part.requires_grad_() for part in (x, h, *modulation.chunk(3, dim=1))]
     with poisoned():
-        y = face_of("adaln", face)(x, scale, shift)
-        gradients = torch.autograd.grad(y, (x, scale, shift), dy)
-    got = dict(zip(("y", "dx", "dscale", "dshift"), (y, *gradients)))
-    assert [tensor.dtype for tensor in got.values()] == [x_dtype, x_dtype, dtype, dtype]
-    value, size = reference.adaln(*map(double, (x, scale, shift, dy)))
-    coarser = max(x_dtype, dtype, key=UNIT.get)
-    assert_close(got, value, size, coarser)
+        outputs = face_of("adaln", face)(*inputs, y_dtype)
+        gradients = torch.autograd.grad(outputs, inputs, (dsum, dy))
+    got = dict(zip(("sum", "y", "dx", "dh", "dgate", "dscale", "dshift"), (*outputs, *gradients)))
+    assert [tensor.dtype for tensor in got.values()] == [x_dtype, y_dtype, x_dtype, h_dtype, dtype, dtype, dtype]
+    value, size = reference.adaln(*map(double, (*inputs, dsum, dy)))
+    coarsest = max(x_dtype, h_dtype, dtype, y_dtype, key=UNIT.get)
+    assert_close(got, value, size, coarsest)
 
 
 @needs_triton
 def test_adaln_sums_gradients_in_one_order():
-    x, scale, shift = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((1, 40, 24), (1, 24), (1, 24)))
-    y = kernels.adaln_triton(x, scale, shift)
-    once, again = (torch.autograd.grad(y, (x, scale, shift), x, retain_graph=True) for _ in range(2))
+    inputs = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in 2 * [(1, 40, 24)] + 3 * [(1, 24)]]
+    outputs = kernels.adaln_triton(*inputs, torch.float32)
+    once, again = (torch.autograd.grad(outputs, inputs, inputs[:2], retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, once, again))
 
 
+def test_autocast_chooses_the_dtype_of_what_the_next_product_reads():
+    x, h, modulation = torch.randn(1, 3, 8), torch.randn(1, 3, 8), torch.randn(3, 1, 8)
+    assert [y.dtype for y in kernels.adaln(x, h, *modulation)] == [torch.float32, torch.float32]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [y.dtype for y in kernels.adaln(x, h, *modulation)] == [torch.float32, torch.bfloat16]
+
+
 @pytest.mark.parametrize("face", FACES)
-def test_adaln_names_what_it_cannot_take(face):
-    with pytest.raises(ValueError, match=r"\(2, 3, 8\), \(3, 8\) and \(2, 8\)"):
-        face_of("adaln", face)(torch.zeros(2, 3, 8), torch.zeros(3, 8), torch.zeros(2, 8))
+@pytest.mark.parametrize("change, message", [(dict(h=torch.zeros(2, 3, 9)), r"\(2, 3, 8\), \(2, 3, 9\) and"),
+                                             (dict(scale=torch.zeros(3, 8)), r"\[\(2, 8\), \(3, 8\), \(2, 8\)\]")])
+def test_adaln_names_what_it_cannot_take(face, change, message):
+    x_BLW, m_BW = torch.zeros(2, 3, 8), torch.zeros(2, 8)
+    given = dict(x=x_BLW, h=x_BLW, gate=m_BW, scale=m_BW, shift=m_BW) | change
+    with pytest.raises(ValueError, match=message):
+        face_of("adaln", face)(*given.values(), torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Heads
+
+
+@pytest.mark.parametrize("face", FACES)
+@given(data=st.data())
+@draws
+def test_split_heads_and_its_gradients(face, data):
+    B, L = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 3, 33, 70]))
+    H, D = data.draw(st.sampled_from([1, 3])), data.draw(st.sampled_from([1, 16, 17, 64, 72, 128]))
+    dtype, bias_dtype = (data.draw(st.sampled_from(dtypes(face))) for _ in range(2))
+    rng, pattern = np.random.default_rng(data.draw(st.integers(0, 99))), data.draw(patterns)
+    if pattern == "ties":   # a row of nothing but zeros has no direction
+        pattern = "normal"
+    product = on_device(values(rng, pattern, (B, L, 3 * H * D)), dtype)
+    biases = [on_device(values(rng, "normal", (H * D,)), bias_dtype) for _ in range(2)]
+    log_scale = on_device(rng.uniform(0, 6, H), torch.float32)   # up to 400, of which 100 are left
+    normalised = data.draw(st.booleans())
+    inputs = [x.requires_grad_() for x in (product, *biases, *[log_scale] * normalised)]
+    layout = data.draw(st.sampled_from(["BHLD", "BLHD", "BHDL"]))
+    gradients = [heads(rng, "normal", layout, (B, H, L, D), dtype) for _ in range(3)]
+    with poisoned():
+        outputs = face_of("split_heads", face)(product, *biases, log_scale if normalised else None, H)
+        found = torch.autograd.grad(outputs, inputs, gradients)
+    got = dict(zip(("q", "k", "v", "dproduct", "dq_bias", "dv_bias", "dlog_scale"), (*outputs, *found)))
+    assert all(got[name].dtype == dtype for name in ("q", "k", "v", "dproduct"))
+    numbers = [double(x) for x in (product, *biases)] + [double(log_scale) if normalised else None]
+    value, size = reference.split_heads(*numbers, H, *map(double, gradients))
+    assert got.keys() == value.keys()
+    assert_close(got, value, size, max(dtype, bias_dtype, key=UNIT.get))
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("normalised", [True, False])
+@torch.no_grad()
+def test_keys_and_values_go_where_there_is_room_and_nowhere_else(face, normalised):
+    product, bias, log_scale = torch.randn(2, 5, 3 * 32), torch.randn(2, 32), torch.randn(2)
+    arguments = [x.to(DEVICE) for x in (product, *bias)] + [log_scale.to(DEVICE) if normalised else None, 2]
+    expected = face_of("split_heads", face)(*arguments)
+    cache = torch.full((2, 2, 2, 9, 16), 7.0, device=DEVICE)
+    got = face_of("split_heads", face)(*arguments, room=cache[:, :, :, 3:8].unbind())
+    assert all(map(torch.equal, got, expected))
+    assert torch.equal(cache[:, :, :, 3:8], torch.stack(expected[1:]))
+    assert (cache[:, :, :, :3] == 7).all() and (cache[:, :, :, 8:] == 7).all()
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("change, message", [
+    (dict(product=torch.zeros(2, 5, 97)), r"product must be \(2, 5, 96\)"), (dict(heads=5), "for 5 heads"),
+    (dict(v_bias=torch.zeros(31)), r"v_bias must be \(32,\) .*: it is \(31,\)"),
+    (dict(log_scale=torch.zeros(3)), r"log_scale must be \(2,\)"),
+    (dict(room=(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 4, 16))), r"room for v must be \(2, 2, 5, 16\)")])
+def test_split_heads_names_what_it_cannot_take(face, change, message):
+    given = dict(product=torch.zeros(2, 5, 96), q_bias=torch.zeros(32), v_bias=torch.zeros(32),
+                 log_scale=torch.zeros(2), heads=2, room=None) | change
+    with pytest.raises(ValueError, match=message):
+        face_of("split_heads", face)(*given.values())
+
+
+@needs_triton
+def test_room_that_the_kernel_cannot_fill_is_refused():
+    room = torch.zeros(2, 2, 2, 16, 5).mT.unbind()
+    with pytest.raises(ValueError, match="room must have unbroken rows"):
+        kernels.split_heads_triton(torch.zeros(2, 5, 96), torch.zeros(32), torch.zeros(32), None, 2, room)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -513,7 +593,8 @@ def test_without_triton_the_pytorch_faces_do_everything():
         assert not kernels.HAS_TRITON and "torch._dynamo" not in sys.modules
         assert kernels.block_attention(x, x, x, kernels.KeyRanges.from_scales((1, 2)), 1.0).shape == x.shape
         assert kernels.nearest_code(x[0, 0], x[0, 0]).tolist() == [0, 1, 2, 3, 4]
-        assert kernels.adaln(x[0], x[0, :, 0], x[0, :, 0]).shape == (2, 5, 16)
+        assert kernels.adaln(x[0], x[0], *x[0, :, :3].unbind(1))[1].shape == (2, 5, 16)
+        assert kernels.split_heads(x[0].repeat(1, 1, 3), *x[0, 0, :2], None, 4)[0].shape == (2, 4, 5, 4)
         assert kernels.sample_tokens(x[0], None, 0.0, 3, 0.9, torch.rand(2, 5, 16)).shape == (2, 5)
     """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(kernels.__file__).parent)
@@ -526,7 +607,7 @@ def test_the_example_in_the_text_runs_the_triton_kernel(monkeypatch):
     monkeypatch.setattr(kernels, "FACE", None)
     launch = kernels.launch
     monkeypatch.setattr(kernels, "launch", lambda kernel, *a, **c: launched.append(kernel.__name__) or launch(kernel, *a, **c))
-    assert doctest.testmod(kernels) == doctest.TestResults(failed=0, attempted=3)
+    assert doctest.testmod(kernels) == doctest.TestResults(failed=0, attempted=4)
     assert launched == ["adaln_forward"]
 
 
@@ -620,11 +701,58 @@ def test_a_pass_of_training_is_one_graph(face, monkeypatch):
 
 
 def test_all_layers_are_one_graph():
-    """So that compiling them, and not the whole, takes as long for a deep model as for a shallow one."""
-    model = small_model(scales=(1, 2), depth=3, width=16, heads=1).train()
+    """But the first, whose residual stream is the places of tokens, which all images share.
+
+    So compiling the layers, and not the whole, takes as long for a deep model as for a shallow one.
+    """
+    model = small_model(scales=(1, 2), depth=4, width=16, heads=1).train()
     graphs = compiled(model.blocks, lambda graph, inputs: graph)
     training_pass(model, seed=0)
-    assert len(graphs) == 1
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("training, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_what_tokens_are_drawn_from_is_fp32_also_under_autocast(training, dtype):
+    model = small_model(depth=1).train(training)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert training_pass(model, seed=0).dtype == dtype
+
+
+def test_no_phi_is_computed_in_tf32(small_tokenizer, monkeypatch):
+    quantizer, allowed = small_tokenizer.quantizer, []
+    for phi in quantizer.phis:
+        phi.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cudnn.allow_tf32))
+    for before in True, False:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+        quantizer.decode(torch.zeros(1, 14, dtype=torch.int64, device=DEVICE))
+        assert torch.backends.cudnn.allow_tf32 == before   # what the program chose elsewhere stays
+    assert allowed == 6 * [False]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler. Please specify via CC"),
+                                   subprocess.CalledProcessError(1, ["gcc"]), FileNotFoundError("gcc")], ids=type)
+def test_a_machine_without_a_compiler_is_told_what_it_lacks(error):
+    class Kernel:
+        def __getitem__(self, grid):
+            raise error
+    with pytest.raises(RuntimeError, match="needs a C compiler and Python's headers"):
+        kernels.launch(Kernel(), 1, [torch.zeros(1)], [])
+
+
+def test_any_other_error_of_a_kernel_stays_as_it_is():
+    class Kernel:
+        def __getitem__(self, grid):
+            raise RuntimeError("out of shared memory")
+    with pytest.raises(RuntimeError, match="^out of shared memory$"):
+        kernels.launch(Kernel(), 1, [torch.zeros(1)], [])
+
+
+@pytest.mark.parametrize("L, rows, warps", [(1, 16, 4), (9, 16, 4), (25, 32, 4), (64, 64, 4), (100, 128, 8), (680, 128, 8)])
+def test_a_few_queries_get_a_small_tile(L, rows, warps):
+    q_BHLD = torch.zeros(1, 1, L, 64, dtype=torch.bfloat16)
+    tiles = kernels.attention_tiles("forward", q_BHLD)
+    assert (tiles["TILE_L"], tiles["num_warps"]) == (rows, warps)
+    assert kernels.attention_tiles("backward_q", q_BHLD)["TILE_L"] == 128
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -707,15 +835,22 @@ def compile_everything(capability: int, heads: list[tuple], thoroughly: bool):
         (kernel, read + written, numbers, constants))
     driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", capability, 32),
                                       get_current_device=lambda: capability, get_current_stream=lambda device: 0))
-    ranges = KeyRanges([0] * 32, [32] * 32)
     for dtype, D in heads:
-        q_BHLD = torch.zeros(2, 2, 32, D, dtype=dtype, requires_grad=True)
-        kernels.block_attention_triton(q_BHLD, q_BHLD, q_BHLD, ranges, 1.0).sum().backward()
+        q_BHLD = torch.zeros(2, 2, 128, D, dtype=dtype, requires_grad=True)
+        kernels.block_attention_triton(q_BHLD, q_BHLD, q_BHLD, KeyRanges([0] * 128, [128] * 128), 1.0).sum().backward()
+        for L in [16, 32, 64] if thoroughly else []:
+            few_BHLD = q_BHLD[:, :, :L].detach()
+            kernels.block_attention_triton(few_BHLD, q_BHLD.detach(), q_BHLD.detach(), KeyRanges([0] * L, [128] * L), 1.0)
     for V, C in [(4096, 32), (33, 5)][:1 + thoroughly]:
         kernels.nearest_code_triton(torch.zeros(64, C), torch.zeros(V, C))
     for dtype, W in [(torch.bfloat16, 1024), (torch.bfloat16, 1920), (torch.float32, 64)][:1 + 2 * thoroughly]:
-        x_BLW, scale_BW = torch.zeros(2, 32, W, dtype=dtype, requires_grad=True), torch.zeros(2, W, dtype=dtype)
-        kernels.adaln_triton(x_BLW, scale_BW, scale_BW).sum().backward()
+        x_BLW, m_BW = torch.zeros(2, 32, W, requires_grad=True), torch.zeros(2, W, dtype=dtype)   # x stays fp32
+        sum_BLW, y_BLW = kernels.adaln_triton(x_BLW, x_BLW.to(dtype), m_BW, m_BW, m_BW, dtype)
+        (sum_BLW + y_BLW).sum().backward()
+    for dtype, D in heads:
+        product_BLX = torch.zeros(2, 128, 3 * 2 * D, dtype=dtype, requires_grad=True)
+        qkv = kernels.split_heads_triton(product_BLX, torch.zeros(2 * D), torch.zeros(2 * D), torch.zeros(2), 2)
+        sum(qkv).sum().backward()
     for V, guided in [(4096, True), (4096, False), (33, True), (33, False)][:1 + 3 * thoroughly]:
         logits_BlV = torch.zeros(2, 32, V)
         kernels.sample_tokens_triton(logits_BlV, logits_BlV if guided else None, 1.5, 900, 0.95, logits_BlV)
@@ -723,6 +858,15 @@ def compile_everything(capability: int, heads: list[tuple], thoroughly: bool):
         compiled = kernel.warmup(*kernels.as_arrays(tensors), *numbers, grid=(1,), **constants)
         yield dict(kernel=kernel.__name__, dtype=str(tensors[0].dtype)[6:], **registers(compiled.asm["cubin"]),
                    shared_bytes=compiled.metadata.shared, **constants)
+
+
+def programs(capability: int, report: dict) -> int:
+    """How many programs of a kernel one multiprocessor holds at a time: 65,536 registers, 64 warps (48 on the consumer
+    cards that run the code of sm_80), and shared memory, of which each program takes 1 kB more than it asks for."""
+    by_registers = 65536 // (-(-report["registers"] // 8) * 8 * 32 * report["num_warps"])
+    by_warps = (48 if capability == 80 else 64) // report["num_warps"]
+    by_memory = (SHARED_MEMORY[capability] + 1024) // (report["shared_bytes"] + 1024)
+    return min(by_registers, by_warps, by_memory)
 
 
 def registers(cubin: bytes) -> dict[str, int]:
@@ -734,6 +878,12 @@ def registers(cubin: bytes) -> dict[str, int]:
         usage = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True).stdout
     count, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return dict(registers=int(count), stack_bytes=int(stack))
+
+
+def check_resources(report: dict) -> None:
+    """It fits, and next to nothing is spilled."""
+    assert report["shared_bytes"] <= SHARED_MEMORY[report["capability"]] and report["stack_bytes"] <= 16, report
+    assert report["programs"] >= 1, report
 
 
 @needs_triton
@@ -749,10 +899,10 @@ def test_every_configuration_compiles_and_fits_in_shared_memory():
     for line in result.stdout.splitlines():
         report = json.loads(line)
         compiled.add((report["capability"], report["kernel"]))
-        assert report["shared_bytes"] <= SHARED_MEMORY[report["capability"]], report
+        check_resources(report)
     assert compiled == set(itertools.product(SHARED_MEMORY, [
         "attention_forward", "attention_backward_q", "attention_backward_kv", "nearest_code_kernel",
-        "adaln_forward", "adaln_backward", "sample_tokens_kernel"]))
+        "adaln_forward", "adaln_backward", "split_heads_forward", "split_heads_backward", "sample_tokens_kernel"]))
 
 
 if __name__ == "__main__":
@@ -761,5 +911,14 @@ if __name__ == "__main__":
     else:
         plan = {int(sys.argv[1]): HEADS}
     for capability, heads in plan.items():
+        if sys.argv[1] != "suite":
+            print(f"{'sm_' + str(capability):24}{'dtype':>10}{'registers':>10}{'stack':>6}{'shared':>8}{'programs':>9}  constants")
         for report in compile_everything(capability, heads, thoroughly=sys.argv[1] != "suite"):
-            print(json.dumps(dict(capability=capability) | report), flush=True)
+            report |= dict(capability=capability, programs=programs(capability, report))
+            if sys.argv[1] == "suite":
+                print(json.dumps(report), flush=True)
+                continue
+            check_resources(report)
+            constants = {name: value for name, value in report.items() if name.isupper() or name.startswith("num_")}
+            print(f"{report['kernel']:24}{report['dtype']:>10}{report['registers']:10}{report['stack_bytes']:6}"
+                  f"{report['shared_bytes']:8}{report['programs']:9}  {constants}", flush=True)

@@ -232,7 +232,7 @@ def test_what_a_stage_will_take_is_said(folder, tmp_path, monkeypatch):
 def test_learning_rate():
     rates = [train.learning_rate(step, 100, 10, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
-    assert rates[10] == 1 and rates[55] == pytest.approx(0.55)   # half way down
+    assert rates[10] == 1 and rates[28] == pytest.approx(0.82)   # a fifth of the way down
     assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[99] == pytest.approx(0.1, abs=1e-3)
 
 
