@@ -472,15 +472,17 @@ LIST = [
         hours="4-6",
         after=(),
         text="""
-            The first kernel. AdaLN is a layer norm and then a scale and a shift per image. PyTorch
-            goes to memory after every step; a kernel reads a row once, keeps it in registers, and
-            writes the result. You write the norm of a row, the kernel of the forward pass and that
-            of the backward pass. Helpers that load and store a row are given.
+            The first kernel. AdaLN here is three steps: add the last branch, times its gate, to the
+            stream; a layer norm; a scale and a shift per image. PyTorch goes to memory after every
+            step; a kernel reads a row once, keeps it in registers, and writes the results. You
+            write the norm of a row, the kernel of the forward pass and that of the backward pass.
+            Helpers that load and store a row are given.
 
             Hints. Work out the backward formula on paper first; the section's comment gives the
             result, so check yours against it. A tile is a power of two wide: columns beyond W hold
-            zeros when loaded, but not after you subtract a mean. In the backward pass a program
-            sees some tokens of one image and adds up two sums; it writes its part of them, and the
+            zeros when loaded, but not after you subtract a mean. What the backward pass reads is
+            the sum as it was stored, in its dtype: norm that. In the backward pass a program sees
+            some tokens of one image and adds up three sums; it writes its part of them, and the
             parts are added afterwards. `print` works in a kernel here, in Triton's interpreter.
         """,
         question="""
@@ -492,9 +494,9 @@ LIST = [
 
                 for dtype in (torch.float32, torch.bfloat16):
                     x = torch.empty(64, 680, 1024, dtype=dtype, device="meta")
-                    scale = torch.empty(64, 1024, dtype=dtype, device="meta")
+                    gate = torch.empty(64, 1024, dtype=dtype, device="meta")
                     with kernels.BytesMoved() as moved:
-                        kernels.obvious_adaln(x, scale, scale)
+                        kernels.obvious_adaln(x, x, gate, gate, gate)
                     print(dtype, moved.total / x.numel(), "bytes per number of x")
 
             Set that beside the bytes of your own kernel, from its loads and stores, forward and

@@ -126,9 +126,13 @@ def in_the_child(folder: str, tests: list[str], seconds: float) -> tuple[bool, d
     limit(seconds)
     sys.addaudithook(guard(folder))
     outcomes = Outcomes()
-    pytest.main([*tests, "-m", "", "-p", "no:cacheprovider", "--rootdir", folder, "--tb=short",
-                 "--basetemp", f"{folder}/tmp/pytest"], plugins=[outcomes])
-    return outcomes.passed > 0 and not outcomes.failed, outcomes.failed
+    flags = ["-m", "", "-p", "no:cacheprovider", "--rootdir", folder, "--tb=short",
+             "--basetemp", f"{folder}/tmp/pytest"]
+    code = pytest.main([*tests, *flags], plugins=[outcomes])
+    passed = code == pytest.ExitCode.OK and not outcomes.failed
+    if not passed and not outcomes.failed:
+        outcomes.failed[tests[0]] = f"no test ran: pytest ended with {code!r}"
+    return passed and outcomes.passed > 0, outcomes.failed
 
 
 class Outcomes:

@@ -18,6 +18,7 @@ from assignments import ROOT, Nursery, carry, find, grade, path_of, repository, 
 from handouts import ASSIGNMENTS
 from mutations import PLANTED
 
+SECONDS = 300   # on a machine that does much else
 BODIES = {name: number for number, each in ASSIGNMENTS.items() for name in each.bodies}
 
 
@@ -56,8 +57,8 @@ def handed_in(folder: Path, bodies: dict[str, str]) -> Path:
     return folder
 
 
-def graded(number: int, folder: Path, nursery: Nursery, bodies: dict[str, str], seconds=60) -> dict:
-    return grade(ASSIGNMENTS[number], handed_in(folder, bodies), nursery, seconds)
+def graded(number: int, folder: Path, nursery: Nursery, bodies: dict[str, str]) -> dict:
+    return grade(ASSIGNMENTS[number], handed_in(folder, bodies), nursery, SECONDS)
 
 
 def first_failure(name: str, text: str, nursery: Nursery) -> str | None:
@@ -65,7 +66,7 @@ def first_failure(name: str, text: str, nursery: Nursery) -> str | None:
     with tempfile.TemporaryDirectory() as place:
         handed_in(Path(place), {name: text})
         for test in ASSIGNMENTS[BODIES[name]].points:
-            if not nursery.run(Path(place), [test], 60)["passed"]:
+            if not nursery.run(Path(place), [test], SECONDS)["passed"]:
                 return test
     return None
 
@@ -148,7 +149,7 @@ def test_what_is_compiled_works(number, tests, nursery, tmp_path):
     """In the student's folder: with the assigned bodies back, everything else is there."""
     assignments.cut(ASSIGNMENTS[number], tmp_path / "cut")
     carry({name: text(name) for name in ASSIGNMENTS[number].bodies}, tmp_path / "cut")
-    result = nursery.run(tmp_path / "cut", [f"tests/{test}" for test in tests], 60)
+    result = nursery.run(tmp_path / "cut", [f"tests/{test}" for test in tests], SECONDS)
     assert result["passed"], result
 
 
@@ -182,7 +183,7 @@ def test_the_source_breaks_no_rule(number, nursery, tmp_path):
 def test_the_stub_fails_every_graded_test(number, nursery, tmp_path):
     """All in one process, which takes a tenth of the time."""
     handed_in(tmp_path, stubs(number))
-    failed = nursery.run(tmp_path, [*ASSIGNMENTS[number].points], 60)["failed"]
+    failed = nursery.run(tmp_path, [*ASSIGNMENTS[number].points], SECONDS)["failed"]
     for test in ASSIGNMENTS[number].points:
         said = [message for case, message in failed.items() if case.startswith(test)]
         assert any("stub" in message for message in said), (test, failed)
@@ -192,7 +193,7 @@ def test_the_stub_fails_every_graded_test(number, nursery, tmp_path):
 @pytest.mark.parametrize("number", ASSIGNMENTS)
 def test_the_stub_gets_nothing(number, nursery, tmp_path):
     assignments.cut(ASSIGNMENTS[number], tmp_path / "cut")
-    result = grade(ASSIGNMENTS[number], tmp_path / "cut", nursery, 60)
+    result = grade(ASSIGNMENTS[number], tmp_path / "cut", nursery, SECONDS)
     assert result["points"] == 0 and not result["refused"]
     for test in result["tests"]:
         assert test["points"] == 0 and f"assignment {number}" in test["message"], test
@@ -294,7 +295,6 @@ def test_only_the_bodies_travel(nursery, tmp_path):
 
 LET_THROUGH = {   # what would happen should a rule have a hole: a body, and what the test is told
     "print('1 passed')\nimport os\nos._exit(0)": "ended before the test did",
-    "raise SystemExit(0)": "SystemExit",
     "import sys\nsys.exit(0)": "SystemExit",
     "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)": "os.kill",
     "import pathlib\npathlib.Path('ROOT/LICENSE').unlink()": "os.remove",
@@ -315,7 +315,7 @@ def test_what_rules_might_let_through_gets_no_points_and_does_no_harm(nursery, t
         folder.mkdir()
         body = body.replace("ROOT", str(ROOT))
         handed_in(folder, {name: with_lines(name, body)})
-        result = nursery.run(folder, [next(iter(ASSIGNMENTS[4].points))], 60)
+        result = nursery.run(folder, [next(iter(ASSIGNMENTS[4].points))], SECONDS)
         assert not result["passed"] and said in str(result["failed"]), (body, result)
     assert {path: path.read_bytes() for path in ROOT.glob("*.py")} == before
     assert (ROOT / "LICENSE").stat().st_size > 0
