@@ -203,15 +203,14 @@ def test_attention_is_numpys(normalise_qk):
 def test_stochastic_depth_skips_whole_images_and_scales_the_others():
     torch.manual_seed(0)
     block = Block(config(), drop_path=0.25)
-    x_BLW, h_BLW, gate_BW = torch.randn(2000, 3, 32), torch.ones(2000, 3, 32), torch.full((2000, 32), 0.6)
-    added_BLW = block.add_branch(x_BLW, h_BLW, gate_BW) - x_BLW
-    assert torch.allclose(added_BLW, added_BLW[:, :1, :1].expand_as(added_BLW), atol=1e-5)   # all of an image alike
-    added_B = added_BLW[:, 0, 0]
-    skipped_B = added_B.abs() < 1e-5
-    assert torch.allclose(added_B[~skipped_B], torch.tensor(0.6 / 0.75), atol=1e-5)
+    gate_BW = torch.full((2000, 32), 0.6)
+    skipping_BW = block.skip(gate_BW)
+    assert torch.equal(skipping_BW, skipping_BW[:, :1].expand_as(gate_BW))   # all of an image alike
+    skipped_B = skipping_BW[:, 0] == 0
+    assert torch.allclose(skipping_BW[~skipped_B], torch.tensor(0.6 / 0.75))
     assert 0.22 < skipped_B.float().mean() < 0.28
-    torch.testing.assert_close(block.eval().add_branch(x_BLW, h_BLW, gate_BW), x_BLW + 0.6)
-    rates = [block.drop_path for block in VAR(config(depth=3, drop_path=0.3)).blocks]
+    assert torch.equal(block.eval().skip(gate_BW), gate_BW)
+    rates = [1 - block.survival.item() for block in VAR(config(depth=3, drop_path=0.3)).blocks]
     assert rates == pytest.approx([0, 0.15, 0.3])
 
 
@@ -219,11 +218,13 @@ def test_a_block_is_what_it_says(model):
     """Attention, then the perceptron, each after an AdaLN and scaled by a gate; six vectors, in this order."""
     block, ranges = model.blocks[0], model.ranges
     torch.manual_seed(0)
-    x_BLW, m = torch.randn(2, 30, 32), torch.randn(2, 6, 32)
+    stream, m = (torch.randn(2, 30, 32), torch.randn(2, 30, 32), torch.randn(2, 32)), torch.randn(2, 6, 32)
+    x_BLW = stream[0] + stream[2][:, None] * stream[1]   # the branch of the layer before is still to be added
     norm = lambda x_BLW: F.layer_norm(x_BLW, (32,), eps=1e-6)
     h_BLW = x_BLW + m[:, None, 0] * block.attention(norm(x_BLW) * (1 + m[:, None, 2]) + m[:, None, 4], ranges, None)
     expected = h_BLW + m[:, None, 1] * block.mlp(norm(h_BLW) * (1 + m[:, None, 3]) + m[:, None, 5])
-    torch.testing.assert_close(block(x_BLW, m, ranges, None), expected, rtol=1e-4, atol=1e-4)
+    x_BLW, branch_BLW, gate_BW = block(stream, m, ranges, None)
+    torch.testing.assert_close(x_BLW + gate_BW[:, None] * branch_BLW, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shared_adaln", [True, False])
@@ -278,9 +279,9 @@ def test_drawing_a_scale_and_the_caches_can_be_replaced():
     lengths = []
 
     class Watched(LayerCache):
-        def extend(self, k_BHlD, v_BHlD):
-            lengths.append(k_BHlD.shape[2])
-            return super().extend(k_BHlD, v_BHlD)
+        def room(self, product_BlX, heads):
+            lengths.append(product_BlX.shape[1])
+            return super().room(product_BlX, heads)
 
     class Other(VAR):
         draw = lambda self, logits_BlV, k, *how: torch.full(logits_BlV.shape[:2], k)

@@ -1,0 +1,592 @@
+"""Assignments: cut out of the source, and graded by its tests.
+
+    python tests/assignments.py                     the list
+    python tests/assignments.py handout 3           the text a student gets
+    python tests/assignments.py cut 3 FOLDER        the repository without those bodies
+    python tests/assignments.py grade 3 FOLDER      points, test by test
+
+Stubs kept beside a source go stale. Here nothing is kept but names (handouts.py): an assignment
+names the functions to write, and those that would show how they go. Their text is found when a
+command runs, so all four commands follow the source wherever it goes.
+
+Grading takes nothing from the student's folder but the assigned bodies, puts them into a copy of
+this repository, and runs the graded tests there (nursery.py). Before that it reads them: a body is
+refused that reaches for more than its assignment needs (`Reader`).
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import builtins
+import json
+import marshal
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import types
+import zlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import compiled
+from handouts import ASSIGNMENTS, Assignment
+
+ROOT = Path(__file__).parent.parent
+TAKEN = ["*.py", "*.md", "LICENSE", "requirements.txt", ".pytest.ini", ".gitignore", ".github/**/*",
+         "papers/**/*.py", "tests/**/*.py", "tests/golden/*"]
+LECTURERS = {"assignments.py", "handouts.py", "nursery.py", "mutations.py", "test_assignments.py"}
+SECONDS = 120           # a graded test may take
+Function = ast.FunctionDef
+
+
+class Mistake(Exception):
+    """Of who runs the command: told in one sentence."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command")
+    for name, what in (("handout", "print the text a student gets"),
+                       ("cut", "make a student's folder"), ("grade", "grade one")):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("number", type=int, choices=ASSIGNMENTS, metavar="NUMBER")
+        if name != "handout":
+            command.add_argument("folder", type=Path, metavar="FOLDER")
+        if name == "grade":
+            command.add_argument("--json", type=Path, metavar="FILE",
+                                 help="for the points (default: FOLDER/grade-NUMBER.json)")
+    options = parser.parse_args()
+    if options.command is None:
+        print(overview())
+        return
+    assignment = ASSIGNMENTS[options.number]
+    try:
+        if options.command == "handout":
+            print(handout(assignment))
+        elif options.command == "cut":
+            cut(assignment, options.folder)
+            print(f"wrote {options.folder}: begin with HANDOUT.md")
+        else:
+            file = options.json or options.folder / f"grade-{options.number}.json"
+            with Nursery() as nursery:
+                result = grade(assignment, options.folder, nursery)
+            file.write_text(json.dumps(result, indent=1) + "\n")
+            print(told(result))
+            sys.exit(result["points"] < result["of"])
+    except (Mistake, OSError) as mistake:
+        sys.exit(f"error: {mistake}")
+
+
+def overview() -> str:
+    lines = ["      points  hours   after", ""]
+    for number, assignment in ASSIGNMENTS.items():
+        after = ", ".join(map(str, assignment.after)) or "-"
+        numbers = f"{number:3}  {assignment.of:6}  {assignment.hours:7} {after:8}"
+        lines.append(f"{numbers} {assignment.title}")
+        names = ", ".join(assignment.bodies)
+        lines += textwrap.wrap(names, 76, initial_indent=" " * 29, subsequent_indent=" " * 29)
+    return "\n".join(lines + ["", "Hours are a guess: of a student who knows PyTorch."])
+
+
+# --------------------------------------------------------------------------------------------------
+# Functions in a source: "tokenizer.Quantizer.encode" is in tokenizer.py, "reference.adaln" in tests
+
+
+def path_of(name: str) -> str:
+    """Of the file that a qualified name is in, from the root."""
+    module = name.split(".")[0]
+    return f"tests/{module}.py" if module == "reference" else f"{module}.py"
+
+
+def by_file(names: tuple[str, ...]) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for name in names:
+        files.setdefault(path_of(name), []).append(name)
+    return files
+
+
+@cache
+def tree_of(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+def find(source: str, name: str) -> Function | None:
+    """The definition of a function or method in the text of its file."""
+    scope = tree_of(source)
+    for part in name.split(".")[1:]:
+        inside = [node for node in scope.body if getattr(node, "name", None) == part]
+        if not inside:
+            return None
+        scope = inside[-1]
+    return scope if isinstance(scope, Function) else None
+
+
+def lines_of(source: str) -> list[str]:
+    """As Python counts them: str.splitlines knows more ends of a line."""
+    return source.removesuffix("\n").split("\n")
+
+
+def first_line(node: Function) -> int:
+    """Decorators are part of a function."""
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+
+
+def text_of(source: str, name: str) -> str:
+    node = find(source, name)
+    return "\n".join(lines_of(source)[first_line(node) - 1:node.end_lineno])
+
+
+def is_kernel(node: Function) -> bool:
+    return any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+
+
+def body_lines(source: str, node: Function) -> tuple[int, int]:
+    """(first, last) line of what follows signature and docstring, comments among it."""
+    lines = lines_of(source)
+    documented = ast.get_docstring(node) is not None
+    if documented:
+        return node.body[0].end_lineno + 1, node.end_lineno
+    first = node.body[0].lineno
+    while lines[first - 2].strip().startswith("#"):
+        first -= 1
+    return first, node.end_lineno
+
+
+def without_body(source: str, name: str, why: str) -> str:
+    """The source with a function whose body says why it is not there."""
+    node = find(source, name)
+    first, last = body_lines(source, node)
+    lines = lines_of(source)
+    stub = f'raise NotImplementedError("{why}")'
+    if is_kernel(node):   # which the interpreter and the compiler both report; they know no raise
+        stub = f'tl.static_assert(False, "{why}")'
+    lines[first - 1:last] = [" " * (node.col_offset + 4) + stub]
+    return "\n".join(lines) + "\n"
+
+
+def with_body(source: str, name: str, text: str) -> str:
+    """The source with a function replaced by the text of another."""
+    node = find(source, name)
+    lines = lines_of(source)
+    lines[first_line(node) - 1:node.end_lineno] = lines_of(text)
+    return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# What a student gets
+
+
+def repository(folder: Path) -> None:
+    """Copy the source and its tests: no history, no runs, no caches."""
+    for pattern in TAKEN:
+        for path in ROOT.glob(pattern):
+            if path.is_file():
+                copy = folder / path.relative_to(ROOT)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+    for name in LECTURERS:
+        (folder / "tests" / name).unlink(missing_ok=True)
+
+
+def cut(assignment: Assignment, folder: Path) -> None:
+    if folder.exists():
+        raise Mistake(f"{folder} exists: name a new folder")
+    repository(folder)
+    left_out = {}
+    for file, names in by_file(assignment.give_aways).items():
+        module = names[0].split(".")[0]
+        source = (ROOT / file).read_text()
+        left_out[module] = code_of(source, names)
+        for name in names:
+            source = without_body(source, name, "in compiled.bin")
+        source += f'\n\nimport compiled  # noqa: E402\ncompiled.restore("{module}", globals())\n'
+        (folder / file).write_text(source)
+    for name in assignment.bodies:
+        path = folder / path_of(name)
+        path.write_text(without_body(path.read_text(), name, f"assignment {assignment.number}"))
+    if left_out:
+        content = compiled.PYTHON.encode() + b"\n" + marshal.dumps(left_out)
+        (folder / "compiled.bin").write_bytes(content)
+        shutil.move(folder / "tests" / "compiled.py", folder / "compiled.py")
+    (folder / "HANDOUT.md").write_text(handout(assignment) + "\n")
+
+
+def code_of(source: str, names: list[str]) -> tuple[dict, dict]:
+    """Functions as compiled code; Triton's kernels, which it compiles itself, as packed text."""
+    codes = dict(nested(compile(source, "<compiled>", "exec")))
+    functions = {}
+    kernels = {}
+    for name in names:
+        inside = name.partition(".")[2]
+        if is_kernel(find(source, name)):
+            kernels[inside] = zlib.compress(text_of(source, name).encode())
+        else:
+            functions[inside] = codes[inside]
+    return functions, kernels
+
+
+def nested(code: types.CodeType) -> Iterator[tuple[str, types.CodeType]]:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield constant.co_qualname, constant
+            yield from nested(constant)
+
+
+def handout(assignment: Assignment) -> str:
+    builds = "".join(f", builds on {before}" for before in assignment.after)
+    parts = [
+        f"# Assignment {assignment.number}: {assignment.title}",
+        f"{assignment.of} points, about {assignment.hours} hours{builds}.",
+        textwrap.dedent(assignment.text).strip(),
+        "## What to write",
+        "The bodies of these functions. Signatures stay.",
+    ]
+    for file, names in by_file(assignment.bodies).items():
+        source = (ROOT / file).read_text()
+        parts.append(f"From `{file}`:")
+        parts += dict.fromkeys(fenced(section_of(source, name)) for name in names)
+        parts += [fenced(shown(source, name)) for name in names]
+    parts += ["## What may be used", allowed(assignment)]
+    if assignment.give_aways:
+        parts += ["## What is compiled", filled(
+            f"{in_prose(assignment.give_aways)} would show how yours go. Their text is left out of "
+            f"your folder; `compiled.bin` holds them, so that the rest of the program runs (with "
+            f"Python {compiled.PYTHON}). They are no part of the assignment.")]
+    parts += ["## How it is graded", filled(
+        "The assigned bodies are taken out of your folder and put into a copy of the original, so "
+        "changes elsewhere do not count. Each of these tests has points, all or none; `pytest "
+        "TEST` runs one in your folder:")]
+    parts.append("\n".join(f"    {of:3}  {test}" for test, of in assignment.points.items()))
+    parts.append(filled("A body that is refused, see above, makes the whole assignment 0 points, "
+                        "and you are told why."))
+    parts += ["## The open question", textwrap.dedent(assignment.question).strip()]
+    return "\n\n".join(parts)
+
+
+def filled(text: str) -> str:
+    return textwrap.fill(text, 88, break_on_hyphens=False, break_long_words=False)
+
+
+def allowed(assignment: Assignment) -> str:
+    said = ("What the file imports from Python's library, PyTorch and this project, and Python's "
+            "usual built-ins. A helper goes inside the function that needs it. Refused are "
+            "`import`, `class`, `global` and `match`; whatever reaches files, processes or the "
+            "inside of Python's objects, double underscores among it; and changing what is not "
+            "yours, such as an attribute of another object than `self`.")
+    if forbidden(assignment):
+        said += f" In this assignment also {in_prose(forbidden(assignment))}."
+    return filled(said)
+
+
+def forbidden(assignment: Assignment) -> list[str]:
+    """Names that no body may use: those given, and what does the assigned work already."""
+    given_away = [name.rpartition(".")[2] for name in assignment.give_aways
+                  if not name.startswith("reference.")]     # out of a body's reach anyway
+    own = {name.rpartition(".")[2] for name in assignment.bodies}
+    return list(dict.fromkeys([*assignment.forbidden, *(x for x in given_away if x not in own)]))
+
+
+def in_prose(names) -> str:
+    *most, last = (f"`{name}`" for name in names)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def fenced(text: str) -> str:
+    return f"```python\n{textwrap.dedent(text).strip()}\n```"
+
+
+def section_of(source: str, name: str) -> str:
+    """The comment that the function's section of the file begins with, or its class's docstring."""
+    lines = lines_of(source)
+    first = first_line(find(source, name))
+    rules = [i for i, line in enumerate(lines[:first]) if re.match(r"# -{20,}", line)]
+    begin = rules[-1] + 1 if rules else first
+    end = begin
+    while lines[end].startswith("#"):
+        end += 1
+    parts = ["\n".join(lines[begin:end])]
+    *owners, _ = name.split(".")[1:]
+    for owner in owners:
+        node = next(x for x in tree_of(source).body if getattr(x, "name", None) == owner)
+        if ast.get_docstring(node):
+            doc = node.body[0]
+            parts += ["", *lines[node.lineno - 1:doc.end_lineno]]
+    return "\n".join(parts)
+
+
+def shown(source: str, name: str) -> str:
+    """A function's signature and docstring, and the comment right before it."""
+    node = find(source, name)
+    lines = lines_of(source)
+    begin = first_line(node) - 1
+    first, _ = body_lines(source, node)
+    head = lines[begin:first - 1]
+    above = begin - 1
+    while lines[above - 1].strip().startswith("#") and not lines[above].strip():
+        above -= 1
+        while lines[above - 1].strip().startswith("#"):
+            above -= 1
+    comment = [line for line in lines[above:begin] if not re.match(r"# -{20,}", line)]
+    is_section = any(re.match(r"# -{20,}", line) for line in lines[above:begin])
+    return "\n".join([*([] if is_section else comment), *head, " " * (node.col_offset + 4) + "..."])
+
+
+# --------------------------------------------------------------------------------------------------
+# What a solution may not do
+
+
+PLAIN = set("""
+    abs all any bool dict divmod enumerate filter float int isinstance len list map max min pow
+    print range reversed round set slice sorted str sum super tuple zip
+    True False None NotImplementedError ValueError AssertionError
+""".split())
+MODULES = {"torch", "torch.nn", "torch.nn.functional", "numpy", "math", "triton",
+           "triton.language", "triton.language.math", "torch.distributed"}
+IMPORTED = {"Tensor", "accumulate", "groupby", "pairwise", "partial"}   # may be used if it is there
+REACHING = set("""
+    os sys io save load tofile fromfile from_file memmap savez savetxt loadtxt genfromtxt hub ops
+    compile f_back f_globals f_locals f_builtins f_code gi_frame gi_code cr_frame ag_frame tb_frame
+    tb_next func_globals manual_seed seed set_rng_state set_default_dtype set_default_device
+    set_num_threads set_printoptions use_deterministic_algorithms register_module_forward_hook
+    register_forward_hook register_forward_pre_hook register_full_backward_hook mro
+""".split())
+REFUSED = {
+    ast.Import: "imports", ast.ImportFrom: "imports", ast.ClassDef: "defines a class",
+    ast.Global: "uses `global`", ast.Match: "uses `match`", ast.AsyncFunctionDef: "is asynchronous",
+    ast.Await: "is asynchronous",
+}
+
+
+class Reader(ast.NodeVisitor):
+    """Reads a body and says what in it is refused, a sentence each; notes the modules it uses."""
+
+    def __init__(self, name: str, node: Function, source: str, names: list[str]):
+        self.name = name
+        self.sentences: list[str] = []
+        self.forbidden = set(names)
+        self.imports = imports_of(source)
+        self.dotted: set[str] = set()       # as torch.nn.functional.silu, to be held to MODULES
+        self.own = stored(node)
+        self.own |= {x.arg for x in ast.walk(node) if isinstance(x, ast.arg)}
+        self.own |= {x.name for x in ast.walk(node) if isinstance(x, Function) and x is not node}
+        inner = {x.arg for x in ast.walk(node) if isinstance(x, ast.arg)
+                 if x not in node.args.args}
+        if "self" in self.own & (inner | stored(node)):
+            self.refuse("gives self another meaning")
+        documented = ast.get_docstring(node) is not None
+        for statement in node.body[documented:]:
+            self.visit(statement)
+
+    def refuse(self, what: str) -> None:
+        self.sentences.append(f"{self.name} {what}")
+
+    def visit(self, node: ast.AST) -> None:
+        if type(node) in REFUSED:
+            self.refuse(REFUSED[type(node)])
+        super().visit(node)
+
+    def visit_name(self, name: str) -> None:
+        if "__" in name:
+            self.refuse(f"uses {name}, a name with a double underscore")
+        if name in self.forbidden - self.own:
+            self.refuse(f"uses {name}, which this assignment forbids")
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self.visit_name(node.id)
+        if node.id in self.own:
+            if node.id in self.imports:
+                self.refuse(f"gives {node.id} another meaning")
+        elif node.id in self.imports:
+            if self.imports[node.id] in MODULES:
+                self.refuse(f"hands {node.id} around, a module")
+            elif node.id not in IMPORTED and not self.of_project(node.id):
+                self.refuse(f"uses {node.id}, which no solution needs")
+        elif hasattr(builtins, node.id) and node.id not in PLAIN:
+            self.refuse(f"uses {node.id}, which no solution needs")
+
+    def of_project(self, name: str) -> bool:
+        return (ROOT / f"{self.imports[name].split('.')[0]}.py").exists()
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.visit_name(node.attr)
+        chain = dotted(node)
+        root = chain.partition(".")[0]
+        in_triton = self.imports.get(root) == "triton.language"     # tl.load
+        if node.attr in REACHING and not in_triton or node.attr.startswith("_"):
+            self.refuse(f"uses .{node.attr}, which no solution needs")
+        if not isinstance(node.ctx, ast.Load) and root != "self":
+            self.refuse(f"changes {ast.unparse(node)}, which is not its own")
+        module = self.imports.get(root)
+        if module in MODULES:
+            self.dotted.add(f"{module}.{chain.partition('.')[2]}")
+        if module in MODULES and isinstance(node.value, ast.Name):
+            self.visit_name(root)
+        else:
+            self.visit(node.value)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        root = dotted(node.value).partition(".")[0]
+        if not isinstance(node.ctx, ast.Load) and root and root not in self.own | {"self"}:
+            self.refuse(f"changes {ast.unparse(node.value)}, which is not its own")
+        self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> None:
+        self.visit_name(node.arg)
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        self.visit_name(node.arg or "")
+        self.visit(node.value)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, (str, bytes)) and "__" in str(node.value):
+            self.refuse("has a text with a double underscore in it")
+
+    def visit_FunctionDef(self, node: Function) -> None:
+        self.visit_name(node.name)
+        self.generic_visit(node)
+
+
+def stored(node: Function) -> set[str]:
+    """The names that a function gives a value."""
+    return {x.id for x in ast.walk(node)
+            if isinstance(x, ast.Name) and not isinstance(x.ctx, ast.Load)}
+
+
+def dotted(node: ast.AST) -> str:
+    """a.b.c as a text; nothing if it does not begin with a name."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        begin = dotted(node.value)
+        return begin and f"{begin}.{node.attr}"
+    return ""
+
+
+def imports_of(source: str) -> dict[str, str]:
+    """{name: where from} of everything that a file imports."""
+    names = {}
+    for node in ast.walk(tree_of(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name.partition(".")[0]] = alias.name
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                where = f"{node.module}.{alias.name}"
+                names[alias.asname or alias.name] = where if where in MODULES else node.module
+    return names
+
+
+# --------------------------------------------------------------------------------------------------
+# Grading
+
+
+class Nursery:
+    """The process that runs tests, each in a process of its own: nursery.py."""
+
+    def __enter__(self) -> Nursery:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+                       "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        for name in ("PYTEST_ADDOPTS", "HYPOTHESIS_PROFILE", "PYTHONPATH", "TRITON_INTERPRET"):
+            environment.pop(name, None)
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("nursery.py")], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env=environment)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def ask(self, **request):
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def run(self, folder: Path, tests: list[str], seconds: float) -> dict:
+        """{passed, failed: {case: message}, seconds}, in a copy of the folder that goes with it."""
+        with tempfile.TemporaryDirectory() as place:
+            copy = os.path.realpath(place)
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            return self.ask(folder=copy, tests=tests, seconds=seconds)
+
+
+def grade(assignment: Assignment, folder: Path, nursery: Nursery,
+          seconds: float = SECONDS) -> dict:
+    """{assignment, points, of, refused: sentences, tests: [{test, points, of, message, seconds}]}
+
+    refused: why there are no points at all.
+    """
+    if not folder.is_dir():
+        raise Mistake(f"{folder} is no folder")
+    bodies, refused = solution(assignment, folder, nursery)
+    tests = []
+    with tempfile.TemporaryDirectory() as place:
+        repository(Path(place))
+        carry(bodies, Path(place))
+        for test, of in assignment.points.items():
+            result = dict(passed=False, failed={test: "refused"}, seconds=0.0)
+            if not refused:
+                result = nursery.run(Path(place), [test], seconds)
+            message = next(iter(result["failed"].values()), "")
+            tests.append(dict(test=test, points=of if result["passed"] else 0, of=of,
+                              message=message, seconds=result["seconds"]))
+    points = sum(test["points"] for test in tests)
+    return dict(assignment=assignment.number, points=points, of=assignment.of, refused=refused,
+                tests=tests)
+
+
+def solution(assignment: Assignment, folder: Path,
+             nursery: Nursery) -> tuple[dict[str, str], list[str]]:
+    """({name: text} of the assigned functions in a folder, why they are refused)."""
+    bodies = {}
+    refused = []
+    for file, names in by_file(assignment.bodies).items():
+        try:
+            source = (folder / file).read_text()
+            tree_of(source)
+        except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            refused.append(f"{file} cannot be read: {' '.join(str(error).split())}")
+            continue
+        ours = (ROOT / file).read_text()
+        for name in names:
+            node = find(source, name)
+            if node is None or signature(node) != signature(find(ours, name)):
+                refused.append(f"{name} is missing, or has another signature than in the original")
+                continue
+            reader = Reader(name, node, ours, forbidden(assignment))
+            refused += reader.sentences
+            modules = [x for x in sorted(reader.dotted - MODULES)]
+            for dotted_name, is_module in zip(modules, nursery.ask(names=modules)):
+                if is_module:
+                    refused.append(f"{name} uses {dotted_name}, which no solution needs")
+            bodies[name] = text_of(source, name)
+    return bodies, list(dict.fromkeys(refused))
+
+
+def signature(node: Function) -> str:
+    return ast.dump(node.args) + str([ast.dump(decorator) for decorator in node.decorator_list])
+
+
+def carry(bodies: dict[str, str], folder: Path) -> None:
+    """Put bodies into a copy of the repository."""
+    for name, text in bodies.items():
+        path = folder / path_of(name)
+        path.write_text(with_body(path.read_text(), name, text))
+
+
+def told(result: dict) -> str:
+    lines = [f"{test['points']:3} of {test['of']:2}  {test['test']}" for test in result["tests"]]
+    for i, test in reversed(list(enumerate(result["tests"]))):
+        if test["points"] < test["of"] and not result["refused"]:
+            said = textwrap.indent(test["message"][:1000], " " * 12)
+            lines.insert(i + 1, said)
+    lines += [f"refused: {sentence}" for sentence in result["refused"]]
+    return "\n".join([*lines, f"{result['points']} of {result['of']} points"])
+
+
+if __name__ == "__main__":
+    main()

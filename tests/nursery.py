@@ -1,0 +1,195 @@
+"""Runs graded tests in processes of their own, for assignments.py.
+
+A solution is a stranger's code, so the grader does not import it. This process imports what takes
+seconds, torch above all, and forks for every test: a child is born with torch loaded, runs one test
+on a copy of the repository, and is gone. What it prints decides nothing. A test has passed if its
+process ended by itself, and wrote a secret at the end that was made for this one run.
+
+Talks in lines of JSON, over stdin and stdout. Needs fork: Linux or macOS.
+"""
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import secrets
+import select
+import signal
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+MEMORY = 16 * 2**30     # bytes of addresses that a test may ask for; not limited where a GPU is
+WRITTEN = 2**30         # bytes that a file may have
+REFUSED = {             # what no solution needs, by the names of Python's audit events
+    "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.posix_spawn", "os.system",
+    "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate", "shutil.rmtree",
+    "socket.bind", "socket.connect", "subprocess.Popen", "ctypes.dlopen",
+}
+CHANGES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir"}    # fine inside the test's own folder
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")     # children do not get to see it
+    os.dup2(2, 1)
+    import torch
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"    # before Triton is imported
+    for name in ("numpy.random", "hypothesis", "pytest", "PIL.ImageFont", "tqdm", "torch._dynamo",
+                 "torch.testing", "triton.compiler", "triton.language"):
+        try:
+            importlib.import_module(name)
+        except ImportError:     # of Triton, as on a Mac
+            pass
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "names" in request:
+            answer = [is_module(name) for name in request["names"]]
+        else:
+            answer = run_tests(**request, close=[0, answers.fileno()])
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def is_module(name: str) -> bool:
+    """Whether a dotted name, which may not exist, is that of a module."""
+    first, *rest = name.split(".")
+    value = importlib.import_module(first)
+    for part in rest:
+        value = getattr(value, part, None)
+    return isinstance(value, types.ModuleType)
+
+
+def run_tests(folder: str, tests: list[str], seconds: float, close: list[int]) -> dict:
+    """{passed, failed: {case: message}, seconds} of tests in a copy of the repository.
+
+    passed: whether all cases of all these tests did.
+    """
+    secret = secrets.token_hex(16)
+    read, write = os.pipe()
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            for descriptor in (*close, read):
+                os.close(descriptor)
+            report = in_the_child(folder, tests, seconds)
+            os.write(write, json.dumps([secret, report]).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    written = b"".join(until(read, began + seconds))
+    late = time.monotonic() > began + seconds
+    os.close(read)
+    try:
+        os.killpg(child, signal.SIGKILL)    # and whatever it started
+    except ProcessLookupError:              # it has not come as far as setsid
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    took = round(time.monotonic() - began, 2)
+    try:
+        told, (passed, failed) = json.loads(written)
+        if told == secret:
+            return dict(passed=passed, failed=failed, seconds=took)
+    except (ValueError, TypeError):     # nothing was written, or not by the harness
+        pass
+    message = f"took more than {seconds:.0f} s" if late else "ended before the test did"
+    return dict(passed=False, failed={test: message for test in tests}, seconds=took)
+
+
+def until(descriptor: int, deadline: float) -> Iterator[bytes]:
+    """What is written, until the other end is closed or time is up."""
+    while select.select([descriptor], [], [], max(0, deadline - time.monotonic()))[0]:
+        part = os.read(descriptor, 2**16)
+        if not part:
+            return
+        yield part
+
+
+def in_the_child(folder: str, tests: list[str], seconds: float) -> tuple[bool, dict[str, str]]:
+    """(whether every case passed, what the others said)."""
+    import pytest
+    import torch
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    os.chdir(folder)
+    tempfile.tempdir = f"{folder}/tmp"
+    os.mkdir(tempfile.tempdir)
+    torch.set_num_threads(1)
+    sys.path[:0] = [folder, f"{folder}/tests"]
+    sys.dont_write_bytecode = True
+    limit(seconds)
+    sys.addaudithook(guard(folder))
+    outcomes = Outcomes()
+    flags = ["-m", "", "-p", "no:cacheprovider", "--rootdir", folder, "--tb=short",
+             "--basetemp", f"{folder}/tmp/pytest"]
+    code = pytest.main([*tests, *flags], plugins=[outcomes])
+    passed = code == pytest.ExitCode.OK and not outcomes.failed
+    if not passed and not outcomes.failed:
+        outcomes.failed[tests[0]] = f"no test ran: pytest ended with {code!r}"
+    return passed and outcomes.passed > 0, outcomes.failed
+
+
+class Outcomes:
+    """A plugin of pytest: counts what passed, and keeps what the rest said."""
+
+    def __init__(self):
+        self.passed = 0
+        self.failed = {}
+
+    def pytest_sessionstart(self):
+        """To make a failing example smaller takes minutes, and points do not need it."""
+        from hypothesis import Phase, settings
+        settings.register_profile("graded", settings(), phases=[Phase.explicit, Phase.generate])
+        settings.load_profile("graded")
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            self.passed += 1
+        if not report.passed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.failed[report.nodeid] = (crash.message if crash else str(report.longrepr))[:2000]
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.failed[report.nodeid] = str(report.longrepr)[-2000:]
+
+
+def limit(seconds: float) -> None:
+    import torch
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN, WRITTEN))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
+    if not torch.version.cuda and sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def guard(folder: str):
+    """A second line of defence: should a solution reach the operating system, it is refused there.
+
+    Python asks an audit hook before it does any such thing, and a hook cannot be taken off.
+    """
+    def inside(path) -> bool:
+        path = os.path.realpath(os.fsdecode(path))
+        return path.startswith((folder + os.sep, "/dev/"))
+
+    def hook(event: str, arguments: tuple) -> None:
+        writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        refused = event in REFUSED
+        if event == "open" and not isinstance(arguments[0], int):
+            refused = arguments[2] & writes and not inside(arguments[0])
+        if event in CHANGES:
+            refused = not inside(arguments[0])
+        if refused:
+            raise PermissionError(f"{event} {arguments[:1]} is not for solutions")
+
+    return hook
+
+
+if __name__ == "__main__":
+    main()

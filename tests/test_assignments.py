@@ -1,0 +1,377 @@
+"""Assignments are cut from the source as it is, and grading cannot be fooled.
+
+    pytest tests/test_assignments.py -m long     all planted errors, and every assignment in full
+"""
+from __future__ import annotations
+
+import ast
+import json
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import assignments
+from assignments import ROOT, Nursery, carry, find, grade, path_of, repository, text_of
+from handouts import ASSIGNMENTS
+from mutations import PLANTED
+
+SECONDS = 300   # on a machine that does much else
+BODIES = {name: number for number, each in ASSIGNMENTS.items() for name in each.bodies}
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    with Nursery() as running:
+        yield running
+
+
+def source_of(name: str) -> str:
+    return (ROOT / path_of(name)).read_text()
+
+
+def text(name: str) -> str:
+    return text_of(source_of(name), name)
+
+
+def with_lines(name: str, body: str) -> str:
+    """A function of the source with another body."""
+    source = source_of(name)
+    node = find(source, name)
+    head = assignments.lines_of(source)[assignments.first_line(node) - 1:
+                                        assignments.body_lines(source, node)[0] - 1]
+    indent = " " * (node.col_offset + 4)
+    return "\n".join(head) + "\n" + textwrap.indent(textwrap.dedent(body).strip(), indent)
+
+
+def stubs(number: int) -> dict[str, str]:
+    return {name: text_of(assignments.without_body(source_of(name), name, "stub"), name)
+            for name in ASSIGNMENTS[number].bodies}
+
+
+def handed_in(folder: Path, bodies: dict[str, str]) -> Path:
+    repository(folder)
+    carry(bodies, folder)
+    return folder
+
+
+def graded(number: int, folder: Path, nursery: Nursery, bodies: dict[str, str]) -> dict:
+    return grade(ASSIGNMENTS[number], handed_in(folder, bodies), nursery, SECONDS)
+
+
+def first_failure(name: str, text: str, nursery: Nursery) -> str | None:
+    """The first graded test that a function costs its points, or None."""
+    with tempfile.TemporaryDirectory() as place:
+        handed_in(Path(place), {name: text})
+        for test in ASSIGNMENTS[BODIES[name]].points:
+            if not nursery.run(Path(place), [test], SECONDS)["passed"]:
+                return test
+    return None
+
+
+def mutants(name: str) -> list[str]:
+    original = text(name)
+    for old, _ in PLANTED[name]:
+        assert original.count(old) == 1, (name, old)
+    return [original.replace(old, new) for old, new in PLANTED[name]]
+
+
+# -------------------------------------------------------------------------------------------------
+# The list
+
+
+def test_every_function_and_every_test_is_there():
+    for each in ASSIGNMENTS.values():
+        for name in (*each.bodies, *each.give_aways):
+            assert find(source_of(name), name), name
+        for test in each.points:
+            file, _, function = test.partition("::")
+            assert find((ROOT / file).read_text(), f"x.{function.partition('[')[0]}"), test
+        assert not set(each.bodies) & set(each.give_aways)
+        assert all(before < 14 for before in each.after) and each.of >= 9
+
+
+def test_the_list_and_the_handouts_name_what_there_is(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["assignments.py"])
+    assignments.main()
+    printed = capsys.readouterr().out
+    for number, each in ASSIGNMENTS.items():
+        assert f"{number:3}  {each.of:6}" in printed
+        handout = assignments.handout(each)
+        for name in each.bodies:
+            node = find(source_of(name), name)
+            assert ast.get_docstring(node) is None or ast.get_docstring(node)[:30] in handout
+            assert f"def {node.name}(" in handout
+            last = ast.unparse(node.body[-1]).splitlines()[0]
+            assert last not in handout or len(last) < 12, last
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["grade", "3", "nowhere"], "nowhere is no folder"), (["cut", "3", "."], ". exists")])
+def test_mistakes_are_told_in_a_sentence(arguments, told, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["assignments.py", *arguments])
+    monkeypatch.setattr(Nursery, "__enter__", lambda self: self)
+    monkeypatch.setattr(Nursery, "__exit__", lambda *_: None)
+    with pytest.raises(SystemExit, match=f"error: {told}"):
+        assignments.main()
+
+
+# -------------------------------------------------------------------------------------------------
+# What a student gets
+
+
+@pytest.mark.parametrize("number", ASSIGNMENTS)
+def test_what_is_cut_is_gone_and_nothing_else_is(number, tmp_path):
+    each = ASSIGNMENTS[number]
+    assignments.cut(each, tmp_path / "cut")
+    files = {path.relative_to(tmp_path / "cut"): path.read_text(errors="replace")
+             for path in (tmp_path / "cut").rglob("*") if path.is_file()}
+    for name in (*each.bodies, *each.give_aways):
+        source = files[Path(path_of(name))]
+        node = find(source, name)
+        assert ast.dump(node.args) == ast.dump(find(source_of(name), name).args)
+        assert ast.get_docstring(node) == ast.get_docstring(find(source_of(name), name))
+        first, last = assignments.body_lines(source_of(name), find(source_of(name), name))
+        for line in assignments.lines_of(source_of(name))[first - 1:last]:
+            assert len(line.strip()) < 20 or line.strip() not in text_of(source, name)
+    assert not any(".git/" in str(path) or "mutations" in str(path) for path in files)
+    assert {"HANDOUT.md", "train.py", "tests"} <= {path.parts[0] for path in files}
+
+
+@pytest.mark.parametrize("number, tests", [
+    (1, ["test_tokenizer.py::test_gradients_pass_straight_through_to_the_encoder"]),
+    (4, ["test_tokenizer.py::test_decode_of_encode_is_the_quantizers_own_output"]),
+    (8, ["test_kernels.py::test_top_k_keeps_k_whatever_their_sign_and_their_ties[logits0-triton]"]),
+])
+def test_what_is_compiled_works(number, tests, nursery, tmp_path):
+    """In the student's folder: with the assigned bodies back, everything else is there."""
+    assignments.cut(ASSIGNMENTS[number], tmp_path / "cut")
+    carry({name: text(name) for name in ASSIGNMENTS[number].bodies}, tmp_path / "cut")
+    result = nursery.run(tmp_path / "cut", [f"tests/{test}" for test in tests], SECONDS)
+    assert result["passed"], result
+
+
+# -------------------------------------------------------------------------------------------------
+# Grading
+
+
+def check_full_points(number: int, nursery: Nursery, folder: Path) -> None:
+    result = graded(number, folder, nursery, {})
+    assert not result["refused"]
+    assert [test["test"] for test in result["tests"] if test["points"] < test["of"]] == []
+    assert result["points"] == result["of"] == ASSIGNMENTS[number].of
+
+
+def test_the_source_gets_full_points(nursery, tmp_path, monkeypatch):
+    check_full_points(2, nursery, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", ASSIGNMENTS)
+def test_the_source_gets_full_points_in_every_assignment(number, nursery, tmp_path):
+    check_full_points(number, nursery, tmp_path)
+
+
+@pytest.mark.parametrize("number", ASSIGNMENTS)
+def test_the_source_breaks_no_rule(number, nursery, tmp_path):
+    assert assignments.solution(ASSIGNMENTS[number], ROOT, nursery)[1] == []
+
+
+@pytest.mark.parametrize("number", ASSIGNMENTS)
+def test_the_stub_fails_every_graded_test(number, nursery, tmp_path):
+    """All in one process, which takes a tenth of the time."""
+    handed_in(tmp_path, stubs(number))
+    failed = nursery.run(tmp_path, [*ASSIGNMENTS[number].points], SECONDS)["failed"]
+    for test in ASSIGNMENTS[number].points:
+        said = [message for case, message in failed.items() if case.startswith(test)]
+        assert any("stub" in message for message in said), (test, failed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", ASSIGNMENTS)
+def test_the_stub_gets_nothing(number, nursery, tmp_path):
+    assignments.cut(ASSIGNMENTS[number], tmp_path / "cut")
+    result = grade(ASSIGNMENTS[number], tmp_path / "cut", nursery, SECONDS)
+    assert result["points"] == 0 and not result["refused"]
+    for test in result["tests"]:
+        assert test["points"] == 0 and f"assignment {number}" in test["message"], test
+
+
+# -------------------------------------------------------------------------------------------------
+# Forging: no points, and no harm
+
+
+FORGED = {   # a body of `teacher_inputs` -> what is said of it
+    'print("1 passed")\nimport os\nos._exit(0)': "imports",
+    "raise SystemExit(0)": "uses SystemExit",
+    "raise KeyboardInterrupt": "uses KeyboardInterrupt",
+    "exit(0)": "uses exit",
+    'exec("x = 1")': "uses exec",
+    'open("tests/conftest.py", "w").write("")': "uses open",
+    'getattr(torch, "o" + "s").remove("x")': "uses getattr",
+    "torch.os.remove('x')": "uses .os",
+    "torch.serialization.pathlib.Path('tests').unlink()": "uses torch.serialization,",
+    "torch.utils.data.dataset": "uses torch.utils,",
+    "np.lib.npyio.os.unlink('x')": "uses .os",
+    "hashlib.sys.exit(0)": "uses .sys",
+    "t = torch\nt.testing.assert_close = lambda *a, **k: None": "hands torch around",
+    "torch.testing.assert_close = lambda *a, **k: None": "changes torch.testing.assert_close",
+    "torch.equal = lambda *a: True": "changes torch.equal",
+    "Tensor.allclose = lambda *a: True": "changes Tensor.allclose",
+    "def patch(self):\n    self.allclose = print\npatch(Tensor)": "gives self another meaning",
+    "T = torch.Tensor\nT.shape = (2, 29, 4)": "changes T.shape",
+    "for torch.equal in [print]:\n    pass": "changes torch.equal",
+    "Quantizer.read = Quantizer.empty": "changes Quantizer.read",
+    "().__class__.__base__.__subclasses__()": "double underscore",
+    "self.read.__globals__['os']": "double underscore",
+    "'{0.__class__}'.format(self)": "a text with a double underscore",
+    "(x for x in ()).gi_frame.f_back": "uses .gi_frame",
+    "class Liar:\n    pass\nreturn Liar()": "defines a class",
+    "match self:\n    case object(shape=x):\n        pass": "uses `match`",
+    "global PHI_STRENGTH\nPHI_STRENGTH = 0": "uses `global`",
+    "return self.decode(tokens_BL)": "uses decode, which this assignment forbids",
+    "torch.save(self, 'x')": "uses .save",
+    "self._forward_hooks": "uses ._forward_hooks",
+    "breakpoint()": "uses breakpoint",
+    "torch = self": "torch",
+}
+
+
+def test_forgeries_are_refused(nursery, tmp_path):
+    name = "tokenizer.Quantizer.teacher_inputs"
+    repository(tmp_path)
+    for body, said in FORGED.items():
+        carry({name: with_lines(name, body + "\nreturn torch.zeros(1)")}, tmp_path)
+        result = grade(ASSIGNMENTS[4], tmp_path, nursery)
+        assert result["points"] == 0 and said in " ".join(result["refused"]), (body, result)
+
+
+@pytest.mark.parametrize("number, name, body, said", [
+    (9, "kernels.adaln_forward", "adaln_torch(x_BLW, scale_B1W, shift_B1W)", "adaln_torch"),
+    (5, "kernels.block_attention_torch",
+     "return block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale)",
+     "block_attention_triton"),
+    (8, "kernels.sample_tokens_torch",
+     "return sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)",
+     "sample_tokens_triton"),
+    (9, "kernels.normalise", "return F.layer_norm(x_W, (W,)), 1.0", "F"),
+    (10, "kernels.nearest_code_kernel", "x_NC.start.handle.data", "handle"),
+    (11, "kernels.attention_forward", "torch.softmax(q_BHLD, 0)", "torch"),
+    (13, "sample.fill_holes", "Path('x').unlink()", "Path"),
+    (13, "sample.fill_holes", "os.remove('x')", "os"),
+])
+def test_the_twin_and_other_libraries_are_refused(number, name, body, said, nursery, tmp_path):
+    result = graded(number, tmp_path, nursery, {name: with_lines(name, body)})
+    assert result["points"] == 0
+    assert any(f"{name} uses {said}" in x or f".{said}" in x for x in result["refused"]), result
+
+
+def test_another_signature_and_a_file_that_is_none_are_refused(nursery, tmp_path):
+    name = "tokenizer.Quantizer.teacher_inputs"
+    other = text(name).replace("tokens_BL: Tensor", "tokens_BL: Tensor, more=print(1)")
+    result = graded(4, tmp_path, nursery, {name: other})
+    assert result["points"] == 0 and "another signature" in result["refused"][0]
+    for content in (b"def (", b"\xff\xfe", b"x = 1"):
+        (tmp_path / "tokenizer.py").write_bytes(content)
+        result = grade(ASSIGNMENTS[4], tmp_path, nursery)
+        assert result["points"] == 0 and len(result["refused"]) == 1
+
+
+def test_only_the_bodies_travel(nursery, tmp_path):
+    """Tests that always pass and a conftest that ends the process stay where they are."""
+    handed_in(tmp_path, stubs(4))
+    for path in (tmp_path / "tests").glob("test_*.py"):
+        path.write_text("def test_psnr(): pass\n")
+    (tmp_path / "tests" / "conftest.py").write_text("import os; os._exit(0)\n")
+    (tmp_path / "sitecustomize.py").write_text("import os; os._exit(0)\n")
+    with (tmp_path / "tokenizer.py").open("a") as file:
+        file.write("\nimport os\nos._exit(0)\n")
+    result = grade(ASSIGNMENTS[4], tmp_path, nursery)
+    assert result["points"] == 0 and not result["refused"]
+    assert all("stub" in test["message"] for test in result["tests"])
+
+
+LET_THROUGH = {   # what would happen should a rule have a hole: a body, and what the test is told
+    "print('1 passed')\nimport os\nos._exit(0)": "ended before the test did",
+    "import sys\nsys.exit(0)": "SystemExit",
+    "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)": "os.kill",
+    "import pathlib\npathlib.Path('ROOT/LICENSE').unlink()": "os.remove",
+    "import shutil\nshutil.rmtree('ROOT/tests')": "shutil.rmtree",
+    "open('ROOT/LICENSE', 'w')": "open",
+    "import subprocess\nsubprocess.run(['true'])": "subprocess.Popen",
+    "import os\nos.write(1, b'[null, [true, \"\"]]')\nos.closerange(3, 50)\nos._exit(0)": "ended before",
+    "return torch.zeros(10**12)": "memory",
+}
+
+
+def test_what_rules_might_let_through_gets_no_points_and_does_no_harm(nursery, tmp_path):
+    """Straight to the process that runs tests, past all rules."""
+    name = "tokenizer.Quantizer.teacher_inputs"
+    before = {path: path.read_bytes() for path in ROOT.glob("*.py")}
+    for i, (body, said) in enumerate(LET_THROUGH.items()):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        body = body.replace("ROOT", str(ROOT))
+        handed_in(folder, {name: with_lines(name, body)})
+        result = nursery.run(folder, [next(iter(ASSIGNMENTS[4].points))], SECONDS)
+        assert not result["passed"] and said in str(result["failed"]), (body, result)
+    assert {path: path.read_bytes() for path in ROOT.glob("*.py")} == before
+    assert (ROOT / "LICENSE").stat().st_size > 0
+
+
+def test_a_loop_without_end_is_stopped(nursery, tmp_path):
+    name = "tokenizer.Quantizer.teacher_inputs"
+    each = ASSIGNMENTS[4]
+    handed_in(tmp_path, {name: with_lines(name, "while True:\n    pass")})
+    assert assignments.solution(each, tmp_path, nursery)[1] == []
+    result = nursery.run(tmp_path, [next(iter(each.points))], 3)
+    assert not result["passed"] and "took more than 3 s" in str(result["failed"])
+
+
+def test_points_are_told_and_written(nursery, tmp_path, capsys, monkeypatch):
+    """A solution with one error, from the command line."""
+    name = "tokenizer.Quantizer.teacher_inputs"
+    handed_in(tmp_path, {name: mutants(name)[0]})
+    monkeypatch.setattr(sys, "argv", ["assignments.py", "grade", "4", str(tmp_path)])
+    monkeypatch.setattr(Nursery, "__enter__", lambda self: nursery)
+    monkeypatch.setattr(Nursery, "__exit__", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        assignments.main()
+    result = json.loads((tmp_path / "grade-4.json").read_text())
+    printed = capsys.readouterr().out
+    assert ended.value.code and 0 <= result["points"] < result["of"] == 10
+    assert printed.endswith(f"{result['points']} of 10 points\n")
+    for test in result["tests"]:
+        assert f"{test['points']:3} of {test['of']:2}  {test['test']}" in printed
+        assert bool(test["message"]) == (test["points"] < test["of"])
+
+
+# -------------------------------------------------------------------------------------------------
+# Planted errors
+
+
+HANDFUL = ["tokenizer.Quantizer.forward", "var.Known.tokens"]
+
+
+def test_errors_are_planted_in_every_function():
+    assert PLANTED.keys() == BODIES.keys()
+    for name, planted in PLANTED.items():
+        assert len({new for _, new in planted}) >= 5, name
+        for mutant in mutants(name):
+            assert ast.dump(ast.parse(textwrap.dedent(mutant))) != \
+                ast.dump(ast.parse(textwrap.dedent(text(name)))), name
+
+
+@pytest.mark.parametrize("name", HANDFUL)
+def test_some_planted_errors_cost_points(name, nursery):
+    for mutant in mutants(name)[:2]:
+        assert first_failure(name, mutant, nursery)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", PLANTED)
+def test_every_planted_error_costs_points(name, nursery):
+    for (_, new), mutant in zip(PLANTED[name], mutants(name)):
+        assert first_failure(name, mutant, nursery), new

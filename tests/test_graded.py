@@ -1,0 +1,247 @@
+"""What the assignments promise and no other test holds a solution to: small cases, worked out."""
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+import sample
+import tokenizer as tokenizers
+from kernels import KeyRanges
+from test_tokenizer import quantizer, tokenizer
+from test_var import Recorder, config, known_left, lively
+from var import VAR, LayerCache
+
+# -------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+@torch.no_grad()
+def test_the_running_sum_is_computed_in_fp32_under_autocast():
+    made = quantizer().float()
+    tokens_Bl = torch.randint(8, (3, 4))
+    f_hat_BCSS = torch.randn(3, 2, 4, 4)
+    expected = made.accumulate(f_hat_BCSS, tokens_Bl, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made.accumulate(f_hat_BCSS, tokens_Bl, 1), expected)
+
+
+@torch.no_grad()
+def test_areas_that_overlap_are_averaged_row_by_row():
+    """3 areas of 4 places: 0-1, 1-2 and 2-3 along each side."""
+    made = tokenizer()
+    f_BCSS = torch.arange(16.0).view(1, 1, 4, 4).expand(1, 4, 4, 4)
+    expected = [2.5, 3.5, 4.5, 6.5, 7.5, 8.5, 10.5, 11.5, 12.5]
+    torch.testing.assert_close(made.quantizer.read(f_BCSS, 2)[0, :, 0], torch.tensor(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scales, L", [((1, 2, 4), 1), ((1, 2, 4), 5), ((1, 3, 4), 10)])
+def test_the_first_maps_alone_are_decoded(scales, L):
+    made = quantizer(scales=scales)
+    tokens_BL = torch.randint(8, (2, L))
+    f_hat_BCSS = made.empty(2)
+    for k, tokens_Bl in enumerate(made.split(tokens_BL)):
+        f_hat_BCSS = made.accumulate(f_hat_BCSS, tokens_Bl, k)
+    assert torch.equal(made.decode(tokens_BL), f_hat_BCSS)
+
+
+@torch.no_grad()
+def test_neighbouring_scales_share_a_phi():
+    made = quantizer(scales=(1, 2, 3, 4), phis=2)
+    for k, used in enumerate((0, 0, 1, 1)):
+        tokens_Bl = torch.randint(8, (2, (k + 1)**2))
+        before = made.accumulate(made.empty(2), tokens_Bl, k)
+        made.phis[1 - used].weight.normal_()
+        assert torch.equal(made.accumulate(made.empty(2), tokens_Bl, k), before)
+        made.phis[used].weight.normal_()
+        assert not torch.equal(made.accumulate(made.empty(2), tokens_Bl, k), before)
+
+
+@torch.no_grad()
+def test_the_first_codes_are_of_any_images():
+    made = quantizer(vocabulary=30)
+    made.start_from(torch.arange(100.0).double().view(100, 1, 1, 1).expand(100, 2, 4, 4))
+    assert len(made.codebook_VC[:10, 0].unique()) > 5
+    assert made.codebook_VC[:10, 0].max() > 50
+
+
+def test_the_hits_and_residuals_of_all_processes_count(monkeypatch):
+    """As if there were a second process in which everything is twice as much."""
+    made = quantizer()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda hits_V: hits_V.mul_(3))
+    made.new_hits_V = torch.arange(8)
+    made.remember()
+    torch.testing.assert_close(made.hits_V, 0.99 + 0.03 * torch.arange(8.0, dtype=torch.float64))
+    gathered = []
+    monkeypatch.setattr(tokenizers, "over_processes", lambda x: gathered.append(x) or x + 100)
+    made.residuals = [torch.ones(2, s * s, 2, dtype=torch.float64) for s in made.scales]
+    made.hits_V[:] = torch.tensor([1.0] * 2 + [0.0] * 6)
+    optimizer = torch.optim.AdamW(made.parameters())
+    moments = {name: torch.ones(8, 2) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[made.codebook_VC] = moments
+    assert made.revive(optimizer) == 6
+    assert len(gathered) == 3 and made.codebook_VC[2:].eq(101).all()
+
+
+# -------------------------------------------------------------------------------------------------
+# Key ranges
+
+
+@pytest.mark.parametrize("last_scales, first, last", [
+    (None, [0] * 14, [1] + [5] * 4 + [14] * 9),
+    (1, [0] + [1] * 4 + [5] * 9, [1] + [5] * 4 + [14] * 9),
+    (2, [0] * 5 + [1] * 9, [1] + [5] * 4 + [14] * 9),
+    (3, [0] * 14, [1] + [5] * 4 + [14] * 9),
+    (7, [0] * 14, [1] + [5] * 4 + [14] * 9),
+])
+def test_the_table_of_scales(last_scales, first, last):
+    ranges = KeyRanges.from_scales((1, 2, 3), last_scales)
+    assert (list(ranges.first), list(ranges.last)) == (first, last)
+
+
+@pytest.mark.parametrize("last_scales", [0, -1])
+def test_a_token_sees_its_own_scale_at_least(last_scales):
+    with pytest.raises(ValueError, match=f"last_scales is {last_scales}"):
+        KeyRanges.from_scales((1, 2), last_scales)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in a tensor that is made."""
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last_scales, numbers", [(None, 256 * 641), (1, 256 * 256)])
+def test_long_runs_of_queries_need_no_mask(last_scales, numbers):
+    """Nothing as large as queries times keys, and the same numbers as with a mask."""
+    ranges = KeyRanges.from_scales((1, 8, 8, 16, 16), last_scales)
+    q, k, v = torch.randn(3, 1, 1, len(ranges), 16)
+    with Largest() as largest:
+        o = kernels.block_attention_torch(q, k, v, ranges, 0.3)
+    assert largest.numel <= numbers
+    scores = (0.3 * q @ k.mT).masked_fill(~ranges.dense(), -torch.inf)
+    torch.testing.assert_close(o, scores.softmax(dim=-1) @ v)
+
+
+# -------------------------------------------------------------------------------------------------
+# The transformer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared_adaln", [False, True])
+def test_what_the_class_does_to_each_layer(shared_adaln):
+    torch.manual_seed(0)
+    model = lively(VAR(config(shared_adaln=shared_adaln)))
+    class_BW = torch.randn(3, 32)
+    c_BW = class_BW * torch.sigmoid(class_BW)
+    layers, head_B2W = model.modulations(class_BW)
+    for block, modulation_B6W in zip(model.blocks, layers, strict=True):
+        if shared_adaln:
+            expected = model.shared_modulation(c_BW).view(3, 6, 32) + block.modulation_offset_6W
+        else:
+            expected = block.modulation(c_BW).view(3, 6, 32)
+        torch.testing.assert_close(modulation_B6W, expected)
+    torch.testing.assert_close(head_B2W, model.head_modulation(c_BW).view(3, 2, 32))
+
+
+def test_a_cache_takes_its_room_once_and_gives_what_is_there():
+    cache = LayerCache(14)
+    k_BHLD, v_BHLD = torch.randn(2, 2, 3, 14, 8)
+    places = set()
+    for begin, end in ((0, 1), (1, 5), (5, 14)):
+        room = cache.room(torch.empty(2, end - begin, 3 * 3 * 8), heads=3)
+        room[0].copy_(k_BHLD[:, :, begin:end])
+        room[1].copy_(v_BHLD[:, :, begin:end])
+        seen = cache.so_far()
+        assert torch.equal(seen[0], k_BHLD[:, :, :end]) and torch.equal(seen[1], v_BHLD[:, :, :end])
+        places.add((seen[0].data_ptr(), seen[1].data_ptr()))
+    assert len(places) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cfg, rows", [(0.0, 2), (1.0, 4)])
+def test_no_guidance_does_not_pay_for_it(cfg, rows):
+    model = lively(VAR(config()))
+    model.__class__, model.passes = Recorder, []
+    model.generate(tokenizer(), torch.tensor([0, 1]), cfg=cfg)
+    assert [len(logits_BlV) for logits_BlV in model.passes] == [rows] * 4
+
+
+@torch.no_grad()
+def test_tokens_that_are_known_are_read_by_the_next_scale():
+    """What was drawn is forgotten: the logits are those of teaching on the tokens returned."""
+    made = tokenizer()
+    model = lively(VAR(config()))
+    model.__class__, model.passes = Recorder, []
+    labels_B = torch.tensor([0, 2])
+    tokens_BL = model.generate(made, labels_B, cfg=0.0, known=known_left(made, 2))
+    expected = model(labels_B, made.teacher_inputs(tokens_BL))
+    torch.testing.assert_close(torch.cat(model.passes, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_draws_follow_their_own_generator_and_the_distribution():
+    model = VAR(config(scales=(1,)))
+    logits_BlV = torch.tensor([0.0, 1.0, 2.0]).expand(1, 3000, 3)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(drawn))
+        generator = torch.Generator().manual_seed(seed)
+        drawn.append(model.draw(logits_BlV, 0, 0.0, 0, 1.0, generator)[0])
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    shares = drawn[0].bincount(minlength=3) / 3000
+    torch.testing.assert_close(shares, logits_BlV[0, 0].softmax(0), rtol=0, atol=0.04)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drawing_changes_nothing_that_it_was_given(dtype):
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.rand(2, 3, 9, generator=generator).add(0.1).to(dtype) for _ in range(3)]
+    before = [tensor.clone() for tensor in given]
+    kernels.sample_tokens_torch(given[0], given[1], 1.5, 3, 0.7, given[2])
+    assert all(map(torch.equal, given, before))
+
+
+# -------------------------------------------------------------------------------------------------
+# In-painting
+
+
+def test_a_hole_is_filled_from_its_border():
+    """Ring by ring, each place with the average of its neighbours that are known by then."""
+    images = torch.arange(25.0).view(1, 1, 5, 5) + 1
+    known_HW = torch.ones(5, 5)
+    known_HW[1:4, 1:4] = 0
+    filled = sample.fill_holes(images, known_HW)[0, 0]
+    pixels = images[0, 0]
+    assert torch.equal(filled[known_HW > 0], pixels[known_HW > 0])
+    corner = (pixels[0, :3].sum() + pixels[1:3, 0].sum()) / 5
+    edge = pixels[0, 1:4].mean()
+    torch.testing.assert_close([filled[1, 1], filled[1, 2]], [corner, edge])
+    ring = torch.cat([filled[1, 1:4], filled[3, 1:4], filled[2, 1:4:2]])
+    torch.testing.assert_close(filled[2, 2], ring.mean())
+
+
+def test_filling_reads_nothing_in_the_hole_and_reaches_its_middle():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 16, 16) + 1
+    known_HW = torch.zeros(16, 16)
+    known_HW[:, :2] = 1
+    filled = sample.fill_holes(images, known_HW)
+    assert filled.min() >= 1 and filled.max() <= 2
+    assert torch.equal(filled[..., :2], images[..., :2])
+    other = torch.where(known_HW > 0, images, -7.0)
+    assert torch.equal(sample.fill_holes(other, known_HW), filled)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_all_or_nothing_known_ends(share):
+    images = torch.ones(1, 3, 4, 4)
+    assert torch.equal(sample.fill_holes(images, torch.full((4, 4), share)), share * images)
