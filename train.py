@@ -1293,7 +1293,7 @@ class Preset:
     blocks: int = option(1, COUNT, "residual blocks per resolution")
     phis: int = option(4, COUNT, "distinct phi convolutions")
     norm_groups: int = option(2, COUNT, "groups of the tokenizer's group norms")
-    tokenizer_steps: int = option(850, COUNT, "training steps of the tokenizer")
+    tokenizer_steps: int = option(1000, COUNT, "training steps of the tokenizer")
     tokenizer_batch: int = option(8, COUNT, "images per step of the tokenizer")
     tokenizer_lr: float = option(1.5e-3, RATE, "peak learning rate of the tokenizer")
     unquantized: float = option(
@@ -1317,7 +1317,7 @@ class Preset:
         0.0, BELOW_1, "stochastic depth of the last layer; the first has none")
     last_scales: int | None = option(
         None, COUNT, "how many scales a token sees, its own among them; if not given, all so far")
-    var_steps: int = option(1100, COUNT, "training steps of the transformer")
+    var_steps: int = option(1500, COUNT, "training steps of the transformer")
     var_batch: int = option(32, COUNT, "images per step of the transformer")
     var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     muon: bool = option(
