@@ -45,7 +45,7 @@ from var import VAR, Known, VARConfig
 
 # Guidance and filters that trade variety for clean shapes. (The published demonstration has cfg 4,
 # top_k 900, top_p 0.95; its FID is measured at cfg 1.5.)
-FILTERS = {"cfg": 3.0, "top_k": 900, "top_p": 0.5}
+FILTERS = {"cfg": 2.0, "top_k": 900, "top_p": 0.6}
 NO_FILTERS = {"cfg": 0.0, "top_k": 0, "top_p": 1.0}   # the model's own distribution
 TASKS = ("inpaint", "outpaint", "edit", "upscale", "reconstruct")
 

@@ -1357,7 +1357,7 @@ class Preset:
         0.0, BELOW_1, "stochastic depth of the last layer; the first has none")
     last_scales: int | None = option(
         None, COUNT, "how many scales a token sees, its own among them; if not given, all so far")
-    var_steps: int = option(1500, COUNT, "training steps of the transformer")
+    var_steps: int = option(2000, COUNT, "training steps of the transformer")
     var_batch: int = option(32, COUNT, "images per step of the transformer")
     var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     muon: bool = option(
