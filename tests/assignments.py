@@ -204,8 +204,9 @@ def cut(assignment: Assignment, folder: Path) -> None:
         left_out[module] = code_of(source, names)
         for name in names:
             source = without_body(source, name, "in compiled.bin")
-        source += f'\n\nimport compiled  # noqa: E402\ncompiled.restore("{module}", globals())\n'
-        (folder / file).write_text(source)
+        restore = f'import compiled  # noqa: E402\ncompiled.restore("{module}", globals())\n'
+        before, main, after = source.partition('\n\nif __name__ == "__main__":')
+        (folder / file).write_text(f"{before}\n\n{restore}{main}{after}")
     for name in assignment.bodies:
         path = folder / path_of(name)
         path.write_text(without_body(path.read_text(), name, f"assignment {assignment.number}"))
@@ -238,7 +239,7 @@ def nested(code: types.CodeType) -> Iterator[tuple[str, types.CodeType]]:
 
 
 def handout(assignment: Assignment) -> str:
-    builds = "".join(f", builds on {before}" for before in assignment.after)
+    builds = ", builds on " * bool(assignment.after) + " and ".join(map(str, assignment.after))
     parts = [
         f"# Assignment {assignment.number}: {assignment.title}",
         f"{assignment.of} points, about {assignment.hours} hours{builds}.",
