@@ -5,13 +5,14 @@
     python sample.py --progress                      what the image looks like after each scale
     python sample.py --task inpaint --image data:3 data:5 --box 0.5 0 1 1 --seeds 0 1 2
     python sample.py --codes data:3                  an image's token maps, and what each adds
+    python sample.py --evaluate 1000                 how good the images are, in figures
     python sample.py --npz 50000 samples.npz         for the field's evaluation programs
     python sample.py --tokenizer vae_ch160v4096z32.pth --var var_d16.pth --classes 207 980
 
 train.py writes a run's folder, out/shapes for one; a published pair of checkpoints does as well.
 Read `main`, then `Run`, then `complete`: in-painting, out-painting, editing and upscaling are one
-mechanism. Below them is what train.py uses, too: pictures, files that are whole or not there,
-images from files, devices and processes, and how a program ends.
+mechanism; `Quality` says what the figures mean. Below them is what train.py uses, too: pictures,
+files that are whole or not there, images from files, devices and processes, how a program ends.
 """
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ import signal
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
@@ -45,6 +46,7 @@ from var import VAR, Known, VARConfig
 # Guidance and filters that trade variety for clean shapes. (The published demonstration has cfg 4,
 # top_k 900, top_p 0.95; its FID is measured at cfg 1.5.)
 FILTERS = {"cfg": 4.0, "top_k": 900, "top_p": 0.75}
+NO_FILTERS = {"cfg": 0.0, "top_k": 0, "top_p": 1.0}   # the model's own distribution
 TASKS = ("inpaint", "outpaint", "edit", "upscale", "reconstruct")
 
 
@@ -56,6 +58,9 @@ def main() -> None:
     options = parse()
     settle_device(options)
     run = load(options)
+    if options.evaluate:
+        say_evaluation(evaluate(run, options.evaluate, options.seeds), run)
+        return
     if options.reference:
         save_npz(options.reference, run.held_out_images().permute(0, 2, 3, 1).numpy())
     if options.npz:
@@ -188,15 +193,23 @@ def load(options: argparse.Namespace) -> Run:
         if tokenizer.fingerprint() != known:
             raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
                             f"{tokenizer_path}")
-        held_out = load_held_out(var_path.parent)
+        held_out = load_held_out(run_folder(options))
     ours = tokenizer.config
     for name in ("scales", "vocabulary", "code_channels"):
-        found, expected = getattr(ours, name), getattr(model.config, name)
+        found = getattr(ours, name)
+        expected = getattr(model.config, name)
         if found != expected:
             raise UserError(f"{var_path} expects {name.replace('_', ' ')} {expected}, and "
                             f"{tokenizer_path} has {found}")
     device = options.device
-    return Run(tokenizer.to(device), model.eval().to(device), classes, held_out, options)
+    tokenizer = tokenizer.to(device)
+    model = model.to(device).eval()
+    return Run(tokenizer, model, classes, held_out, options)
+
+
+def run_folder(options: argparse.Namespace) -> Path:
+    """Where the images are that belong to the transformer."""
+    return options.var.parent if options.var else options.run
 
 
 def class_indices(names: list[str] | None, classes: list[str]) -> list[int]:
@@ -222,8 +235,10 @@ def draw_samples(run: Run) -> Image.Image:
     if options.gif:
         save_film(options.gif, [grid_of_classes(names, images) for images in frames_KN])
     if options.progress:
-        rows = zip(labels, *frames_KN)
-        return grid([(run.classes[label], np.stack(frames)) for label, *frames in rows])
+        rows = []
+        for label, *frames in zip(labels, *frames_KN):
+            rows.append((run.classes[label], frames))
+        return grid(rows)
     return grid_of_classes(names, frames_KN[-1])
 
 
@@ -293,12 +308,14 @@ def complete(run: Run, given: Given) -> Image.Image:
     options = run.options
     config = run.tokenizer.config
     if options.task == "upscale":
-        small = F.interpolate(given.images, size=small_sides(run), mode="area")
-        filled = F.interpolate(small, size=given.images.shape[2:], mode="bicubic").clamp(-1, 1)
+        side = small_side(run)
+        small = F.interpolate(given.images, size=(side, side), mode="area")
+        large = F.interpolate(small, size=given.images.shape[2:], mode="bicubic")
+        filled = large.clamp(-1, 1)
         shown = filled
         known_HW = torch.ones(given.images.shape[2:])
-        sides = [s * config.downsampling for s in config.scales]
-        scales = max(1, sum(side <= small.shape[-1] for side in sides))
+        sides = [s * config.downsampling for s in config.scales]   # that a scale stands for
+        scales = max(1, sum(s <= side for s in sides))
     else:
         known_HW = known_pixels(run)
         shown = given.images * known_HW
@@ -311,13 +328,15 @@ def complete(run: Run, given: Given) -> Image.Image:
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
 
     def known(rows: range) -> Known:
-        own_tokens_BL = tokens_NL[rows].to(options.device) if options.open_loop else None
+        latent_BCSS = latent_NCSS[rows].to(options.device)
         where_B1SS = where_11SS.expand(len(rows), -1, -1, -1).to(options.device)
-        return Known(latent_NCSS[rows].to(options.device), where_B1SS, scales, own_tokens_BL)
+        own_tokens_BL = tokens_NL[rows].to(options.device) if options.open_loop else None
+        return Known(latent_BCSS, where_B1SS, scales, own_tokens_BL)
 
     results = []
+    labels = [label] * len(given.images)
     for seed in options.seeds:
-        result = run.decode(run.generate([label] * len(given.images), seed, known))
+        result = run.decode(run.generate(labels, seed, known))
         if options.paste:
             result = torch.where(known_HW > 0, given.images, result)
         results.append(result)
@@ -327,13 +346,13 @@ def complete(run: Run, given: Given) -> Image.Image:
     return grid(list(zip(given.names, np.stack(columns, axis=1))))
 
 
-def small_sides(run: Run) -> tuple[int, int]:
-    """Sides of the small images that upscaling starts from."""
+def small_side(run: Run) -> int:
+    """Of the small images that upscaling starts from."""
     side = run.tokenizer.config.image_side
     small = run.options.small or side // 2
     if small >= side:
         raise UserError(f"--small {small} must be less than the side of the images, {side}")
-    return small, small
+    return small
 
 
 def known_pixels(run: Run) -> Tensor:
@@ -404,7 +423,9 @@ def draw_codes(run: Run, given: Given) -> Image.Image:
     """
     quantizer = run.tokenizer.quantizer
     scales = run.tokenizer.config.scales
-    f_NCSS, tokens_NL = (x.to(run.options.device) for x in run.encode(given.images))
+    f_NCSS, tokens_NL = run.encode(given.images)
+    f_NCSS = f_NCSS.to(run.options.device)
+    tokens_NL = tokens_NL.to(run.options.device)
     colours_V3 = code_colours(run.tokenizer)
     left = []
     maps = []
@@ -427,21 +448,26 @@ def draw_codes(run: Run, given: Given) -> Image.Image:
 def draw_teaching(run: Run, given: Given) -> Image.Image:
     """Teacher forcing: what the transformer reads for each scale, above what it has to predict."""
     tokenizer = run.tokenizer
-    scales = tokenizer.config.scales
-    tokens_1L = run.encode(given.images[:1])[1].to(run.options.device)
+    quantizer = tokenizer.quantizer
+    _, tokens_1L = run.encode(given.images[:1])
+    tokens_1L = tokens_1L.to(run.options.device)
     size_1L = tokenizer.teacher_inputs(tokens_1L).norm(dim=-1)
-    read = heat(size_1L)[0].split([s * s for s in scales[1:]])
-    inputs = [x.view(s, s, 3).numpy() for x, s in zip(read, scales[1:])]
-    the_class = np.full((1, 1, 3), 128, np.uint8)
-    targets = tokenizer.quantizer.split(tokens_1L.cpu())
-    colours_V3 = code_colours(tokenizer)
-    maps = [colours_V3[x].view(s, s, 3).numpy() for x, s in zip(targets, scales)]
-    return grid([("reads (first: the class)", [the_class, *inputs]), ("has to predict", maps)])
+    size_1L = F.pad(size_1L, (1, 0), value=size_1L.max())   # the first scale reads the class
+    shades_1L3 = heat(size_1L)
+    colours_1L3 = code_colours(tokenizer)[tokens_1L.cpu()]
+    inputs = []
+    targets = []
+    for s, read, predicted in zip(
+            quantizer.scales, quantizer.split(shades_1L3), quantizer.split(colours_1L3)):
+        inputs.append(read.view(s, s, 3).numpy())
+        targets.append(predicted.view(s, s, 3).numpy())
+    return grid([("reads (first: the class)", inputs), ("has to predict", targets)])
 
 
 def heat(x: Tensor) -> Tensor:
     """Sizes as shades of grey, black for none: bytes [..., 3]."""
-    shade = (255 * x / x.amax().clamp(min=1e-6)).byte().cpu()
+    largest = x.amax().clamp(min=1e-6)
+    shade = (255 * x / largest).byte().cpu()
     return shade[..., None].expand(*shade.shape, 3)
 
 
@@ -472,9 +498,12 @@ def draw_attention(run: Run, given: Given):
     if label is None:
         label = model.config.classes
     labels_B = torch.tensor([label], device=run.options.device)
-    tokens_1L = run.encode(given.images[:1])[1].to(run.options.device)
-    layers = attention_of(model, labels_B, run.tokenizer.teacher_inputs(tokens_1L), query)
-    chosen = np.linspace(0, len(layers) - 1, min(8, len(layers))).round().astype(int)
+    _, tokens_1L = run.encode(given.images[:1])
+    inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.options.device))
+    layers = attention_of(model, labels_B, inputs, query)
+    chosen = range(len(layers))
+    if len(layers) > 8:
+        chosen = np.linspace(0, len(layers) - 1, 8).round().astype(int)
 
     plt = pyplot()
     figure, axes = plt.subplots(
@@ -513,10 +542,393 @@ def attention_of(model: VAR, labels_B: Tensor, inputs: Tensor, query: int) -> li
     layers = []
     for block, x_BLW in zip(model.blocks, seen):
         q_BHLD, k_BHLD, _, scale = block.attention.project(x_BLW)
-        scores_HL = scale * (k_BHLD[0] @ q_BHLD[0, :, query, :, None]).squeeze(-1)
-        weights_HL = scores_HL.float().masked_fill(~visible_L, -torch.inf).softmax(dim=-1)
+        q_HD1 = q_BHLD[0, :, query, :, None]
+        scores_HL = scale * (k_BHLD[0] @ q_HD1).squeeze(-1).float()
+        weights_HL = scores_HL.masked_fill(~visible_L, -torch.inf).softmax(dim=-1)
         layers.append(weights_HL.mean(dim=0).cpu())
     return layers
+
+
+# --------------------------------------------------------------------------------------------------
+# How good are the images?
+#
+# No image is the right answer to "draw a star", so a figure of quality compares sets of images: here
+# generated ones with held-out ones, of the same classes. What is compared is not pixels but what a
+# small classifier, trained on the run's own images, makes of them: the class it takes an image for,
+# and its features, the numbers from which it concludes the class.
+#
+# How far apart two sets seem depends on how many images they hold. So all comparisons are between
+# equally many, and the held-out images are compared with themselves, one half with the other: no
+# images are nearer to the real ones than other real ones are.
+
+
+@dataclass
+class Quality:
+    """What is measured of a set of images.
+
+    recognised   share that the classifier takes for the class they should be of
+    per_class    the same of each class's images, by its name
+    frechet      Fréchet distance of the features to those of held-out images: how far two clouds of
+                 points lie apart, in place and in spread. Every feature has variance 1 over the
+                 training images, so 1 is a cloud shifted by one standard deviation of one feature.
+    precision    share of the images whose features lie among those of held-out images: fidelity
+    recall       share of held-out images whose features lie among those of the images: variety.
+                 Guidance and filters buy precision with recall.
+    detail       power of high spatial frequencies, as a share of the held-out images': 1 is as
+                 much fine detail as they have, less is blur
+    """
+    recognised: float
+    per_class: dict[str, float]
+    frechet: float
+    precision: float
+    recall: float
+    detail: float
+
+
+@dataclass
+class Evaluation:
+    accuracy: float               # share of all held-out images that the classifier recognises
+    held_out: Quality             # of one half of the held-out images against the other: a ceiling
+    reconstructions: Quality      # of the held-out images, against themselves
+    psnr: float                   # of the reconstructions, in dB
+    nats_per_image: float         # -log p(tokens | class) of the held-out images: exact, and
+    nats_per_token: float         # without guidance
+    generated: list[Quality]      # for each seed, with the guidance and the filters of the run
+    unfiltered: list[Quality]     # for each seed, without any
+
+
+def evaluate(run: Run, count: int, seeds: Sequence[int]) -> Evaluation:
+    """Judge `count` held-out images, their reconstructions and, for each seed, generated images:
+    one for each held-out image, of its class, with the guidance and the filters of run.options.
+
+    count: even. Raises UserError where there are fewer held-out images, and for images with NaN.
+    """
+    originals, labels = evaluated_images(run, count)
+    judge = Judge(kept_classifier(run), originals, run.classes)
+    accuracy = judge.accuracy(run.held_out)
+    other_half = torch.arange(count) ^ 1   # neighbours swapped
+    tokens_NL = run.encode(originals)[1]
+    reconstructions = run.decode(tokens_NL)
+    mse = (reconstructions - originals).square().mean().item()
+    nats = -run.log_likelihood(tokens_NL, labels.tolist()).mean().item()
+
+    def generated(run: Run) -> list[Quality]:
+        qualities = []
+        for seed in seeds:
+            images = run.decode(run.generate(labels.tolist(), seed))
+            qualities.append(judge(images, labels))
+        return qualities
+
+    without = argparse.Namespace(**{**vars(run.options), **NO_FILTERS})
+    return Evaluation(
+        accuracy=accuracy,
+        held_out=judge(originals[other_half], labels[other_half]),
+        reconstructions=judge(reconstructions, labels),
+        psnr=psnr(mse),
+        nats_per_image=nats,
+        nats_per_token=nats / tokens_NL.shape[1],
+        generated=generated(run),
+        unfiltered=generated(replace(run, options=without)),
+    )
+
+
+def evaluated_images(run: Run, count: int) -> tuple[Tensor, Tensor]:
+    """`count` held-out images, drawn at random and in the order of their labels, and these.
+
+    So the even and the odd rows are two halves that hold the same classes.
+    """
+    total = len(run.held_out_images())
+    if count > total:
+        raise UserError(f"--evaluate {count}: there are {total} held-out images")
+    order_N = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    images, labels_N = run.held_out[order_N[:count]]
+    by_label_N = labels_N.argsort(stable=True)
+    return to_float(images[by_label_N]), labels_N[by_label_N]
+
+
+class Judge:
+    """Measures the quality of images against held-out ones, `originals`.
+
+    Even rows are compared with even rows and odd ones with odd ones; the figure is the mean.
+    """
+
+    def __init__(self, classifier: Classifier, originals: Tensor, classes: list[str]):
+        self.classifier = classifier
+        self.classes = classes
+        self.features_ND = classifier.look(originals)[0]
+        self.power = fine_power(originals)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Quality:
+        """images: in the originals' order, [N, channels, side, side]; labels: [N]."""
+        if not images.isfinite().all():
+            raise UserError("the images to judge hold numbers that are not finite: the model that "
+                            "made them is broken")
+        features_ND, taken_for_N = self.classifier.look(images)
+        hit_N = (taken_for_N == labels).double()
+        distances = []
+        precisions = []
+        recalls = []
+        for half in (np.s_[0::2], np.s_[1::2]):
+            made_ND = features_ND[half]
+            real_ND = self.features_ND[half]
+            distances.append(frechet_distance(made_ND, real_ND))
+            precision, recall = precision_recall(made_ND, real_ND)
+            precisions.append(precision)
+            recalls.append(recall)
+        return Quality(
+            recognised=hit_N.mean().item(),
+            per_class={self.classes[label]: hit_N[labels == label].mean().item()
+                       for label in labels.unique().tolist()},
+            frechet=float(np.mean(distances)),
+            precision=float(np.mean(precisions)),
+            recall=float(np.mean(recalls)),
+            detail=fine_power(images) / self.power,
+        )
+
+    def accuracy(self, held_out: TensorDataset) -> float:
+        """Share of images that are recognised."""
+        images, labels_N = held_out.tensors
+        hits = 0
+        for rows in batches(len(labels_N), 1000):
+            taken_for_N = self.classifier.look(to_float(images[rows]))[1]
+            hits += (taken_for_N == labels_N[rows]).sum().item()
+        return hits / len(labels_N)
+
+
+def frechet_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
+    """Squared Fréchet distance of two sets of vectors, each taken for a Gaussian (1706.08500).
+
+        |mean_a - mean_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2))        S: the covariances
+
+    It is the least mean squared distance at which one cloud can be moved onto the other. S_a S_b is
+    not symmetric, but has the eigenvalues of R S_b R, which is, with R^2 = S_a; and the trace of a
+    root is the sum of the roots of the eigenvalues.
+    """
+    between_D = a_ND.mean(axis=0) - b_MD.mean(axis=0)
+    a_DD = np.cov(a_ND, rowvar=False)
+    b_DD = np.cov(b_MD, rowvar=False)
+    values_D, vectors_DD = np.linalg.eigh(a_DD)
+    root_DD = vectors_DD * np.sqrt(values_D.clip(0)) @ vectors_DD.T   # rounding may leave -1e-17
+    shared_D = np.linalg.eigvalsh(root_DD @ b_DD @ root_DD).clip(0)
+    spread = np.trace(a_DD) + np.trace(b_DD) - 2 * np.sqrt(shared_D).sum()
+    return float(between_D @ between_D + spread)
+
+
+NEIGHBOURS = 3   # as in the paper
+
+
+def precision_recall(made_ND: np.ndarray, real_MD: np.ndarray) -> tuple[float, float]:
+    """Of the vectors made, the share among the real ones, and the reverse (1904.06991, Eq. 1).
+
+    A vector is among those of a set if it is as near to any of them as that one's third neighbour
+    in the set is.
+    """
+    between_NM = distances(made_ND, real_MD)
+    reach_N = np.sort(distances(made_ND, made_ND), axis=1)[:, NEIGHBOURS]   # 0 is the vector itself
+    reach_M = np.sort(distances(real_MD, real_MD), axis=1)[:, NEIGHBOURS]
+    precision = (between_NM <= reach_M).any(axis=1).mean()
+    recall = (between_NM.T <= reach_N).any(axis=1).mean()
+    return float(precision), float(recall)
+
+
+def distances(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
+    """Squared, [N, M]. A vector at a time: exactly 0 from a vector to itself."""
+    return np.stack([np.square(b_MD - a_D).sum(axis=1) for a_D in a_ND])
+
+
+def fine_power(images: Tensor) -> float:
+    """Mean power of spatial frequencies above a quarter of a cycle per pixel, half of the highest.
+
+    The images fade to grey at the border. Else the Fourier transform, for which the left border
+    is next to the right one, would find an edge there.
+    """
+    side = images.shape[-1]
+    cycles = torch.fft.fftfreq(side)
+    fine_HW = torch.hypot(cycles[:, None], cycles) > 0.25
+    fade = torch.hann_window(side, periodic=False)
+    fade_HW = fade[:, None] * fade
+    total = 0.0
+    for rows in batches(len(images), at_a_time(side)):
+        centred = images[rows] - images[rows].mean(dim=(2, 3), keepdim=True)
+        spectrum = torch.fft.fft2(centred * fade_HW)
+        total += spectrum.abs().square()[..., fine_HW].sum(dtype=torch.float64).item()
+    return total / images.numel()
+
+
+def say_evaluation(found: Evaluation, run: Run) -> None:
+    """Print it as two tables, of means and, where there are several seeds, of their spread."""
+    options = run.options
+    asked = f"cfg {options.cfg:g}, top-k {options.top_k}, top-p {options.top_p:g}"
+    sets = {
+        "held-out, half against half": [found.held_out],
+        "reconstructions": [found.reconstructions],
+        f"generated, {asked}": found.generated,
+        "generated, no guidance, no filters": found.unfiltered,
+    }
+    count = options.evaluate
+    print(f"{count} images of each kind; the classifier recognises {found.accuracy:.1%} of all "
+          f"held-out images")
+    width = max(map(len, sets))
+    heads = ("recognised", "Fréchet", "precision", "recall", "fine detail")
+    print(" " * width + "".join(f"{head:>16}" for head in heads))
+    for name, qualities in sets.items():
+        columns = [
+            in_words([100 * x.recognised for x in qualities], 1, " %"),
+            in_words([x.frechet for x in qualities], 2),
+            in_words([100 * x.precision for x in qualities], 1, " %"),
+            in_words([100 * x.recall for x in qualities], 1, " %"),
+            in_words([x.detail for x in qualities], 2),
+        ]
+        print(f"{name:{width}}" + "".join(f"{column:>16}" for column in columns))
+    print(f"PSNR of the reconstructions {found.psnr:.2f} dB; held-out images take "
+          f"{found.nats_per_image:.2f} nats each, {found.nats_per_token:.3f} per token")
+    say_classes(list(sets.values()))
+    if len(options.seeds) > 1:
+        print(f"± is the standard deviation over the seeds {' '.join(map(str, options.seeds))}")
+    print("This Fréchet distance is not FID: its features are those of the run's own classifier, so "
+          "it\ncompares images of this run alone. For FID and its kin, written for the field's "
+          "programs:\n    python sample.py --npz 50000 samples.npz --reference reference.npz")
+
+
+def say_classes(sets: list[list[Quality]]) -> None:
+    """The share recognised of each class: of those twenty that are recognised least, when they are
+    generated."""
+    names = list(sets[0][0].per_class)
+    names.sort(key=lambda name: shares_of(sets[2], name).mean())
+    print(f"recognised: {'':{max(map(len, names))}}  held-out  reconstructed  generated  unfiltered")
+    for name in names[:20]:
+        means = [shares_of(qualities, name).mean() for qualities in sets]
+        held_out, reconstructed, generated, unfiltered = (f"{mean:.1%}" for mean in means)
+        print(f"  {name:{10 + max(map(len, names))}}{held_out:>10}{reconstructed:>15}"
+              f"{generated:>11}{unfiltered:>12}")
+
+
+def shares_of(qualities: list[Quality], name: str) -> np.ndarray:
+    return np.array([quality.per_class[name] for quality in qualities])
+
+
+def in_words(values: list[float], digits: int, unit: str = "") -> str:
+    """Their mean and, if they are several, their standard deviation."""
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean + unit
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}{unit}"
+
+
+# The classifier. It is small, since it has to be trained within half a minute on two cores.
+
+JUDGED_SIDE = 64              # larger images are averaged down to this side before it sees them
+CLASSIFIER_IMAGES = 20_000    # train.py keeps at most so many images of this side for its training
+CLASSIFIER_STEPS = 800
+CLASSIFIER_BATCH = 64
+
+
+class Classifier(nn.Module):
+    """Four convolutions, each but the first halving the side; the last one's map is averaged over
+    places and normalised: these are the features. A linear layer makes logits of them."""
+
+    def __init__(self, channels: int, side: int, classes: int):
+        """side: of the images before they are averaged down."""
+        super().__init__()
+        widths = (channels, 32, 64, 128, 128)
+        strides = (1 if side <= JUDGED_SIDE // 2 else 2, 2, 2, 2)
+        self.levels = nn.ModuleList()
+        for width_in, width, stride in zip(widths, widths[1:], strides):
+            self.levels.append(nn.Sequential(
+                nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU()))
+        self.normalise = nn.BatchNorm1d(widths[-1], affine=False)   # to mean 0 and variance 1
+        self.head = nn.Linear(widths[-1], classes)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """What every level makes of images [B, channels, side, side], of any side."""
+        maps = []
+        for level in self.levels:
+            images = level(images)
+            maps.append(images)
+        return maps
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, D]."""
+        last_BDss = self.maps(averaged_down(images))[-1]
+        return self.normalise(last_BDss.mean(dim=(2, 3)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes]."""
+        return self.head(self.features(images))
+
+    @torch.no_grad()
+    def look(self, images: Tensor) -> tuple[np.ndarray, Tensor]:
+        """Features, float64 [N, D], and the classes [N] that images on the CPU are taken for."""
+        device = self.head.weight.device
+        features = []
+        taken_for = []
+        for rows in batches(len(images), at_a_time(images.shape[-1])):
+            features_BD = self.features(images[rows].to(device))
+            features.append(features_BD.double().cpu())
+            taken_for.append(self.head(features_BD).argmax(dim=1).cpu())
+        return torch.cat(features).numpy(), torch.cat(taken_for)
+
+
+def averaged_down(images: Tensor) -> Tensor:
+    """Float images as the classifier sees them: their side is JUDGED_SIDE at most."""
+    if images.shape[-1] <= JUDGED_SIDE:
+        return images
+    return F.interpolate(images, size=(JUDGED_SIDE, JUDGED_SIDE), mode="area")
+
+
+def train_classifier(
+    images: Tensor, labels: Tensor, shape: dict[str, int], seed: int, device: torch.device
+) -> Classifier:
+    """A trained one. images: bytes [N, channels, side, side]; shape: what `Classifier` takes."""
+    torch.manual_seed(seed)
+    classifier = Classifier(**shape).to(device)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, CLASSIFIER_STEPS)
+    for _ in tqdm(range(CLASSIFIER_STEPS), desc="classifier", unit="step"):
+        rows = torch.randint(len(images), (CLASSIFIER_BATCH,))
+        logits = classifier(to_float(images[rows].to(device)))
+        loss = F.cross_entropy(logits, labels[rows].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return classifier.eval().requires_grad_(False)
+
+
+def kept_classifier(run: Run) -> Classifier:
+    """The classifier in a run's folder; at first, and when the run has other images than it was
+    trained on, one is trained on the images that train.py kept.
+
+    Raises UserError where there are none, and for a single class, of which nothing can be learned.
+    """
+    classes = len(run.classes)
+    if classes == 1:
+        raise UserError("--evaluate judges by a classifier, and with one class there is nothing to "
+                        "learn for it")
+    folder = run_folder(run.options)
+    device = run.options.device
+    images_path = folder / "train_images.pt"
+    content = load_checkpoint(images_path, "set of training images")
+    with blaming(images_path):
+        images = content["images"]
+        labels = content["labels"]
+        data_set = content["data_set"]
+        shape = {"channels": images.shape[1], "side": content["side"], "classes": classes}
+    path = folder / "classifier.pt"
+    if path.exists():
+        kept = load_checkpoint(path, "classifier")
+        with blaming(path):
+            if kept["data_set"] == data_set:
+                classifier = Classifier(**kept["shape"])
+                classifier.load_state_dict(kept["model"])
+                return classifier.eval().requires_grad_(False).to(device)
+        print(f"{path} was trained on other images: another is trained")
+    classifier = train_classifier(images, labels, shape, 0, device)
+    save_checkpoint(path, "classifier", shape=shape, model=classifier.state_dict(),
+                    data_set=data_set)
+    return classifier
 
 
 # --------------------------------------------------------------------------------------------------
@@ -544,7 +956,10 @@ def draw_many(run: Run, count: int) -> np.ndarray:
             own_likelihood_N = likelihood_N.masked_fill(~own_N, -torch.inf)
             best.append(own_likelihood_N.topk(wanted[label]).indices)
         tokens_NL = tokens_NL[torch.cat(best)]
-    return np.concatenate([to_bytes(run.decode(tokens_NL[rows])) for rows in batches(count, 1000)])
+    images = []
+    for rows in batches(count, 1000):
+        images.append(to_bytes(run.decode(tokens_NL[rows])))
+    return np.concatenate(images)
 
 
 def save_npz(path: Path, images: np.ndarray) -> None:
@@ -608,7 +1023,8 @@ def grid(
 
 def grid_of_classes(names: list[str], images: np.ndarray) -> Image.Image:
     """A row per class of images that are sorted by class, as many of each."""
-    return grid(list(zip(names, images.reshape(len(names), -1, *images.shape[1:]))))
+    rows = np.split(images, len(names))
+    return grid(list(zip(names, rows)))
 
 
 def grid_of_pairs(originals: Tensor, results: Tensor) -> Image.Image:
@@ -622,17 +1038,28 @@ def grid_of_pairs(originals: Tensor, results: Tensor) -> Image.Image:
 
 
 def draw_curves(log: list[dict], scales: tuple[int, ...]):
-    """Both losses, and the transformer's loss and accuracy per scale, against the step."""
-    figure, axes = pyplot().subplots(2, 2, figsize=(11, 7), layout="constrained")
+    """Both losses, and the transformer's loss and accuracy per scale, against the step; and how the
+    discriminator does, if there is one."""
+    adversary = any("balance" in line for line in log)
+    columns = 3 if adversary else 2
+    figure, axes = pyplot().subplots(
+        2, columns, figsize=(5.5 * columns, 7), layout="constrained")
 
     def curve(axis, stage: str, split: str, value: Callable[[dict], float], label: str) -> None:
         lines = [line for line in log if line["stage"] == stage and line["split"] == split]
         axis.plot([line["step"] for line in lines], [value(line) for line in lines],
                   label=label, marker="." if split == "held_out" else None)
 
-    for name in ("mse", "codebook"):
-        curve(axes[0, 0], "tokenizer", "train", lambda line: line[name], name)
+    for name in ("mse", "codebook", "perceptual"):
+        if any(name in line for line in log):
+            curve(axes[0, 0], "tokenizer", "train", lambda line: line.get(name, math.nan), name)
     axes[0, 0].set(title="tokenizer: training losses", yscale="log")
+    if adversary:
+        for name in ("discriminator", "discriminator_right"):
+            curve(axes[0, 2], "tokenizer", "train", lambda line: line.get(name, math.nan), name)
+        axes[0, 2].set(title="discriminator: loss, share of patches right")
+        curve(axes[1, 2], "tokenizer", "train", lambda line: line.get("balance", math.nan), "weight")
+        axes[1, 2].set(title="weight of the adversarial loss", yscale="log")
     for split in ("train", "held_out"):
         curve(axes[0, 1], "var", split, lambda line: line["loss"], split.replace("_", "-"))
     axes[0, 1].set(title="transformer: loss (nats per token)")
@@ -788,7 +1215,8 @@ def read_image(path: Path, side: int, channels: int) -> np.ndarray:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):   # 16 bits of grey, which Pillow would clip at 255
-                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+                high = np.asarray(image) // 256
+                image = Image.fromarray(high.clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:   # what lies under it was never meant to be seen
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -806,7 +1234,8 @@ def to_float(images: Tensor) -> Tensor:
 
 def to_bytes(images: Tensor) -> np.ndarray:
     """[-1, 1] to bytes [N, side, side, channels], on the CPU."""
-    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    pixels = (images.float() + 1) * 127.5
+    pixels = pixels.round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -870,7 +1299,9 @@ def join_processes(device: torch.device) -> None:
 
 def rank_and_ranks() -> tuple[int, int]:
     """This process's number, and how many there are; 0 and 1 without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def say(text: str) -> None:
@@ -911,7 +1342,9 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {}
+        for s in (signal.SIGINT, signal.SIGTERM):
+            self.before[s] = signal.signal(s, self.ask)
         return self
 
     def ask(self, *_) -> None:
@@ -1029,7 +1462,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--mask", type=Path, metavar="FILE",
         help="an image instead of a box: what is white in it is generated, in outpaint, too")
     add("--seeds", nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
-        help="one result for each")
+        help="one result for each; with --evaluate, one set of generated images for each")
     add("--small", type=number(int, 1), metavar="SIDE",
         help="upscale: side of the small images; if not given, half of the run's")
     add("--paste", action="store_true", help="put the known pixels over the result at the end")
@@ -1045,6 +1478,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="attention: which cell, if not the middle")
 
     add = parser.add_argument_group("for evaluation").add_argument
+    add("--evaluate", type=number(int, 8), metavar="N",
+        help="print how good N images are, an even number: generated ones for each of --seeds, "
+             "reconstructions, and held-out ones")
     add("--npz", nargs=2, metavar=("N", "FILE"),
         help="write N samples, balanced over the classes, as ADM's evaluation reads them")
     add("--reference", type=Path, metavar="FILE",
@@ -1058,14 +1494,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together."""
-    modes = ("task", "codes", "teaching", "attention", "npz")
+    modes = ("task", "codes", "teaching", "attention", "npz", "evaluate")
     asked = [f"--{name}" for name in modes if getattr(options, name)]
     if len(asked) > 1:
         raise UserError(f"one thing at a time: {' or '.join(asked)}")
-    if options.npz and not (options.npz[0].isdecimal() and int(options.npz[0]) > 0):
+    if options.npz and (not options.npz[0].isdecimal() or int(options.npz[0]) == 0):
         raise UserError(f"--npz {options.npz[0]} must be a number of images, 1 or more, and a file")
     if options.rejection < 1 and not options.npz:
         raise UserError("--rejection is for --npz")
+    if options.evaluate and options.evaluate % 2:
+        raise UserError(f"--evaluate {options.evaluate} must be even: two halves are compared")
+    if options.evaluate and options.classes:
+        raise UserError("--evaluate is about all classes and takes no --classes")
     if options.npz and options.classes:
         raise UserError("--npz is balanced over all classes and takes no --classes")
     for path in (options.out, options.gif, options.reference, options.npz and Path(options.npz[1])):

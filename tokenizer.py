@@ -462,6 +462,100 @@ class Decoder(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
+# Losses that keep detail
+#
+# Where the latent does not tell what a patch of grass looks like in detail, the least squared error
+# is that of the average of all it could be: a blur. Two other losses ask for detail, if not for the
+# same. A perceptual distance compares what a network that knows images makes of the original and of
+# the reconstruction, edges and textures, and not pixel with pixel. And a discriminator, trained at
+# the same time, tells originals from reconstructions; the tokenizer is rewarded where it fails to.
+
+
+def perceptual_distance(maps_x: list[Tensor], maps_y: list[Tensor]) -> Tensor:
+    """How differently a network sees two batches of images (1801.03924, Eq. 1, all weights 1).
+
+        sum over levels of the mean over places of |x / |x| - y / |y||^2     (over channels)
+
+    maps: what each level makes of them, [B, channels, H, W].
+    """
+    total = 0.0
+    for x_BCHW, y_BCHW in zip(maps_x, maps_y):
+        difference_BCHW = unit(x_BCHW) - unit(y_BCHW)                       # [B, C, H, W]
+        total = total + difference_BCHW.square().sum(dim=1).mean()
+    return total
+
+
+def unit(x_BCHW: Tensor) -> Tensor:
+    """Every place's channels as a vector of length 1; near 0 where there is next to nothing."""
+    x_BCHW = x_BCHW.float()
+    return x_BCHW * (x_BCHW.square().sum(dim=1, keepdim=True) + 1e-6).rsqrt()
+
+
+class Discriminator(nn.Module):
+    """Which patches are of an original? PatchGAN (1611.07004): a logit for each of many overlapping
+    patches, 38 pixels wide, above 0 for an original. Texture can be judged by so much, and the
+    rest of the image is for the other losses."""
+
+    def __init__(self, image_channels: int, width: int):
+        super().__init__()
+        widths = (image_channels, width, 2 * width, 4 * width)
+        layers = []
+        for i, (width_in, width_out) in enumerate(zip(widths, widths[1:])):
+            layers.append(nn.Conv2d(width_in, width_out, 4, stride=2, padding=1))
+            if i > 0:
+                layers.append(nn.GroupNorm(1, width_out))   # no image sees another
+            layers.append(nn.LeakyReLU(0.2))
+        self.layers = nn.Sequential(*layers)
+        self.conv_out = nn.Conv2d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.layers(images)             # [B, 4 width, side / 8, side / 8]
+        return self.conv_out(x).float()     # [B, 1, side / 8, side / 8]
+
+    def loss(self, originals: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
+        """Its own loss, which leaves the tokenizer alone, and the share of patches it has right.
+
+            1/2 [max(0, 1 - D(x)) + max(0, 1 + D(y))]       the hinge: what is right by 1 is right
+        """
+        for_x = self(originals)
+        for_y = self(reconstructions.detach())
+        loss = (F.relu(1 - for_x).mean() + F.relu(1 + for_y).mean()) / 2
+        right = ((for_x > 0).float().mean() + (for_y <= 0).float().mean()) / 2
+        return loss, right
+
+    def reward(self, reconstructions: Tensor) -> Tensor:
+        """The tokenizer's adversarial loss, -D(y). It leaves the discriminator alone."""
+        self.requires_grad_(False)
+        loss = -self(reconstructions).mean()
+        self.requires_grad_(True)
+        return loss
+
+
+def balance(likeness: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """What to multiply the adversarial loss with, so that it pulls as much as the others do at the
+    decoder's last layer (VQGAN, 2012.09841, Eq. 7). A tensor: nobody waits for its value.
+
+        |gradient of likeness| / (|gradient of adversarial| + 1e-6)
+
+    A discriminator that is sure has small gradients: 10,000 is the most. Several processes take
+    the gradients of all their images; parts of a step each take their own.
+    """
+    norms = []
+    for loss in (likeness, adversarial):
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        norms.append(average_over_processes(gradient).norm())
+    return (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
+
+
+def average_over_processes(x: Tensor) -> Tensor:
+    """In place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+# -------------------------------------------------------------------------------------------------
 # The tokenizer
 
 

@@ -9,6 +9,7 @@ A run is a folder. It ends up holding
 
     tokenizer.pt  var.pt     weights, and what they are of: configuration, data, classes
     held_out.pt              images that training does not see, for measuring and for sample.py
+    train_images.pt          some that it sees, for the classifier by which sample.py judges
     tokens.pt                all images as tokens, for the next training in this folder
     images-*.bin             a folder's images, decoded once
     log.jsonl                one line per few steps, and what was measured on held-out images
@@ -51,15 +52,15 @@ from tqdm import tqdm
 
 from kernels import forward_flops, peak_flops
 from sample import (
-    FILTERS, IMAGE_ENDINGS, SEED, Interrupt, Log, Parser, Run, Stopped, UserError, at_a_time,
-    batches, blaming, draw_curves, grid_of_classes, grid_of_pairs, in_short, join_processes,
-    load_checkpoint, load_tokenizer, mean_over_processes, number, own_part, rank_and_ranks,
-    read_image, read_log, run_program, save_checkpoint, save_picture, say, settle_device, to_bytes,
-    to_float,
+    CLASSIFIER_IMAGES, FILTERS, IMAGE_ENDINGS, SEED, Classifier, Interrupt, Log, Parser, Run,
+    Stopped, UserError, at_a_time, averaged_down, batches, blaming, draw_curves, grid_of_classes,
+    grid_of_pairs, in_short, join_processes, load_checkpoint, load_tokenizer, mean_over_processes,
+    number, own_part, rank_and_ranks, read_image, read_log, run_program, save_checkpoint,
+    save_picture, say, settle_device, to_bytes, to_float, train_classifier,
 )
 from tokenizer import (
-    PUBLISHED_SCALES, Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig,
-    psnr,
+    PUBLISHED_SCALES, Decoder, Discriminator, Encoder, PixelAttention, ResidualBlock, Tokenizer,
+    TokenizerConfig, average_over_processes, balance, perceptual_distance, psnr,
 )
 from var import VAR, Block, VARConfig, adamw_and_muon
 
@@ -80,6 +81,9 @@ def main() -> None:
     if rank_and_ranks()[0] == 0:
         curves = draw_curves(read_log(options.out / "log.jsonl"), tokenizer.config.scales)
         save_picture(options.out / "curves.png", curves)
+        images, labels = some_images(data, options)
+        save_checkpoint(options.out / "train_images.pt", "set of training images", images=images,
+                        labels=labels, side=options.preset.image_size, data_set=data.key)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -109,8 +113,12 @@ class Stage:
     def __init__(
         self, model: nn.Module, optimizers: list[torch.optim.Optimizer], rows: Dataset, steps: int,
         batch: int, ema: float, recipe: dict, data: Data, options: argparse.Namespace,
+        helpers: dict[str, nn.Module] | None = None,
     ):
         """rows: what `loss` gets its tensors from. recipe: what of the flags shapes the training.
+
+        helpers: what `loss` needs beside the model, and nobody once the training is over. They are
+        part of a checkpoint; those that have gradients are trained, by one of the optimizers.
 
         ema: what is kept in the end is not the last weights but a running average of them, which
         blurs out the noise of single steps: average = ema average + (1 - ema) weights. 0: the last.
@@ -129,6 +137,7 @@ class Stage:
         if dist.is_initialized():
             self.replica = nn.parallel.DistributedDataParallel(
                 model, find_unused_parameters=self.spares, gradient_as_bucket_view=True)
+        self.helpers = nn.ModuleDict(helpers or {})
         self.peaks = [[group["lr"] for group in each.param_groups] for each in optimizers]
         self.peak_flops = peak_flops(options.device) if options.precision == "bf16" else None
         if self.peak_flops:
@@ -140,6 +149,9 @@ class Stage:
         self.step = 0
         self.saved = 0
 
+    def begin(self) -> None:
+        """What a training that does not go on from a checkpoint does first."""
+
     def before_step(self) -> None:
         """What changes the model before a step."""
 
@@ -149,7 +161,9 @@ class Stage:
     def run(self) -> nn.Module:
         """Train to the last step, from the checkpoint if asked to; returns the average."""
         options = self.options
-        if options.resume and self.path.exists() and self.resume():
+        if not (options.resume and self.path.exists()):
+            self.begin()
+        elif self.resume():
             say(f"{self.path} is finished")
             return self.average
         if rank_and_ranks()[0] == 0:
@@ -197,6 +211,8 @@ class Stage:
         self.model.train()
         loss, to_log = self.gradients(tensors)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if len(self.helpers):
+            norm = norm + nn.utils.clip_grad_norm_(self.helpers.parameters(), 1.0)
         preset = self.options.preset
         rate = learning_rate(self.step, self.steps, preset.warmup, preset.final_lr)
         for optimizer, peaks in zip(self.optimizers, self.peaks):
@@ -215,6 +231,7 @@ class Stage:
         """The gradients of this process's rows, in --grad-accumulation parts; their mean loss, and
         what the last part logs."""
         self.model.zero_grad()
+        self.helpers.zero_grad()
         parts = self.options.grad_accumulation
         total = torch.zeros((), device=self.options.device)
         for i, part in enumerate(zip(*(tensor.chunk(parts) for tensor in tensors))):
@@ -226,6 +243,9 @@ class Stage:
                     loss, to_log = self.loss(*part)
                 (loss / parts).backward()
             total += loss.detach() / parts
+        for parameter in self.helpers.parameters():
+            if parameter.grad is not None:
+                average_over_processes(parameter.grad)
         return total, to_log
 
     @torch.no_grad()
@@ -291,6 +311,7 @@ class Stage:
                 content["training"] = {
                     "step": self.step,
                     "model": self.model.state_dict(),
+                    "helpers": self.helpers.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 }
             save_checkpoint(self.path, self.kind, **content)
@@ -310,6 +331,7 @@ class Stage:
                 return True
             training = content["training"]
             self.model.load_state_dict(training["model"])
+            self.helpers.load_state_dict(training["helpers"])
             for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             self.step = training["step"]
@@ -403,7 +425,8 @@ def change_parts(model: nn.Module, options: argparse.Namespace) -> None:
 
 
 class TokenizerStage(Stage):
-    """At first encoder and decoder train alone; then codes are taken from real residuals."""
+    """At first encoder and decoder train alone; then codes are taken from real residuals; and in
+    presets for larger images, a discriminator comes in."""
     name = "tokenizer"
     kind = "tokenizer"
     spares = True   # no codes at first
@@ -411,17 +434,49 @@ class TokenizerStage(Stage):
     def __init__(self, data: Data, options: argparse.Namespace):
         preset = options.preset
         self.quantized_from = int(preset.unquantized * preset.tokenizer_steps)
+        self.look = None   # the perceptual distance
+        self.adversarial_from = int(preset.adversarial_from * preset.tokenizer_steps)
         self.images = to_float(data.held_out.tensors[0][spread(data.held_out, 2000)])
         torch.manual_seed(options.seed)
         model = Tokenizer(preset.tokenizer_config(data.channels)).to(options.device)
         layers = nn.ModuleList([model.encoder, model.decoder])
         optimizers = adamw_and_muon(
             model, layers, preset.tokenizer_lr, 0.0, preset.muon, options.dtype)
-        names = ("tokenizer_steps", "tokenizer_batch", "muon", "unquantized", "final_lr", "warmup")
-        recipe = {name: getattr(preset, name) for name in names}
+        helpers = {}
+        if preset.adversarial_weight:
+            discriminator = Discriminator(data.channels, preset.discriminator_width)
+            helpers["discriminator"] = discriminator.to(options.device)
+            # A short memory, as usual: its opponent changes all the time.
+            optimizers.append(torch.optim.AdamW(
+                discriminator.parameters(), preset.tokenizer_lr, betas=(0.5, 0.9), weight_decay=0.0,
+                fused=True))
+        recipe = {name: getattr(preset, name) for name in TOKENIZER_RECIPE}
+        if preset.perceptual_weight and options.perceptual:
+            lpips = load_lpips(options.perceptual).to(options.device)
+            self.look = lambda x, y: lpips(x, y).mean()
+            recipe["perceptual distance"] = "LPIPS"
+        elif preset.perceptual_weight:
+            self.classifier_shape = {
+                "channels": data.channels,
+                "side": preset.image_size,
+                "classes": len(data.classes),
+            }
+            classifier = Classifier(**self.classifier_shape).eval().requires_grad_(False)
+            helpers["classifier"] = classifier.to(options.device)
+            self.look = partial(distance_by, classifier)
+            recipe["perceptual distance"] = "classifier"
         super().__init__(
             model, optimizers, data.train, preset.tokenizer_steps, preset.tokenizer_batch, 0.0,
-            recipe, data, options)
+            recipe, data, options, helpers)
+
+    def begin(self) -> None:
+        if "classifier" in self.helpers:
+            say("perceptual distance: by the features of a classifier, trained now on these images")
+            # Not on the same draws as the one by which sample.py judges the results.
+            images, labels = some_images(self.data, self.options)
+            trained = train_classifier(
+                images, labels, self.classifier_shape, 1, self.options.device)
+            self.helpers["classifier"].load_state_dict(trained.state_dict())
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -442,8 +497,27 @@ class TokenizerStage(Stage):
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Callable]:
         quantize = self.step >= self.quantized_from
-        _, losses = self.replica(self.to_device(images), quantize=quantize)
-        return losses["total"], lambda: losses
+        originals = self.to_device(images)
+        reconstructions, losses = self.replica(originals, quantize=quantize)
+        likeness = losses["total"] - losses["codebook"]
+        if self.look:
+            losses["perceptual"] = self.look(originals, reconstructions)
+            likeness = likeness + self.options.preset.perceptual_weight * losses["perceptual"]
+        total = likeness + losses["codebook"]
+        if "discriminator" in self.helpers and self.step >= self.adversarial_from:
+            adversary = self.helpers["discriminator"]
+            reward = adversary.reward(reconstructions)
+            weight = balance(likeness, reward, self.model.decoder.conv_out.weight)
+            weight = self.options.preset.adversarial_weight * weight
+            own_loss, right = adversary.loss(originals, reconstructions)
+            losses["adversarial"] = reward
+            losses["balance"] = weight
+            losses["discriminator"] = own_loss
+            losses["discriminator_right"] = right
+            # One backward pass for both: neither loss has a gradient for the other's weights.
+            total = total + weight * reward + own_loss
+        losses["total"] = total
+        return total, lambda: losses
 
     def after_step(self) -> None:
         if self.step < self.quantized_from:
@@ -475,12 +549,28 @@ class TokenizerStage(Stage):
     def finish(self, model: Tokenizer, log: Log) -> None:
         with self.options.autocast():
             health = model.health(self.held_out(2000))
+        if "discriminator" in self.helpers:
+            health["discriminator_right"] = self.discriminator_right(model)
         log.write(self.steps, "health", **health)
         say_health(health, model.config)
         run = Run(model, None, self.data.classes, self.data.held_out, self.options)
         images = self.images[:36]
         results = run.decode(run.encode(images)[1])
         save_picture(self.options.out / "reconstructions.png", grid_of_pairs(images, results))
+
+
+    @torch.no_grad()
+    def discriminator_right(self, model: Tokenizer) -> float:
+        """Of which share of patches of held-out images and reconstructions."""
+        total = 0.0
+        count = 0
+        for images in self.held_out(256):
+            with self.options.autocast():
+                reconstructions = model.decode(model.encode(images))
+                _, right = self.helpers["discriminator"].loss(images, reconstructions)
+            total += right.item() * len(images)
+            count += len(images)
+        return total / count
 
 
 def say_health(health: dict, config: TokenizerConfig) -> None:
@@ -490,6 +580,45 @@ def say_health(health: dict, config: TokenizerConfig) -> None:
     columns = [health[f"{name}_per_scale"] for name in ("codes", "usage", "perplexity", "psnr")]
     for s, codes, usage, perplexity, decibels in zip(config.scales, *columns):
         print(f"  {s:>2}x{s:<3} {codes:>6} {usage:>6.0%} {perplexity:>11.1f} {decibels:>13.2f} dB")
+    if "discriminator_right" in health:
+        print(f"the discriminator knows {health['discriminator_right']:.0%} of the patches of these "
+              f"and of their reconstructions; 50% would be chance")
+
+
+TOKENIZER_RECIPE = (
+    "tokenizer_steps", "tokenizer_batch", "muon", "unquantized", "final_lr", "warmup",
+    "perceptual_weight",
+    "adversarial_weight", "adversarial_from", "discriminator_width",
+)
+
+
+def distance_by(classifier: Classifier, originals: Tensor, reconstructions: Tensor) -> Tensor:
+    return perceptual_distance(classifier.maps(originals), classifier.maps(reconstructions))
+
+
+VGG_SHA256 = "397923af"   # how it begins: torchvision's file has it in its name, vgg16-397923af.pth
+
+
+def load_lpips(path: Path) -> nn.Module:
+    """The field's perceptual distance, LPIPS (1801.03924), of two batches of images in [-1, 1].
+
+    path: the weights of torchvision's VGG-16; those on top of it come with the package. Raises
+    UserError for any other file, and where the packages are missing.
+    """
+    try:
+        import lpips
+    except ImportError as error:
+        raise UserError(f"--perceptual needs two more packages, pip install lpips torchvision "
+                        f"({in_short(error)})")
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(VGG_SHA256):
+        raise UserError(f"{path} is not torchvision's vgg16-{VGG_SHA256}.pth, its SHA-256 is another")
+    with blaming(path), torch.no_grad():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        distance = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        for name, parameter in distance.net.named_parameters():
+            of_vgg = name.split(".", 1)[1]   # slice2.5.weight, of features.5.weight
+            parameter.copy_(state[f"features.{of_vgg}"])
+    return distance.eval().requires_grad_(False)
 
 
 def chosen_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
@@ -743,6 +872,20 @@ def spread(data: TensorDataset, count: int) -> list[int]:
         own = labels_N == label
         round_N[own] = np.arange(own.sum())
     return np.lexsort((labels_N, round_N))[:count].tolist()
+
+
+def some_images(data: Data, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Training images to learn a classifier on: as bytes, no larger than it sees them, and their
+    labels."""
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    rows = order[:CLASSIFIER_IMAGES].sort().values.tolist()
+    parts = [rows[part.start:part.stop] for part in batches(len(rows), 256)]
+    images = []
+    labels = []
+    for pixels, labels_B in read_ahead(data.train, parts, options):
+        images.append(averaged_down(pixels.float()).round().byte())
+        labels.append(labels_B)
+    return torch.cat(images), torch.cat(labels)
 
 
 SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow",
@@ -1125,6 +1268,7 @@ COUNT = number(int, 1)
 STEPS = number(int, 0)
 RATE = number(float, 1e-12)
 PART = number(float, 0, 1)
+WEIGHT = number(float, 0)
 BELOW_1 = number(float, 0, 0.999999)
 YES_OR_NO = None   # --flag and --no-flag
 
@@ -1154,8 +1298,16 @@ class Preset:
     tokenizer_lr: float = option(1.5e-3, RATE, "peak learning rate of the tokenizer")
     unquantized: float = option(
         0.1, BELOW_1, "share of the tokenizer's steps, at the start, without quantization")
-    depth: int = option(4, COUNT, "layers of the transformer")
-    width: int = option(192, COUNT, "width of the transformer")
+    perceptual_weight: float = option(
+        0.0, WEIGHT, "weight of the perceptual distance in the tokenizer's loss; 0 is without")
+    adversarial_weight: float = option(
+        0.0, WEIGHT, "weight of the discriminator against all else, as it pulls at the decoder's "
+        "last layer; 0 is without")
+    adversarial_from: float = option(
+        0.3, BELOW_1, "share of the tokenizer's steps, at the start, without the discriminator")
+    discriminator_width: int = option(32, COUNT, "the discriminator's channels at half resolution")
+    depth: int = option(6, COUNT, "layers of the transformer")
+    width: int = option(64, COUNT, "width of the transformer")
     heads: int = option(4, COUNT, "attention heads")
     shared_adaln: bool = option(False, YES_OR_NO, "one AdaLN modulation shared by all layers")
     normalise_qk: bool = option(True, YES_OR_NO, "unit queries and keys with a learned scale")
@@ -1165,9 +1317,9 @@ class Preset:
         0.0, BELOW_1, "stochastic depth of the last layer; the first has none")
     last_scales: int | None = option(
         None, COUNT, "how many scales a token sees, its own among them; if not given, all so far")
-    var_steps: int = option(800, COUNT, "training steps of the transformer")
+    var_steps: int = option(1100, COUNT, "training steps of the transformer")
     var_batch: int = option(32, COUNT, "images per step of the transformer")
-    var_lr: float = option(1e-2, RATE, "peak learning rate of the transformer")
+    var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     muon: bool = option(
         True, YES_OR_NO, "Muon instead of AdamW for the matrices and convolutions inside layers")
     weight_decay: float = option(0.05, number(float, 0), "of the transformer's matrices")
@@ -1175,7 +1327,7 @@ class Preset:
         0.0, number(float, 0), "learning rate at the end, as a share of the peak")
     warmup: int = option(30, STEPS, "steps of linear warm-up, in both stages")
     ema: float = option(
-        0.98, BELOW_1,
+        0.95, BELOW_1,
         "decay of the running average of the transformer's weights, which is what is kept")
 
     def tokenizer_config(self, image_channels: int) -> TokenizerConfig:
@@ -1206,7 +1358,8 @@ PRESETS = {
     "imagenet256": Preset(
         image_size=256, scales=PUBLISHED_SCALES, vocabulary=4096, code_channels=32,
         tokenizer_width=160, multipliers=(1, 1, 2, 2, 4), blocks=2, norm_groups=32,
-        tokenizer_steps=400_000, tokenizer_batch=128, tokenizer_lr=1e-4, depth=16, width=1024,
+        tokenizer_steps=400_000, tokenizer_batch=128, tokenizer_lr=1e-4, perceptual_weight=1.0,
+        adversarial_weight=0.4, discriminator_width=64, depth=16, width=1024,
         heads=16, drop_path=0.1 * 16 / 24, var_steps=333_000, var_batch=768, var_lr=3e-4,
         muon=False, final_lr=0.1, warmup=6000, ema=0.9999),
 }
@@ -1231,6 +1384,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", type=Path,
         help="train the transformer on this tokenizer, a .pt of this program or a published .pth; "
              "the run keeps a copy")
+    add("--perceptual", type=Path, metavar="FILE",
+        help="torchvision's VGG-16 (vgg16-397923af.pth), for LPIPS as the perceptual distance; if "
+             "not given, it is that of a classifier trained on the same images")
     add("--tokens", type=Path, metavar="FILE",
         help="where the images' tokens are kept; if not given, tokens.pt in the run's folder")
     add("--resume", action="store_true", help="go on from the checkpoints in the folder")
@@ -1281,12 +1437,17 @@ def settle(options: argparse.Namespace) -> None:
     if options.tokenizer:
         options.stages = ["var"]
     options.preset = settle_preset(options)
+    if options.perceptual and not options.preset.perceptual_weight:
+        raise UserError("--perceptual names the weights of a perceptual distance, and "
+                        "--perceptual-weight is 0")
     if options.device == "cuda" and dist.is_torchelastic_launched():
         options.device = f"cuda:{os.environ['LOCAL_RANK']}"
     settle_device(options)
     join_processes(options.device)
     if options.compile:
         check_compiler(options.device)
+        # `balance` goes back through a compiled decoder before the step does.
+        torch._functorch.config.donated_buffer = False
     read_log(options.out / "log.jsonl")
     if options.tokens and options.tokens.exists():
         load_checkpoint(options.tokens, "set of tokens")

@@ -43,3 +43,14 @@ def finished(folder, tmp_path_factory) -> Path:
     result = run("train.py", "--data", folder, "--out", out, *TINY)
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """A short run on the built-in data: its reconstructions already resemble the images."""
+    out = tmp_path_factory.mktemp("shapes")
+    result = run("train.py", "--out", out, *TINY, "--image-size", 16, "--scales", "1,2,4",
+                 "--multipliers", "1,2,2", "--tokenizer-steps", 150, "--var-steps", 60,
+                 "--code-channels", 8)
+    assert result.returncode == 0, result.stderr
+    return out

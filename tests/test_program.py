@@ -101,6 +101,8 @@ def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path, m
     same = ["--data", folder, *TINY, "--label-dropout", 0, "--tokenizer-steps", 30,
             "--var-steps", 12,
             "--var-lr", 1e-3]   # at a high rate, rounding errors double every few steps
+    if how == "two processes":   # parts of a step each set the adversarial loss's weight
+        same += ["--adversarial-weight", 0.4, "--discriminator-width", 8]
     ran("train.py", "--out", tmp_path / "one", *same)
     other = ["--out", tmp_path / "other", *same]
     if how == "two processes":
@@ -233,7 +235,7 @@ def test_learning_rate():
     rates = [train.learning_rate(step, 100, 10, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[10] == 1 and rates[28] == pytest.approx(0.82)   # a fifth of the way down
-    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[99] == pytest.approx(0.1, abs=1e-3)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[99] == pytest.approx(0.11)
 
 
 def test_the_average_of_the_weights(tmp_path):

@@ -11,20 +11,10 @@ import torch
 from PIL import Image
 
 import sample
-from program import TINY, ran, refused
+from program import ran, refused
 
 GAP = 2
 CELL = 64
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    """A short run on the built-in data: its reconstructions already resemble the images."""
-    out = tmp_path_factory.mktemp("shapes")
-    ran("train.py", "--out", out, *TINY, "--image-size", 16, "--scales", "1,2,4",
-        "--multipliers", "1,2,2", "--tokenizer-steps", 150, "--var-steps", 60,
-        "--code-channels", 8)
-    return out
 
 
 def draw(shapes: Path, path: Path, *arguments) -> tuple[np.ndarray, str]:

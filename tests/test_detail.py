@@ -1,0 +1,329 @@
+"""The losses that keep detail: each against its formula, and in the tokenizer's training."""
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sample
+import train
+from program import TINY, ran, refused, run
+from tokenizer import Discriminator, balance, perceptual_distance
+
+DETAIL = ["--perceptual-weight", 0.1, "--adversarial-weight", 0.4, "--adversarial-from", 0.3,
+          "--discriminator-width", 8, "--tokenizer-steps", 20]
+
+
+@pytest.fixture(autouse=True)
+def quick_classifier(monkeypatch):
+    monkeypatch.setattr(sample, "CLASSIFIER_STEPS", 3)
+
+
+def detailed_stage(out: Path, *flags) -> train.TokenizerStage:
+    """A tokenizer's training with both losses, about to begin."""
+    options = train.parse([str(x) for x in ("--out", out, *TINY, *DETAIL, *flags)])
+    train.settle(options)
+    images = [train.draw_shapes(count, 8, seed) for seed, count in enumerate((20, 10))]
+    stage = train.TokenizerStage(train.data_of(*images, train.SHAPES), options)
+    stage.begin()
+    return stage
+
+
+def batch(stage: train.TokenizerStage) -> list[torch.Tensor]:
+    return list(stage.data.train[:8])
+
+
+# The formulas
+
+
+def test_the_perceptual_distance():
+    rng = np.random.default_rng(0)
+    levels = [(2, 5, 4, 4), (2, 3, 2, 2)]
+    x, y = ([rng.standard_normal(shape) for shape in levels] for _ in range(2))
+    expected = 0.0
+    for a, b in zip(x, y):
+        places = []
+        for n in range(a.shape[0]):
+            for i, j in np.ndindex(a.shape[2:]):
+                u = a[n, :, i, j] / np.linalg.norm(a[n, :, i, j])
+                v = b[n, :, i, j] / np.linalg.norm(b[n, :, i, j])
+                places.append(np.square(u - v).sum())
+        expected += np.mean(places)
+    x, y = ([torch.from_numpy(level).float() for level in levels] for levels in (x, y))
+    assert perceptual_distance(x, y).item() == pytest.approx(expected, rel=1e-4)
+    assert perceptual_distance(x, x) == 0
+    assert perceptual_distance(x, [3 * level for level in x]).item() < 1e-4   # contrast is no matter
+    nothing = torch.zeros(2, 5, 4, 4, requires_grad=True)   # after a ReLU
+    perceptual_distance([nothing], x[:1]).backward()
+    assert nothing.grad.isfinite().all()
+
+
+def test_what_a_discriminator_says_is_of_patches():
+    discriminator = Discriminator(3, 4)
+    x = torch.randn(1, 3, 64, 64)
+    before = discriminator(x)
+    assert before.shape == (1, 1, 8, 8)
+    nn.init.normal_(discriminator.conv_out.weight)
+    reached = torch.zeros(64, 64)
+    x.requires_grad_()
+    for layer in discriminator.layers:   # which normalise over the whole image
+        if isinstance(layer, nn.GroupNorm):
+            layer.forward = lambda x: x
+    discriminator(x)[0, 0, 4, 4].backward()
+    reached = x.grad.abs().sum(dim=(0, 1)) > 0
+    assert reached.any(dim=0).sum() <= 38 and reached.any(dim=1).sum() <= 38
+
+
+@pytest.mark.parametrize("logit, loss, right", [(0.4, (0.6 + 1.4) / 2, 0.5), (3.0, 4 / 2, 0.5),
+                                                (-2.0, 3 / 2, 0.5), (0.0, 1.0, 0.5)])
+def test_the_hinge(logit, loss, right):
+    """Of a discriminator that says the same of everything."""
+    discriminator = Discriminator(1, 4)
+    nn.init.zeros_(discriminator.conv_out.weight)
+    nn.init.constant_(discriminator.conv_out.bias, logit)
+    x = torch.randn(2, 1, 16, 16)
+    y = torch.randn(2, 1, 16, 16, requires_grad=True)
+    found, share = discriminator.loss(x, y)
+    assert found.item() == pytest.approx(loss) and share == right
+    assert discriminator.reward(y).item() == pytest.approx(-logit)
+
+
+def test_a_discriminator_learns_which_are_originals():
+    torch.manual_seed(0)
+    discriminator = Discriminator(1, 8)
+    optimizer = torch.optim.Adam(discriminator.parameters(), 3e-3)
+    x, y = torch.randn(8, 1, 16, 16), torch.zeros(8, 1, 16, 16)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss, right = discriminator.loss(x, y)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2 and right == 1
+    assert (discriminator(x) > 0).all() and (discriminator(y) < 0).all()
+    assert discriminator.reward(x) < discriminator.reward(y)   # what it takes for originals
+
+
+def test_neither_loss_moves_the_other_s_weights():
+    discriminator = Discriminator(1, 4)
+    y = torch.randn(2, 1, 16, 16, requires_grad=True)
+    discriminator.reward(y).backward()
+    assert y.grad.abs().max() > 0
+    assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
+    y.grad = None
+    discriminator.loss(torch.randn(2, 1, 16, 16), y)[0].backward()
+    assert y.grad is None and all(p.grad is not None for p in discriminator.parameters())
+
+
+def test_the_balance_of_gradients():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3)
+    x, target = torch.randn(5, 4), torch.randn(5, 3)
+    y = layer(x)
+    likeness, adversarial = (y - target).square().mean(), y.sum().sin()
+    found = balance(likeness, adversarial, layer.weight)
+    grad_y = 2 * (y - target) / y.numel()
+    one = (grad_y.T @ x).norm()
+    other = (y.sum().cos() * torch.ones(3, 5) @ x).norm()
+    torch.testing.assert_close(found, one / other, rtol=1e-4, atol=0)
+    assert not found.requires_grad
+    torch.testing.assert_close(10 * balance(likeness, 10 * adversarial, layer.weight), found,
+                               rtol=1e-3, atol=0)
+    assert balance(likeness, 1e-9 * adversarial, layer.weight) == 1e4
+    (likeness + found * adversarial).backward()   # the graph is still there
+
+
+# In training
+
+
+def test_a_step_adds_the_losses_up(tmp_path):
+    stage = detailed_stage(tmp_path)
+    torch.manual_seed(0)
+    stage.model.quantizer.start_from(torch.randn(16, 4, 4, 4))
+    stage.step = stage.adversarial_from
+    images, labels = batch(stage)
+    total, to_log = stage.loss(images, labels)
+    losses = to_log()
+    x = sample.to_float(images)
+    y = stage.model(x)[0]
+    adversary = stage.helpers["discriminator"]
+    classifier = stage.helpers["classifier"]
+    perceptual = perceptual_distance(classifier.maps(x), classifier.maps(y))
+    likeness = (x - y).square().mean() + 0.2 * (x - y).abs().mean() + 0.1 * perceptual
+    reward = -adversary(y).mean()
+    share = 0.4 * balance(likeness, reward, stage.model.decoder.conv_out.weight)
+    own, right = adversary.loss(x, y)
+    expected = likeness + losses["codebook"] + share * reward + own
+    torch.testing.assert_close(total, expected)
+    assert losses["total"] == total and losses["discriminator_right"] == right
+    torch.testing.assert_close(losses["balance"], share)
+    torch.testing.assert_close(losses["discriminator"], own)
+    stage.step -= 1
+    total, to_log = stage.loss(images, labels)
+    torch.testing.assert_close(total, likeness + to_log()["codebook"])
+    assert "discriminator" not in to_log()
+
+
+def test_the_discriminator_starts_when_it_is_to(tmp_path):
+    stage = detailed_stage(tmp_path)
+    (x, labels), weight = batch(stage), stage.helpers["discriminator"].conv_out.weight
+    classifier = stage.helpers["classifier"].head.weight.clone()
+    begun = weight.clone()
+    changed = []
+    for _ in range(8):
+        stage.advance([x, labels], False)
+        changed.append(not torch.equal(weight, begun))
+    assert changed == [False] * 6 + [True] * 2   # 0.3 of 20 steps
+    assert torch.equal(stage.helpers["classifier"].head.weight, classifier)
+    assert not stage.helpers["classifier"].training   # or its norms would follow the batch
+
+
+def test_the_parts_of_a_step_have_the_discriminator_s_mean_gradient(tmp_path):
+    stages = [detailed_stage(tmp_path, "--grad-accumulation", parts) for parts in (1, 2)]
+    gradients = []
+    for stage in stages:
+        stage.step = stage.adversarial_from
+        stage.quantized_from = 100
+        stage.gradients(batch(stage))
+        gradients.append([p.grad for p in stage.helpers["discriminator"].parameters()])
+    for one, two in zip(*gradients):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
+
+
+def test_half_precision_with_all_losses(tmp_path):
+    stage = detailed_stage(tmp_path, "--precision", "bf16")
+    stage.step = stage.adversarial_from
+    for _ in range(2):
+        numbers = stage.advance(batch(stage), False).numbers()
+        assert all(map(math.isfinite, numbers))
+
+
+def test_a_discriminator_s_gradient_that_is_no_number_is_never_saved(tmp_path):
+    stage = detailed_stage(tmp_path)
+    stage.options.checkpoint_every = 1
+    weight = stage.helpers["discriminator"].conv_out.weight
+    loss = stage.loss
+
+    def spoiled(images, labels):
+        total, to_log = loss(images, labels)
+        if stage.step == 8:
+            total = total + 0 * (weight * 0).sum().sqrt()
+        return total, to_log
+
+    stage.loss = spoiled
+    with pytest.raises(sample.UserError, match="gradient nan at step 8; the last good checkpoint, of step 8"):
+        stage.run()
+    saved = torch.load(stage.path, weights_only=True)["training"]
+    assert saved["step"] == 8 and all(x.isfinite().all() for x in saved["helpers"].values())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> Path:
+    """A tokenizer trained with all losses without a stop."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "CLASSIFIER_STEPS", 3)
+        said = ran("train.py", "--data", folder, "--out", out, *TINY, *DETAIL, "--stage",
+                   "tokenizer")
+    assert "by the features of a classifier" in said and "50% would be chance" in said
+    return out
+
+
+@pytest.mark.parametrize("step", [4, 11])   # before the discriminator comes in, and after
+def test_stopped_and_resumed_equals_uninterrupted(folder, whole, tmp_path, monkeypatch, step):
+    flags = ["--data", folder, "--out", tmp_path, *TINY, *DETAIL, "--stage", "tokenizer",
+             "--checkpoint-every", 3, "--resume"]
+    advance = train.Stage.advance
+
+    def fails(self, *arguments):
+        if self.step == step:
+            raise Killed
+        return advance(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Stage, "advance", fails)
+        with pytest.raises(Killed):
+            run("train.py", *flags)
+    assert "another perceptual_weight: 0.1, not 0.2" in refused(
+        "train.py", *flags, "--perceptual-weight", 0.2)
+    monkeypatch.setattr(train, "train_classifier", None)   # it is in the checkpoint
+    ran("train.py", *flags)
+    assert (tmp_path / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+    ours, its = (torch.load(out / "tokenizer.pt", weights_only=True) for out in (tmp_path, whole))
+    assert all(torch.equal(ours["model"][name], value) for name, value in its["model"].items())
+    assert "training" not in its and not any("classifier" in name for name in its["model"])
+
+
+def test_what_is_logged_and_drawn(whole):
+    log = sample.read_log(whole / "log.jsonl")
+    lines = [line for line in log if line["split"] == "train"]
+    assert ["discriminator" in line for line in lines] == [False, True]   # of steps 1 and 11
+    for name in ("adversarial", "balance", "discriminator_right", "perceptual"):
+        assert isinstance(lines[1][name], float)
+    health = next(line for line in log if line["split"] == "health")
+    assert 0 <= health["discriminator_right"] <= 1
+    figure = sample.draw_curves(log, (1, 2, 4))
+    titles = [axis.get_title() for axis in figure.axes]
+    assert "weight of the adversarial loss" in titles and len(titles) == 6
+    drawn = {line.get_label(): line.get_ydata() for axis in figure.axes for line in axis.lines}
+    assert drawn["weight"][1] == lines[1]["balance"] and np.isnan(drawn["weight"][0])
+    assert drawn["perceptual"][0] == lines[0]["perceptual"]
+    plain = [line for line in log if line["split"] != "train"]
+    assert len(sample.draw_curves(plain, (1, 2, 4)).axes) == 4
+
+
+# LPIPS
+
+
+class Stub(ModuleType):
+    """The package, with one convolution of VGG's."""
+
+    class LPIPS(nn.Module):
+        def __init__(self, net, pnet_rand, verbose):
+            super().__init__()
+            assert net == "vgg" and pnet_rand   # or it would download the weights
+            self.net = nn.ModuleDict({"slice2": nn.ModuleDict({"5": nn.Conv2d(3, 4, 3)})})
+
+        def forward(self, x, y):
+            conv = self.net["slice2"]["5"]
+            return (conv(x) - conv(y)).square().mean(dim=(1, 2, 3), keepdim=True)
+
+
+def test_lpips_is_loaded_from_the_weights_of_vgg(tmp_path, monkeypatch):
+    path = tmp_path / "vgg.pth"
+    state = {"features.5.weight": torch.randn(4, 3, 3, 3), "features.5.bias": torch.randn(4)}
+    torch.save(state, path)
+    flags = ["--perceptual", path]
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(sample.UserError, match="pip install lpips torchvision"):
+        detailed_stage(tmp_path, *flags)
+    monkeypatch.setitem(sys.modules, "lpips", Stub("lpips"))
+    with pytest.raises(sample.UserError, match="is not torchvision's vgg16-397923af.pth"):
+        detailed_stage(tmp_path, *flags)
+    monkeypatch.setattr(train, "VGG_SHA256", "")
+    stage = detailed_stage(tmp_path, *flags)
+    assert stage.identity["perceptual distance"] == "LPIPS" and "classifier" not in stage.helpers
+    conv = nn.Conv2d(3, 4, 3)
+    conv.load_state_dict({"weight": state["features.5.weight"], "bias": state["features.5.bias"]})
+    x, y = torch.randn(2, 2, 3, 8, 8)
+    torch.testing.assert_close(stage.look(x, y), (conv(x) - conv(y)).square().mean())
+    assert not any(p.requires_grad for p in train.load_lpips(path).parameters())
+    del state["features.5.bias"]
+    torch.save(state, path)
+    with pytest.raises(sample.UserError, match="vgg.pth cannot be read"):
+        detailed_stage(tmp_path, *flags)
+
+
+def test_mistakes(tmp_path):
+    told = refused("train.py", "--out", tmp_path / "out", *TINY, "--perceptual", tmp_path / "a.pth")
+    assert "--perceptual-weight is 0" in told
+    assert "must be 0 or more" in refused("train.py", *TINY, "--adversarial-weight", -1)
