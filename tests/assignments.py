@@ -491,8 +491,8 @@ class Nursery:
 
     def __enter__(self) -> Nursery:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
-                       "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        for name in ("PYTEST_ADDOPTS", "HYPOTHESIS_PROFILE", "PYTHONPATH", "TRITON_INTERPRET"):
+                       "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}     # GPU or not
+        for name in ("PYTEST_ADDOPTS", "HYPOTHESIS_PROFILE", "PYTHONPATH"):
             environment.pop(name, None)
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("nursery.py")], stdin=subprocess.PIPE,

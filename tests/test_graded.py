@@ -177,12 +177,27 @@ def test_no_guidance_does_not_pay_for_it(cfg, rows):
 
 @torch.no_grad()
 def test_tokens_that_are_known_are_read_by_the_next_scale():
-    """What was drawn is forgotten: the logits are those of teaching on the tokens returned."""
+    """What was drawn is forgotten: the logits are those of teaching on the tokens returned.
+
+    And what is known is asked for at every scale, beside what was made of the image by then.
+    """
     made = tokenizer()
     model = lively(VAR(config()))
     model.__class__, model.passes = Recorder, []
     labels_B = torch.tensor([0, 2])
-    tokens_BL = model.generate(made, labels_B, cfg=0.0, known=known_left(made, 2))
+    known = known_left(made, 2)
+    put = known.put
+    asked = {}
+
+    def watched(drawn_Bl, quantizer, f_hat_BCSS, k):
+        asked[k] = f_hat_BCSS.clone()
+        return put(drawn_Bl, quantizer, f_hat_BCSS, k)
+
+    known.put = watched
+    tokens_BL = model.generate(made, labels_B, cfg=0.0, known=known)
+    for k, end in enumerate((0, 1, 5, 14)):
+        expected = made.quantizer.decode(tokens_BL[:, :end]) if end else made.quantizer.empty(2)
+        torch.testing.assert_close(asked[k], expected)
     expected = model(labels_B, made.teacher_inputs(tokens_BL))
     torch.testing.assert_close(torch.cat(model.passes, dim=1), expected, rtol=1e-4, atol=1e-4)
 
