@@ -189,9 +189,9 @@ def test_the_source_breaks_no_rule(number, nursery, tmp_path):
     assert assignments.solution(ASSIGNMENTS[number], ROOT, nursery)[1] == []
 
 
-@pytest.mark.parametrize("number", ASSIGNMENTS)
+@pytest.mark.parametrize("number", [1, 7, 10])
 def test_the_stub_fails_every_graded_test(number, nursery, tmp_path):
-    """All in one process, which takes a tenth of the time."""
+    """All in one process, which takes less time; one by one for all assignments below."""
     handed_in(tmp_path, stubs(number))
     failed = nursery.run(tmp_path, [*ASSIGNMENTS[number].points], SECONDS)["failed"]
     for test in ASSIGNMENTS[number].points:

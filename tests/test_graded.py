@@ -2,12 +2,14 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import sample
 import tokenizer as tokenizers
 from kernels import KeyRanges
+from test_kernels import DEVICE
 from test_tokenizer import quantizer, tokenizer
 from test_var import Recorder, config, known_left, lively
 from var import VAR, LayerCache
@@ -223,6 +225,22 @@ def test_drawing_changes_nothing_that_it_was_given(dtype):
     before = [tensor.clone() for tensor in given]
     kernels.sample_tokens_torch(given[0], given[1], 1.5, 3, 0.7, given[2])
     assert all(map(torch.equal, given, before))
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("W", [24, 100])
+def test_a_row_narrower_than_its_tile_and_far_from_zero_is_normalised(W, monkeypatch):
+    monkeypatch.setattr(kernels, "FACE", "triton")
+    generator = torch.Generator().manual_seed(0)
+    x_BLW, h_BLW = torch.randn(2, 2, 3, W, generator=generator)
+    gate_BW, scale_BW, shift_BW = torch.randn(3, 2, W, generator=generator)
+    given = [part.to(DEVICE) for part in (x_BLW + 100, h_BLW, gate_BW, scale_BW, shift_BW)]
+    sum_BLW, y_BLW = kernels.adaln(*given)
+    expected = (x_BLW + 100).double() + gate_BW[:, None] * h_BLW
+    torch.testing.assert_close(sum_BLW.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    normed_BLW = F.layer_norm(expected, (W,), eps=1e-6)
+    expected = normed_BLW * (1 + scale_BW[:, None]) + shift_BW[:, None]
+    torch.testing.assert_close(y_BLW.cpu().double(), expected, rtol=1e-4, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------
