@@ -148,6 +148,7 @@ class Stage:
         self.path = options.out / f"{self.name}.pt"
         self.step = 0
         self.saved = 0
+        self.parts = options.grad_accumulation or self.parts_that_fit()
 
     def begin(self) -> None:
         """What a training that does not go on from a checkpoint does first."""
@@ -228,11 +229,11 @@ class Stage:
         return Report(self.step, read_later(numbers), logged)
 
     def gradients(self, tensors: list[Tensor]) -> tuple[Tensor, Callable[[], dict[str, Tensor]]]:
-        """The gradients of this process's rows, in --grad-accumulation parts; their mean loss, and
-        what the last part logs."""
+        """The gradients of this process's rows, computed in parts; their mean loss, and what the
+        last part logs."""
         self.model.zero_grad()
         self.helpers.zero_grad()
-        parts = self.options.grad_accumulation
+        parts = self.parts
         total = torch.zeros((), device=self.options.device)
         for i, part in enumerate(zip(*(tensor.chunk(parts) for tensor in tensors))):
             alone = contextlib.nullcontext()
@@ -247,6 +248,37 @@ class Stage:
             if parameter.grad is not None:
                 average_over_processes(parameter.grad)
         return total, to_log
+
+    def parts_that_fit(self) -> int:
+        """In how many parts a GPU has the memory for a step's images; 1 on anything else."""
+        device = self.options.device
+        if device.type != "cuda":
+            return 1
+        free, _ = torch.cuda.mem_get_info(device)
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        free -= 16 * weights   # gradients, two moments, and what an optimizer computes with
+        images = self.batch // rank_and_ranks()[1]
+        parts = parts_for(images, self.bytes_for_backward(), free)
+        if parts > 1:
+            say(f"{self.name}: {images} images a step are computed in {parts} parts, for memory")
+        return parts
+
+    def bytes_for_backward(self) -> int:
+        """What the forward pass of one image more keeps for the backward pass."""
+        kept = []
+        for images in (1, 2):
+            found = {}
+
+            def keep(tensor: Tensor) -> Tensor:
+                found[tensor.data_ptr()] = tensor.nbytes
+                return tensor
+
+            inputs = [torch.cat(images * [x]) for x in self.example()]
+            with self.options.autocast():
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                    self.model.eval()(*inputs)
+            kept.append(sum(found.values()))
+        return kept[1] - kept[0]
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -374,6 +406,14 @@ def read_later(values: Tensor) -> Callable[[], list[float]]:
         there.synchronize()
         return copied.tolist()
     return read
+
+
+def parts_for(images: int, bytes_each: int, free: int) -> int:
+    """The least number of equal parts of which each fits; a quarter more is for passing results."""
+    for parts in range(1, images):
+        if images % parts == 0 and images // parts * bytes_each * 1.25 <= free:
+            return parts
+    return images
 
 
 def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
@@ -1293,7 +1333,7 @@ class Preset:
     blocks: int = option(1, COUNT, "residual blocks per resolution")
     phis: int = option(4, COUNT, "distinct phi convolutions")
     norm_groups: int = option(2, COUNT, "groups of the tokenizer's group norms")
-    tokenizer_steps: int = option(850, COUNT, "training steps of the tokenizer")
+    tokenizer_steps: int = option(1000, COUNT, "training steps of the tokenizer")
     tokenizer_batch: int = option(8, COUNT, "images per step of the tokenizer")
     tokenizer_lr: float = option(1.5e-3, RATE, "peak learning rate of the tokenizer")
     unquantized: float = option(
@@ -1317,7 +1357,7 @@ class Preset:
         0.0, BELOW_1, "stochastic depth of the last layer; the first has none")
     last_scales: int | None = option(
         None, COUNT, "how many scales a token sees, its own among them; if not given, all so far")
-    var_steps: int = option(1100, COUNT, "training steps of the transformer")
+    var_steps: int = option(1500, COUNT, "training steps of the transformer")
     var_batch: int = option(32, COUNT, "images per step of the transformer")
     var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     muon: bool = option(
@@ -1397,8 +1437,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_computer()
     add("--compile", action="store_true",
         help="compile the models with torch.compile: slow to start, then faster")
-    add("--grad-accumulation", type=COUNT, default=1, metavar="PARTS",
-        help="compute a step's batch in this many parts, to need less memory")
+    add("--grad-accumulation", type=COUNT, metavar="PARTS",
+        help="compute a step's batch in this many parts, to need less memory; if not given, in as "
+             "many as a GPU's memory asks for")
     add("--checkpoint-activations", action="store_true",
         help="keep only what enters a layer for the backward pass and compute the rest again: less "
              "memory, more time")
@@ -1451,7 +1492,7 @@ def settle(options: argparse.Namespace) -> None:
     read_log(options.out / "log.jsonl")
     if options.tokens and options.tokens.exists():
         load_checkpoint(options.tokens, "set of tokens")
-    parts = rank_and_ranks()[1] * options.grad_accumulation
+    parts = rank_and_ranks()[1] * (options.grad_accumulation or 1)
     for name in options.stages:
         batch = getattr(options.preset, f"{name}_batch")
         if batch % parts:

@@ -195,6 +195,22 @@ def test_checkpointing_activations_keeps_less():
     assert kept(model) < before / 2
 
 
+def test_a_step_is_computed_in_as_many_parts_as_fit():
+    assert train.parts_for(768, 700_000_000, 75 * 10**9) == 12   # 64 images of 0.875 GB
+    assert train.parts_for(8, 1, 10) == 1 and train.parts_for(8, 1, 9) == 2
+    assert train.parts_for(7, 10, 1) == 7   # not even one fits: there is nothing smaller
+
+
+def test_bytes_that_the_backward_pass_finds(tmp_path):
+    stage = tokenizer_stage(tmp_path)
+    assert stage.parts == 1   # on a CPU
+    width, side = 8, 8
+    convolutions = stage.bytes_for_backward()
+    assert convolutions > 10 * width * side * side * 4   # of a dozen maps at full resolution
+    stage.model.encoder = torch.nn.Conv2d(3, 4, 1, stride=2)
+    assert stage.bytes_for_backward() < convolutions
+
+
 def test_model_flops():
     model = small_var(code_channels=8)
     W, L, V, C, depth = 32, 14, 16, 8, 2

@@ -1,0 +1,69 @@
+"""What only a GPU shows: autocast with the kernels, its own random generator, fused optimizers,
+torchrun, and that a step waits for nothing. Skipped where there is none."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sample
+import train
+from program import ROOT, TINY, ran, start
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+ON_GPU = [*TINY, "--device", "cuda"]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("gpu")
+    ran("train.py", "--data", folder, "--out", out, *ON_GPU, "--precision", "bf16")
+    return out
+
+
+def losses(out) -> list[float]:
+    return [x["loss"] for x in sample.read_log(out / "log.jsonl") if x["split"] == "train"]
+
+
+def test_a_run_in_bf16(trained, tmp_path):
+    found = losses(trained)
+    assert found[3] < found[0] and found[-1] < found[4]   # of both stages
+    for flags in (["--per-class", 2], ["--task", "inpaint", "--image", "data:0"],
+                  ["--codes", "data:0"], ["--attention", "data:0"]):
+        ran("sample.py", "--run", trained, "--device", "cuda", "--out", tmp_path / "a.png", *flags)
+
+
+def test_a_run_in_fp32_is_that_of_the_cpu(folder, finished, tmp_path):
+    ran("train.py", "--data", folder, "--out", tmp_path, *ON_GPU, "--tokenizer-steps", 4)
+    assert losses(tmp_path)[0] == pytest.approx(losses(finished)[0], rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_images(trained, tmp_path):
+    for name in ("a.png", "b.png"):
+        ran("sample.py", "--run", trained, "--device", "cuda", "--out", tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_torchrun_and_compiled_parts(folder, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1]
+    result = start(*torchrun, ROOT / "train.py", "--data", folder, "--out", tmp_path, *ON_GPU,
+                   "--precision", "bf16", "--compile")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_step_waits_for_nothing(folder, trained, tmp_path):
+    options = train.parse(["--data", str(folder), "--out", str(tmp_path), *map(str, ON_GPU)])
+    train.settle(options)
+    data = train.load_data(options)
+    tokenizer = sample.load_tokenizer(trained / "tokenizer.pt").to("cuda")
+    stage = train.VARStage(tokenizer, data, options)
+    rows = stage.rows[list(range(8))]
+    tensors = [tensor.pin_memory().to("cuda", non_blocking=True) for tensor in rows]
+    for _ in range(3):   # what is made once, is
+        stage.advance(tensors, False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            stage.advance(tensors, False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
