@@ -9,7 +9,7 @@ import kernels
 import sample
 import tokenizer as tokenizers
 from kernels import KeyRanges
-from test_kernels import DEVICE
+from test_kernels import DEVICE, attention_tiles
 from test_tokenizer import quantizer, tokenizer
 from test_var import Recorder, config, known_left, lively
 from var import VAR, LayerCache
@@ -241,6 +241,17 @@ def test_a_row_narrower_than_its_tile_and_far_from_zero_is_normalised(W, monkeyp
     normed_BLW = F.layer_norm(expected, (W,), eps=1e-6)
     expected = normed_BLW * (1 + scale_BW[:, None]) + shift_BW[:, None]
     torch.testing.assert_close(y_BLW.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+def test_tiles_before_the_range_are_not_visited():
+    """A weight of 0 times a value there would be NaN."""
+    ranges = KeyRanges.from_scales((4, 4, 4), last_scales=1)
+    q, k, v = torch.randn(3, 1, 2, 48, 16, device=DEVICE)
+    v[:, :, :16] = torch.nan
+    with attention_tiles((16, 16)):
+        o = kernels.block_attention_triton(q, k, v, ranges, 1.0)
+    assert o[:, :, :16].isnan().all() and o[:, :, 16:].isfinite().all()
 
 
 # -------------------------------------------------------------------------------------------------
