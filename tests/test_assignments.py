@@ -316,7 +316,8 @@ LET_THROUGH = {   # what would happen should a rule have a hole: a body, and wha
     "import pathlib\npathlib.Path('ROOT/LICENSE').unlink()": "os.remove",
     "try:\n    open('ROOT/LICENSE', 'w')\nfinally:\n    raise SystemExit(0)": "SystemExit",
     "import subprocess\nsubprocess.run(['true'])": "subprocess.Popen",
-    "import os\nos.write(1, b'[null, [true, \"\"]]')\nos.closerange(3, 50)\nos._exit(0)": "ended before",
+    "import os\nos.write(1, b'[null, [true, {}]]')\nos.closerange(3, 50)\nos._exit(0)":
+        "ended before the test did",
     "return torch.zeros(10**12)": "memory",
 }
 
