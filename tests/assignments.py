@@ -41,6 +41,7 @@ TAKEN = ["*.py", "*.md", "LICENSE", "requirements.txt", ".pytest.ini", ".gitigno
          "papers/**/*.py", "tests/**/*.py", "tests/golden/*"]
 LECTURERS = {"assignments.py", "handouts.py", "nursery.py", "mutations.py", "test_assignments.py"}
 SECONDS = 120           # a graded test may take
+RULE = re.compile("# -{20,}")     # begins a section of a file
 Function = ast.FunctionDef
 
 
@@ -204,8 +205,9 @@ def cut(assignment: Assignment, folder: Path) -> None:
         left_out[module] = code_of(source, names)
         for name in names:
             source = without_body(source, name, "in compiled.bin")
-        source += f'\n\nimport compiled  # noqa: E402\ncompiled.restore("{module}", globals())\n'
-        (folder / file).write_text(source)
+        restore = f'import compiled  # noqa: E402\ncompiled.restore("{module}", globals())\n'
+        before, main, after = source.partition('\n\nif __name__ == "__main__":')
+        (folder / file).write_text(f"{before}\n\n{restore}{main}{after}")
     for name in assignment.bodies:
         path = folder / path_of(name)
         path.write_text(without_body(path.read_text(), name, f"assignment {assignment.number}"))
@@ -238,7 +240,7 @@ def nested(code: types.CodeType) -> Iterator[tuple[str, types.CodeType]]:
 
 
 def handout(assignment: Assignment) -> str:
-    builds = "".join(f", builds on {before}" for before in assignment.after)
+    builds = ", builds on " * bool(assignment.after) + " and ".join(map(str, assignment.after))
     parts = [
         f"# Assignment {assignment.number}: {assignment.title}",
         f"{assignment.of} points, about {assignment.hours} hours{builds}.",
@@ -304,7 +306,7 @@ def section_of(source: str, name: str) -> str:
     """The comment that the function's section of the file begins with, or its class's docstring."""
     lines = lines_of(source)
     first = first_line(find(source, name))
-    rules = [i for i, line in enumerate(lines[:first]) if re.match(r"# -{20,}", line)]
+    rules = [i for i, line in enumerate(lines[:first]) if RULE.match(line)]
     begin = rules[-1] + 1 if rules else first
     end = begin
     while lines[end].startswith("#"):
@@ -320,20 +322,21 @@ def section_of(source: str, name: str) -> str:
 
 
 def shown(source: str, name: str) -> str:
-    """A function's signature and docstring, and the comment right before it."""
+    """A function's signature and docstring, and the comment before it but for the section's."""
     node = find(source, name)
     lines = lines_of(source)
     begin = first_line(node) - 1
+    comment: list[str] = []
+    for line in reversed(lines[:begin]):
+        if line.strip().startswith("#"):
+            comment.insert(0, line)
+        elif line.strip() or comment:
+            break
+    if any(RULE.match(line) for line in comment):
+        comment = []
     first, _ = body_lines(source, node)
-    head = lines[begin:first - 1]
-    above = begin - 1
-    while lines[above - 1].strip().startswith("#") and not lines[above].strip():
-        above -= 1
-        while lines[above - 1].strip().startswith("#"):
-            above -= 1
-    comment = [line for line in lines[above:begin] if not re.match(r"# -{20,}", line)]
-    is_section = any(re.match(r"# -{20,}", line) for line in lines[above:begin])
-    return "\n".join([*([] if is_section else comment), *head, " " * (node.col_offset + 4) + "..."])
+    dots = " " * (node.col_offset + 4) + "..."
+    return "\n".join([*comment, *lines[begin:first - 1], dots])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -490,8 +493,8 @@ class Nursery:
 
     def __enter__(self) -> Nursery:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
-                       "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        for name in ("PYTEST_ADDOPTS", "HYPOTHESIS_PROFILE", "PYTHONPATH", "TRITON_INTERPRET"):
+                       "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}     # GPU or not
+        for name in ("PYTEST_ADDOPTS", "HYPOTHESIS_PROFILE", "PYTHONPATH"):
             environment.pop(name, None)
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("nursery.py")], stdin=subprocess.PIPE,

@@ -5,7 +5,7 @@ seconds, torch above all, and forks for every test: a child is born with torch l
 on a copy of the repository, and is gone. What it prints decides nothing. A test has passed if its
 process ended by itself, and wrote a secret at the end that was made for this one run.
 
-Talks in lines of JSON, over stdin and stdout. Needs fork: Linux or macOS.
+Talks in lines of JSON, over stdin and stdout. Needs fork and limits as Linux has them.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-MEMORY = 16 * 2**30     # bytes of addresses that a test may ask for; not limited where a GPU is
+MEMORY = 16 * 2**30     # bytes of addresses that a test may ask for
 WRITTEN = 2**30         # bytes that a file may have
 REFUSED = {             # what no solution needs, by the names of Python's audit events
     "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.posix_spawn", "os.system",
@@ -36,11 +36,8 @@ CHANGES = {"os.remove", "os.rename", "os.rmdir", "os.mkdir"}    # fine inside th
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")     # children do not get to see it
     os.dup2(2, 1)
-    import torch
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"    # before Triton is imported
-    for name in ("numpy.random", "hypothesis", "pytest", "PIL.ImageFont", "tqdm", "torch._dynamo",
-                 "torch.testing", "triton.compiler", "triton.language"):
+    for name in ("torch._dynamo", "torch.testing", "numpy.random", "hypothesis", "pytest",
+                 "PIL.ImageFont", "tqdm", "triton.compiler", "triton.language"):
         try:
             importlib.import_module(name)
         except ImportError:     # of Triton, as on a Mac
@@ -148,10 +145,17 @@ class Outcomes:
         settings.register_profile("graded", settings(), phases=[Phase.explicit, Phase.generate])
         settings.load_profile("graded")
 
+    def pytest_runtest_setup(self, item):
+        """All cases of a test have to pass: once one failed, the others need not run."""
+        import pytest
+        test = item.nodeid.partition("[")[0]
+        if any(case.partition("[")[0] == test for case in self.failed):
+            pytest.skip("another case failed")
+
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.passed:
             self.passed += 1
-        if not report.passed:
+        if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             self.failed[report.nodeid] = (crash.message if crash else str(report.longrepr))[:2000]
 
@@ -161,12 +165,10 @@ class Outcomes:
 
 
 def limit(seconds: float) -> None:
-    import torch
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN, WRITTEN))
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
-    if not torch.version.cuda and sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 def guard(folder: str):

@@ -9,17 +9,22 @@ import json
 import sys
 import tempfile
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import assignments
 from assignments import ROOT, Nursery, carry, find, grade, path_of, repository, text_of
-from handouts import ASSIGNMENTS
+from handouts import ASSIGNMENTS, Assignment
 from mutations import PLANTED
 
+CAUGHT_LAST: dict[str, str] = {}
 SECONDS = 300   # on a machine that does much else
 BODIES = {name: number for number, each in ASSIGNMENTS.items() for name in each.bodies}
+
+
+FEW = replace(ASSIGNMENTS[4], points=dict([*ASSIGNMENTS[4].points.items()][:2]))
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +62,22 @@ def handed_in(folder: Path, bodies: dict[str, str]) -> Path:
     return folder
 
 
-def graded(number: int, folder: Path, nursery: Nursery, bodies: dict[str, str]) -> dict:
-    return grade(ASSIGNMENTS[number], handed_in(folder, bodies), nursery, SECONDS)
+def graded(each: Assignment, folder: Path, nursery: Nursery, bodies: dict[str, str]) -> dict:
+    return grade(each, handed_in(folder, bodies), nursery, SECONDS)
 
 
 def first_failure(name: str, text: str, nursery: Nursery) -> str | None:
-    """The first graded test that a function costs its points, or None."""
+    """A graded test that a function costs its points, or None.
+
+    First comes the one that caught the last error in it, which saves most of the time.
+    """
+    tests = [*ASSIGNMENTS[BODIES[name]].points]
+    tests.sort(key=lambda test: test != CAUGHT_LAST.get(name))
     with tempfile.TemporaryDirectory() as place:
         handed_in(Path(place), {name: text})
-        for test in ASSIGNMENTS[BODIES[name]].points:
+        for test in tests:
             if not nursery.run(Path(place), [test], SECONDS)["passed"]:
+                CAUGHT_LAST[name] = test
                 return test
     return None
 
@@ -142,7 +153,6 @@ def test_what_is_cut_is_gone_and_nothing_else_is(number, tmp_path):
 
 @pytest.mark.parametrize("number, tests", [
     (1, ["test_tokenizer.py::test_gradients_pass_straight_through_to_the_encoder"]),
-    (4, ["test_tokenizer.py::test_decode_of_encode_is_the_quantizers_own_output"]),
     (8, ["test_kernels.py::test_top_k_keeps_k_whatever_their_sign_and_their_ties[logits0-triton]"]),
 ])
 def test_what_is_compiled_works(number, tests, nursery, tmp_path):
@@ -157,21 +167,21 @@ def test_what_is_compiled_works(number, tests, nursery, tmp_path):
 # Grading
 
 
-def check_full_points(number: int, nursery: Nursery, folder: Path) -> None:
-    result = graded(number, folder, nursery, {})
+def check_full_points(each: Assignment, nursery: Nursery, folder: Path) -> None:
+    result = graded(each, folder, nursery, {})
     assert not result["refused"]
     assert [test["test"] for test in result["tests"] if test["points"] < test["of"]] == []
-    assert result["points"] == result["of"] == ASSIGNMENTS[number].of
+    assert result["points"] == result["of"] == each.of
 
 
-def test_the_source_gets_full_points(nursery, tmp_path, monkeypatch):
-    check_full_points(2, nursery, tmp_path)
+def test_the_source_gets_full_points(nursery, tmp_path):
+    check_full_points(FEW, nursery, tmp_path)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", ASSIGNMENTS)
 def test_the_source_gets_full_points_in_every_assignment(number, nursery, tmp_path):
-    check_full_points(number, nursery, tmp_path)
+    check_full_points(ASSIGNMENTS[number], nursery, tmp_path)
 
 
 @pytest.mark.parametrize("number", ASSIGNMENTS)
@@ -179,9 +189,9 @@ def test_the_source_breaks_no_rule(number, nursery, tmp_path):
     assert assignments.solution(ASSIGNMENTS[number], ROOT, nursery)[1] == []
 
 
-@pytest.mark.parametrize("number", ASSIGNMENTS)
+@pytest.mark.parametrize("number", [1, 7, 10])
 def test_the_stub_fails_every_graded_test(number, nursery, tmp_path):
-    """All in one process, which takes a tenth of the time."""
+    """All in one process, which takes less time; one by one for all assignments below."""
     handed_in(tmp_path, stubs(number))
     failed = nursery.run(tmp_path, [*ASSIGNMENTS[number].points], SECONDS)["failed"]
     for test in ASSIGNMENTS[number].points:
@@ -239,13 +249,20 @@ FORGED = {   # a body of `teacher_inputs` -> what is said of it
 }
 
 
+def test_what_is_refused_gets_no_points(nursery, tmp_path):
+    name = "tokenizer.Quantizer.teacher_inputs"
+    result = graded(FEW, tmp_path, nursery, {name: with_lines(name, "raise SystemExit(0)")})
+    assert result["points"] == 0 and len(result["refused"]) == 1
+    assert [test["message"] for test in result["tests"]] == ["refused", "refused"]
+
+
 def test_forgeries_are_refused(nursery, tmp_path):
     name = "tokenizer.Quantizer.teacher_inputs"
     repository(tmp_path)
     for body, said in FORGED.items():
         carry({name: with_lines(name, body + "\nreturn torch.zeros(1)")}, tmp_path)
-        result = grade(ASSIGNMENTS[4], tmp_path, nursery)
-        assert result["points"] == 0 and said in " ".join(result["refused"]), (body, result)
+        refused = assignments.solution(ASSIGNMENTS[4], tmp_path, nursery)[1]
+        assert said in " ".join(refused), (body, refused)
 
 
 @pytest.mark.parametrize("number, name, body, said", [
@@ -263,7 +280,7 @@ def test_forgeries_are_refused(nursery, tmp_path):
     (13, "sample.fill_holes", "os.remove('x')", "os"),
 ])
 def test_the_twin_and_other_libraries_are_refused(number, name, body, said, nursery, tmp_path):
-    result = graded(number, tmp_path, nursery, {name: with_lines(name, body)})
+    result = graded(ASSIGNMENTS[number], tmp_path, nursery, {name: with_lines(name, body)})
     assert result["points"] == 0
     assert any(f"{name} uses {said}" in x or f".{said}" in x for x in result["refused"]), result
 
@@ -271,11 +288,11 @@ def test_the_twin_and_other_libraries_are_refused(number, name, body, said, nurs
 def test_another_signature_and_a_file_that_is_none_are_refused(nursery, tmp_path):
     name = "tokenizer.Quantizer.teacher_inputs"
     other = text(name).replace("tokens_BL: Tensor", "tokens_BL: Tensor, more=print(1)")
-    result = graded(4, tmp_path, nursery, {name: other})
+    result = graded(FEW, tmp_path, nursery, {name: other})
     assert result["points"] == 0 and "another signature" in result["refused"][0]
     for content in (b"def (", b"\xff\xfe", b"x = 1"):
         (tmp_path / "tokenizer.py").write_bytes(content)
-        result = grade(ASSIGNMENTS[4], tmp_path, nursery)
+        result = grade(FEW, tmp_path, nursery)
         assert result["points"] == 0 and len(result["refused"]) == 1
 
 
@@ -288,20 +305,19 @@ def test_only_the_bodies_travel(nursery, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import os; os._exit(0)\n")
     with (tmp_path / "tokenizer.py").open("a") as file:
         file.write("\nimport os\nos._exit(0)\n")
-    result = grade(ASSIGNMENTS[4], tmp_path, nursery)
+    result = grade(FEW, tmp_path, nursery)
     assert result["points"] == 0 and not result["refused"]
     assert all("stub" in test["message"] for test in result["tests"])
 
 
 LET_THROUGH = {   # what would happen should a rule have a hole: a body, and what the test is told
     "print('1 passed')\nimport os\nos._exit(0)": "ended before the test did",
-    "import sys\nsys.exit(0)": "SystemExit",
     "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)": "os.kill",
     "import pathlib\npathlib.Path('ROOT/LICENSE').unlink()": "os.remove",
-    "import shutil\nshutil.rmtree('ROOT/tests')": "shutil.rmtree",
-    "open('ROOT/LICENSE', 'w')": "open",
+    "try:\n    open('ROOT/LICENSE', 'w')\nfinally:\n    raise SystemExit(0)": "SystemExit",
     "import subprocess\nsubprocess.run(['true'])": "subprocess.Popen",
-    "import os\nos.write(1, b'[null, [true, \"\"]]')\nos.closerange(3, 50)\nos._exit(0)": "ended before",
+    "import os\nos.write(1, b'[null, [true, {}]]')\nos.closerange(3, 50)\nos._exit(0)":
+        "ended before the test did",
     "return torch.zeros(10**12)": "memory",
 }
 
@@ -334,6 +350,7 @@ def test_points_are_told_and_written(nursery, tmp_path, capsys, monkeypatch):
     """A solution with one error, from the command line."""
     name = "tokenizer.Quantizer.teacher_inputs"
     handed_in(tmp_path, {name: mutants(name)[0]})
+    monkeypatch.setattr(assignments, "ASSIGNMENTS", {4: FEW})
     monkeypatch.setattr(sys, "argv", ["assignments.py", "grade", "4", str(tmp_path)])
     monkeypatch.setattr(Nursery, "__enter__", lambda self: nursery)
     monkeypatch.setattr(Nursery, "__exit__", lambda *_: None)
@@ -341,8 +358,8 @@ def test_points_are_told_and_written(nursery, tmp_path, capsys, monkeypatch):
         assignments.main()
     result = json.loads((tmp_path / "grade-4.json").read_text())
     printed = capsys.readouterr().out
-    assert ended.value.code and 0 <= result["points"] < result["of"] == 10
-    assert printed.endswith(f"{result['points']} of 10 points\n")
+    assert ended.value.code and 0 <= result["points"] < result["of"] == FEW.of
+    assert printed.endswith(f"{result['points']} of {FEW.of} points\n")
     for test in result["tests"]:
         assert f"{test['points']:3} of {test['of']:2}  {test['test']}" in printed
         assert bool(test["message"]) == (test["points"] < test["of"])

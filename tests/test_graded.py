@@ -2,12 +2,14 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import sample
 import tokenizer as tokenizers
 from kernels import KeyRanges
+from test_kernels import DEVICE, attention_tiles
 from test_tokenizer import quantizer, tokenizer
 from test_var import Recorder, config, known_left, lively
 from var import VAR, LayerCache
@@ -177,12 +179,27 @@ def test_no_guidance_does_not_pay_for_it(cfg, rows):
 
 @torch.no_grad()
 def test_tokens_that_are_known_are_read_by_the_next_scale():
-    """What was drawn is forgotten: the logits are those of teaching on the tokens returned."""
+    """What was drawn is forgotten: the logits are those of teaching on the tokens returned.
+
+    And what is known is asked for at every scale, beside what was made of the image by then.
+    """
     made = tokenizer()
     model = lively(VAR(config()))
     model.__class__, model.passes = Recorder, []
     labels_B = torch.tensor([0, 2])
-    tokens_BL = model.generate(made, labels_B, cfg=0.0, known=known_left(made, 2))
+    known = known_left(made, 2)
+    put = known.put
+    asked = {}
+
+    def watched(drawn_Bl, quantizer, f_hat_BCSS, k):
+        asked[k] = f_hat_BCSS.clone()
+        return put(drawn_Bl, quantizer, f_hat_BCSS, k)
+
+    known.put = watched
+    tokens_BL = model.generate(made, labels_B, cfg=0.0, known=known)
+    for k, end in enumerate((0, 1, 5, 14)):
+        expected = made.quantizer.decode(tokens_BL[:, :end]) if end else made.quantizer.empty(2)
+        torch.testing.assert_close(asked[k], expected)
     expected = model(labels_B, made.teacher_inputs(tokens_BL))
     torch.testing.assert_close(torch.cat(model.passes, dim=1), expected, rtol=1e-4, atol=1e-4)
 
@@ -208,6 +225,33 @@ def test_drawing_changes_nothing_that_it_was_given(dtype):
     before = [tensor.clone() for tensor in given]
     kernels.sample_tokens_torch(given[0], given[1], 1.5, 3, 0.7, given[2])
     assert all(map(torch.equal, given, before))
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("W", [24, 100])
+def test_a_row_narrower_than_its_tile_and_far_from_zero_is_normalised(W, monkeypatch):
+    monkeypatch.setattr(kernels, "FACE", "triton")
+    generator = torch.Generator().manual_seed(0)
+    x_BLW, h_BLW = torch.randn(2, 2, 3, W, generator=generator)
+    gate_BW, scale_BW, shift_BW = torch.randn(3, 2, W, generator=generator)
+    given = [part.to(DEVICE) for part in (x_BLW + 100, h_BLW, gate_BW, scale_BW, shift_BW)]
+    sum_BLW, y_BLW = kernels.adaln(*given)
+    expected = (x_BLW + 100).double() + gate_BW[:, None] * h_BLW
+    torch.testing.assert_close(sum_BLW.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    normed_BLW = F.layer_norm(expected, (W,), eps=1e-6)
+    expected = normed_BLW * (1 + scale_BW[:, None]) + shift_BW[:, None]
+    torch.testing.assert_close(y_BLW.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+def test_tiles_before_the_range_are_not_visited():
+    """A weight of 0 times a value there would be NaN."""
+    ranges = KeyRanges.from_scales((4, 4, 4), last_scales=1)
+    q, k, v = torch.randn(3, 1, 2, 48, 16, device=DEVICE)
+    v[:, :, :16] = torch.nan
+    with attention_tiles((16, 16)):
+        o = kernels.block_attention_triton(q, k, v, ranges, 1.0)
+    assert o[:, :, :16].isnan().all() and o[:, :, 16:].isfinite().all()
 
 
 # -------------------------------------------------------------------------------------------------
