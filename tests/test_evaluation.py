@@ -190,7 +190,7 @@ def judged(shapes) -> tuple[sample.Evaluation, list[tuple], list[list[int]]]:
 
 def test_what_is_judged(shapes, judged):
     found, asked, labels = judged
-    assert asked == [(2, 900, 0.75, 3), (2, 900, 0.75, 4), (0, 0, 1, 3), (0, 0, 1, 4)]
+    assert asked == [(2, 900, 0.6, 3), (2, 900, 0.6, 4), (0, 0, 1, 3), (0, 0, 1, 4)]
     run = opened(shapes)
     originals, own_labels = sample.evaluated_images(run, COUNT)
     assert labels == [own_labels.tolist()] * 4
@@ -243,7 +243,7 @@ def test_the_table(shapes, judged):
     lines = [line for line in said.splitlines() if not line.startswith("note")]
     assert f"recognises {found.accuracy:.1%} of all held-out images" in lines[0]
     for line, name, (quality, *more) in zip(
-            lines[2:6], ("held-out", "reconstructions", "generated, cfg 2, top-k 900, top-p 0.75",
+            lines[2:6], ("held-out", "reconstructions", "generated, cfg 2, top-k 900, top-p 0.6",
                          "generated, no guidance"),
             ([found.held_out], [found.reconstructions], found.generated, found.unfiltered)):
         assert line.startswith(name)
@@ -336,7 +336,7 @@ def test_mistakes_in_evaluating(shapes, finished, tmp_path, monkeypatch):
     (out / "train_images.pt").unlink()
     assert "no set of training images" in refusal("--evaluate", 8, run=out)
     run = opened(shapes)
-    with pytest.raises(sample.UserError, match="one class gives it nothing"):
+    with pytest.raises(sample.UserError, match="with one class there is nothing"):
         sample.evaluate(sample.replace(run, classes=["star"]), 8, (0,))
     with pytest.raises(sample.UserError, match="comes without images"):
         sample.evaluate(sample.replace(run, held_out=None), 8, (0,))
