@@ -11,8 +11,9 @@
 
 train.py writes a run's folder, out/shapes for one; a published pair of checkpoints does as well.
 Read `main`, then `Run`, then `complete`: in-painting, out-painting, editing and upscaling are one
-mechanism; `Quality` says what the figures mean. Below them is what train.py uses, too: pictures,
-files that are whole or not there, images from files, devices and processes, how a program ends.
+mechanism. `Quality` says what the figures of an evaluation mean. Below them is what train.py uses,
+too: pictures, files that are whole or not there, images from files, devices and processes, and how
+a program ends.
 """
 from __future__ import annotations
 
@@ -552,10 +553,10 @@ def attention_of(model: VAR, labels_B: Tensor, inputs: Tensor, query: int) -> li
 # --------------------------------------------------------------------------------------------------
 # How good are the images?
 #
-# No image is the right answer to "draw a star", so a figure of quality compares sets of images: here
-# generated ones with held-out ones, of the same classes. What is compared is not pixels but what a
-# small classifier, trained on the run's own images, makes of them: the class it takes an image for,
-# and its features, the numbers from which it concludes the class.
+# No image is the right answer to "draw a star", so a figure of quality compares sets of images:
+# here generated ones with held-out ones, of the same classes. What is compared is not pixels but
+# what a small classifier, trained on the run's own images, makes of them: the class it takes an
+# image for, and its features, the numbers from which it concludes the class.
 #
 # How far apart two sets seem depends on how many images they hold. So all comparisons are between
 # equally many, and the held-out images are compared with themselves, one half with the other: no
@@ -568,9 +569,10 @@ class Quality:
 
     recognised   share that the classifier takes for the class they should be of
     per_class    the same of each class's images, by its name
-    frechet      Fréchet distance of the features to those of held-out images: how far two clouds of
-                 points lie apart, in place and in spread. Every feature has variance 1 over the
-                 training images, so 1 is a cloud shifted by one standard deviation of one feature.
+    frechet      Fréchet distance, squared, of the features to those of held-out images: how far two
+                 clouds of points lie apart, in place and in spread. Every feature has variance 1
+                 over the training images, so 1 is a cloud that is shifted by one standard
+                 deviation of one feature.
     precision    share of the images whose features lie among those of held-out images: fidelity
     recall       share of held-out images whose features lie among those of the images: variety.
                  Guidance and filters buy precision with recall.
@@ -785,26 +787,25 @@ def say_evaluation(found: Evaluation, run: Run) -> None:
     say_classes(list(sets.values()))
     if len(options.seeds) > 1:
         print(f"± is the standard deviation over the seeds {' '.join(map(str, options.seeds))}")
-    print("This Fréchet distance is not FID: its features are those of the run's own classifier, so "
-          "it\ncompares images of this run alone. For FID and its kin, written for the field's "
-          "programs:\n    python sample.py --npz 50000 samples.npz --reference reference.npz")
+    print("This Fréchet distance is not FID: its features are those of the run's own classifier,\n"
+          "so it compares images of this run's data alone. For FID, which the field's programs\n"
+          "measure, this writes the files:\n"
+          "    python sample.py --npz 50000 samples.npz --reference reference.npz")
 
 
 def say_classes(sets: list[list[Quality]]) -> None:
     """The share recognised of each class: of those twenty that are recognised least, when they are
     generated."""
     names = list(sets[0][0].per_class)
-    names.sort(key=lambda name: shares_of(sets[2], name).mean())
-    print(f"recognised: {'':{max(map(len, names))}}  held-out  reconstructed  generated  unfiltered")
+    shares = {}
+    for name in names:
+        shares[name] = [np.mean([x.per_class[name] for x in qualities]) for qualities in sets]
+    names.sort(key=lambda name: shares[name][2])
+    width = max(map(len, ["recognised", *names])) + 4
+    heads = ("held-out", "reconstructed", "generated", "unfiltered")
+    print(f"{'recognised':{width}}" + "".join(f"{head:>15}" for head in heads))
     for name in names[:20]:
-        means = [shares_of(qualities, name).mean() for qualities in sets]
-        held_out, reconstructed, generated, unfiltered = (f"{mean:.1%}" for mean in means)
-        print(f"  {name:{10 + max(map(len, names))}}{held_out:>10}{reconstructed:>15}"
-              f"{generated:>11}{unfiltered:>12}")
-
-
-def shares_of(qualities: list[Quality], name: str) -> np.ndarray:
-    return np.array([quality.per_class[name] for quality in qualities])
+        print(f"  {name:{width - 2}}" + "".join(f"{share:>15.1%}" for share in shares[name]))
 
 
 def in_words(values: list[float], digits: int, unit: str = "") -> str:
@@ -905,8 +906,8 @@ def kept_classifier(run: Run) -> Classifier:
     """
     classes = len(run.classes)
     if classes == 1:
-        raise UserError("--evaluate judges by a classifier, and with one class there is nothing to "
-                        "learn for it")
+        raise UserError("--evaluate judges by a classifier, to which one class gives nothing to "
+                        "learn")
     folder = run_folder(run.options)
     device = run.options.device
     images_path = folder / "train_images.pt"
@@ -1051,15 +1052,19 @@ def draw_curves(log: list[dict], scales: tuple[int, ...]):
         axis.plot([line["step"] for line in lines], [value(line) for line in lines],
                   label=label, marker="." if split == "held_out" else None)
 
-    for name in ("mse", "codebook", "perceptual"):
+    def training_curve(axis, name: str) -> None:
+        """Of the tokenizer's; there is none of what it was trained without."""
         if any(name in line for line in log):
-            curve(axes[0, 0], "tokenizer", "train", lambda line: line.get(name, math.nan), name)
+            curve(axis, "tokenizer", "train", lambda line: line.get(name, math.nan), name)
+
+    for name in ("mse", "codebook", "perceptual"):
+        training_curve(axes[0, 0], name)
     axes[0, 0].set(title="tokenizer: training losses", yscale="log")
     if adversary:
-        for name in ("discriminator", "discriminator_right"):
-            curve(axes[0, 2], "tokenizer", "train", lambda line: line.get(name, math.nan), name)
+        training_curve(axes[0, 2], "discriminator")
+        training_curve(axes[0, 2], "discriminator_right")
         axes[0, 2].set(title="discriminator: loss, share of patches right")
-        curve(axes[1, 2], "tokenizer", "train", lambda line: line.get("balance", math.nan), "weight")
+        training_curve(axes[1, 2], "balance")
         axes[1, 2].set(title="weight of the adversarial loss", yscale="log")
     for split in ("train", "held_out"):
         curve(axes[0, 1], "var", split, lambda line: line["loss"], split.replace("_", "-"))

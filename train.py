@@ -373,9 +373,10 @@ class Stage:
     def compare(self, begun: dict, rates: list[list[float]]) -> None:
         """Raises UserError for a checkpoint of another training; another rate is only said."""
         for name, now in self.identity.items():
-            if begun[name] == now:
+            before = begun.get(name)   # None, where an older checkpoint knows nothing of it
+            if before == now:
                 continue
-            values = f": {begun[name]}, not {now}" if len(str(now)) < 64 else ""   # or a digest
+            values = f": {before}, not {now}" if len(str(now)) < 64 else ""   # or a digest
             raise UserError(f"{self.path} does not go on: it was begun with another {name}{values}")
         if rates != self.peaks:
             say(f"{self.path} has a peak learning rate of {rates[0][0]} so far, and "
@@ -488,8 +489,8 @@ class TokenizerStage(Stage):
             helpers["discriminator"] = discriminator.to(options.device)
             # A short memory, as usual: its opponent changes all the time.
             optimizers.append(torch.optim.AdamW(
-                discriminator.parameters(), preset.tokenizer_lr, betas=(0.5, 0.9), weight_decay=0.0,
-                fused=True))
+                discriminator.parameters(), preset.discriminator_lr, betas=(0.5, 0.9),
+                weight_decay=0.0, fused=True))
         recipe = {name: getattr(preset, name) for name in TOKENIZER_RECIPE}
         if preset.perceptual_weight and options.perceptual:
             lpips = load_lpips(options.perceptual).to(options.device)
@@ -621,8 +622,9 @@ def say_health(health: dict, config: TokenizerConfig) -> None:
     for s, codes, usage, perplexity, decibels in zip(config.scales, *columns):
         print(f"  {s:>2}x{s:<3} {codes:>6} {usage:>6.0%} {perplexity:>11.1f} {decibels:>13.2f} dB")
     if "discriminator_right" in health:
-        print(f"the discriminator knows {health['discriminator_right']:.0%} of the patches of these "
-              f"and of their reconstructions; 50% would be chance")
+        right = health["discriminator_right"]
+        print(f"the discriminator is right on {right:.0%} of patches, of these images and of their "
+              f"reconstructions; 50% would be chance")
 
 
 TOKENIZER_RECIPE = (
@@ -651,7 +653,8 @@ def load_lpips(path: Path) -> nn.Module:
         raise UserError(f"--perceptual needs two more packages, pip install lpips torchvision "
                         f"({in_short(error)})")
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(VGG_SHA256):
-        raise UserError(f"{path} is not torchvision's vgg16-{VGG_SHA256}.pth, its SHA-256 is another")
+        raise UserError(f"{path} is not torchvision's vgg16-{VGG_SHA256}.pth: its SHA-256 is "
+                        f"another")
     with blaming(path), torch.no_grad():
         state = torch.load(path, map_location="cpu", weights_only=True)
         distance = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
@@ -1346,6 +1349,7 @@ class Preset:
     adversarial_from: float = option(
         0.3, BELOW_1, "share of the tokenizer's steps, at the start, without the discriminator")
     discriminator_width: int = option(32, COUNT, "the discriminator's channels at half resolution")
+    discriminator_lr: float = option(2e-4, RATE, "peak learning rate of the discriminator")
     depth: int = option(6, COUNT, "layers of the transformer")
     width: int = option(64, COUNT, "width of the transformer")
     heads: int = option(4, COUNT, "attention heads")
@@ -1394,6 +1398,13 @@ PRESETS = {
         tokenizer_batch=256, tokenizer_lr=4e-4, depth=12, width=768, heads=12, drop_path=0.05,
         var_steps=40_000, var_batch=256, var_lr=3e-4, muon=False, final_lr=0.05, warmup=1000,
         ema=0.9995),
+    # Thousands of images, a folder of one's own say. On two CPU cores of 100 GFLOP/s together the
+    # tokenizer takes 43 minutes and the transformer 32.
+    "pixels64": Preset(
+        image_size=64, scales=(1, 2, 3, 4, 6, 8), vocabulary=512, code_channels=16,
+        multipliers=(1, 2, 4, 8), tokenizer_steps=4800, tokenizer_lr=1e-3, perceptual_weight=0.1,
+        adversarial_weight=0.4, depth=6, width=256, var_steps=1500, var_lr=7e-3, warmup=100,
+        ema=0.99),
     # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
     "imagenet256": Preset(
         image_size=256, scales=PUBLISHED_SCALES, vocabulary=4096, code_channels=32,

@@ -21,7 +21,6 @@ import tempfile
 import time
 import types
 from collections.abc import Iterator
-from pathlib import Path
 
 MEMORY = 16 * 2**30     # bytes of addresses that a test may ask for
 WRITTEN = 2**30         # bytes that a file may have

@@ -17,7 +17,7 @@ from program import TINY, ran, refused, run
 from tokenizer import Discriminator, balance, perceptual_distance
 
 DETAIL = ["--perceptual-weight", 0.1, "--adversarial-weight", 0.4, "--adversarial-from", 0.3,
-          "--discriminator-width", 8, "--tokenizer-steps", 20]
+          "--discriminator-width", 8, "--discriminator-lr", 1.5e-3, "--tokenizer-steps", 20]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,8 @@ def test_the_perceptual_distance():
     x, y = ([torch.from_numpy(level).float() for level in levels] for levels in (x, y))
     assert perceptual_distance(x, y).item() == pytest.approx(expected, rel=1e-4)
     assert perceptual_distance(x, x) == 0
-    assert perceptual_distance(x, [3 * level for level in x]).item() < 1e-4   # contrast is no matter
+    lighter = [3 * level for level in x]
+    assert perceptual_distance(x, lighter).item() < 1e-4   # contrast is no matter
     nothing = torch.zeros(2, 5, 4, 4, requires_grad=True)   # after a ReLU
     perceptual_distance([nothing], x[:1]).backward()
     assert nothing.grad.isfinite().all()
@@ -183,6 +184,31 @@ def test_the_discriminator_starts_when_it_is_to(tmp_path):
     assert not stage.helpers["classifier"].training   # or its norms would follow the batch
 
 
+def test_the_classifier_is_not_the_one_that_judges(tmp_path, monkeypatch):
+    """Else the tokenizer would be trained on what it is judged by."""
+    seeds = []
+    train_classifier = train.train_classifier
+
+    def noted(images, labels, shape, seed, device):
+        seeds.append(seed)
+        return train_classifier(images, labels, shape, seed, device)
+
+    monkeypatch.setattr(train, "train_classifier", noted)
+    monkeypatch.setattr(sample, "train_classifier", noted)
+    stage = detailed_stage(tmp_path)
+    images, labels = train.some_images(stage.data, stage.options)
+    sample.save_checkpoint(tmp_path / "train_images.pt", "set of training images", images=images,
+                           labels=labels, side=8, data_set="drawn")
+    stage.options.run = tmp_path
+    stage.options.var = None
+    judging = sample.kept_classifier(
+        sample.Run(stage.model, None, stage.data.classes, None, stage.options))
+    assert len(set(seeds)) == 2
+    weight = stage.helpers["classifier"].head.weight
+    assert weight.shape == judging.head.weight.shape
+    assert not torch.equal(weight, judging.head.weight)
+
+
 def test_the_parts_of_a_step_have_the_discriminator_s_mean_gradient(tmp_path):
     stages = [detailed_stage(tmp_path, "--grad-accumulation", parts) for parts in (1, 2)]
     gradients = []
@@ -216,7 +242,8 @@ def test_a_discriminator_s_gradient_that_is_no_number_is_never_saved(tmp_path):
         return total, to_log
 
     stage.loss = spoiled
-    with pytest.raises(sample.UserError, match="gradient nan at step 8; the last good checkpoint, of step 8"):
+    told = "gradient nan at step 8; the last good checkpoint, of step 8"
+    with pytest.raises(sample.UserError, match=told):
         stage.run()
     saved = torch.load(stage.path, weights_only=True)["training"]
     assert saved["step"] == 8 and all(x.isfinite().all() for x in saved["helpers"].values())
@@ -275,7 +302,7 @@ def test_what_is_logged_and_drawn(whole):
     titles = [axis.get_title() for axis in figure.axes]
     assert "weight of the adversarial loss" in titles and len(titles) == 6
     drawn = {line.get_label(): line.get_ydata() for axis in figure.axes for line in axis.lines}
-    assert drawn["weight"][1] == lines[1]["balance"] and np.isnan(drawn["weight"][0])
+    assert drawn["balance"][1] == lines[1]["balance"] and np.isnan(drawn["balance"][0])
     assert drawn["perceptual"][0] == lines[0]["perceptual"]
     plain = [line for line in log if line["split"] != "train"]
     assert len(sample.draw_curves(plain, (1, 2, 4)).axes) == 4

@@ -336,7 +336,7 @@ def test_mistakes_in_evaluating(shapes, finished, tmp_path, monkeypatch):
     (out / "train_images.pt").unlink()
     assert "no set of training images" in refusal("--evaluate", 8, run=out)
     run = opened(shapes)
-    with pytest.raises(sample.UserError, match="with one class there is nothing"):
+    with pytest.raises(sample.UserError, match="one class gives nothing"):
         sample.evaluate(sample.replace(run, classes=["star"]), 8, (0,))
     with pytest.raises(sample.UserError, match="comes without images"):
         sample.evaluate(sample.replace(run, held_out=None), 8, (0,))

@@ -127,6 +127,32 @@ def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path, m
         assert np.allclose(*losses, rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
+def test_imagenet256_goes_through(folder, tmp_path, monkeypatch):
+    """Two steps of each stage, each stopped after the first, and then an image of each class."""
+    monkeypatch.setattr(sample, "CLASSIFIER_STEPS", 2)
+    flags = ["--preset", "imagenet256", "--data", folder, "--out", tmp_path, "--device", "cpu",
+             "--tokenizer-steps", 2, "--tokenizer-batch", 2, "--var-steps", 2, "--var-batch", 2,
+             "--checkpoint-every", 1, "--workers", 1]
+    advance = train.Stage.advance
+    stopped = set()
+
+    def stops_once(self, tensors, asked):
+        stop = self.step == 1 and self.name not in stopped
+        if stop:
+            stopped.add(self.name)
+        return advance(self, tensors, asked or stop)
+
+    monkeypatch.setattr(train.Stage, "advance", stops_once)
+    for stage in ("tokenizer", "var"):
+        assert run("train.py", *flags, "--resume").returncode == 130
+        assert stopped >= {stage}
+    ran("train.py", *flags, "--resume")
+    log = sample.read_log(tmp_path / "log.jsonl")
+    assert any("discriminator" in line for line in log)
+    ran("sample.py", "--run", tmp_path, "--device", "cpu", "--per-class", 1)
+
+
 # What changes how a model is computed, and not what
 
 
