@@ -1273,8 +1273,8 @@ def settle_device(options: argparse.Namespace) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device} cannot be used: {in_short(error)}")
-    if options.precision == "auto":
-        options.precision = "bf16" if fast_bf16(device) else "fp32"
+    if options.precision == "auto":   # small models are no faster in bf16 on a CPU
+        options.precision = "bf16" if device.type != "cpu" and fast_bf16(device) else "fp32"
     elif options.precision == "bf16" and not fast_bf16(device):
         print("note: this device has no instructions for bf16 and emulates them; --precision fp32 "
               "is faster here")
@@ -1404,7 +1404,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", default=device,
                           help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
         self.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                          help="if not given, bf16 where the device is built for it")
+                          help="if not given, bf16 on a GPU that is built for it")
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:

@@ -308,9 +308,11 @@ def test_notes_on_what_would_be_faster(monkeypatch, capsys):
     sample.settle_device(options)
     assert options.precision == "fp32" and "faster" not in capsys.readouterr().out
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    options = SimpleNamespace(device="cpu", precision="auto")
-    sample.settle_device(options)
-    assert options.precision == "bf16"
+    assert sample.fast_bf16(torch.device("cpu"))
+    for asked, settled in (("auto", "fp32"), ("bf16", "bf16")):
+        options = SimpleNamespace(device="cpu", precision=asked)
+        sample.settle_device(options)
+        assert options.precision == settled and "is faster here" not in capsys.readouterr().out
 
 
 # Mistakes
