@@ -1403,8 +1403,8 @@ PRESETS = {
     "pixels64": Preset(
         image_size=64, scales=(1, 2, 3, 4, 6, 8), vocabulary=512, code_channels=16,
         multipliers=(1, 2, 4, 8), tokenizer_steps=4800, tokenizer_lr=1e-3, perceptual_weight=0.1,
-        adversarial_weight=0.4, depth=6, width=256, var_steps=1500, var_lr=7e-3, warmup=100,
-        ema=0.99),
+        adversarial_weight=0.4, depth=6, width=256, heads=4, var_steps=1500, var_lr=7e-3,
+        warmup=100, ema=0.99),
     # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
     "imagenet256": Preset(
         image_size=256, scales=PUBLISHED_SCALES, vocabulary=4096, code_channels=32,
