@@ -189,7 +189,7 @@ def test_the_source_breaks_no_rule(number, nursery, tmp_path):
     assert assignments.solution(ASSIGNMENTS[number], ROOT, nursery)[1] == []
 
 
-@pytest.mark.parametrize("number", [1, 7, 10])
+@pytest.mark.parametrize("number", [1, 10])
 def test_the_stub_fails_every_graded_test(number, nursery, tmp_path):
     """All in one process, which takes less time; one by one for all assignments below."""
     handed_in(tmp_path, stubs(number))
@@ -369,9 +369,6 @@ def test_points_are_told_and_written(nursery, tmp_path, capsys, monkeypatch):
 # Planted errors
 
 
-HANDFUL = ["tokenizer.Quantizer.forward", "var.Known.tokens"]
-
-
 def test_errors_are_planted_in_every_function():
     assert PLANTED.keys() == BODIES.keys()
     for name, planted in PLANTED.items():
@@ -381,9 +378,9 @@ def test_errors_are_planted_in_every_function():
                 ast.dump(ast.parse(textwrap.dedent(text(name)))), name
 
 
-@pytest.mark.parametrize("name", HANDFUL)
-def test_some_planted_errors_cost_points(name, nursery):
-    for mutant in mutants(name)[:2]:
+def test_some_planted_errors_cost_points(nursery):
+    name = "tokenizer.Quantizer.forward"
+    for mutant in mutants(name)[:4]:
         assert first_failure(name, mutant, nursery)
 
 
