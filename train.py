@@ -1352,7 +1352,7 @@ class Preset:
     discriminator_lr: float = option(2e-4, RATE, "peak learning rate of the discriminator")
     depth: int = option(6, COUNT, "layers of the transformer")
     width: int = option(64, COUNT, "width of the transformer")
-    heads: int = option(2, COUNT, "attention heads")
+    heads: int = option(4, COUNT, "attention heads")
     shared_adaln: bool = option(False, YES_OR_NO, "one AdaLN modulation shared by all layers")
     normalise_qk: bool = option(True, YES_OR_NO, "unit queries and keys with a learned scale")
     label_dropout: float = option(
@@ -1361,7 +1361,7 @@ class Preset:
         0.0, BELOW_1, "stochastic depth of the last layer; the first has none")
     last_scales: int | None = option(
         None, COUNT, "how many scales a token sees, its own among them; if not given, all so far")
-    var_steps: int = option(1800, COUNT, "training steps of the transformer")
+    var_steps: int = option(2000, COUNT, "training steps of the transformer")
     var_batch: int = option(32, COUNT, "images per step of the transformer")
     var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     muon: bool = option(
@@ -1403,7 +1403,7 @@ PRESETS = {
     "pixels64": Preset(
         image_size=64, scales=(1, 2, 3, 4, 6, 8), vocabulary=512, code_channels=16,
         multipliers=(1, 2, 4, 8), tokenizer_steps=4800, tokenizer_lr=1e-3, perceptual_weight=0.1,
-        adversarial_weight=0.4, depth=6, width=256, heads=4, var_steps=1500, var_lr=7e-3,
+        adversarial_weight=0.4, depth=6, width=256, var_steps=1500, var_lr=7e-3,
         warmup=100, ema=0.99),
     # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
     "imagenet256": Preset(
