@@ -11,7 +11,7 @@ A run is a folder. It ends up holding
     held_out.pt              images that training does not see, for measuring and for sample.py
     train_images.pt          some that it sees, for the classifier by which sample.py judges
     tokens.pt                all images as tokens, for the next training in this folder
-    images-*.bin             a folder's images, decoded once
+    train-*.images           a folder's images, decoded once; held_out-*.images, too
     log.jsonl                one line per few steps, and what was measured on held-out images
     reconstructions.png      held-out images above their reconstructions
     samples.png              generated images, a row per class
@@ -1294,6 +1294,7 @@ def decode_all(
 def ignore_interrupts() -> None:
     """In a process that decodes: Ctrl-C reaches all processes, and the first ends the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)   # by which a pool ends its processes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1403,7 +1404,7 @@ PRESETS = {
     "pixels64": Preset(
         image_size=64, scales=(1, 2, 3, 4, 6, 8), vocabulary=512, code_channels=16,
         multipliers=(1, 2, 4, 8), tokenizer_steps=4800, tokenizer_lr=1e-3, perceptual_weight=0.1,
-        adversarial_weight=0.4, depth=6, width=256, var_steps=1500, var_lr=7e-3,
+        adversarial_weight=0.1, depth=6, width=256, var_steps=1500, var_lr=7e-3,
         warmup=100, ema=0.99),
     # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
     "imagenet256": Preset(
