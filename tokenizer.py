@@ -448,8 +448,9 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList()
         for i, width in enumerate(widths):
             resample = Upsample(width) if i else nn.Identity()
-            self.levels.append(Level(widths_in[i], width, config.blocks + 1, groups,
-                                     attends=i == lowest, resample=resample))
+            self.levels.append(Level(
+                widths_in[i], width, config.blocks + 1, groups, attends=i == lowest,
+                resample=resample))
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
@@ -519,9 +520,11 @@ class Discriminator(nn.Module):
         """
         for_x = self(originals)
         for_y = self(reconstructions.detach())
-        loss = (F.relu(1 - for_x).mean() + F.relu(1 + for_y).mean()) / 2
-        right = ((for_x > 0).float().mean() + (for_y <= 0).float().mean()) / 2
-        return loss, right
+        lost_x = F.relu(1 - for_x).mean()
+        lost_y = F.relu(1 + for_y).mean()
+        right_x = (for_x > 0).float().mean()
+        right_y = (for_y <= 0).float().mean()
+        return (lost_x + lost_y) / 2, (right_x + right_y) / 2
 
     def reward(self, reconstructions: Tensor) -> Tensor:
         """The tokenizer's adversarial loss, -D(y). It leaves the discriminator alone."""
@@ -727,7 +730,8 @@ def psnr(mse: float) -> float:
 
 def count(state: dict[str, Tensor], prefix: str) -> int:
     """How many numbered modules a state dict has under a name."""
-    under = [name.removeprefix(prefix + ".") for name in state if name.startswith(prefix + ".")]
+    start = prefix + "."
+    under = [name.removeprefix(start) for name in state if name.startswith(start)]
     return len({name.split(".")[0] for name in under})
 
 
