@@ -137,20 +137,35 @@ class Run:
             tokens.append(self.tokenizer.quantizer.encode(f_BCSS).cpu())
         return torch.cat(latents), torch.cat(tokens)
 
-    @torch.no_grad()
     def decode(self, tokens_NL: Tensor) -> Tensor:
         """Images of tokens of all scales, or of the coarser ones, on the CPU."""
-        images = []
-        for rows in batches(len(tokens_NL), at_a_time(self.tokenizer.config.image_side)):
-            tokens_BL = tokens_NL[rows].to(self.options.device)
-            with self.options.autocast():
-                images.append(self.tokenizer.decode(tokens_BL).cpu())
-        return torch.cat(images)
+        return torch.cat([images.cpu() for images in self.rendered(tokens_NL)])
+
+    def decode_to_bytes(self, tokens_NL: Tensor) -> np.ndarray:
+        """The same as bytes [N, side, side, channels]. They are a quarter of what images are, and
+        become so on the device."""
+        return np.concatenate([to_bytes(images) for images in self.rendered(tokens_NL)])
+
+    def rendered(self, tokens_NL: Tensor) -> Iterator[Tensor]:
+        """Images on the device, some at a time.
+
+        Where convolutions are chosen or compiled for a shape, every pass has the same: some images
+        of no use make the last one full.
+        """
+        options = self.options
+        size = min(len(tokens_NL), at_a_time(self.tokenizer.config.image_side))
+        for rows in batches(len(tokens_NL), size):
+            tokens_BL = tokens_NL[rows].to(options.device)
+            if options.device.type == "cuda" or options.compile:
+                tokens_BL = F.pad(tokens_BL, (0, 0, 0, size - len(rows)))
+            with options.autocast():
+                images = self.tokenizer.decode(tokens_BL)
+            yield images[:len(rows)]
 
     def after_each_scale(self, tokens_NL: Tensor) -> list[np.ndarray]:
         """What the first 1, 2, ... K scales decode to: bytes [N, side, side, channels] for each."""
         ends = np.cumsum([s * s for s in self.tokenizer.config.scales])
-        return [to_bytes(self.decode(tokens_NL[:, :end])) for end in ends]
+        return [self.decode_to_bytes(tokens_NL[:, :end]) for end in ends]
 
     @torch.no_grad()
     def log_likelihood(self, tokens_NL: Tensor, labels: list[int]) -> Tensor:
@@ -205,7 +220,22 @@ def load(options: argparse.Namespace) -> Run:
     device = options.device
     tokenizer = tokenizer.to(device)
     model = model.to(device).eval()
+    if device.type == "cuda":
+        tokenizer.settle_decoder(options.dtype)
+    if options.compile:
+        check_compiler(device)
+        compile_parts(tokenizer, model)
     return Run(tokenizer, model, classes, held_out, options)
+
+
+def compile_parts(tokenizer: Tokenizer, model: VAR) -> None:
+    """The decoder, and the transformer's layers: for every scale one graph of the first layer and
+    one of all others, whatever the depth."""
+    torch._dynamo.config.recompile_limit = 8 * len(model.config.scales)   # for up to four batches
+    for span in model.config.spans:   # tables of the mask are there before torch.compile looks
+        model.ranges.rows(span.start, span.stop).prepare(model.level_L.device)
+    for part in (tokenizer.decoder, *model.blocks):
+        part.compile(dynamic=False)
 
 
 def run_folder(options: argparse.Namespace) -> Path:
@@ -231,7 +261,7 @@ def draw_samples(run: Run) -> Image.Image:
     if options.progress or options.gif:
         frames_KN = run.after_each_scale(tokens_NL)
     else:
-        frames_KN = [to_bytes(run.decode(tokens_NL))]
+        frames_KN = [run.decode_to_bytes(tokens_NL)]
     names = [run.classes[label] for label in chosen]
     if options.gif:
         save_film(options.gif, [grid_of_classes(names, images) for images in frames_KN])
@@ -959,7 +989,7 @@ def draw_many(run: Run, count: int) -> np.ndarray:
         tokens_NL = tokens_NL[torch.cat(best)]
     images = []
     for rows in batches(count, 1000):
-        images.append(to_bytes(run.decode(tokens_NL[rows])))
+        images.append(run.decode_to_bytes(tokens_NL[rows]))
     return np.concatenate(images)
 
 
@@ -1294,6 +1324,14 @@ def fast_bf16(device: torch.device) -> bool:
     return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile does not work, as without a C++ compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:   # each back end has its own
+        raise UserError(f"--compile does not work here: {in_short(error)}")
+
+
 # torchrun starts a process for each GPU, and all of them run train.py.
 
 
@@ -1458,6 +1496,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--gif", type=Path, metavar="FILE",
         help="also the images forming, scale by scale, as a film")
     parser.add_computer()
+    add("--compile", action="store_true",
+        help="torch.compile the transformer's layers and the decoder: for many images")
 
     add = parser.add_argument_group("with images of one's own").add_argument
     add("--task", choices=TASKS,
