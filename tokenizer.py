@@ -229,7 +229,10 @@ class Quantizer(nn.Module):
             tokens.append(tokens_Bl)
         if self.training:
             tokens_N = torch.cat(tokens, dim=1).flatten()
-            self.new_hits_V = self.new_hits_V + tokens_N.bincount(minlength=len(self.hits_V))
+            # On a GPU bincount would wait for the largest token, to know how many counts to make.
+            counts_V = torch.zeros_like(self.hits_V, dtype=torch.int64)
+            counts_V.scatter_add_(0, tokens_N, torch.ones_like(tokens_N))
+            self.new_hits_V = self.new_hits_V + counts_V
             self.residuals = residuals
         # Straight-through: the value of f_hat, the gradient of f.
         straight_BCSS = f_BCSS + (f_hat_BCSS - f_BCSS).detach()             # [B, C, S, S]
