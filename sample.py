@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from kernels import NoLauncher
 from tokenizer import Tokenizer, TokenizerConfig, psnr
 from var import VAR, Known, VARConfig
 
@@ -1311,6 +1312,8 @@ def settle_device(options: argparse.Namespace) -> None:
     if device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
         print(f"note: one thread of {os.cpu_count()} is used; OMP_NUM_THREADS says how many")
     half = options.precision == "bf16"
+    if not half:   # nor TF32, in which cuDNN convolves fp32 unless told otherwise
+        torch.backends.cudnn.allow_tf32 = False
     options.device = device
     options.dtype = torch.bfloat16 if half else torch.float32
     options.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
@@ -1410,7 +1413,7 @@ def run_program(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except UserError as error:
+    except (UserError, NoLauncher) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:   # a folder where a file should be, a full disk
