@@ -123,17 +123,25 @@ def start(kernel: Callable, programs: int, tensors: Sequence[Tensor], numbers: S
           constants: dict[str, int]) -> None:
     """Where the tensors are: Triton alone takes the current GPU, which may be another.
 
-    RuntimeError where Triton cannot build the C program by which it starts its kernels.
+    Raises NoLauncher where Triton cannot build the C program by which it starts its kernels.
     """
     with torch.cuda.device_of(tensors[0]):
         try:
             kernel[(programs,)](*as_arrays(tensors), *numbers, **constants)
-        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            if isinstance(error, RuntimeError) and "C compiler" not in str(error):
+        except (subprocess.CalledProcessError, FileNotFoundError) as error:
+            raise NoLauncher from error
+        except RuntimeError as error:
+            if "C compiler" not in str(error):
                 raise
-            raise RuntimeError(
-                "Triton could not build its launcher, for which it needs a C compiler and Python's "
-                "headers (Debian: apt install gcc python3-dev)") from error
+            raise NoLauncher from error
+
+
+class NoLauncher(RuntimeError):
+    """Nothing is wrong with the program: the machine lacks what Triton needs to start kernels."""
+
+    def __str__(self) -> str:
+        return ("Triton could not build its launcher, for which it needs a C compiler and Python's "
+                "headers (Debian: apt install gcc python3-dev)")
 
 
 @triton.jit

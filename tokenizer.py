@@ -35,6 +35,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -228,7 +229,10 @@ class Quantizer(nn.Module):
             tokens.append(tokens_Bl)
         if self.training:
             tokens_N = torch.cat(tokens, dim=1).flatten()
-            self.new_hits_V = self.new_hits_V + tokens_N.bincount(minlength=len(self.hits_V))
+            # On a GPU bincount would wait for the largest token, to know how many counts to make.
+            counts_V = torch.zeros_like(self.hits_V, dtype=torch.int64)
+            counts_V.scatter_add_(0, tokens_N, torch.ones_like(tokens_N))
+            self.new_hits_V = self.new_hits_V + counts_V
             self.residuals = residuals
         # Straight-through: the value of f_hat, the gradient of f.
         straight_BCSS = f_BCSS + (f_hat_BCSS - f_BCSS).detach()             # [B, C, S, S]
@@ -586,7 +590,17 @@ class Tokenizer(nn.Module):
 
     def render(self, f_BCSS: Tensor) -> Tensor:
         """A latent as images, not clamped."""
-        return self.decoder(self.from_latent(f_BCSS)).float()
+        dtype = self.from_latent.weight.dtype
+        device = f_BCSS.device.type
+        settled = dtype != torch.float32   # and autocast, which computes norms in fp32, is not asked
+        with torch.autocast(device, enabled=False) if settled else nullcontext():
+            return self.decoder(self.from_latent(f_BCSS.to(dtype))).float()
+
+    def settle_decoder(self, dtype: torch.dtype) -> None:
+        """Decode in this dtype from now on, with the channels of a pixel side by side, as a GPU's
+        convolutions want them. There is no way back, and no training, from half precision."""
+        for part in (self.from_latent, self.decoder):
+            part.to(dtype, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -53,10 +53,10 @@ from tqdm import tqdm
 from kernels import forward_flops, peak_flops
 from sample import (
     CLASSIFIER_IMAGES, FILTERS, IMAGE_ENDINGS, SEED, Classifier, Interrupt, Log, Parser, Run,
-    Stopped, UserError, at_a_time, averaged_down, batches, blaming, draw_curves, grid_of_classes,
-    grid_of_pairs, in_short, join_processes, load_checkpoint, load_tokenizer, mean_over_processes,
-    number, own_part, rank_and_ranks, read_image, read_log, run_program, save_checkpoint,
-    save_picture, say, settle_device, to_bytes, to_float, train_classifier,
+    Stopped, UserError, at_a_time, averaged_down, batches, blaming, check_compiler, draw_curves,
+    grid_of_classes, grid_of_pairs, in_short, join_processes, load_checkpoint, load_tokenizer,
+    mean_over_processes, number, own_part, rank_and_ranks, read_image, read_log, run_program,
+    save_checkpoint, save_picture, say, settle_device, to_bytes, to_float, train_classifier,
 )
 from tokenizer import (
     PUBLISHED_SCALES, Decoder, Discriminator, Encoder, PixelAttention, ResidualBlock, Tokenizer,
@@ -1542,14 +1542,6 @@ def settle_preset(options: argparse.Namespace) -> Preset:
         raise UserError(f"--width {preset.width} over --heads {preset.heads} must be 16 to 128 on "
                         f"a GPU")
     return preset
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raises UserError where torch.compile does not work, as without a C++ compiler."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:   # each back end has its own
-        raise UserError(f"--compile does not work here: {in_short(error)}")
 
 
 if __name__ == "__main__":

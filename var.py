@@ -248,7 +248,7 @@ class VAR(nn.Module):
             return labels_B
         chance_B = torch.rand(labels_B.shape, device=labels_B.device)
         dropped_B = chance_B < self.config.label_dropout
-        return torch.where(dropped_B, self.config.classes, labels_B)
+        return labels_B.masked_fill(dropped_B, self.config.classes)
 
     def start(self, class_BW: Tensor) -> Tensor:
         """What the first scale, a single token, reads: [B, 1, W]."""

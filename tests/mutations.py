@@ -67,7 +67,7 @@ PLANTED = {
         ("f_BCSS + (f_hat_BCSS - f_BCSS).detach()", "f_hat_BCSS + (f_BCSS - f_hat_BCSS).detach()"),
         ("f_BCSS + (f_hat_BCSS - f_BCSS).detach()", "f_BCSS + f_hat_BCSS - f_BCSS.detach()"),
         ("if self.training:", "if True:"),
-        ("self.new_hits_V + tokens_N.bincount", "tokens_N.bincount"),
+        ("self.new_hits_V + counts_V", "counts_V"),
         ("residuals.append(residual_BlC)", "residuals.append(self.read(f_BCSS - f_hat_BCSS, k))"),
         ("residuals.append(residual_BlC)", "residuals.append(self.read(f_BCSS.detach(), k))"),
         ("torch.cat(tokens, dim=1).flatten()", "tokens[-1].flatten()"),

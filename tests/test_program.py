@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -315,6 +316,13 @@ def test_notes_on_what_would_be_faster(monkeypatch, capsys):
         assert options.precision == settled and "is faster here" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("precision, allowed", [("fp32", False), ("bf16", True)])
+def test_fp32_is_not_tf32(precision, allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    sample.settle_device(SimpleNamespace(device="cpu", precision=precision))
+    assert torch.backends.cudnn.allow_tf32 == allowed
+
+
 # Mistakes
 
 
@@ -358,6 +366,20 @@ def test_no_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", broken)
     told = refused("train.py", "--out", tmp_path, *TINY, "--compile")
     assert told.endswith("--compile does not work here: no compiler many lines")
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("Failed to find C compiler. Please specify via CC"),
+    subprocess.CalledProcessError(1, ["gcc"]), FileNotFoundError("gcc")], ids=type)
+def test_a_machine_on_which_triton_cannot_start_kernels(error, finished, monkeypatch):
+    class Kernel:
+        def __getitem__(self, grid):
+            raise error
+
+    monkeypatch.setattr(kernels, "FACE", "triton")
+    monkeypatch.setattr(kernels, "adaln_forward", Kernel())
+    told = refused("sample.py", "--run", finished)
+    assert "Triton could not build its launcher" in told and "Python's headers" in told
 
 
 def test_a_mistake_ends_a_program_with_one_sentence(tmp_path):
