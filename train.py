@@ -1337,7 +1337,7 @@ def several(read: Callable) -> Callable:
 
 COUNT = number(int, 1)
 STEPS = number(int, 0)
-RATE = number(float, 1e-12, 1000)
+RATE = number(float, 1e-12, 1e30)
 PART = number(float, 0, 1)
 WEIGHT = number(float, 0)
 BELOW_1 = number(float, 0, 0.999999)
