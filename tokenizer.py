@@ -592,7 +592,8 @@ class Tokenizer(nn.Module):
         """A latent as images, not clamped."""
         dtype = self.from_latent.weight.dtype
         device = f_BCSS.device.type
-        settled = dtype != torch.float32   # and autocast, which computes norms in fp32, is not asked
+        # Autocast, which computes norms in fp32, is not asked once the decoder is in half precision.
+        settled = dtype != torch.float32
         with torch.autocast(device, enabled=False) if settled else nullcontext():
             return self.decoder(self.from_latent(f_BCSS.to(dtype))).float()
 
