@@ -1,0 +1,149 @@
+"""What came after VAR, a page for each idea:  python -m papers.NAME --run out/shapes out/shapes-1
+
+A page changes what its paper changes, trains or tunes where it must, and prints claim, measurement
+and verdict; README.md shows all of them side by side. The rule for claims:
+
+- A claim, and what falsifies it, stands at the top of its page before anything is measured, and
+  stays there with its figures if it fails.
+- --run takes finished runs of train.py that differ in their seed. A page compares within a run, for
+  nats of two tokenizers cannot be compared, and reports the mean and the standard deviation of the
+  difference over the runs. Nothing under two standard deviations is an effect. One run has none.
+- What is tuned is compared with a plain control: as many steps of ordinary training (tuning.py).
+- Images are judged as `sample.py --evaluate` does: without guidance and filters, where there is
+  room, and by default; and by recall, too, with which recognition is easily bought.
+"""
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+import sample
+from sample import Evaluation, Parser, Run, UserError, in_words, load_checkpoint
+from train import Preset
+
+
+def parser_of(page: str, text: str) -> Parser:
+    """With the flags that all pages have. text: the page's docstring."""
+    parser = Parser(prog=f"python -m papers.{page}", description=text.partition("\n\n")[0])
+    add = parser.add_argument
+    add("--run", nargs="+", type=Path, default=[Path("out/shapes")], metavar="FOLDER",
+        help="finished runs of train.py with different seeds (default: out/shapes)")
+    add("--count", type=sample.number(int, 8), default=1000, metavar="N",
+        help="held-out images, and generated ones of each kind, even (default: %(default)s)")
+    add("--seeds", nargs="+", type=sample.SEED, default=(0,), metavar="SEED",
+        help="a set of generated images for each (default: 0)")
+    add("--resume", action="store_true", help="go on from what an earlier try of this page trained")
+    parser.add_computer()
+    parser.set_defaults(   # what `Run` and `Stage` ask for beside
+        **sample.FILTERS, batch=100, tokenizer=None, var=None, started=time.monotonic(),
+        overwrite=False, checkpoint_every=1000, compile=False, checkpoint_activations=False,
+        grad_accumulation=None)
+    return parser
+
+
+def open_runs(options: Namespace) -> list[Run]:
+    """Each with `options.preset`, by which it was trained, and `options.seed`, its own. Raises
+    UserError for a folder without a finished run, and for runs that do not make a spread."""
+    if options.count % 2:
+        raise UserError(f"--count {options.count} must be even: two halves are compared")
+    sample.settle_device(options)
+    runs = []
+    for folder in options.run:
+        run = sample.load(Namespace(**{**vars(options), "run": folder}))
+        content = load_checkpoint(folder / "var.pt", "transformer")
+        if "training" in content:
+            raise UserError(f"{folder / 'var.pt'} is not trained to its end")
+        made_by = content["identity"]
+        known = [field.name for field in fields(Preset) if field.name in made_by]
+        run.options.preset = Preset(
+            **{name: made_by[name] for name in known}, var_lr=content["rates"][0][0])
+        run.options.seed = made_by["seed"]
+        for other in runs:
+            if (run.classes, run.options.preset) != (other.classes, other.options.preset):
+                raise UserError(f"{folder} and {other.options.run} differ in more than their seed")
+            if run.options.seed == other.options.seed:
+                raise UserError(f"{folder} and {other.options.run} have the same seed, "
+                                f"{run.options.seed}")
+        runs.append(run)
+    return runs
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Where a figure should lie, and where the claim is false: limits, between which it lies."""
+    text: str
+    holds: tuple[float, float]
+    false: tuple[float, float]
+
+    def verdict(self, figure: Sequence[float]) -> str:
+        """Of its value in each run, by two standard deviations."""
+        if len(figure) == 1:
+            return "no verdict, as one run has no spread"
+        reach = np.mean(figure) + 2 * np.std(figure, ddof=1) * np.array([-1, 1])
+        for word, (low, high) in (("holds", self.holds), ("falsified", self.false)):
+            if low <= reach[0] and reach[1] <= high:
+                return word
+        return "undecided"
+
+
+def say_verdicts(claims: Sequence[Claim], figures: Sequence[list[float]], started: float) -> None:
+    """figures: of each claim, in each run. started: options.started."""
+    for claim, figure in zip(claims, figures, strict=True):
+        measured = in_words(list(figure), 3)
+        print(f"claim: {claim.text}\n    measured {measured}: {claim.verdict(figure)}")
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def say_table(heads: Sequence[str], rows: dict[str, Sequence[str]]) -> None:
+    """The first head is that of the rows' names."""
+    width = max(map(len, [heads[0], *rows]))
+    for name, cells in {heads[0]: heads[1:], **rows}.items():
+        print(f"{name:{width}}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def say_figures(heads: Sequence[str], by_run: Sequence[dict[str, Sequence[float]]],
+                digits: int) -> dict[str, np.ndarray]:
+    """Print a table that each run has given, as means and spreads; returns [cells, runs] by row."""
+    figures = {name: np.transpose([rows[name] for rows in by_run]) for name in by_run[0]}
+    say_table(heads, {name: [in_words(list(cell), digits) for cell in row]
+                      for name, row in figures.items()})
+    return figures
+
+
+# Nats per image; then how many are recognised, recall and Fréchet distance, without guidance and
+# filters; then these three with those that are the default.
+HEADS = ("nats/image", "recognised %", "recall %", "Fréchet",
+         "f. recognised %", "f. recall %", "f. Fréchet")
+
+
+def figures_of(found: Evaluation) -> list[float]:
+    """As in HEADS, means over the seeds."""
+    values = [found.nats_per_image]
+    for qualities in (found.unfiltered, found.generated):
+        rows = [(100 * x.recognised, 100 * x.recall, x.frechet) for x in qualities]
+        values += np.mean(rows, axis=0).tolist()
+    return values
+
+
+def say_evaluations(rows: dict[str, Sequence[Evaluation]]) -> dict[str, np.ndarray]:
+    """Print what was found in the runs, and how the rows differ from the first, starred where it is
+    an effect; returns the figures [runs, 7] of each row."""
+    figures = {name: np.array(list(map(figures_of, found))) for name, found in rows.items()}
+    base = next(iter(figures.values()))
+    said = {name: [in_words(list(x), 2) for x in figure.T] for name, figure in figures.items()}
+    for name, figure in list(figures.items())[1:]:
+        said[f"{name}: difference"] = [in_difference(list(x)) for x in (figure - base).T]
+    say_table(("", *HEADS), said)
+    print("f.: filtered, with the default guidance, top-k and top-p; *: an effect")
+    return figures
+
+
+def in_difference(values: list[float], digits: int = 2) -> str:
+    """With a star where it is an effect."""
+    spread = np.std(values, ddof=1) if len(values) > 1 else np.inf
+    return in_words(values, digits) + " *" * bool(abs(np.mean(values)) > 2 * spread)
