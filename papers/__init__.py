@@ -47,10 +47,8 @@ def parser_of(page: str, text: str) -> Parser:
 
 
 def open_runs(options: Namespace) -> list[Run]:
-    """Each with `options.preset`, by which it was trained, and `options.seed`, its own.
-
-    Raises UserError for a folder without a finished run, and for runs that do not make a spread.
-    """
+    """Each with `options.preset`, by which it was trained, and `options.seed`, its own. Raises
+    UserError for a folder without a finished run, and for runs that do not make a spread."""
     if options.count % 2:
         raise UserError(f"--count {options.count} must be even: two halves are compared")
     sample.settle_device(options)
@@ -96,7 +94,8 @@ class Claim:
 def say_verdicts(claims: Sequence[Claim], figures: Sequence[list[float]], started: float) -> None:
     """figures: of each claim, in each run. started: options.started."""
     for claim, figure in zip(claims, figures, strict=True):
-        print(f"claim: {claim.text}\n    measured {in_words(figure, 3)}: {claim.verdict(figure)}")
+        measured = in_words(list(figure), 3)
+        print(f"claim: {claim.text}\n    measured {measured}: {claim.verdict(figure)}")
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
 
 
@@ -104,7 +103,16 @@ def say_table(heads: Sequence[str], rows: dict[str, Sequence[str]]) -> None:
     """The first head is that of the rows' names."""
     width = max(map(len, [heads[0], *rows]))
     for name, cells in {heads[0]: heads[1:], **rows}.items():
-        print(f"{name:{width}}" + "".join(f"{cell:>17}" for cell in cells))
+        print(f"{name:{width}}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def say_figures(heads: Sequence[str], by_run: Sequence[dict[str, Sequence[float]]],
+                digits: int) -> dict[str, np.ndarray]:
+    """Print a table that every run has given, of means and spreads; returns [cells, runs] by row."""
+    figures = {name: np.transpose([rows[name] for rows in by_run]) for name in by_run[0]}
+    say_table(heads, {name: [in_words(list(cell), digits) for cell in row]
+                      for name, row in figures.items()})
+    return figures
 
 
 # Nats per image; then how many are recognised, recall and Fréchet distance, without guidance and

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
-from sample import Log, Run, UserError, load_checkpoint
+from sample import Log, Run, blaming, load_checkpoint
 from train import Data, Stage, VARStage
 
 
@@ -32,20 +32,14 @@ class Tuning(VARStage):
         optimizers: if not given, the run's own; they take it that everything has a gradient.
         """
         self.tokenizer = run.tokenizer
-        folder = run.options.run
         options = Namespace(**vars(run.options))
-        options.out = folder / "papers" / name
+        options.out = options.run / "papers" / name
         options.preset = replace(options.preset, var_steps=steps, var_lr=lr)
         preset = options.preset
-        tokens = load_checkpoint(folder / "tokens.pt", "set of tokens")
-        made_with = tokens["made_with"]
-        fingerprint = run.tokenizer.fingerprint()
-        if made_with["tokenizer"] != fingerprint:
-            raise UserError(f"{folder / 'tokens.pt'} was made with another tokenizer")
-        train, held_out = rows or (gathered(tokens["train"]), gathered(tokens["held_out"]))
-        self.held_out = held_out
-        data = Data(train, run.held_out, run.classes, made_with["images"])
-        recipe = {"tokenizer": fingerprint, "steps": steps}
+        *own, images = kept_tokens(run)
+        train, self.held_out = rows or own
+        data = Data(train, run.held_out, run.classes, images)
+        recipe = {"tokenizer": run.tokenizer.fingerprint(), "steps": steps}
         if optimizers is None:
             optimizers = model.optimizers(lr, preset.weight_decay, preset.muon, options.dtype)
         Stage.__init__(
@@ -56,6 +50,14 @@ class Tuning(VARStage):
         """Its page shows what became of it."""
 
 
-def gathered(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> TensorDataset:
-    """Tokens [N, L] and labels [N] of the parts in which they are kept."""
-    return TensorDataset(*map(torch.cat, zip(*parts)))
+def kept_tokens(run: Run) -> tuple[TensorDataset, TensorDataset, str]:
+    """Tokens [N, L] and labels [N] of the training and of the held-out images, as train.py kept
+    them; and what these images are."""
+    path = run.options.run / "tokens.pt"
+    content = load_checkpoint(path, "set of tokens")
+    with blaming(path):
+        if content["made_with"]["tokenizer"] != run.tokenizer.fingerprint():
+            raise ValueError("the tokens are of another tokenizer")
+        sets = [TensorDataset(*map(torch.cat, zip(*content[name])))
+                for name in ("train", "held_out")]
+        return *sets, content["made_with"]["images"]
