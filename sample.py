@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from kernels import NoLauncher
 from tokenizer import Tokenizer, TokenizerConfig, psnr
 from var import VAR, Known, VARConfig
 
@@ -137,20 +138,35 @@ class Run:
             tokens.append(self.tokenizer.quantizer.encode(f_BCSS).cpu())
         return torch.cat(latents), torch.cat(tokens)
 
-    @torch.no_grad()
     def decode(self, tokens_NL: Tensor) -> Tensor:
         """Images of tokens of all scales, or of the coarser ones, on the CPU."""
-        images = []
-        for rows in batches(len(tokens_NL), at_a_time(self.tokenizer.config.image_side)):
-            tokens_BL = tokens_NL[rows].to(self.options.device)
-            with self.options.autocast():
-                images.append(self.tokenizer.decode(tokens_BL).cpu())
-        return torch.cat(images)
+        return torch.cat([images.cpu() for images in self.rendered(tokens_NL)])
+
+    def decode_to_bytes(self, tokens_NL: Tensor) -> np.ndarray:
+        """The same as bytes [N, side, side, channels]. They are a quarter of what images are, and
+        become so on the device."""
+        return np.concatenate([to_bytes(images) for images in self.rendered(tokens_NL)])
+
+    def rendered(self, tokens_NL: Tensor) -> Iterator[Tensor]:
+        """Images on the device, some at a time.
+
+        Where convolutions are chosen or compiled for a shape, every pass has the same: some images
+        of no use make the last one full.
+        """
+        options = self.options
+        size = min(len(tokens_NL), at_a_time(self.tokenizer.config.image_side))
+        for rows in batches(len(tokens_NL), size):
+            tokens_BL = tokens_NL[rows].to(options.device)
+            if options.device.type == "cuda" or options.compile:
+                tokens_BL = F.pad(tokens_BL, (0, 0, 0, size - len(rows)))
+            with options.autocast():
+                images = self.tokenizer.decode(tokens_BL)
+            yield images[:len(rows)]
 
     def after_each_scale(self, tokens_NL: Tensor) -> list[np.ndarray]:
         """What the first 1, 2, ... K scales decode to: bytes [N, side, side, channels] for each."""
         ends = np.cumsum([s * s for s in self.tokenizer.config.scales])
-        return [to_bytes(self.decode(tokens_NL[:, :end])) for end in ends]
+        return [self.decode_to_bytes(tokens_NL[:, :end]) for end in ends]
 
     @torch.no_grad()
     def log_likelihood(self, tokens_NL: Tensor, labels: list[int]) -> Tensor:
@@ -205,7 +221,22 @@ def load(options: argparse.Namespace) -> Run:
     device = options.device
     tokenizer = tokenizer.to(device)
     model = model.to(device).eval()
+    if device.type == "cuda":
+        tokenizer.settle_decoder(options.dtype)
+    if options.compile:
+        check_compiler(device)
+        compile_parts(tokenizer, model)
     return Run(tokenizer, model, classes, held_out, options)
+
+
+def compile_parts(tokenizer: Tokenizer, model: VAR) -> None:
+    """The decoder, and the transformer's layers: for every scale one graph of the first layer and
+    one of all others, whatever the depth."""
+    torch._dynamo.config.recompile_limit = 8 * len(model.config.scales)   # for up to four batches
+    for span in model.config.spans:   # tables of the mask are there before torch.compile looks
+        model.ranges.rows(span.start, span.stop).prepare(model.level_L.device)
+    for part in (tokenizer.decoder, *model.blocks):
+        part.compile(dynamic=False)
 
 
 def run_folder(options: argparse.Namespace) -> Path:
@@ -231,7 +262,7 @@ def draw_samples(run: Run) -> Image.Image:
     if options.progress or options.gif:
         frames_KN = run.after_each_scale(tokens_NL)
     else:
-        frames_KN = [to_bytes(run.decode(tokens_NL))]
+        frames_KN = [run.decode_to_bytes(tokens_NL)]
     names = [run.classes[label] for label in chosen]
     if options.gif:
         save_film(options.gif, [grid_of_classes(names, images) for images in frames_KN])
@@ -684,7 +715,7 @@ class Judge:
             frechet=float(np.mean(distances)),
             precision=float(np.mean(precisions)),
             recall=float(np.mean(recalls)),
-            detail=fine_power(images) / self.power,
+            detail=fine_power(images) / self.power if self.power > 1e-12 else math.nan,
         )
 
     def accuracy(self, held_out: TensorDataset) -> float:
@@ -959,7 +990,7 @@ def draw_many(run: Run, count: int) -> np.ndarray:
         tokens_NL = tokens_NL[torch.cat(best)]
     images = []
     for rows in batches(count, 1000):
-        images.append(to_bytes(run.decode(tokens_NL[rows])))
+        images.append(run.decode_to_bytes(tokens_NL[rows]))
     return np.concatenate(images)
 
 
@@ -1006,7 +1037,8 @@ def grid(
     import matplotlib   # which brings a font with Greek, Cyrillic, Hebrew and Arabic letters
     font_file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     font = ImageFont.truetype(font_file, 11)
-    labels = [label if len(label) <= 24 else label[:23] + "…" for label, _ in rows]
+    labels = [" ".join(label.split()) for label, _ in rows]   # in one line
+    labels = [label if len(label) <= 24 else label[:23] + "…" for label in labels]
     margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
     cell = max(cell, *(len(pixels) for _, images in rows for pixels in images))
     columns = max(len(images) for _, images in rows)
@@ -1205,7 +1237,10 @@ def read_log(path: Path) -> list[dict]:
     if not path.exists():
         return []
     try:
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is no record")
+        return lines
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); move it away to go on without it")
 
@@ -1270,7 +1305,7 @@ def settle_device(options: argparse.Namespace) -> None:
     """
     try:
         device = torch.device(options.device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device} cannot be used: {in_short(error)}")
     if options.precision == "auto":   # small models are no faster in bf16 on a CPU
@@ -1281,6 +1316,8 @@ def settle_device(options: argparse.Namespace) -> None:
     if device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
         print(f"note: one thread of {os.cpu_count()} is used; OMP_NUM_THREADS says how many")
     half = options.precision == "bf16"
+    if not half:   # nor TF32, in which cuDNN convolves fp32 unless told otherwise
+        torch.backends.cudnn.allow_tf32 = False
     options.device = device
     options.dtype = torch.bfloat16 if half else torch.float32
     options.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
@@ -1292,6 +1329,14 @@ def fast_bf16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capable = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile does not work, as without a C++ compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:   # each back end has its own
+        raise UserError(f"--compile does not work here: {in_short(error)}")
 
 
 # torchrun starts a process for each GPU, and all of them run train.py.
@@ -1372,7 +1417,7 @@ def run_program(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except UserError as error:
+    except (UserError, NoLauncher) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:   # a folder where a file should be, a full disk
@@ -1450,7 +1495,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="draw from the most likely tokens that hold this much probability "
              "(default: %(default)s)")
     add("--seed", type=SEED, default=0,
-        help="the same seed gives the same picture (default: %(default)s)")
+        help="the same seed and --batch give the same picture (default: %(default)s)")
     add("--batch", type=number(int, 1), default=100,
         help="images generated at a time (default: %(default)s)")
     add("--progress", action="store_true",
@@ -1458,6 +1503,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--gif", type=Path, metavar="FILE",
         help="also the images forming, scale by scale, as a film")
     parser.add_computer()
+    add("--compile", action="store_true",
+        help="torch.compile the transformer's layers and the decoder: for many images")
 
     add = parser.add_argument_group("with images of one's own").add_argument
     add("--task", choices=TASKS,
@@ -1517,9 +1564,15 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--evaluate is about all classes and takes no --classes")
     if options.npz and options.classes:
         raise UserError("--npz is balanced over all classes and takes no --classes")
-    for path in (options.out, options.gif, options.reference, options.npz and Path(options.npz[1])):
+    written = [(options.out, ".png"), (options.gif, ".gif"), (options.reference, ".npz"),
+               (options.npz and Path(options.npz[1]), ".npz")]
+    for path, ending in written:
         if path and path.is_dir():
             raise UserError(f"{path} is a folder; name a file to write")
+        if path and path.suffix.lower() not in ("", ending):
+            raise UserError(f"{path} would be a {ending} file; name it so")
+    if options.npz and options.reference and options.reference == Path(options.npz[1]):
+        raise UserError(f"{options.reference} cannot hold both samples and references")
     if options.task and not options.image:
         raise UserError(f"--task {options.task} needs --image: a file, a folder, or data:17")
     if options.image and not options.task:

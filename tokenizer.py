@@ -35,6 +35,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -228,7 +229,10 @@ class Quantizer(nn.Module):
             tokens.append(tokens_Bl)
         if self.training:
             tokens_N = torch.cat(tokens, dim=1).flatten()
-            self.new_hits_V = self.new_hits_V + tokens_N.bincount(minlength=len(self.hits_V))
+            # On a GPU bincount would wait for the largest token, to know how many counts to make.
+            counts_V = torch.zeros_like(self.hits_V, dtype=torch.int64)
+            counts_V.scatter_add_(0, tokens_N, torch.ones_like(tokens_N))
+            self.new_hits_V = self.new_hits_V + counts_V
             self.residuals = residuals
         # Straight-through: the value of f_hat, the gradient of f.
         straight_BCSS = f_BCSS + (f_hat_BCSS - f_BCSS).detach()             # [B, C, S, S]
@@ -448,8 +452,9 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList()
         for i, width in enumerate(widths):
             resample = Upsample(width) if i else nn.Identity()
-            self.levels.append(Level(widths_in[i], width, config.blocks + 1, groups,
-                                     attends=i == lowest, resample=resample))
+            self.levels.append(Level(
+                widths_in[i], width, config.blocks + 1, groups, attends=i == lowest,
+                resample=resample))
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
@@ -519,9 +524,11 @@ class Discriminator(nn.Module):
         """
         for_x = self(originals)
         for_y = self(reconstructions.detach())
-        loss = (F.relu(1 - for_x).mean() + F.relu(1 + for_y).mean()) / 2
-        right = ((for_x > 0).float().mean() + (for_y <= 0).float().mean()) / 2
-        return loss, right
+        lost_x = F.relu(1 - for_x).mean()
+        lost_y = F.relu(1 + for_y).mean()
+        right_x = (for_x > 0).float().mean()
+        right_y = (for_y <= 0).float().mean()
+        return (lost_x + lost_y) / 2, (right_x + right_y) / 2
 
     def reward(self, reconstructions: Tensor) -> Tensor:
         """The tokenizer's adversarial loss, -D(y). It leaves the discriminator alone."""
@@ -583,7 +590,18 @@ class Tokenizer(nn.Module):
 
     def render(self, f_BCSS: Tensor) -> Tensor:
         """A latent as images, not clamped."""
-        return self.decoder(self.from_latent(f_BCSS)).float()
+        dtype = self.from_latent.weight.dtype
+        device = f_BCSS.device.type
+        # Autocast, which computes norms in fp32, is not asked once the decoder is in half precision.
+        settled = dtype != torch.float32
+        with torch.autocast(device, enabled=False) if settled else nullcontext():
+            return self.decoder(self.from_latent(f_BCSS.to(dtype))).float()
+
+    def settle_decoder(self, dtype: torch.dtype) -> None:
+        """Decode in this dtype from now on, with the channels of a pixel side by side, as a GPU's
+        convolutions want them. There is no way back, and no training, from half precision."""
+        for part in (self.from_latent, self.decoder):
+            part.to(dtype, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -727,7 +745,8 @@ def psnr(mse: float) -> float:
 
 def count(state: dict[str, Tensor], prefix: str) -> int:
     """How many numbered modules a state dict has under a name."""
-    under = [name.removeprefix(prefix + ".") for name in state if name.startswith(prefix + ".")]
+    start = prefix + "."
+    under = [name.removeprefix(start) for name in state if name.startswith(start)]
     return len({name.split(".")[0] for name in under})
 
 

@@ -492,11 +492,12 @@ LIST = [
                 # bytes.py
                 import torch
                 import kernels
+                from tests import benchmark
 
                 for dtype in (torch.float32, torch.bfloat16):
                     x = torch.empty(64, 680, 1024, dtype=dtype, device="meta")
                     gate = torch.empty(64, 1024, dtype=dtype, device="meta")
-                    with kernels.BytesMoved() as moved:
+                    with benchmark.BytesMoved() as moved:
                         kernels.obvious_adaln(x, x, gate, gate, gate)
                     print(dtype, moved.total / x.numel(), "bytes per number of x")
 
@@ -605,11 +606,12 @@ LIST = [
 
                 # tiles.py
                 import kernels
+                from tests import benchmark
 
                 for L in (130, 680, 2240, 9451):
                     for tile in ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32), (16, 16)):
                         kernels.ATTENTION_TILES["forward"][0] = (*tile, 8, 3)
-                        grid = kernels.tile_grid(L)
+                        grid = benchmark.tile_grid(L)
                         visited = (grid > 0).float().mean()
                         cut = (grid == 1).sum() / (grid > 0).sum()
                         print(f"L {L:5}  {tile}: visited {visited:.0%}, of these cut {cut:.0%}")
@@ -652,7 +654,8 @@ LIST = [
 
                 # transposed.py
                 import torch.nn.functional as F
-                from kernels import BENCHMARK_SCALES, KeyRanges
+                from kernels import KeyRanges
+                from tests.benchmark import BENCHMARK_SCALES
 
                 for L in (680, 2240):
                     mask_LS = KeyRanges.from_scales(BENCHMARK_SCALES[L]).dense()

@@ -38,6 +38,10 @@ def test_a_run_in_fp32_is_that_of_the_cpu(folder, finished, tmp_path):
     assert losses(tmp_path)[0] == pytest.approx(losses(finished)[0], rel=1e-4)
 
 
+def test_compiled_parts_draw_images(trained, tmp_path):
+    ran("sample.py", "--run", trained, "--device", "cuda", "--compile", "--out", tmp_path / "a.png")
+
+
 def test_the_same_seed_gives_the_same_images(trained, tmp_path):
     for name in ("a.png", "b.png"):
         ran("sample.py", "--run", trained, "--device", "cuda", "--out", tmp_path / name)

@@ -41,6 +41,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import benchmark
 import kernels
 import reference
 import tokenizer
@@ -234,9 +235,9 @@ if kernels.HAS_TRITON:
 @pytest.mark.skipif(GPU, reason="runs in the interpreter")
 @pytest.mark.parametrize("L", [680, 130, 521])
 def test_the_tiles_that_are_counted_and_drawn_are_those_that_are_visited(L):
-    grid = kernels.tile_grid(L)
+    grid = benchmark.tile_grid(L)
     plan_T4 = torch.zeros(len(grid), 4, dtype=torch.int32)
-    ranges = KeyRanges.from_scales(kernels.BENCHMARK_SCALES[L])
+    ranges = KeyRanges.from_scales(benchmark.BENCHMARK_SCALES[L])
     table = ranges.once(kernels.table, torch.device(DEVICE))
     kernels.launch(plan_kernel, len(grid), list(table), [plan_T4], L, TILE_L=128, TILE_S=64)
     for tiles_S, (start, before, whole, cut) in zip(grid.tolist(), plan_T4.tolist()):
@@ -780,20 +781,20 @@ def test_peaks_are_those_of_the_card(monkeypatch):
 
 def test_bytes_are_those_read_and_written_and_a_view_moves_none():
     x = torch.zeros(8, 16, device="meta")
-    with kernels.BytesMoved() as moved:
+    with benchmark.BytesMoved() as moved:
         (x.T.reshape(4, 32)[1:] + 1).mul_(2)   # reshape copies
     assert moved.total == 2 * x.nbytes + (1 + 1) * 3 * 32 * 4 + 2 * 3 * 32 * 4
 
 
 @pytest.mark.skipif(GPU, reason="on a GPU this is the long benchmark itself")
 def test_the_benchmark_counts_and_times(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(kernels, "ATTENTION_CASES", {"cpu": [(1, 1, 130, 64)]})
-    monkeypatch.setattr(kernels, "SECONDS", 0)
-    monkeypatch.setattr(kernels, "product_rate", lambda dtype, cold: 1e11)   # bf16 may be emulated, which takes long
+    monkeypatch.setattr(benchmark, "ATTENTION_CASES", {"cpu": [(1, 1, 130, 64)]})
+    monkeypatch.setattr(benchmark, "SECONDS", 0)
+    monkeypatch.setattr(benchmark, "product_rate", lambda dtype, cold: 1e11)   # bf16 may be emulated, which takes long
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--plot", str(tmp_path / "plot.png")])
-    kernels.main()
+    benchmark.main()
     printed = capsys.readouterr().out
-    mask_tiles = kernels.tile_grid(680)
+    mask_tiles = benchmark.tile_grid(680)
     assert re.search(rf"L 680 +{(mask_tiles == 2).sum()} +{(mask_tiles == 1).sum()} +{mask_tiles.numel()} ", printed)
     scores = 16 * 680 * 680   # q scaled, the scores, the masked scores and the weights, each written and read
     moved = 2 * (6 * scores + (2 + 4) * 680 * 1024) + 3 * 680 * 680   # and the mask, turned round
@@ -807,10 +808,10 @@ def test_the_figure_and_the_time_of_one_image(arguments, monkeypatch, tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["kernels.py", *arguments])
     if arguments == ["--generate"]:
-        monkeypatch.setattr(kernels, "SECONDS", 0)
-        monkeypatch.setattr(kernels, "PUBLISHED_D16", dict(width=32, heads=2, depth=2))
-        monkeypatch.setitem(kernels.BENCHMARK_SCALES, 680, (1, 2))
-    kernels.main()
+        monkeypatch.setattr(benchmark, "SECONDS", 0)
+        monkeypatch.setattr(benchmark, "PUBLISHED_D16", dict(width=32, heads=2, depth=2))
+        monkeypatch.setitem(benchmark.BENCHMARK_SCALES, 680, (1, 2))
+    benchmark.main()
     if arguments == ["--tiles", "tiles.png"]:
         assert (tmp_path / "tiles.png").stat().st_size > 0
     else:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import kernels
+import benchmark
 import sample
 import train
 from program import ROOT, TINY, ran
@@ -83,7 +83,7 @@ def test_the_picture_of_tiles(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (command,) = [command for command in COMMANDS if "--tiles" in command]
     monkeypatch.setattr(sys, "argv", shlex.split(command))
-    kernels.main()
-    grid = kernels.tile_grid(680)
+    benchmark.main()
+    grid = benchmark.tile_grid(680)
     skipped, cut, whole = torch.bincount(grid.flatten(), minlength=3).tolist()
     assert Image.open("tiles.png").width > 300 and 0 < cut < whole and skipped > 0

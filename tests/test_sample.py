@@ -232,15 +232,83 @@ def test_rejection_keeps_the_most_likely(shapes, monkeypatch):
     run.options.rejection = 0.5
     shown = []
 
-    def decode(tokens_NL):
+    def decode_to_bytes(tokens_NL):
         shown.append(tokens_NL)
-        return torch.zeros(len(tokens_NL), 3, 16, 16)
+        return np.zeros((len(tokens_NL), 16, 16, 3), np.uint8)
 
-    monkeypatch.setattr(run, "decode", decode)
+    monkeypatch.setattr(run, "decode_to_bytes", decode_to_bytes)
     sample.draw_many(run, 20)
     kept = run.log_likelihood(shown[0], [label for label in range(10) for _ in range(2)])
     best = likelihoods.topk(2, dim=1).values
     torch.testing.assert_close(kept.view(10, 2).sort(dim=1).values, best.sort(dim=1).values)
+
+
+# How images come out
+
+
+def test_what_crosses_from_the_device_is_bytes(shapes, monkeypatch):
+    run, given = opened(shapes)
+    tokens_NL = run.encode(given.images)[1]
+    images = run.decode(tokens_NL)
+    expected = sample.to_bytes(images)
+    monkeypatch.setattr(sample, "at_a_time", lambda side: 16)
+    crossed = []
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: crossed.append(x) or cpu(x))
+    assert np.array_equal(run.decode_to_bytes(tokens_NL), expected)
+    assert [(x.dtype, len(x)) for x in crossed] == 2 * [(torch.uint8, 16)] + [(torch.uint8, 8)]
+
+
+def test_every_pass_of_a_compiled_decoder_has_the_same_shape(shapes, monkeypatch):
+    run, given = opened(shapes)
+    tokens_NL = run.encode(given.images)[1]
+    whole = run.decode(tokens_NL)
+    monkeypatch.setattr(sample, "at_a_time", lambda side: 16)
+    passes = []
+    run.tokenizer.decoder.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    for compiled in (False, True):
+        run.options.compile = compiled
+        for images, few in ((run.decode(tokens_NL), 40), (run.decode(tokens_NL[:3]), 3)):
+            torch.testing.assert_close(images, whole[:few])
+    assert passes == [16, 16, 8, 3] + [16, 16, 16, 3]
+
+
+def test_a_settled_decoder_computes_in_its_dtype_alone(shapes):
+    run, given = opened(shapes)
+    tokens_NL = run.encode(given.images)[1]
+    whole = run.decode(tokens_NL)
+    run.tokenizer.settle_decoder(torch.bfloat16)
+    seen = set()
+    for part in run.tokenizer.decoder.modules():
+        part.register_forward_hook(lambda *parts: seen.add(parts[-1].dtype))
+    run.options.autocast = lambda: torch.autocast("cpu", torch.float16)   # asks for another
+    images = run.decode(tokens_NL)
+    assert seen == {torch.bfloat16} and images.dtype == torch.float32
+    assert 0 < (images - whole).abs().mean() < 0.02
+    weight = run.tokenizer.decoder.conv_out.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert run.encode(given.images)[0].dtype == torch.float32   # the encoder is as before
+
+
+def test_compiled_parts_draw_the_same_images(shapes, tmp_path, monkeypatch):
+    """Two graphs for each scale, the first layer's and that of all others, and the decoder's; in
+    two batches, of which the second compiles nothing."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **flags: compile_module(
+        module, backend=count, fullgraph=True, **flags))
+    monkeypatch.setattr(sample, "check_compiler", lambda device: None)
+    torch._dynamo.reset()
+    plain, _ = draw(shapes, tmp_path / "a.png", "--batch", 40)
+    compiled, _ = draw(shapes, tmp_path / "b.png", "--batch", 40, "--compile")
+    depth = len(opened(shapes)[0].model.blocks)
+    assert len(graphs) == 3 * min(depth, 2) + 1
+    assert np.array_equal(plain, compiled)
 
 
 # Mistakes

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig, choose_phis, psnr
@@ -157,6 +158,23 @@ def test_a_training_pass_keeps_residuals_without_their_graph_and_counts_hits():
     assert made.new_hits_V.tolist() == np.bincount(tokens_BL.numpy().ravel(), minlength=8).tolist()
     made.eval()(f_BCSS)
     assert made.new_hits_V.sum() == 3 * 21   # evaluation does not count
+
+
+class Operations(TorchDispatchMode):
+    """The names of all that is computed."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_pass_waits_for_no_number_of_a_gpu():
+    made, operations = quantizer().train(), Operations()
+    operations.names = []
+    with operations:
+        made(torch.randn(3, 2, 4, 4, dtype=torch.float64))
+        made.remember()
+    waiting = {"_local_scalar_dense", "nonzero", "bincount", "lift_fresh", "scalar_tensor"}
+    assert "scatter_add_" in operations.names and not waiting & set(operations.names)
 
 
 @pytest.mark.parametrize("vocabulary, shares", [(9, (3, 3, 3)), (8, (3, 3, 2)), (2, (1, 1, 0)), (1, (1, 0, 0))])
