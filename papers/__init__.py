@@ -108,7 +108,7 @@ def say_table(heads: Sequence[str], rows: dict[str, Sequence[str]]) -> None:
 
 def say_figures(heads: Sequence[str], by_run: Sequence[dict[str, Sequence[float]]],
                 digits: int) -> dict[str, np.ndarray]:
-    """Print a table that every run has given, of means and spreads; returns [cells, runs] by row."""
+    """Print a table that each run has given, as means and spreads; returns [cells, runs] by row."""
     figures = {name: np.transpose([rows[name] for rows in by_run]) for name in by_run[0]}
     say_table(heads, {name: [in_words(list(cell), digits) for cell in row]
                       for name, row in figures.items()})
