@@ -3,6 +3,7 @@ by one, and damaged files."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import subprocess
 import sys
@@ -14,10 +15,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import sample
-import train
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = {"train.py": train.main, "sample.py": sample.main}
 TINY = [
     "--image-size", "8", "--scales", "1,2,4", "--multipliers", "1,2", "--tokenizer-width", "8",
     "--vocabulary", "32", "--code-channels", "4", "--tokenizer-steps", "40",
@@ -41,7 +40,9 @@ class Result:
 
 
 def run(program: str, *arguments) -> Result:
-    """Run a program in this process: starting Python takes longer than most of what is tested."""
+    """Run train.py, sample.py or papers.NAME in this process: starting Python takes longer than
+    most of what is tested."""
+    module = importlib.import_module(program.removesuffix(".py"))
     out = io.StringIO()
     err = io.StringIO()
     code = 0
@@ -49,7 +50,7 @@ def run(program: str, *arguments) -> Result:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [program, *map(str, arguments)])
             try:
-                sample.run_program(PROGRAMS[program])
+                sample.run_program(module.main)
             except SystemExit as end:
                 code = end.code or 0
     return Result(code, out.getvalue(), err.getvalue())
@@ -69,6 +70,17 @@ def refused(program: str, *arguments) -> str:
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     return last
+
+
+def rows_of(said: str, cells: int) -> dict[str, list[float]]:
+    """Of the tables of numbers in what was printed, the rows that have so many cells."""
+    rows = {}
+    for line in said.splitlines():
+        words = line.split()
+        if len(words) > cells:
+            with contextlib.suppress(ValueError):
+                rows[" ".join(words[:-cells])] = [float(word) for word in words[-cells:]]
+    return rows
 
 
 def start(*command) -> subprocess.CompletedProcess:

@@ -1,0 +1,148 @@
+"""Collaborative decoding (CoDe, arXiv 2411.17787): a large model drafts, a small one refines.
+
+Most of VAR's time goes into the finest scales, which hold most of the tokens; what an image is like
+is decided at the coarse ones. So a large model, the drafter, draws the first n scales, and a small
+one, the refiner, takes over for the rest. Any two VARs over one tokenizer can do that, as they read
+and write the same tokens. Together they are a model of its own, with a likelihood,
+
+    log p(r_1 ... r_K) = sum_{k <= n} log p_large(r_k | r_<k) + sum_{k > n} log p_small(r_k | r_<k)
+
+so what a takeover costs is known exactly, for every n, and before anything is drawn.
+
+Keys and values of one model mean nothing to the other: the refiner goes through the drafted scales
+itself, which are few tokens. (The paper also tunes both models, each for its own scales, and draws
+with other filters after the takeover. Here is what the takeover alone does.)
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf
+from timeit import repeat
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kernels import forward_flops
+from papers import Claim, open_runs, parser_of, say_evaluations, say_figures, say_verdicts
+from papers.tuning import Tuning
+from sample import Run, evaluate, run_program
+from tokenizer import Quantizer, Tokenizer
+from train import COUNT
+from var import VAR
+
+CLAIMS = (
+    Claim("with the last scale by the small model, an image takes less than 2 % more nats",
+          holds=(-inf, 2), false=(2, inf)),
+    Claim("and less than 0.6 of the time", holds=(0, 0.6), false=(0.6, inf)),
+    Claim("and, unfiltered, at most 2 points fewer are recognised",
+          holds=(-2, inf), false=(-inf, -2)),
+    Claim("the small model's excess, in nats per token, is less at the last scale than the mean of "
+          "that at the others", holds=(-inf, 0), false=(0, inf)),
+)
+
+
+class Drafted(nn.Module):
+    """A VAR of two: the drafter predicts the first n scales, the refiner the others, 1 or more."""
+
+    def __init__(self, drafter: VAR, refiner: VAR, n: int):
+        super().__init__()
+        self.config = drafter.config
+        self.drafter = drafter
+        self.first = shortened(drafter, n)
+        self.refiner = refiner
+
+    def forward(self, labels_B: Tensor, inputs: Tensor) -> Tensor:
+        """Logits [B, L, V], as of `VAR.forward`."""
+        own = self.first.config.length
+        drafted_BlV = self.drafter(labels_B, inputs)[:, :own]
+        refined_BlV = self.refiner(labels_B, inputs)[:, own:]
+        return torch.cat([drafted_BlV, refined_BlV], dim=1)
+
+    def generate(self, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, top_k: int, top_p: float,
+                 generator: torch.Generator, known: None) -> Tensor:
+        """Tokens [B, L], as of `VAR.generate`."""
+        drafted = len(self.first.config.scales)
+        last = len(self.config.scales) - 1
+        share = (drafted - 1) / last   # guidance grows from scale to scale, to cfg at the last
+        filters = top_k, top_p, generator
+        before = generator.get_state()
+        drafted_Bl = self.first.generate(tokenizer, labels_B, cfg * share, *filters)
+        generator.set_state(before)   # whoever draws a scale meets the same noise there
+        drafts = Drafts(tokenizer.quantizer.split(drafted_Bl))
+        return self.refiner.generate(tokenizer, labels_B, cfg, *filters, drafts)
+
+
+@dataclass
+class Drafts:
+    """The first scales, which the refiner puts for what it draws, as it does a `Known`'s tokens."""
+    tokens: list[Tensor]
+
+    def put(self, drawn_Bl: Tensor, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
+        return self.tokens[k] if k < len(self.tokens) else drawn_Bl
+
+
+def shortened(model: VAR, n: int) -> VAR:
+    """The same model up to its first n scales, which need nothing of those after them."""
+    short = VAR(replace(model.config, scales=model.config.scales[:n]))
+    state = model.state_dict()
+    state["position_1LW"] = state["position_1LW"][:, :short.config.length]
+    state["level_embedding.weight"] = state["level_embedding.weight"][:n]
+    short.load_state_dict(state)
+    return short.to(model.level_L.device).eval()
+
+
+def small_model(run: Run) -> VAR:
+    """Trained as the run's own was."""
+    options = run.options
+    torch.manual_seed(options.seed)
+    shape = {"depth": options.depth, "width": options.width, "heads": options.heads}
+    small = VAR(replace(run.model.config, **shape)).to(options.device)
+    steps = options.steps or options.preset.var_steps
+    stage = Tuning(run, small, "drafting", steps, options.preset.var_lr)
+    example = stage.example()
+    share = forward_flops(small, *example) / forward_flops(run.model, *example)
+    print(f"{options.run}: the small model takes {share:.0%} of the large one's FLOPs")
+    return stage.run()
+
+
+def takeovers(large: VAR, small: VAR) -> dict[str, nn.Module]:
+    """None, at the last scale, at the last two, ..., at all."""
+    models = {"large alone": large}
+    for n, s in reversed(list(enumerate(large.config.scales))):
+        models[f"small from {s}x{s}"] = Drafted(large, small, n) if n else small
+    return models
+
+
+def main() -> None:
+    parser = parser_of("drafting", __doc__)
+    for name, default in (("depth", 2), ("width", 48), ("heads", 3), ("steps", None)):
+        parser.add_argument(f"--{name}", type=COUNT, default=default,
+                            help=f"of the small model (default: {default or 'as the run'})")
+    options = parser.parse_args()
+    found = {}
+    by_run = []
+    for run in open_runs(options):
+        models = takeovers(run.model, small_model(run))
+        labels = [i % len(run.classes) for i in range(100)]
+        seconds = []
+        for name, model in models.items():
+            part = replace(run, model=model)
+            found.setdefault(name, []).append(evaluate(part, options.count, options.seeds))
+            seconds.append(min(repeat(lambda: part.generate(labels, 0), number=1, repeat=5)))
+        nats = [found[name][-1].nats_per_image for name in models]
+        tokens = np.square(run.model.config.scales)[::-1]
+        rows = zip(np.array(seconds) / seconds[0], [0, *np.diff(nats) / tokens])
+        by_run.append(dict(zip(models, rows)))
+    figures = say_evaluations(found)
+    table = say_figures(("", "share of time", "more nats/token"), by_run, 3)
+    large_R7, last_R7, *_ = figures.values()
+    (_, _), (share_R, excess_R), *others = table.values()
+    more_R = 100 * (last_R7 / large_R7 - 1)[:, 0]
+    slope_R = excess_R - np.mean([other_R for _, other_R in others], axis=0)
+    change_R = (last_R7 - large_R7)[:, 1]
+    say_verdicts(CLAIMS, [more_R, share_R, change_R, slope_R], options.started)
+
+
+if __name__ == "__main__":
+    run_program(main)
