@@ -1,0 +1,150 @@
+"""Edges as a second condition (ControlAR, arXiv 2410.02705, and ECM, 2510.05610).
+
+The model is told where the edges of the image are. Of their map, 0 or 1 at every pixel, the pixels
+under a cell of the latent make up a vector e. Each scale reads that as it reads any latent, and a
+linear layer Z, which is zero at first, adds it to what the transformer reads anyway:
+
+    x_k = embed(read(f_hat, k)) + Z read(e, k) + position
+
+Where training drops the class it drops the edges: guidance goes away from images with neither. Is
+all to be tuned (ControlAR), or only what is new (ECM, whose adapters are much more than Z)? Both.
+"""
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from math import inf
+
+import torch
+from torch import Tensor, nn
+
+import sample
+from papers import Claim, open_runs, parser_of, say_figures, say_verdicts
+from papers.tuning import Tuning
+from train import COUNT
+from var import VAR
+
+HEADS = ("", "IoU", "recognised %", "recall %", "f. IoU", "f. recognised %", "f. recall %")
+CLAIMS = (
+    Claim("all weights tuned, an IoU of 0.6, unfiltered", holds=(0.6, inf), false=(-inf, 0.4)),
+    Claim("no fewer recognised than of the plain control", holds=(0, inf), false=(-inf, -3)),
+    Claim("with VAR frozen, 2/3 of the gain in IoU", holds=(2 / 3, inf), false=(-inf, 2 / 3)),
+)
+
+
+class Controlled(VAR):
+    """A VAR that is shown edges. With none, and with Z at zero, it is the VAR it was made of."""
+
+    def __init__(self, run: sample.Run):
+        super().__init__(run.model.config)
+        self.load_state_dict(run.model.state_dict())
+        self.read = run.tokenizer.quantizer.read
+        self.cell = run.tokenizer.config.downsampling   # its side in pixels
+        self.control = nn.Linear(self.cell**2, self.config.width, bias=False)   # Z
+        nn.init.zeros_(self.control.weight)
+        self.edges_BLX: Tensor | None = None   # X: pixels of a cell
+        self.to(run.options.device)
+
+    def show(self, edges_B1HW: Tensor, cfg: float = 0.0) -> None:
+        """The edges of the images at hand. Of the null class, for guidance, there are none."""
+        cells_BXSS = nn.functional.pixel_unshuffle(edges_B1HW, self.cell)
+        read = [self.read(cells_BXSS, k) for k in range(len(self.config.scales))]
+        edges_BLX = torch.cat(read, dim=1)
+        self.edges_BLX = torch.cat([edges_BLX, 0 * edges_BLX]) if cfg else edges_BLX
+
+    def drop_labels(self, labels_B: Tensor) -> Tensor:
+        labels_B = super().drop_labels(labels_B)
+        if self.edges_BLX is not None:
+            self.edges_BLX = self.edges_BLX * (labels_B < self.config.classes)[:, None, None]
+        return labels_B
+
+    def places(self) -> Tensor:
+        """What is added to what is read: [1, L, W], and with edges [B, L, W]."""
+        if self.edges_BLX is None:
+            return super().places()
+        return super().places() + self.control(self.edges_BLX)
+
+
+class Steering(Tuning):
+    def loss_of(self, model: Controlled, tokens_BL: Tensor, labels_B: Tensor):
+        """Of a model that is shown the edges of what the tokens decode to."""
+        with torch.no_grad():
+            images = self.tokenizer.decode(tokens_BL.to(self.options.device).long())
+        model.show(edges_of(images))
+        return super().loss_of(model, tokens_BL, labels_B)
+
+
+def edges_of(images: Tensor) -> Tensor:
+    """Where an image changes by 1/8 of black to white per pixel: 0 or 1, [B, 1, side, side]."""
+    slopes = torch.cat(torch.gradient(images, dim=(2, 3)), dim=1)   # central differences
+    return (slopes.norm(dim=1, keepdim=True) > 0.25).float()
+
+
+def draw(run: sample.Run, labels: list[int], edges_N1HW: Tensor, seed: int) -> Tensor:
+    """Images of these classes with these edges."""
+    def show(rows: range) -> None:   # called before these rows are drawn
+        run.model.show(edges_N1HW[rows].to(run.options.device), run.options.cfg)
+    return run.decode(run.generate(labels, seed, show))
+
+
+def study(run: sample.Run) -> tuple[dict[str, list[float]], sample.Run]:
+    """What is measured of one run, as in HEADS; and the run with the model that was tuned whole."""
+    options = run.options
+    lr = options.preset.var_lr
+    originals, labels_N = sample.evaluated_images(run, options.count)
+    judge = sample.Judge(sample.kept_classifier(run), originals, run.classes)
+    asked_N1HW = edges_of(originals)
+
+    def figures(images: Tensor) -> list[float]:
+        found = judge(images, labels_N)
+        drawn_N1HW = edges_of(images)
+        either_N = torch.maximum(asked_N1HW, drawn_N1HW).sum(dim=(1, 2, 3)).clamp(min=1)
+        iou = ((asked_N1HW * drawn_N1HW).sum(dim=(1, 2, 3)) / either_N).mean().item()
+        return [iou, 100 * found.recognised, 100 * found.recall]
+
+    rows = {"reconstructions": 2 * figures(run.decode(run.encode(originals)[1]))}
+    for name, kind in (("plain", Tuning), ("frozen", Steering), ("all", Steering)):
+        model = Controlled(run)
+        optimizers = None
+        if name == "frozen":
+            Z = model.requires_grad_(False).control.requires_grad_(True)
+            optimizers = [torch.optim.AdamW(Z.parameters(), lr, weight_decay=0.0)]
+        stage = kind(run, model, f"control-{name}", options.steps, lr, None, optimizers)
+        tuned = replace(run, model=stage.run())
+        rows[name] = []
+        for filters in (sample.NO_FILTERS, sample.FILTERS):
+            part = replace(tuned, options=Namespace(**{**vars(options), **filters}))
+            rows[name] += figures(draw(part, labels_N.tolist(), asked_N1HW, options.seeds[0]))
+    return rows, tuned
+
+
+def requests(run: sample.Run) -> tuple[list[str], list[int], Tensor]:
+    """Names, classes and edges of what --image names."""
+    given = sample.load_images(run, run.options.image)
+    edges_N1HW = edges_of(given.images)
+    for i, name in enumerate(given.names):
+        if given.labels[i] is None:   # a drawing
+            given.labels[i] = sample.class_indices([name], run.classes)[0]
+            edges_N1HW[i] = given.images[i].mean(dim=0) < 0.25
+    return given.names, given.labels, edges_N1HW
+
+
+def main() -> None:
+    parser = parser_of("control", __doc__)
+    parser.add_argument("--steps", type=COUNT, default=500, help="a tuning (default: %(default)s)")
+    parser.add_argument("--image", nargs="+", default=["data:0", "data:4", "data:6", "data:8"],
+        help="for the picture: data:17, or a drawing, dark on white, named for its class: star.png")
+    options = parser.parse_args()
+    runs = open_runs(options)
+    names, labels, edges_N1HW = requests(runs[0])
+    by_run, tuned = zip(*map(study, runs))
+    figures = say_figures(HEADS, by_run, 2)
+    gain, frozen_gain = (figures[name] - figures["plain"] for name in ("all", "frozen"))
+    say_verdicts(CLAIMS, [figures["all"][0], gain[1], frozen_gain[0] / gain[0]], options.started)
+    columns = [1 - 2 * edges_N1HW] + [draw(tuned[0], labels, edges_N1HW, seed) for seed in range(3)]
+    picture = sample.grid(list(zip(names, zip(*map(sample.to_bytes, columns)))))
+    sample.save_picture(options.run[0] / "papers" / "control.png", picture)
+
+
+if __name__ == "__main__":
+    sample.run_program(main)

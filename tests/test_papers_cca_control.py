@@ -1,0 +1,345 @@
+"""Two pages of papers/: guidance trained into the weights, and edges as a second condition."""
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import program
+import sample
+from papers import cca, control, open_runs, parser_of
+from papers.tuning import Tuning
+from program import ran, refused
+
+PAGES = {"cca": cca, "control": control}
+
+
+@pytest.fixture(autouse=True)
+def pages(monkeypatch):
+    for name, page in PAGES.items():
+        monkeypatch.setitem(program.PROGRAMS, name, page.main)
+
+
+@pytest.fixture
+def run(shapes, tmp_path):
+    """A run whose tunings, of three steps, go elsewhere."""
+    options = parser_of("cca", "").parse_args(["--run", str(shapes), "--device", "cpu"])
+    (run,) = open_runs(options)
+    run.options.steps = 3
+    run.options.lr = 1e-2
+    run.options.count = 40
+    return run
+
+
+def rows_of(said: str, heads: int) -> dict[str, list[float]]:
+    """The rows of a table of numbers."""
+    rows = {}
+    for line in said.splitlines():
+        *words, = line.split()
+        try:
+            rows[" ".join(words[:-heads])] = [float(word) for word in words[-heads:]]
+        except ValueError:
+            pass
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Contrast
+
+
+@pytest.mark.parametrize("weight", [0.5, 7.0])
+def test_the_contrastive_loss_by_hand(weight):
+    own = np.array([1.5, -40.0, 0.0, 3.0])
+    other = np.array([20.0, -3.0, 0.5, 3.0])
+    contrast = np.array([True, True, False, True])
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))   # noqa: E731
+    total = 0.0
+    for r, r_other, is_contrast in zip(own, other, contrast):
+        total -= np.log(sigmoid(cca.BETA * r))
+        if is_contrast:
+            total -= weight * np.log(1 - sigmoid(cca.BETA * r_other))
+        else:
+            total -= np.log(sigmoid(cca.BETA * r_other))
+    expected = total / 4 / max(1, weight)
+    tensors = map(torch.from_numpy, (own, other, contrast))
+    assert cca.contrastive_loss(*tensors, weight).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_log_likelihood_is_that_of_sample(run):
+    images, labels = sample.evaluated_images(run, 10)
+    tokens_NL = run.encode(images)[1]
+    inputs = run.tokenizer.teacher_inputs(tokens_NL)
+    with torch.no_grad():
+        ours = cca.log_likelihood(run.model, tokens_NL, labels, inputs)
+    assert torch.allclose(ours, run.log_likelihood(tokens_NL, labels.tolist()), rtol=1e-5)
+
+
+class Watched(torch.nn.Module):
+    """A model that keeps which labels it is asked about, and is `more` sure of its tokens."""
+
+    def __init__(self, model, more):
+        super().__init__()
+        self.model = model
+        self.more = more
+        self.seen = []
+
+    def forward(self, labels, inputs):
+        self.seen.append(labels.clone())
+        return self.model(labels, inputs) * (1 + self.more)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
+def test_what_is_contrasted(run, dropout, monkeypatch):
+    run.model.config = replace(run.model.config, label_dropout=dropout)
+    stage = cca.Contrast(run, 5.0)
+    asked = []
+    monkeypatch.setattr(cca, "contrastive_loss",
+                        lambda *arguments: asked.append(arguments) or torch.zeros(()))
+    stage.replica = Watched(run.model, 0.1)
+    stage.reference = Watched(run.model, 0.0)
+    stage.reference.config = run.model.config
+    labels = torch.tensor([3, 3, 1, 0] * 16)
+    tokens = torch.randint(0, 32, (64, run.model.config.length), dtype=torch.int16)
+    stage.loss(tokens, labels)
+    (own, other, contrast, weight), = asked
+    (seen,) = stage.replica.seen
+    assert weight == 5
+    assert torch.equal(seen, stage.reference.seen[0])
+    first, second = seen.chunk(2)
+    null = run.model.config.classes
+    dropped = first == null
+    assert torch.equal(dropped, second == null)
+    assert dropped.float().mean().item() == pytest.approx(dropout, abs=0.25)
+    assert torch.equal(first[~dropped], labels[~dropped])
+    assert torch.equal(second[~dropped], labels.roll(-1)[~dropped])
+    assert torch.equal(contrast, ~dropped & torch.tensor([False, True, True, True] * 16))
+    inputs = run.tokenizer.teacher_inputs(tokens.long())
+    with torch.no_grad():
+        for r, labels_B in ((own, first), (other, second)):
+            logits = run.model(labels_B, inputs)
+            likelihood = [(x * logits).log_softmax(-1).gather(2, tokens.long()[..., None]).sum((1, 2))
+                          for x in (1.1, 1.0)]
+            assert torch.allclose(r, likelihood[0] - likelihood[1], atol=1e-3)
+
+
+def test_contrast_tunes_a_copy(run):
+    before = copy.deepcopy(run.model.state_dict())
+    stage = cca.Contrast(run, 5.0)
+    for name, value in stage.average.state_dict().items():
+        assert torch.equal(value, before[name])
+    run.options.overwrite = True
+    tuned = stage.run()
+    assert not torch.equal(tuned.head.weight, before["head.weight"])
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert run.model.config.label_dropout > 0   # guidance's null class is not lost by the copy
+
+
+def test_recall_is_compared_where_recognition_is_alike():
+    rows = {
+        "plain, cfg 0": [9.0, 60.0, 40.0, 0.0],
+        "plain, cfg 4": [9.0, 90.0, 20.0, 0.0],
+        "plain, cfg 2": [9.0, 80.0, 50.0, 0.0],   # not in order
+        "CCA, lambda 1": [9.0, 70.0, 50.0, 0.0],   # 5 over 45
+        "CCA, lambda 9": [9.0, 85.0, 34.0, 0.0],   # 1 under 35
+        "plain, default": [9.0, 75.0, 0.0, 0.0],
+        "CCA, default but cfg 0": [9.0, 75.0, 0.0, 0.0],
+    }
+    rows = {name: np.array(row) for name, row in rows.items()}
+    assert cca.recall_beside(rows) == pytest.approx(2.0)
+    assert cca.curve(rows, "CCA, lambda").tolist() == [[70, 85], [50, 34]]
+
+
+def test_the_page_on_contrast(shapes):
+    said = ran("cca", "--run", shapes, "--device", "cpu", "--count", 40, "--steps", 2,
+               "--weights", "1,20", "--lr", "0.02")
+    rows = rows_of(said, 4)
+    assert list(rows) == [
+        "plain, cfg 0", "plain, cfg 0.5", "plain, cfg 1", "plain, cfg 2", "plain, cfg 4",
+        "CCA, lambda 1", "CCA, lambda 20", "plain, default", "CCA, default but cfg 0"]
+    assert rows["plain, cfg 0"][0] == rows["plain, default"][0]
+    assert rows["CCA, lambda 20"][0] == rows["CCA, default but cfg 0"][0] != rows["plain, cfg 0"][0]
+    for claim in cca.CLAIMS:
+        assert f"claim: {claim.text}\n" in said
+    assert f"measured {rows['CCA, lambda 20'][1] - rows['plain, cfg 0'][1]:.3f}" in said
+    assert f"measured {rows['CCA, lambda 20'][1] - rows['plain, cfg 2'][1]:.3f}" in said
+    assert Image.open(shapes / "papers" / "cca.png").size[0] > 100
+    assert "--weights" in refused("cca", "--run", shapes, "--weights", "1,-2")
+
+
+# ------------------------------------------------------------------------------------------------
+# Control
+
+
+@pytest.fixture
+def shown(run):
+    """A controlled model, held-out images' tokens and labels, and what is read of their edges."""
+    images, labels = sample.evaluated_images(run, 8)
+    return control.Controlled(run).eval(), run.encode(images)[1], labels, control.edges_of(images)
+
+
+def test_edges_of_a_square():
+    image = torch.full((1, 3, 12, 12), -0.5)
+    image[..., 4:8, 3:9] = 0.5
+    inside = np.zeros((12, 12), bool)
+    inside[4:8, 3:9] = True
+    expected = np.zeros((12, 12))
+    for y in range(1, 11):
+        for x in range(1, 11):
+            left, right = inside[y, x - 1], inside[y, x + 1]
+            above, below = inside[y - 1, x], inside[y + 1, x]
+            expected[y, x] = left != right or above != below
+    assert np.array_equal(control.edges_of(image)[0, 0].numpy(), expected)
+    one_channel = torch.zeros(1, 3, 12, 12)
+    one_channel[:, 1, :, 6:] = 0.6   # a slope of 0.3
+    faint = torch.zeros(1, 3, 12, 12)
+    faint[:, 1, :, 6:] = 0.4
+    columns = control.edges_of(torch.cat([one_channel, faint]))[:, 0].mean(dim=1)
+    assert columns.tolist() == [[0.0] * 5 + [1.0] * 2 + [0.0] * 5, [0.0] * 12]
+
+
+def test_with_z_at_zero_it_is_the_plain_model(run, shown):
+    model, tokens_NL, labels, edges = shown
+    inputs = run.tokenizer.teacher_inputs(tokens_NL)
+    plain = run.model(labels, inputs)
+    assert torch.equal(model(labels, inputs), plain)
+    model.show(edges)
+    assert torch.equal(model(labels, inputs), plain)
+    for cfg in (0.0, 2.0):
+        run.options.cfg = cfg
+        with_edges = control.draw(replace(run, model=model), labels.tolist(), edges, 5)
+        assert torch.equal(with_edges, run.decode(run.generate(labels.tolist(), 5)))
+
+
+def test_a_place_is_shown_its_own_pixels(run, shown):
+    model, _, _, edges = shown
+    model.show(edges)
+    cell = run.tokenizer.config.downsampling
+    begin = 0
+    for s in run.tokenizer.config.scales:
+        side = edges.shape[-1] // s
+        for y in range(s):
+            for x in range(s):
+                area = edges[3, 0, y * side:(y + 1) * side, x * side:(x + 1) * side]
+                parts = area.unfold(0, cell, cell).unfold(1, cell, cell)
+                read = model.edges_BLX[3, begin + y * s + x]
+                assert torch.allclose(read, parts.mean(dim=(0, 1)).flatten(), atol=1e-6)
+        begin += s * s
+    assert begin == model.edges_BLX.shape[1]
+
+
+def test_edges_go_with_the_class(run, shown):
+    model, tokens_NL, labels, edges = shown
+    torch.nn.init.normal_(model.control.weight)
+    inputs = run.tokenizer.teacher_inputs(tokens_NL)
+    null_N = torch.full_like(labels, model.config.classes)
+    plain, plain_null = run.model(labels, inputs), run.model(null_N, inputs)
+    model.show(edges)
+    assert not torch.allclose(model(labels, inputs), plain, atol=1e-2)
+    mixed_N = torch.where(torch.arange(8) % 2 == 0, labels, null_N)
+    mixed = model(mixed_N, inputs)
+    assert torch.allclose(mixed[1::2], plain_null[1::2], atol=1e-5)
+    assert not torch.allclose(mixed[::2], plain[::2], atol=1e-2)
+    model.train()   # now labels are dropped, and edges with the same ones
+    model.config = replace(model.config, label_dropout=1.0)
+    model.show(edges)
+    assert torch.allclose(model(labels, inputs), plain_null, atol=1e-5)
+
+
+def test_drawing_is_what_was_taught(run, shown, monkeypatch):
+    """Logits of generation, with edges, class and null class, against teacher forcing."""
+    model, _, labels, edges = shown
+    torch.nn.init.normal_(model.control.weight)
+    seen = []
+    draw = model.draw
+    monkeypatch.setattr(model, "draw", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))
+    model.show(edges, cfg=1.0)
+    tokens_NL = model.generate(run.tokenizer, labels, cfg=1.0)
+    inputs = run.tokenizer.teacher_inputs(tokens_NL)
+    model.show(edges)
+    taught = model(labels, inputs)
+    null = run.model(torch.full_like(labels, model.config.classes), inputs)
+    assert torch.allclose(torch.cat(seen, dim=1), torch.cat([taught, null]), atol=1e-4)
+
+
+def test_each_batch_is_shown_its_own_edges(run, shown):
+    model, _, labels, edges = shown
+    torch.nn.init.normal_(model.control.weight)
+    run.options.batch = 3
+    kept = []
+    run.model = model
+    generate = model.generate
+    model.generate = lambda *arguments: kept.append(model.edges_BLX) or generate(*arguments)
+    run.options.cfg = 0.0
+    control.draw(run, labels.tolist(), edges, 0)
+    model.show(edges)
+    assert torch.equal(torch.cat(kept), model.edges_BLX)
+
+
+@pytest.fixture(scope="module")
+def page(shapes, tmp_path_factory) -> str:
+    """What the page prints, of the shortest tuning, with a drawing of a star."""
+    drawing = Image.new("L", (200, 200), "white")
+    ImageDraw.Draw(drawing).rectangle((50, 50, 150, 150), outline="black", width=14)
+    path = tmp_path_factory.mktemp("drawn") / "star.png"
+    drawing.save(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(program.PROGRAMS, "control", control.main)
+        return ran("control", "--run", shapes, "--device", "cpu", "--count", 40, "--steps", 2,
+                   "--image", "data:0", path)
+
+
+@pytest.mark.parametrize("name", ["plain", "frozen", "all"])
+def test_what_is_tuned(run, name, shapes, page):
+    path = shapes / "papers" / f"control-{name}" / "var.pt"
+    state = sample.load_checkpoint(path, "transformer")["model"]
+    changed = [key for key, value in run.model.state_dict().items() if not value.equal(state[key])]
+    assert bool(changed) == (name != "frozen")
+    assert state["control.weight"].any() == (name != "plain")
+
+
+def test_the_page_on_control(run, shapes, page):
+    rows = rows_of(page, 6)
+    assert list(rows) == ["reconstructions", "plain", "frozen", "all"]
+    assert f"measured {rows['all'][1] - rows['plain'][1]:.3f}" in page
+    images, labels = sample.evaluated_images(run, 40)
+    asked, got = (control.edges_of(x)[:, 0].numpy() > 0
+                  for x in (images, run.decode(run.encode(images)[1])))
+    expected = np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in zip(asked, got)])
+    assert rows["reconstructions"][0] == rows["reconstructions"][3] == round(expected, 2)
+    model = control.Controlled(run)
+    path = shapes / "papers" / "control-all" / "var.pt"
+    model.load_state_dict(sample.load_checkpoint(path, "transformer")["model"])
+    for begin, filters in ((0, sample.NO_FILTERS), (3, sample.FILTERS)):
+        vars(run.options).update(filters)
+        tuned = replace(run, model=model.eval())
+        drawn = control.draw(tuned, labels.tolist(), control.edges_of(images), 0)
+        found = sample.Judge(sample.kept_classifier(run), images, run.classes)(drawn, labels)
+        assert rows["all"][begin + 1:begin + 3] == pytest.approx(
+            [100 * found.recognised, 100 * found.recall], abs=0.006)
+
+
+def test_the_picture_of_edges(run, shapes, page):
+    picture = np.asarray(Image.open(shapes / "papers" / "control.png"))
+    assert picture.shape[0] == 2 * 66
+    drawing = picture[66:130, -4 * 66:-3 * 66 + 62, 0][:, :64]   # 64 of 200: the lines at 16 and 48
+    assert (drawing[30:34, 16:19] == 0).all() and (drawing[30:34, 46:48] == 0).all()
+    assert (drawing[20:40, 24:40] == 255).all() and (drawing[:12] == 255).all()
+    images = sample.to_float(run.held_out.tensors[0][:1])
+    asked = control.edges_of(images)[0, 0].numpy().repeat(4, axis=0).repeat(4, axis=1)
+    assert np.array_equal(picture[:64, -4 * 66:-4 * 66 + 64, 0] == 0, asked == 1)
+
+
+def test_mistakes_about_drawings(shapes, tmp_path):
+    Image.new("L", (20, 20)).save(tmp_path / "moon.png")
+    wrong = {
+        "there is no class moon": tmp_path / "moon.png",
+        "star.png": tmp_path / "star.png",
+        "data:0 to": "data:9999",
+    }
+    for said, source in wrong.items():
+        assert said in refused("control", "--run", shapes, "--device", "cpu", "--image", source)
