@@ -719,7 +719,7 @@ class Judge:
             frechet=float(np.mean(distances)),
             precision=float(np.mean(precisions)),
             recall=float(np.mean(recalls)),
-            detail=fine_power(images) / self.power,
+            detail=fine_power(images) / self.power if self.power > 1e-12 else math.nan,
         )
 
     def accuracy(self, held_out: TensorDataset) -> float:
@@ -1041,7 +1041,8 @@ def grid(
     import matplotlib   # which brings a font with Greek, Cyrillic, Hebrew and Arabic letters
     font_file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     font = ImageFont.truetype(font_file, 11)
-    labels = [label if len(label) <= 24 else label[:23] + "…" for label, _ in rows]
+    labels = [" ".join(label.split()) for label, _ in rows]   # in one line
+    labels = [label if len(label) <= 24 else label[:23] + "…" for label in labels]
     margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
     cell = max(cell, *(len(pixels) for _, images in rows for pixels in images))
     columns = max(len(images) for _, images in rows)
@@ -1240,7 +1241,10 @@ def read_log(path: Path) -> list[dict]:
     if not path.exists():
         return []
     try:
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is no record")
+        return lines
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); move it away to go on without it")
 
@@ -1305,7 +1309,7 @@ def settle_device(options: argparse.Namespace) -> None:
     """
     try:
         device = torch.device(options.device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device} cannot be used: {in_short(error)}")
     if options.precision == "auto":   # small models are no faster in bf16 on a CPU
@@ -1495,7 +1499,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="draw from the most likely tokens that hold this much probability "
              "(default: %(default)s)")
     add("--seed", type=SEED, default=0,
-        help="the same seed gives the same picture (default: %(default)s)")
+        help="the same seed and --batch give the same picture (default: %(default)s)")
     add("--batch", type=number(int, 1), default=100,
         help="images generated at a time (default: %(default)s)")
     add("--progress", action="store_true",
@@ -1564,9 +1568,15 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--evaluate is about all classes and takes no --classes")
     if options.npz and options.classes:
         raise UserError("--npz is balanced over all classes and takes no --classes")
-    for path in (options.out, options.gif, options.reference, options.npz and Path(options.npz[1])):
+    written = [(options.out, ".png"), (options.gif, ".gif"), (options.reference, ".npz"),
+               (options.npz and Path(options.npz[1]), ".npz")]
+    for path, ending in written:
         if path and path.is_dir():
             raise UserError(f"{path} is a folder; name a file to write")
+        if path and path.suffix.lower() not in ("", ending):
+            raise UserError(f"{path} would be a {ending} file; name it so")
+    if options.npz and options.reference and options.reference == Path(options.npz[1]):
+        raise UserError(f"{options.reference} cannot hold both samples and references")
     if options.task and not options.image:
         raise UserError(f"--task {options.task} needs --image: a file, a folder, or data:17")
     if options.image and not options.task:

@@ -452,8 +452,9 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList()
         for i, width in enumerate(widths):
             resample = Upsample(width) if i else nn.Identity()
-            self.levels.append(Level(widths_in[i], width, config.blocks + 1, groups,
-                                     attends=i == lowest, resample=resample))
+            self.levels.append(Level(
+                widths_in[i], width, config.blocks + 1, groups, attends=i == lowest,
+                resample=resample))
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
@@ -523,9 +524,11 @@ class Discriminator(nn.Module):
         """
         for_x = self(originals)
         for_y = self(reconstructions.detach())
-        loss = (F.relu(1 - for_x).mean() + F.relu(1 + for_y).mean()) / 2
-        right = ((for_x > 0).float().mean() + (for_y <= 0).float().mean()) / 2
-        return loss, right
+        lost_x = F.relu(1 - for_x).mean()
+        lost_y = F.relu(1 + for_y).mean()
+        right_x = (for_x > 0).float().mean()
+        right_y = (for_y <= 0).float().mean()
+        return (lost_x + lost_y) / 2, (right_x + right_y) / 2
 
     def reward(self, reconstructions: Tensor) -> Tensor:
         """The tokenizer's adversarial loss, -D(y). It leaves the discriminator alone."""
@@ -589,7 +592,8 @@ class Tokenizer(nn.Module):
         """A latent as images, not clamped."""
         dtype = self.from_latent.weight.dtype
         device = f_BCSS.device.type
-        settled = dtype != torch.float32   # and autocast, which computes norms in fp32, is not asked
+        # Autocast, which computes norms in fp32, is not asked once the decoder is in half precision.
+        settled = dtype != torch.float32
         with torch.autocast(device, enabled=False) if settled else nullcontext():
             return self.decoder(self.from_latent(f_BCSS.to(dtype))).float()
 
@@ -741,7 +745,8 @@ def psnr(mse: float) -> float:
 
 def count(state: dict[str, Tensor], prefix: str) -> int:
     """How many numbered modules a state dict has under a name."""
-    under = [name.removeprefix(prefix + ".") for name in state if name.startswith(prefix + ".")]
+    start = prefix + "."
+    under = [name.removeprefix(start) for name in state if name.startswith(start)]
     return len({name.split(".")[0] for name in under})
 
 

@@ -69,13 +69,13 @@ def main() -> None:
     options = parse()
     settle(options)
     data = load_data(options)
-    if options.overwrite and rank_and_ranks()[0] == 0:
-        for name in options.stages:   # at once: --resume must not find a part of the old training
-            (options.out / f"{name}.pt").unlink(missing_ok=True)
     if "tokenizer" in options.stages:
-        tokenizer = TokenizerStage(data, options).run()
+        stage = TokenizerStage(data, options)
+        forget_old_training(options)
+        tokenizer = stage.run()
     else:
         tokenizer = chosen_tokenizer(data, options)
+        forget_old_training(options)
     if "var" in options.stages:
         VARStage(tokenizer, data, options).run()
     if rank_and_ranks()[0] == 0:
@@ -86,6 +86,14 @@ def main() -> None:
                         labels=labels, side=options.preset.image_size, data_set=data.key)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def forget_old_training(options: argparse.Namespace) -> None:
+    """With --overwrite, once nothing is left to refuse: all stages at once, as --resume must not
+    find a part of the old training."""
+    if options.overwrite and rank_and_ranks()[0] == 0:
+        for name in options.stages:
+            (options.out / f"{name}.pt").unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -182,10 +190,13 @@ class Stage:
                 last = self.step == self.steps
                 measured = last or self.step % max(1, self.steps // 8) == 0
                 saved = last or self.step % options.checkpoint_every == 0
-                # The report of a step is read when the next one is on its way: nobody waits.
+                # The newest report is left until the next step is on its way, so that nobody waits
+                # for a GPU; before anything is measured or saved, all are read.
                 stop = False
                 while len(reports) > (0 if stop or measured or saved else 1):
                     stop = self.read(reports.pop(0), log, bar) or stop
+                if stop or measured or saved:
+                    self.check_weights()
                 if measured:
                     log.write(self.step, "held_out", **self.validate(self.average))
                 if stop or saved:
@@ -295,11 +306,8 @@ class Stage:
         """
         loss, norm, stop = report.numbers()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            where = "there is no checkpoint yet"
-            if self.saved:
-                where = f"the last good checkpoint, of step {self.saved}, is {self.path}"
             raise UserError(f"the {self.name} loss became {loss} and its gradient {norm} at step "
-                            f"{report.step - 1}; {where}; try a lower --{self.name}-lr")
+                            f"{report.step - 1}; {self.last_good()}; try a lower --{self.name}-lr")
         rate = bar.format_dict["rate"]
         bar.set_postfix_str(f"loss {loss:.4f}{self.speed(rate)}", refresh=False)
         bar.update()
@@ -310,6 +318,18 @@ class Stage:
             values = {name: value.tolist() for name, value in report.logged.items()}
             log.write(report.step, "train", loss=loss, **values)
         return stop > 0
+
+    def check_weights(self) -> None:
+        """Raises UserError for weights that are no numbers: a finite gradient can end in them."""
+        for weight in self.average.parameters():
+            if not weight.isfinite().all():
+                raise UserError(f"the {self.name} has weights that are no numbers at step "
+                                f"{self.step}; {self.last_good()}; try a lower --{self.name}-lr")
+
+    def last_good(self) -> str:
+        if not self.saved:
+            return "there is no checkpoint yet"
+        return f"the last good checkpoint, of step {self.saved}, is {self.path}"
 
     def speed(self, rate: float | None) -> str:
         """What so many steps per second come to, over all processes."""
@@ -1226,6 +1246,9 @@ def load_folder(root: Path, options: argparse.Namespace) -> Data:
     classes = sorted(x.name for x in root.iterdir() if x.is_dir() and not x.name.startswith("."))
     if not classes:
         raise UserError(f"{root} has no sub-folders; it needs one with images for each class")
+    if options.out.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"--out {options.out} lies in --data {root}, and its pictures would be "
+                        f"taken for data; name a folder elsewhere")
     train, held_out = [], []
     for label, name in enumerate(classes):
         paths = sorted(path for path in (root / name).rglob("*")
@@ -1244,7 +1267,7 @@ def load_folder(root: Path, options: argparse.Namespace) -> Data:
     images = FolderImages(root, train, side, channels)
     gigabytes = len(train) * channels * side * side / 1e9
     free = shutil.disk_usage(options.out).free / 1e9
-    if gigabytes <= DISK_SHARE * free:
+    if decoded_file(images, "train", options).exists() or gigabytes <= DISK_SHARE * free:
         images = decoded(images, "train", options)
     else:
         say(f"{root} would take {gigabytes:.0f} GB decoded, over {DISK_SHARE:.0%} of the "
@@ -1254,13 +1277,17 @@ def load_folder(root: Path, options: argparse.Namespace) -> Data:
     return data_of(images, TensorDataset(*kept[range(len(kept))]), classes)
 
 
+def decoded_file(images: FolderImages, name: str, options: argparse.Namespace) -> Path:
+    return options.out / f"{name}-{images.key()[:16]}.images"
+
+
 def decoded(images: FolderImages, name: str, options: argparse.Namespace) -> DecodedImages:
     """The images of a folder, from the file in which an earlier run left them, or decoded now.
 
     Until all are there the file has another name; a run that is stopped goes on with it.
     """
     record = 1 + math.prod(images.shape)
-    path = options.out / f"{name}-{images.key()[:16]}.images"
+    path = decoded_file(images, name, options)
     partial_path = path.with_suffix(".partial")
     if not path.exists():
         options.out.mkdir(parents=True, exist_ok=True)
@@ -1310,7 +1337,7 @@ def several(read: Callable) -> Callable:
 
 COUNT = number(int, 1)
 STEPS = number(int, 0)
-RATE = number(float, 1e-12)
+RATE = number(float, 1e-12, 1e30)
 PART = number(float, 0, 1)
 WEIGHT = number(float, 0)
 BELOW_1 = number(float, 0, 0.999999)
@@ -1448,7 +1475,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=SEED, default=0, help="of every random draw")
     parser.add_computer()
     add("--compile", action="store_true",
-        help="compile the models with torch.compile: slow to start, then faster")
+        help="compile the models with torch.compile, which takes a minute or two at first")
     add("--grad-accumulation", type=COUNT, metavar="PARTS",
         help="compute a step's batch in this many parts, to need less memory; if not given, in as "
              "many as a GPU's memory asks for")
@@ -1538,6 +1565,9 @@ def settle_preset(options: argparse.Namespace) -> Preset:
         raise UserError(f"--image-size {preset.image_size} does not fit: scales up to "
                         f"{preset.scales[-1]} at downsampling {downsampling} are images of "
                         f"{config.image_side}")
+    if preset.adversarial_weight and preset.image_size < 8:
+        raise UserError(f"--adversarial-weight: the discriminator halves the side three times, and "
+                        f"--image-size {preset.image_size} is below 8")
     if options.device.startswith("cuda") and not 16 <= preset.width // preset.heads <= 128:
         raise UserError(f"--width {preset.width} over --heads {preset.heads} must be 16 to 128 on "
                         f"a GPU")

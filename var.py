@@ -273,8 +273,10 @@ class VAR(nn.Module):
     def through_layers(self, x_BLW: Tensor, places_1LW: Tensor, modulations: list[Tensor],
                        ranges: KeyRanges, caches: list[LayerCache] | None) -> Stream:
         """The pass of what is read through all layers. caches: one for each, or none."""
-        whole_BW = torch.ones_like(x_BLW[:, 0])   # the gate of the first that is added to places
-        stream = places_1LW.expand_as(x_BLW), x_BLW, whole_BW
+        # The residual stream starts with the places. What is read is the first branch, added by the
+        # first AdaLN with a gate of 1.
+        gate_BW = torch.ones_like(x_BLW[:, 0])
+        stream = places_1LW.expand_as(x_BLW), x_BLW, gate_BW
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             stream = block(stream, modulations[i], ranges, cache)
@@ -523,7 +525,7 @@ class Known:
     def places(self, quantizer: Quantizer, k: int) -> Tensor:
         """Which tokens of scale k are known: bool [B, l].
 
-        The tokens of a scale do not see each other, so a generated one learns only from coarser
+        The tokens of a scale are drawn independently, so a generated one learns only from coarser
         scales what is known around it. Hence the quarter rule: on maps of up to a quarter of the
         finest side, where a cell covers 4 x 4 of the finest or more, all cells are known, in the
         holes too. They say how large forms and colours go on there, and leave to the finer maps

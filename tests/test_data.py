@@ -239,6 +239,7 @@ def test_a_folder_too_large_to_be_kept_is_read_as_training_goes(tmp_path, monkey
     (root / "a" / "007.png").write_bytes(b"no image")
     decoded = load("--data", root, "--out", tmp_path / "one")
     monkeypatch.setattr(train, "DISK_SHARE", 0.0)
+    assert load("--data", root, "--out", tmp_path / "one").key == decoded.key   # it is there already
     capsys.readouterr()
     data = load("--data", root, "--out", tmp_path / "two")
     assert "are read as training goes" in capsys.readouterr().out

@@ -340,7 +340,7 @@ def test_mistakes_in_training(folder, tmp_path):
     assert "and grow" in refusal("--scales", "1,4,4")
     assert "are images of 6" in refusal("--scales", "1,2,3")
     assert "are images of 8" in refusal("--image-size", 9)
-    wrong = {"--unquantized": 1, "--heads": 0, "--seed": -1, "--last-scales": 0, "--var-lr": "nan",
+    wrong = {"--unquantized": 1, "--heads": 0, "--seed": -1, "--last-scales": 0, "--var-lr": "nan", "--tokenizer-lr": 1e39,
              "--tokenizer-batch": 0, "--multipliers": "1,0", "--grad-accumulation": 0,
              "--scales": "1,b", "--ema": 1, "--label-dropout": 1.5, "--var-steps": 2.5}
     for flag, value in wrong.items():
@@ -356,7 +356,28 @@ def test_mistakes_in_training(folder, tmp_path):
         out=tmp_path / "file")
     assert "no tokenizer checkpoint" in refusal("--stage", "var")
     assert "cannot be used" in refusal("--device", "nonsense")
+    assert "cannot be used" in refusal("--device", "meta")
+    assert "would be taken for data" in refusal(out=folder / "out")
+    assert "is below 8" in refusal("--adversarial-weight", 0.1, "--image-size", 4, "--scales", "1,2")
     assert not (tmp_path / "out" / "tokenizer.pt").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(folder, tmp_path, monkeypatch):
+    def after_step(stage) -> None:
+        next(stage.model.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(train.TokenizerStage, "after_step", after_step)
+    told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--tokenizer-steps", 1)
+    assert "has weights that are no numbers at step 1" in told
+    assert not (tmp_path / "tokenizer.pt").exists()
+
+
+def test_a_refused_training_overwrites_nothing(folder, finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "var.pt").read_bytes()
+    refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--overwrite",
+            "--tokenizer", tmp_path / "missing.pt")
+    assert (tmp_path / "var.pt").read_bytes() == before
 
 
 def test_no_compiler(monkeypatch, tmp_path):
@@ -402,6 +423,7 @@ def test_mistakes_in_sampling(finished, tmp_path):
     assert f"{cut} cannot be read" in refusal("--var", cut)
     other = write_other_tokenizer(finished, tmp_path / "tokenizer.pt")
     assert "another tokenizer" in refusal("--tokenizer", other)
+    assert "would be a .png file" in refusal("--out", finished / "var.pt")
 
 
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])
