@@ -26,14 +26,13 @@ import gzip
 import hashlib
 import io
 import math
-import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -313,7 +312,7 @@ class Stage:
         bar.update()
         if not bar.disable and bar.n == bar.initial + 20:
             seconds = bar.format_dict["elapsed"] / 20 * (self.steps - bar.n)
-            say(f"{self.name}: about {in_words(seconds)} on this machine")
+            say(f"{self.name}: about {seconds / 60:.1f} minutes on this machine")
         if report.logged:
             values = {name: value.tolist() for name, value in report.logged.items()}
             log.write(report.step, "train", loss=loss, **values)
@@ -401,10 +400,6 @@ class Stage:
         if rates != self.peaks:
             say(f"{self.path} has a peak learning rate of {rates[0][0]} so far, and "
                 f"{self.peaks[0][0]} is asked for")
-
-
-def in_words(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 @dataclass
@@ -596,13 +591,17 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def validate(self, model: Tokenizer) -> dict:
-        total = 0.0
-        count = 0
-        for images in self.held_out(256):
+        count = len(self.images[:256])
+        found = Counter()
+        for originals in self.held_out(count):
             with self.options.autocast():
-                total += model(images)[1]["mse"].item() * len(images)
-            count += len(images)
-        return {"psnr": psnr(total / count)}
+                reconstructions, losses = model(originals)
+                if "discriminator" in self.helpers:
+                    adversary = self.helpers["discriminator"]
+                    _, losses["discriminator_right"] = adversary.loss(originals, reconstructions)
+            share = len(originals) / count
+            found.update({name: share * loss.item() for name, loss in losses.items()})
+        return {**found, "psnr": psnr(found["mse"])}
 
     def example(self) -> tuple[Tensor, ...]:
         return (self.images[:1].to(self.options.device),)
@@ -610,28 +609,12 @@ class TokenizerStage(Stage):
     def finish(self, model: Tokenizer, log: Log) -> None:
         with self.options.autocast():
             health = model.health(self.held_out(2000))
-        if "discriminator" in self.helpers:
-            health["discriminator_right"] = self.discriminator_right(model)
         log.write(self.steps, "health", **health)
         say_health(health, model.config)
         run = Run(model, None, self.data.classes, self.data.held_out, self.options)
         images = self.images[:36]
         results = run.decode(run.encode(images)[1])
         save_picture(self.options.out / "reconstructions.png", grid_of_pairs(images, results))
-
-
-    @torch.no_grad()
-    def discriminator_right(self, model: Tokenizer) -> float:
-        """Of which share of patches of held-out images and reconstructions."""
-        total = 0.0
-        count = 0
-        for images in self.held_out(256):
-            with self.options.autocast():
-                reconstructions = model.decode(model.encode(images))
-                _, right = self.helpers["discriminator"].loss(images, reconstructions)
-            total += right.item() * len(images)
-            count += len(images)
-        return total / count
 
 
 def say_health(health: dict, config: TokenizerConfig) -> None:
@@ -641,10 +624,6 @@ def say_health(health: dict, config: TokenizerConfig) -> None:
     columns = [health[f"{name}_per_scale"] for name in ("codes", "usage", "perplexity", "psnr")]
     for s, codes, usage, perplexity, decibels in zip(config.scales, *columns):
         print(f"  {s:>2}x{s:<3} {codes:>6} {usage:>6.0%} {perplexity:>11.1f} {decibels:>13.2f} dB")
-    if "discriminator_right" in health:
-        right = health["discriminator_right"]
-        print(f"the discriminator is right on {right:.0%} of patches, of these images and of their "
-              f"reconstructions; 50% would be chance")
 
 
 TOKENIZER_RECIPE = (
@@ -658,20 +637,23 @@ def distance_by(classifier: Classifier, originals: Tensor, reconstructions: Tens
     return perceptual_distance(classifier.maps(originals), classifier.maps(reconstructions))
 
 
-VGG_SHA256 = "397923af"   # how it begins: torchvision's file has it in its name, vgg16-397923af.pth
+VGG_SHA256 = "397923af"   # how it begins
+VGG_URL = f"https://download.pytorch.org/models/vgg16-{VGG_SHA256}.pth"
 
 
 def load_lpips(path: Path) -> nn.Module:
     """The field's perceptual distance, LPIPS (1801.03924), of two batches of images in [-1, 1].
 
-    path: the weights of torchvision's VGG-16; those on top of it come with the package. Raises
-    UserError for any other file, and where the packages are missing.
+    path: the weights of torchvision's VGG-16, downloaded if they are not there; those on top of it
+    come with the package. Raises UserError for any other file, and where the packages are missing.
     """
     try:
         import lpips
     except ImportError as error:
         raise UserError(f"--perceptual needs two more packages, pip install lpips torchvision "
                         f"({in_short(error)})")
+    if not path.exists():
+        download(VGG_URL, path)
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(VGG_SHA256):
         raise UserError(f"{path} is not torchvision's vgg16-{VGG_SHA256}.pth: its SHA-256 is "
                         f"another")
@@ -698,6 +680,11 @@ def chosen_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
         raise UserError(f"{path} is for images of side {config.image_side} with "
                         f"{config.image_channels} channels, and these are {preset.image_size} with "
                         f"{data.channels}")
+    for name, value in vars(config).items():
+        asked = getattr(options, name, value)
+        if name != "width" and asked != value:   # --width is the transformer's
+            raise UserError(f"--{name.replace('_', '-')} {asked} is not that of the tokenizer in "
+                            f"{path}, which has {value}")
     if options.tokenizer and own.exists():
         if load_tokenizer(own).fingerprint() != tokenizer.fingerprint():
             raise UserError(f"{options.out} has a tokenizer.pt that is another than {path}; choose "
@@ -794,58 +781,42 @@ def tokens_of(
         "images": data.key,
     }
     rank, ranks = rank_and_ranks()
-    shared = [kept_tokens(path, made_with, options) if rank == 0 else None]
+    shared = [kept_tokens(path, made_with) if rank == 0 else None]
     if ranks > 1:
         dist.broadcast_object_list(shared, device=options.device)
     found = shared[0]
     images = {"held_out": data.held_out, "train": data.train}
-    missing = [name for name in images if count(found[name]) < len(images[name])]
+    missing = [name for name in images if tokenised(found[name]) < len(images[name])]
     try:
         for name in missing:
             tokenise(tokenizer, images[name], found[name], options, f"tokenise {name}")
     finally:   # Ctrl-C loses nothing of what is done
         if missing and rank == 0:
-            keep_tokens(path, made_with, found)
+            save_checkpoint(path, "set of tokens", made_with=made_with, **found)
     train = TensorDataset(*map(torch.cat, zip(*found["train"])))
     held_out = TensorDataset(*map(torch.cat, zip(*found["held_out"])))
     return train, held_out
 
 
-def count(parts: list[tuple[Tensor, Tensor]]) -> int:
+def tokenised(parts: list[tuple[Tensor, Tensor]]) -> int:
     return sum(len(labels) for _, labels in parts)
 
 
-def kept_tokens(path: Path, made_with: dict[str, str], options: argparse.Namespace) -> dict:
-    """What an earlier training kept: for both sets parts of their tokens and labels, in order.
-
-    Raises UserError where --tokens names a file of anything else, which would be lost.
-    """
+def kept_tokens(path: Path, made_with: dict[str, str]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """What an earlier training kept: for both sets parts of their tokens and labels, in order."""
     nothing = {"held_out": [], "train": []}
     if not path.exists():
         return nothing
-    try:
-        content = load_checkpoint(path, "set of tokens")
-        with blaming(path):
-            begun = content["made_with"]
-            found = {name: content[name] for name in nothing}
-    except UserError as error:
-        if options.tokens:
-            raise
-        print(f"tokens are made anew: {error}")
-        return nothing
+    content = load_checkpoint(path, "set of tokens")
+    with blaming(path):
+        begun = content["made_with"]
+        found = {name: content[name] for name in nothing}
     for name, value in made_with.items():
         if begun.get(name) != value:
             print(f"tokens are made anew: those in {path} were made with other {name}")
             return nothing
     print(f"tokens are those in {path}")
     return found
-
-
-def keep_tokens(path: Path, made_with: dict[str, str], found: dict) -> None:
-    try:
-        save_checkpoint(path, "set of tokens", made_with=made_with, **found)
-    except (UserError, OSError) as error:
-        print(f"the tokens are not kept: {in_short(error)}")
 
 
 @torch.no_grad()
@@ -857,7 +828,7 @@ def tokenise(
     rank, ranks = rank_and_ranks()
     size = ranks * min(128, at_a_time(tokenizer.config.image_side))
     parts = [list(range(begin, min(begin + size, len(images))))
-             for begin in range(count(found), len(images), size)]
+             for begin in range(tokenised(found), len(images), size)]
     loader = read_ahead(images, map(own_part, parts), options)
     for pixels, labels in tqdm(loader, total=len(parts), desc=what, unit="batch", disable=rank > 0):
         with options.autocast():
@@ -912,18 +883,11 @@ def load_data(options: argparse.Namespace) -> Data:
     return data
 
 
-def data_of(train: Dataset, held_out: TensorDataset, classes: Sequence[str]) -> Data:
-    """With a key that follows from what is in the images, or in the list of files."""
+def data_of(train: TensorDataset, held_out: TensorDataset, classes: Sequence[str]) -> Data:
+    """With a key that follows from what is in the images."""
     digest = hashlib.sha256()
-    for images in (train, held_out):
-        if isinstance(images, TensorDataset):
-            arrays = [tensor.numpy() for tensor in images.tensors]
-        elif isinstance(images, DecodedImages):
-            arrays = [images.records_NR, images.labels.numpy()]
-        else:
-            arrays = [images.key().encode()]
-        for array in arrays:
-            digest.update(array)
+    for tensor in (*train.tensors, *held_out.tensors):
+        digest.update(tensor.numpy())
     return Data(train, held_out, list(classes), digest.hexdigest())
 
 
@@ -1062,31 +1026,27 @@ class Published:
     """
     url: str
     files: dict[str, str]
-    classes: tuple[str, ...]
+    classes: Sequence[str]
 
 
+IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
+             "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 PUBLISHED = {
-    "mnist": Published("https://storage.googleapis.com/cvdf-datasets/mnist/", {
-        "train-images-idx3-ubyte.gz":
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "train-labels-idx1-ubyte.gz":
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "t10k-images-idx3-ubyte.gz":
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "t10k-labels-idx1-ubyte.gz":
-            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    }, tuple("0123456789")),
-    "fashion-mnist": Published("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
-        "train-images-idx3-ubyte.gz":
+    "mnist": Published("https://storage.googleapis.com/cvdf-datasets/mnist/", dict(zip(IDX_FILES, (
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ))), "0123456789"),
+    "fashion-mnist": Published("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", dict(
+        zip(IDX_FILES, (
             "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "train-labels-idx1-ubyte.gz":
             "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "t10k-images-idx3-ubyte.gz":
             "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "t10k-labels-idx1-ubyte.gz":
             "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    }, ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
-        "boot")),
+        ))),
+        ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+         "boot")),
     "cifar10": Published("https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz":
             "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
@@ -1119,8 +1079,7 @@ def download(url: str, path: Path) -> None:
     try:
         torch.hub.download_url_to_file(url, str(path))
     except OSError as error:
-        raise UserError(f"cannot download {url} ({error}); put the file into a folder and name it "
-                        f"with --data-dir")
+        raise UserError(f"cannot download {url} ({error}); fetch it by other means, as {path}")
 
 
 def read_idx(name: str, data_dir: Path, side: int) -> list[TensorDataset]:
@@ -1171,11 +1130,18 @@ class FolderImages(Dataset):
     stands in."""
 
     def __init__(self, root: Path, files: list[tuple[int, Path]], side: int, channels: int):
-        self.root = root
+        """files: the label and the path of each."""
         self.labels = torch.tensor([label for label, _ in files])
         self.paths = [path for _, path in files]
         self.shape = (channels, side, side)
         self.unreadable: set[int] = set()
+        # Of the names, sizes and times of the files, wherever the folder lies:
+        digest = hashlib.sha256(repr(self.shape).encode())
+        for path in self.paths:
+            status = path.stat()
+            about = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
+            digest.update(repr(about).encode())
+        self.key = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -1195,15 +1161,6 @@ class FolderImages(Dataset):
             self.unreadable.add(i)
         raise UserError(f"none of the {len(self)} images can be read")
 
-    def key(self) -> str:
-        """Of the names, sizes and times of the files, wherever the folder lies."""
-        digest = hashlib.sha256(repr(self.shape).encode())
-        for path in self.paths:
-            status = path.stat()
-            about = (str(path.relative_to(self.root)), status.st_size, status.st_mtime_ns)
-            digest.update(repr(about).encode())
-        return digest.hexdigest()
-
 
 def try_to_read(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
     """Bytes [channels, side, side], or None for what is no image."""
@@ -1215,17 +1172,17 @@ def try_to_read(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
         return None
 
 
+UNSEEN, READ, UNREADABLE = range(3)   # the first byte of a record; the others are pixels
+
+
 class DecodedImages(Dataset):
-    """Images of a folder as bytes in one file, which is mapped into memory.
+    """The images of a folder, from a file of records which is mapped into memory."""
 
-    records_NR: a row per file: whether it was an image, then its pixels.
-    """
-
-    def __init__(self, records_NR: np.ndarray, labels_N: Tensor, shape: tuple[int, int, int]):
+    def __init__(self, records_NR: np.ndarray, files: FolderImages):
         self.records_NR = records_NR
         self.rows = np.flatnonzero(records_NR[:, 0] == READ)
-        self.labels = labels_N[self.rows]
-        self.shape = shape
+        self.labels = files.labels[self.rows]
+        self.shape = files.shape
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -1235,93 +1192,90 @@ class DecodedImages(Dataset):
         return torch.from_numpy(pixels.reshape(-1, *self.shape)), self.labels[rows]
 
 
-UNSEEN, READ, UNREADABLE = range(3)   # the first byte of a record
-
-
 def load_folder(root: Path, options: argparse.Namespace) -> Data:
     """One sub-folder per class, named for it; every twentieth image of a class is held out."""
+    if options.out.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"--out {options.out} lies in --data {root}, and its pictures would be "
+                        f"taken for data; name a folder elsewhere")
+    classes, files = list_folder(root)
+    held_out = [file for own in files for file in own[::20]]
+    train = [file for own in files for i, file in enumerate(own) if i % 20]
+    side, channels = options.preset.image_size, options.channels
+    labels = torch.tensor([label for label, _ in held_out])
+    bound = min(HELD_OUT_IMAGES, HELD_OUT_BYTES // (channels * side * side))
+    held_out = [held_out[row] for row in spread(TensorDataset(labels, labels), bound)]
+    held_out = FolderImages(root, held_out, side, channels)
+    train = FolderImages(root, train, side, channels)
+    kept = decoded(held_out, "held_out", options)
+    images = train
+    gigabytes = len(train) * channels * side * side / 1e9
+    free = shutil.disk_usage(options.out).free / 1e9
+    if decoded_file(train, "train", options).exists() or gigabytes <= DISK_SHARE * free:
+        images = decoded(train, "train", options)
+    else:
+        say(f"{root} would take {gigabytes:.0f} GB decoded, over {DISK_SHARE:.0%} of the "
+            f"{free:.0f} GB that are free: its images are read as training goes")
+    if not len(kept) or not len(images):
+        raise UserError(f"{root} has no images left to {'train on' if len(kept) else 'hold out'}")
+    key = f"{held_out.key} {len(kept)} {train.key} {len(images)}"
+    return Data(images, TensorDataset(*kept[range(len(kept))]), classes, key)
+
+
+def list_folder(root: Path) -> tuple[list[str], list[list[tuple[int, Path]]]]:
+    """The names of the classes, and of each the label and the path of its images."""
     if not root.is_dir():
         raise UserError(f"--data {root} is neither a folder nor one of shapes, "
                         f"{', '.join(PUBLISHED)}")
     classes = sorted(x.name for x in root.iterdir() if x.is_dir() and not x.name.startswith("."))
     if not classes:
         raise UserError(f"{root} has no sub-folders; it needs one with images for each class")
-    if options.out.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--out {options.out} lies in --data {root}, and its pictures would be "
-                        f"taken for data; name a folder elsewhere")
-    train, held_out = [], []
+    files = []
     for label, name in enumerate(classes):
         paths = sorted(path for path in (root / name).rglob("*")
                        if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
         if len(paths) < 2:
             raise UserError(f"{root / name} has {len(paths)} images ({', '.join(IMAGE_ENDINGS)}); "
                             f"two are needed, one to train on and one to hold out")
-        for i, path in enumerate(paths):
-            (held_out if i % 20 == 0 else train).append((label, path))
-
-    side, channels = options.preset.image_size, options.channels
-    labels = torch.tensor([label for label, _ in held_out])
-    bound = min(HELD_OUT_IMAGES, HELD_OUT_BYTES // (channels * side * side))
-    held_out = [held_out[row] for row in spread(TensorDataset(labels, labels), bound)]
-    kept = decoded(FolderImages(root, held_out, side, channels), "held_out", options)
-    images = FolderImages(root, train, side, channels)
-    gigabytes = len(train) * channels * side * side / 1e9
-    free = shutil.disk_usage(options.out).free / 1e9
-    if decoded_file(images, "train", options).exists() or gigabytes <= DISK_SHARE * free:
-        images = decoded(images, "train", options)
-    else:
-        say(f"{root} would take {gigabytes:.0f} GB decoded, over {DISK_SHARE:.0%} of the "
-            f"{free:.0f} GB that are free: its images are read as training goes")
-    if not len(kept) or not len(images):
-        raise UserError(f"{root} has no images left to {'train on' if len(kept) else 'hold out'}")
-    return data_of(images, TensorDataset(*kept[range(len(kept))]), classes)
+        files.append([(label, path) for path in paths])
+    return classes, files
 
 
-def decoded_file(images: FolderImages, name: str, options: argparse.Namespace) -> Path:
-    return options.out / f"{name}-{images.key()[:16]}.images"
+def decoded_file(files: FolderImages, name: str, options: argparse.Namespace) -> Path:
+    return options.out / f"{name}-{files.key[:16]}.images"
 
 
-def decoded(images: FolderImages, name: str, options: argparse.Namespace) -> DecodedImages:
+def decoded(files: FolderImages, name: str, options: argparse.Namespace) -> DecodedImages:
     """The images of a folder, from the file in which an earlier run left them, or decoded now.
 
     Until all are there the file has another name; a run that is stopped goes on with it.
     """
-    record = 1 + math.prod(images.shape)
-    path = decoded_file(images, name, options)
+    shape = (len(files), 1 + math.prod(files.shape))
+    path = decoded_file(files, name, options)
     partial_path = path.with_suffix(".partial")
     if not path.exists():
         options.out.mkdir(parents=True, exist_ok=True)
-        begun = partial_path.exists() and partial_path.stat().st_size == len(images) * record
-        records_NR = np.memmap(partial_path, np.uint8, "r+" if begun else "w+",
-                               shape=(len(images), record))
-        decode_all(images, records_NR, name, options)
+        begun = partial_path.exists() and partial_path.stat().st_size == math.prod(shape)
+        records_NR = np.memmap(partial_path, np.uint8, "r+" if begun else "w+", shape=shape)
+        decode_all(files, records_NR, name, options)
         records_NR.flush()
         os.replace(partial_path, path)
-    records_NR = np.memmap(path, np.uint8, "r", shape=(len(images), record))
-    return DecodedImages(records_NR, images.labels, images.shape)
+    return DecodedImages(np.memmap(path, np.uint8, "r", shape=shape), files)
 
 
 def decode_all(
-    images: FolderImages, records_NR: np.ndarray, name: str, options: argparse.Namespace
+    files: FolderImages, records_NR: np.ndarray, name: str, options: argparse.Namespace
 ) -> None:
     """Fill the records that are not filled yet, in several processes."""
     rows = np.flatnonzero(records_NR[:, 0] == UNSEEN).tolist()
-    read = partial(try_to_read, shape=images.shape)
-    with multiprocessing.Pool(max(1, options.workers), ignore_interrupts) as pool:
-        found = pool.imap(read, [images.paths[row] for row in rows], chunksize=8)
-        for row, image in zip(tqdm(rows, desc=f"decode {name}", unit="image"), found):
-            if image is not None:
-                records_NR[row, 1:] = image.reshape(-1)
-            records_NR[row, 0] = UNREADABLE if image is None else READ   # last: now it is whole
+    images = DataLoader(files.paths, batch_size=None, sampler=rows, num_workers=options.workers,
+                        collate_fn=partial(try_to_read, shape=files.shape))
+    for row, image in zip(tqdm(rows, desc=f"decode {name}", unit="image"), images):
+        if image is not None:
+            records_NR[row, 1:] = image.reshape(-1)
+        records_NR[row, 0] = UNREADABLE if image is None else READ   # last: now it is whole
     skipped = int((records_NR[:, 0] == UNREADABLE).sum())
     if skipped:
-        say(f"{skipped} of {len(images)} {name} images cannot be read and are left out")
-
-
-def ignore_interrupts() -> None:
-    """In a process that decodes: Ctrl-C reaches all processes, and the first ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)   # by which a pool ends its processes
+        say(f"{skipped} of {len(files)} {name} images cannot be read and are left out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1464,8 +1418,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="train the transformer on this tokenizer, a .pt of this program or a published .pth; "
              "the run keeps a copy")
     add("--perceptual", type=Path, metavar="FILE",
-        help="torchvision's VGG-16 (vgg16-397923af.pth), for LPIPS as the perceptual distance; if "
-             "not given, it is that of a classifier trained on the same images")
+        help="torchvision's VGG-16 (vgg16-397923af.pth), downloaded if it is not there, for LPIPS "
+             "as the perceptual distance; if not given, it is that of a classifier trained on the "
+             "same images")
     add("--tokens", type=Path, metavar="FILE",
         help="where the images' tokens are kept; if not given, tokens.pt in the run's folder")
     add("--resume", action="store_true", help="go on from the checkpoints in the folder")

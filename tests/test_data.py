@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import sample
 import train
 from program import TINY, damaged, draws, ran, read_or_refused
 
@@ -200,30 +201,18 @@ def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
 
 def test_decoding_that_is_stopped_goes_on(tmp_path, monkeypatch):
     root = draw_folder(tmp_path / "data", {"a": 12})
-    options = settled("--data", root, "--out", tmp_path / "out")
+    options = settled("--data", root, "--out", tmp_path / "out", "--workers", 0)
     files = train.FolderImages(root, [(0, path) for path in sorted(root.rglob("*.png"))], 8, 3)
     read: list[str] = []
 
-    class Pool:
-        """One that is stopped by Ctrl-C at the seventh image."""
-        def __init__(self, *_):
-            pass
+    def read_image(path: Path, *shape) -> np.ndarray:   # stopped by Ctrl-C at the seventh
+        if len(read) == 7:
+            read.append("stopped")
+            raise KeyboardInterrupt
+        read.append(path.name)
+        return sample.read_image(path, *shape)
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def imap(self, function, paths, chunksize):
-            for path in paths:
-                if len(read) == 7:
-                    read.append("stopped")
-                    raise KeyboardInterrupt
-                read.append(path.name)
-                yield function(path)
-
-    monkeypatch.setattr(train.multiprocessing, "Pool", Pool)
+    monkeypatch.setattr(train, "read_image", read_image)
     with pytest.raises(KeyboardInterrupt):
         train.decoded(files, "train", options)
     assert [path.suffix for path in options.out.iterdir()] == [".partial"]
@@ -231,7 +220,7 @@ def test_decoding_that_is_stopped_goes_on(tmp_path, monkeypatch):
     names = [path.name for path in files.paths]
     assert read == [*names[:7], "stopped", *names[7:]]
     assert [path.suffix for path in options.out.iterdir()] == [".images"]
-    assert np.array_equal(images[[11]][0][0], train.read_image(files.paths[11], 8, 3))
+    assert np.array_equal(images[[11]][0][0], sample.read_image(files.paths[11], 8, 3))
 
 
 def test_a_folder_too_large_to_be_kept_is_read_as_training_goes(tmp_path, monkeypatch, capsys):
