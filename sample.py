@@ -218,15 +218,19 @@ def load(options: argparse.Namespace) -> Run:
         if found != expected:
             raise UserError(f"{var_path} expects {name.replace('_', ' ')} {expected}, and "
                             f"{tokenizer_path} has {found}")
-    device = options.device
-    tokenizer = tokenizer.to(device)
-    model = model.to(device).eval()
-    if device.type == "cuda":
+    prepare(tokenizer, model, options)
+    return Run(tokenizer, model, classes, held_out, options)
+
+
+def prepare(tokenizer: Tokenizer, model: VAR, options: argparse.Namespace) -> None:
+    """Both on the device, for drawing and not for training."""
+    tokenizer.to(options.device)
+    model.to(options.device).eval()
+    if options.device.type == "cuda":
         tokenizer.settle_decoder(options.dtype)
     if options.compile:
-        check_compiler(device)
+        check_compiler(options.device)
         compile_parts(tokenizer, model)
-    return Run(tokenizer, model, classes, held_out, options)
 
 
 def compile_parts(tokenizer: Tokenizer, model: VAR) -> None:

@@ -1,28 +1,40 @@
-"""What the operations of kernels.py cost, counted and timed:  python kernels.py
+"""What the operations of kernels.py cost, and whole models: counted and timed.  python kernels.py
 
-Counts are of tiles and bytes, at the sizes of the published models, and take no GPU. Times are of
-what this machine can run, beside what PyTorch offers, and beside a limit: what the arithmetic or
-the memory traffic alone takes, at the rates measured of a large matrix product and a large copy.
+Counts are of tiles, bytes, operations and graphs, at the sizes of the published models, and take no
+GPU. Times are of what this machine can run, beside what PyTorch offers, and beside a limit: what
+the arithmetic or the memory traffic alone takes, at the rates measured of a large matrix product
+and a large copy.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels
+import sample
+import var
 from kernels import (
-    ATTENTION_TILES, KeyRanges, adaln_triton, block_attention, forward_flops, nearest_code,
+    ATTENTION_TILES, HAS_TRITON, KeyRanges, adaln_triton, block_attention, forward_flops, nearest_code,
     obvious_adaln, obvious_attention, obvious_nearest_code, obvious_sampling, obvious_split_heads,
     sample_tokens, split_heads, table, triton,
 )
+from tokenizer import Tokenizer, TokenizerConfig
+from var import VAR, VARConfig
 
 # -------------------------------------------------------------------------------------------------
 # What can be counted without a GPU: tiles and bytes
@@ -61,14 +73,21 @@ def draw_tiles(file: str) -> None:
 
 
 class BytesMoved(TorchDispatchMode):
-    """Adds up what operations read and write. A view moves nothing."""
+    """Adds up what operations read and write. A view moves nothing, nor does mere room."""
     total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if not function.is_view and function is not torch.ops.aten._unsafe_view.default:
+        if moves(function):
             self.total += array_bytes(args, out)
         return out
+
+
+ROOM = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
+def moves(function: torch._ops.OpOverload) -> bool:
+    return not function.is_view and function.overloadpacket.__name__ not in ROOM
 
 
 def array_bytes(*values) -> int:
@@ -122,6 +141,191 @@ def print_counts() -> None:
         print(f"  {title:48}{moved.total / 1e9:10.3f}{ours / 1e9:10.3f}")
     print("  ours: every array once. What a kernel reads again, as attention the keys and values,\n"
           "  it finds in the GPU's cache as long as that has room.")
+
+
+# -------------------------------------------------------------------------------------------------
+# Whole models: what a GPU is asked to do, counted without one
+
+Geometry = tuple[TokenizerConfig, VARConfig]
+PUBLISHED_D16 = (
+    TokenizerConfig(
+        scales=BENCHMARK_SCALES[680], vocabulary=4096, code_channels=32, image_channels=3,
+        width=160, multipliers=(1, 1, 2, 2, 4), blocks=2, phis=4, norm_groups=32),
+    VARConfig(
+        scales=BENCHMARK_SCALES[680], vocabulary=4096, code_channels=32, classes=1000, depth=16,
+        width=1024, heads=16, shared_adaln=False, normalise_qk=True, label_dropout=0.1,
+        drop_path=0.1 * 16 / 24, last_scales=None),
+)
+TO_DEVICE = {"lift_fresh", "scalar_tensor", "arange", "searchsorted"}
+READ_BACK = {"_local_scalar_dense", "nonzero", "bincount", "equal"}
+
+
+def random_models(geometry: Geometry) -> tuple[Tokenizer, VAR]:
+    torch.manual_seed(0)
+    return Tokenizer(geometry[0]).eval(), VAR(geometry[1]).eval()
+
+
+class Work(BytesMoved):
+    """Counts operations, too; kernels of ours where they would be launched.
+
+    operations   that start something on a GPU
+    ours         of these, kernels of kernels.py
+    views        and memory that is taken: the time of the host alone
+    to device    tensors made of numbers of Python's
+    read back    numbers for which the host waits
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.numbers: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.numbers["to device"] += name in TO_DEVICE
+        self.numbers["read back"] += name in READ_BACK
+        if function.namespace == "aten":
+            self.numbers["operations" if moves(function) else "views"] += 1
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+    def launch(self, kernel, programs, read, written, *numbers, **constants) -> None:
+        self.numbers.update(["operations", "ours"])
+        self.total += array_bytes(read, written)
+
+    def so_far(self) -> Counter[str]:
+        return self.numbers + Counter(bytes=self.total)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Work]:
+    """Counts what is computed within, in bf16 by our kernels, on tensors without numbers.
+
+    They are said to be on a CPU, where autocast chooses nearly the dtypes that it does on a GPU.
+    """
+    work = Work()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(kernels, "FACE", "triton"))
+        stack.enter_context(mock.patch.object(kernels, "launch", work.launch))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        stack.enter_context(work)
+        yield work
+
+
+def count_sampling(geometry: Geometry, batch: int) -> dict[str, Counter[str]]:
+    """Of a first generation with guidance, of a later one, of a layer in it at one scale, on
+    average, and of decoding."""
+    tokenizer, model = random_models(geometry)
+    tokenizer.settle_decoder(torch.bfloat16)
+    counts = {}
+    for name in "first generation", "later generation":
+        with counting() as work:
+            labels_B = torch.empty(batch, dtype=torch.int64)
+            layer = Counter()
+            hooks = [
+                model.blocks[-1].register_forward_pre_hook(lambda *_: layer.subtract(work.so_far())),
+                model.blocks[-1].register_forward_hook(lambda *_: layer.update(work.so_far())),
+            ]
+            tokens_BL = model.generate(tokenizer, labels_B)
+            counts[name] = work.so_far()
+        for hook in hooks:
+            hook.remove()
+    scales = len(model.config.scales)
+    layer = {name: n if name == "bytes" else n / scales for name, n in layer.items()}
+    counts["a layer at a scale"] = Counter(layer)
+    with counting() as work:
+        tokenizer.decode(torch.empty(batch, model.config.length, dtype=torch.int64))
+    counts["decoding"] = work.so_far()
+    return counts
+
+
+def training_inputs(config: VARConfig, batch: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Labels [B], what is read [B, L-1, C], tokens [B, L]: all zeros."""
+    labels_B = torch.zeros(batch, dtype=torch.int64, device=device)
+    read_BlC = torch.zeros(batch, config.length - 1, config.code_channels, device=device)
+    tokens_BL = torch.zeros(batch, config.length, dtype=torch.int64, device=device)
+    return labels_B, read_BlC, tokens_BL
+
+
+def training_step(model: nn.Module, optimizers: list, labels_B: Tensor, read_BlC: Tensor,
+                  tokens_BL: Tensor) -> None:
+    """As train.py takes it, but for the clipping and the average of the weights."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    with torch.autocast(labels_B.device.type, torch.bfloat16):
+        logits_BLV = model(labels_B, read_BlC).float()
+        loss = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def count_training(geometry: Geometry, batch: int) -> Counter[str]:
+    """Of a training step that is not the first."""
+    model = VAR(geometry[1]).train()
+    optimizers = model.optimizers(1e-4, 0.05, muon=False)
+    for _ in range(2):
+        with counting() as work:
+            inputs = training_inputs(model.config, batch, torch.device("cpu"))
+            work.numbers.clear()
+            work.total = 0
+            training_step(model, optimizers, *inputs)
+    return work.so_far()
+
+
+def count_graphs(geometry: Geometry) -> dict[str, int]:
+    """Graphs and breaks of compiled sampling, twice, and of two compiled training passes.
+
+    They depend on the scales and on nothing else: three narrow layers are enough.
+    """
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def start(kernel, programs, tensors, numbers, constants) -> None:
+        tensors[-1].zero_()   # of tokens any will do that is one
+
+    narrow = (replace(geometry[0], width=geometry[0].norm_groups, multipliers=(1,), blocks=1),
+              replace(geometry[1], depth=3, width=64, heads=2))
+    tokenizer, model = random_models(narrow)
+    compile_module = nn.Module.compile
+    counting_compile = lambda module, **flags: compile_module(module, backend=count, **flags)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with (mock.patch.object(kernels, "FACE", "triton"), mock.patch.object(kernels, "start", start),
+          mock.patch.object(nn.Module, "compile", counting_compile)):
+        sample.compile_parts(tokenizer, model)
+        for _ in range(2):
+            tokenizer.decode(model.generate(tokenizer, torch.zeros(1, dtype=torch.int64)))
+        sampling = len(graphs)
+        model = VAR(narrow[1]).train()
+        model.compile(dynamic=False)
+        for _ in range(2):
+            labels_B, read_BlC, _ = training_inputs(model.config, 2, torch.device("cpu"))
+            model(labels_B, read_BlC)
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    return {"sampling": sampling, "training": len(graphs) - sampling, "breaks": breaks}
+
+
+def print_work(geometry: Geometry, batch: int = 64) -> None:
+    """At bf16, with guidance."""
+    config = geometry[1]
+    sampling = {f"{name}, B 1": (1, n) for name, n in count_sampling(geometry, 1).items()}
+    rows = sampling | {f"training step, B {batch}": (batch, count_training(geometry, batch))}
+    print(f"\n{f'depth {config.depth}, W {config.width}, L {config.length}, bf16':32}"
+          f"{'operations':>11}{'ours':>6}{'views':>8}{'to device':>10}{'read back':>10}"
+          f"{'MB a token':>12}")
+    for name, (images, numbers) in rows.items():
+        print(f"  {name:30}{numbers['operations']:11.0f}{numbers['ours']:6.0f}"
+              f"{numbers['views']:8.0f}{numbers['to device']:10.0f}{numbers['read back']:10.0f}"
+              f"{numbers['bytes'] / images / config.length / 1e6:12.3f}")
+    found = count_graphs(geometry)
+    print(f"  under torch.compile: {found['sampling']} graphs for sampling, of {len(config.scales)} "
+          f"scales and the decoder, {found['training']} for training; {found['breaks']} breaks")
+    print("  operations start something on a GPU, of which ours are kernels of kernels.py; views\n"
+          "  and memory that is taken cost time of the host. To device: tensors made of Python's\n"
+          "  numbers; read back: numbers for which the host waits. Bytes are read and written.")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -282,51 +486,131 @@ def copy_rate(cold: Tensor) -> float:
     return 2 * cold.nbytes / seconds
 
 
-PUBLISHED_D16 = dict(width=1024, heads=16, depth=16)
+# -------------------------------------------------------------------------------------------------
+# What a whole model takes, on the device at hand
 
 
-def benchmark_generation(rate: float, device: torch.device) -> None:
-    """One image of the published d16, random weights, guidance, fp32: seconds against the limit.
+class Clock:
+    """Marks of time on a device, for which nothing waits until they are read."""
 
-    The limit is what the matrix products alone take at the measured rate. The transformer's
-    seconds are those from the first layer to the logits, summed over the scales.
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks: list = []
+
+    def mark(self) -> None:
+        if self.on_gpu:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Between each mark and the next."""
+        if not self.on_gpu:
+            return [end - begin for begin, end in pairwise(self.marks)]
+        self.marks[-1].synchronize()
+        return [begin.elapsed_time(end) / 1000 for begin, end in pairwise(self.marks)]
+
+
+def sampling_run(geometry: Geometry, device: torch.device, *flags: str) -> sample.Run:
+    """A run of random weights, as sample.py would load it with these flags."""
+    options = sample.parse(["--device", str(device), "--cfg", "1.5", "--top-p", "0.96", *flags])
+    sample.settle_device(options)
+    tokenizer, model = random_models(geometry)
+    sample.prepare(tokenizer, model, options)
+    classes = [str(label) for label in range(model.config.classes)]
+    return sample.Run(tokenizer, model, classes, None, options)
+
+
+def draw(run: sample.Run, batch: int) -> None:
+    run.decode_to_bytes(run.generate([0] * batch, seed=0))
+
+
+def parts_of_drawing(run: sample.Run, batch: int) -> list[float]:
+    """Seconds of each scale, up to where the next begins, and of the decoder."""
+    clock = Clock(run.options.device)
+    through_layers = run.model.through_layers
+
+    def marked(*arguments):
+        clock.mark()
+        return through_layers(*arguments)
+
+    with mock.patch.object(run.model, "through_layers", marked):
+        tokens_BL = run.generate([0] * batch, seed=0)
+    clock.mark()
+    run.decode_to_bytes(tokens_BL)
+    clock.mark()
+    return clock.seconds()
+
+
+def sampling_flops(geometry: Geometry) -> tuple[int, int]:
+    """Of one image: of the transformer, with guidance, and of the decoder."""
+    tokenizer, model = random_models(geometry)
+    labels_B, read_BlC, _ = training_inputs(model.config, 2, torch.device("cpu"))
+    S = model.config.scales[-1]
+    latent_BCSS = torch.zeros(1, model.config.code_channels, S, S)
+    decoder = nn.Sequential(tokenizer.from_latent, tokenizer.decoder)
+    return forward_flops(model, labels_B, read_BlC), forward_flops(decoder, latent_BCSS)
+
+
+def benchmark_sampling(geometry: Geometry, ways: dict[str, list[str]], sizes: Sequence[int],
+                       rate: float, bandwidth: float, cold: Tensor) -> None:
+    """ways: what flags of sample.py each is drawn with. sizes: of the batches.
+
+    rate, bandwidth: FLOP/s and bytes/s, for the limit.
     """
-    from tokenizer import Tokenizer, TokenizerConfig
-    from var import VAR, VARConfig
-    sizes = dict(scales=BENCHMARK_SCALES[680], vocabulary=4096, code_channels=32)
-    tokenizer = Tokenizer(TokenizerConfig(
-        **sizes, image_channels=3, width=160, multipliers=(1, 1, 2, 2, 4), blocks=2, phis=4,
-        norm_groups=32)).to(device).eval()
-    model = VAR(VARConfig(
-        **sizes, **PUBLISHED_D16, classes=1000, shared_adaln=False, normalise_qk=True,
-        label_dropout=0.0, drop_path=0.0, last_scales=None)).to(device).eval()
-    label_B = torch.zeros(1, dtype=torch.int64, device=device)
-    inputs = torch.zeros(2, model.config.length - 1, 32)
-    latent_BCSS = torch.zeros(1, 32, model.config.scales[-1], model.config.scales[-1])
-    work = {"transformer": forward_flops(model, label_B.repeat(2), inputs),
-            "decoder": forward_flops(tokenizer.decoder, latent_BCSS)}
-    marks: list[float] = []   # when a pass begins, when it ends, and so on
+    runs = {name: sampling_run(geometry, cold.device, *flags) for name, flags in ways.items()}
+    flops = sampling_flops(geometry)
+    for batch in sizes:
+        by_flops = [batch * part / rate for part in flops]
+        limit = sum(by_flops)
+        title = f"sampling with guidance, B {batch}"
+        if HAS_TRITON:
+            counts = count_sampling(geometry, batch)
+            moved = counts["later generation"]["bytes"] + counts["decoding"]["bytes"]
+            limit = max(limit, moved / bandwidth)
+        times = print_table(
+            title, {name: partial(draw, run, batch) for name, run in runs.items()}, limit, cold)
+        print("  limit by FLOPs: transformer {:.1f} ms, decoder {:.1f} ms".format(
+            *(1e3 * part for part in by_flops)), end="")
+        print(f"; by bytes {1e3 * moved / bandwidth:.1f} ms" if HAS_TRITON else "")
+        for name, run in runs.items():
+            *scales, decoder = parts_of_drawing(run, batch)
+            print(f"  {name}: {batch / times[name]:.2f} images/s; ms per scale "
+                  f"{' '.join(f'{1e3 * part:.1f}' for part in scales)}, decoder {1e3 * decoder:.1f}")
 
-    def mark(*_) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
 
-    model.blocks[0].register_forward_pre_hook(mark)
-    model.head.register_forward_hook(mark)
-    tokenizer.decoder.register_forward_pre_hook(mark)
-    tokenizer.decoder.register_forward_hook(mark)
-    seconds = []
-    for _ in range(3):
-        marks.clear()
-        tokenizer.decode(model.generate(tokenizer, label_B))
-        *passes, decoding = (end - begin for begin, end in zip(marks[::2], marks[1::2]))
-        seconds.append((sum(passes), decoding))
-    print("\nthe published d16, one image, guidance, fp32, fastest of three\n"
-          f"{'':14}{'GFLOP':>9}{'limit, s':>10}{'seconds':>9}{'of limit':>10}")
-    for (name, flops), least in zip(work.items(), map(min, zip(*seconds))):
-        limit = flops / rate
-        print(f"{name:14}{flops / 1e9:9.0f}{limit:10.2f}{least:9.2f}{limit / least:10.0%}")
+def dense_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyRanges,
+                    scale: float) -> Tensor:
+    """What most implementations of VAR do."""
+    mask_LS = ranges.once(dense_mask, q_BHLD.device)
+    return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask=mask_LS, scale=scale)
+
+
+def dense_mask(ranges: KeyRanges, device: torch.device) -> Tensor:
+    return ranges.dense().to(device)
+
+
+def benchmark_training(geometry: Geometry, batch: int, compiled: bool, rate: float,
+                       bandwidth: float, cold: Tensor) -> None:
+    """A training step of ours, of ours compiled if asked, and of a twin with a dense mask."""
+    model = VAR(geometry[1]).to(cold.device).train()
+    inputs = training_inputs(model.config, batch, cold.device)
+    optimizers = model.optimizers(1e-4, 0.05, muon=False)
+    ours = partial(training_step, model, optimizers, *inputs)
+    ways = {"ours": ours}
+    if compiled:
+        ways["ours, compiled"] = partial(
+            training_step, torch.compile(model, dynamic=False), optimizers, *inputs)
+    ways["PyTorch's attention, dense mask"] = mock.patch.object(
+        var, "block_attention", dense_attention)(ours)
+    one_image = (x[:1] for x in inputs[:2])
+    by_flops = 3 * batch * forward_flops(model, *one_image) / rate   # backward is twice forward
+    by_bytes = 0.0
+    if HAS_TRITON:
+        by_bytes = count_training(geometry, batch)["bytes"] / bandwidth
+    print_table(f"training step, B {batch} bf16", ways, max(by_flops, by_bytes), cold)
+    print(f"  limit by FLOPs {1e3 * by_flops:.1f} ms, by bytes {1e3 * by_bytes:.1f} ms")
 
 
 def save_plot(curves: dict, file: str) -> None:
@@ -347,7 +631,7 @@ def main() -> None:
     parser.add_argument("--tiles", metavar="FILE",
                         help="only draw the tiles that attention visits, and save them here")
     parser.add_argument("--generate", action="store_true",
-                        help="only time one image of the published size against its limit")
+                        help="only time one image of the published size, in fp32, against its limit")
     options = parser.parse_args()
     if options.tiles:
         draw_tiles(options.tiles)
@@ -358,14 +642,22 @@ def main() -> None:
     megabytes = 512 if device.type == "cuda" else 64
     cold = torch.zeros(megabytes * 2**20, dtype=torch.uint8, device=device)
     rate = product_rate(torch.float32, cold)
+    bandwidth = copy_rate(cold)
     if options.generate:
-        benchmark_generation(rate, device)
+        one = {"ours": ["--precision", "fp32"]}
+        benchmark_sampling(PUBLISHED_D16, one, [1], rate, bandwidth, cold)
         return
     print_counts()
-    curves = benchmark_attention(torch.bfloat16, product_rate(torch.bfloat16, cold), cold)
+    if HAS_TRITON:
+        print_work(PUBLISHED_D16)
+    half_rate = product_rate(torch.bfloat16, cold)
+    curves = benchmark_attention(torch.bfloat16, half_rate, cold)
     benchmark_attention(torch.float32, rate, cold)
     if device.type == "cuda":
-        benchmark_the_rest(rate, copy_rate(cold), cold)
+        benchmark_the_rest(rate, bandwidth, cold)
+        ways = {"ours": [], "ours, compiled": ["--compile"]}
+        benchmark_sampling(PUBLISHED_D16, ways, [1, 8, 64], half_rate, bandwidth, cold)
+        benchmark_training(PUBLISHED_D16, 64, True, half_rate, bandwidth, cold)
     else:
         print("\nThese were the PyTorch faces. To time the Triton kernels takes a GPU.")
     if options.plot:
