@@ -14,7 +14,10 @@ from PIL import Image
 import benchmark
 import sample
 import train
+from kernels import forward_flops
 from program import ROOT, TINY, ran
+from tests import needs
+from tokenizer import Tokenizer
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = []
@@ -87,3 +90,31 @@ def test_the_picture_of_tiles(tmp_path, monkeypatch):
     grid = benchmark.tile_grid(680)
     skipped, cut, whole = torch.bincount(grid.flatten(), minlength=3).tolist()
     assert Image.open("tiles.png").width > 300 and 0 < cut < whole and skipped > 0
+
+
+def test_what_a_preset_needs(monkeypatch, capsys):
+    """Of the tokenizer with all losses, and of the transformer by our kernels."""
+    found = []
+    for weight in ("0", "0.1"):
+        options = train.parse(["--device", "cpu", "--precision", "bf16", "--perceptual-weight",
+                               weight, "--adversarial-weight", weight])
+        train.settle(options)
+        found.append(needs.of_tokenizer(options, 10))
+    plain, whole = found
+    model = Tokenizer(options.preset.tokenizer_config(3))
+    forward = forward_flops(model, torch.zeros(1, 3, 32, 32))
+    assert plain.weights == sum(weight.numel() for weight in model.parameters())
+    assert 2.8 * forward < plain.flops < 3 * forward   # the image itself needs no gradient
+    assert 1.02 * plain.flops < whole.flops < 2 * plain.flops
+    assert plain.weights < whole.weights and plain.bytes_kept < whole.bytes_kept
+    layer = 32 * 32 * options.preset.tokenizer_width * 2   # bytes of one at full resolution
+    assert 10 * layer < plain.bytes_kept < 100 * layer
+
+    monkeypatch.setattr(sys, "argv", "needs.py tiny --rate 0.001 --memory 1".split())
+    needs.main()
+    *_, head, tokenizer, transformer, disk = capsys.readouterr().out.splitlines()
+    assert disk.startswith("disk: 3.9 GB") and "hours an epoch" in head
+    name, weights, gflop, hours, on_8, *_ = transformer.split()
+    assert name == "transformer"
+    assert float(hours) == pytest.approx(1_281_167 * float(gflop) / 3600, rel=0.02)
+    assert float(on_8) == pytest.approx(float(hours) / 8, rel=0.01)

@@ -1,0 +1,138 @@
+"""What a preset needs: hours, memory and disk, counted without a GPU.
+
+    python -m tests.needs imagenet256
+
+Training steps of both stages are gone through on tensors without numbers, in bf16. Hours are those
+of the arithmetic alone; the optimizer and reading the images come on top.
+"""
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from kernels import forward_flops
+from tests.benchmark import counting, training_inputs
+from var import VAR
+
+WEIGHT_BYTES = 22   # fp32: weight, gradient, Adam's two moments, average; and a copy in bf16
+RESULTS = 1.25      # what is passed from layer to layer, beside what is kept
+
+
+@dataclass
+class Needs:
+    """Of a stage: its weights, and of a training step of one image the FLOP and the bytes that the
+    forward pass keeps for the backward pass."""
+    weights: int
+    flops: int
+    bytes_kept: int
+
+
+def of_tokenizer(options: argparse.Namespace, classes: int) -> Needs:
+    """With all losses that the preset has, the perceptual one by a classifier."""
+    preset = options.preset
+    shape = options.channels, preset.image_size, preset.image_size
+    labels_B = torch.zeros(2, dtype=torch.int64)
+    images = torch.zeros(2, *shape, dtype=torch.uint8)
+    rows = TensorDataset(images, labels_B)
+    names = [str(label) for label in range(classes)]
+    stage = train.TokenizerStage(train.Data(rows, rows, names, ""), options)
+    stage.step = stage.steps - 1
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for model in (stage.model, stage.helpers):
+        without_numbers(model, mode)
+    kept = []
+    for batch in (1, 2):
+        keep = Keep()
+        with mode, FlopCounterMode(display=False) as counter:
+            with options.autocast(), saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss, _ = stage.loss(images[:batch].clone(), labels_B[:batch].clone())
+            loss.backward()
+        kept.append(keep.bytes())
+    weights = count_weights(stage.model) + count_weights(stage.helpers)
+    return Needs(weights, counter.get_total_flops() // 2, kept[1] - kept[0])
+
+
+def without_numbers(model: nn.Module, mode: FakeTensorMode) -> None:
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            fake = mode.from_tensor(weight.detach())
+            setattr(module, name, nn.Parameter(fake, weight.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, mode.from_tensor(buffer))
+
+
+def of_transformer(options: argparse.Namespace, classes: int) -> Needs:
+    """By our kernels, which keep no attention weights."""
+    preset = options.preset
+    config = preset.var_config(preset.tokenizer_config(options.channels), classes)
+    model = VAR(config).train()
+    kept = []
+    for batch in (1, 2):
+        keep = Keep()
+        with counting(), saved_tensors_hooks(keep, lambda tensor: tensor):
+            labels_B, read_BlC, tokens_BL = training_inputs(config, batch, torch.device("cpu"))
+            logits_BLV = model(labels_B, read_BlC).float()
+            F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL)
+        kept.append(keep.bytes())
+    labels_B, read_BlC, _ = training_inputs(config, 1, torch.device("cpu"))
+    flops = 3 * forward_flops(model, labels_B, read_BlC)   # backward is twice forward
+    return Needs(count_weights(model), flops, kept[1] - kept[0])
+
+
+def count_weights(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+class Keep:
+    """What autograd keeps, each tensor once."""
+
+    def __init__(self):
+        self.tensors: dict[int, Tensor] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.tensors[id(tensor)] = tensor
+        return tensor
+
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a preset needs, counted without a GPU.")
+    add = parser.add_argument
+    add("preset", choices=train.PRESETS)
+    add("--images", type=int, default=1_281_167, help="to train on (default: ImageNet's)")
+    add("--classes", type=int, default=1000, help="of them (default: 1000)")
+    add("--rate", type=float, default=400, help="TFLOP/s that a card reaches (default: 400)")
+    add("--memory", type=float, default=80, help="GB that a card has (default: 80)")
+    asked = parser.parse_args()
+    options = train.parse(["--preset", asked.preset, "--device", "cpu", "--precision", "bf16"])
+    train.settle(options)
+    preset = options.preset
+    print(f"{asked.preset}, {asked.images:,} images, {asked.rate:g} TFLOP/s and "
+          f"{asked.memory:g} GB a card")
+    print(f"{'':12}{'weights':>9}{'GFLOP':>9}{'hours an epoch':>16}{'on 8':>7}"
+          f"{'GB, weights':>13}{'an image':>10}{'images that fit':>17}")
+    for name, count in (("tokenizer", of_tokenizer), ("transformer", of_transformer)):
+        needs = count(options, asked.classes)
+        hours = needs.flops * asked.images / asked.rate / 1e12 / 3600
+        own = needs.weights * WEIGHT_BYTES / 1e9
+        image = needs.bytes_kept * RESULTS / 1e9
+        print(f"{name:12}{needs.weights / 1e6:8.1f}M{needs.flops / 1e9:9.3g}{hours:16.2f}"
+              f"{hours / 8:7.2f}{own:13.1f}{image:10.2f}{(asked.memory - own) // image:17.0f}")
+    pixels = asked.images * options.channels * preset.image_size**2 / 1e9
+    tokens = asked.images * 2 * sum(s * s for s in preset.scales) / 1e9
+    print(f"disk: {pixels:.1f} GB of images, decoded, and {tokens:.1f} GB of tokens")
+
+
+if __name__ == "__main__":
+    main()
