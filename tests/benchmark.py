@@ -29,10 +29,11 @@ import kernels
 import sample
 import var
 from kernels import (
-    ATTENTION_TILES, HAS_TRITON, KeyRanges, adaln_triton, block_attention, forward_flops, nearest_code,
-    obvious_adaln, obvious_attention, obvious_nearest_code, obvious_sampling, obvious_split_heads,
-    sample_tokens, split_heads, table, triton,
+    ATTENTION_TILES, HAS_TRITON, KeyRanges, adaln_triton, block_attention, forward_flops,
+    nearest_code, obvious_adaln, obvious_attention, obvious_nearest_code, obvious_sampling,
+    obvious_split_heads, sample_tokens, split_heads, table, triton,
 )
+from tests.registers import print_registers
 from tokenizer import Tokenizer, TokenizerConfig
 from var import VAR, VARConfig
 
@@ -225,7 +226,7 @@ def count_sampling(geometry: Geometry, batch: int) -> dict[str, Counter[str]]:
                 model.blocks[-1].register_forward_pre_hook(lambda *_: layer.subtract(work.so_far())),
                 model.blocks[-1].register_forward_hook(lambda *_: layer.update(work.so_far())),
             ]
-            tokens_BL = model.generate(tokenizer, labels_B)
+            model.generate(tokenizer, labels_B)
             counts[name] = work.so_far()
         for hook in hooks:
             hook.remove()
@@ -486,6 +487,15 @@ def copy_rate(cold: Tensor) -> float:
     return 2 * cold.nbytes / seconds
 
 
+def read_rate(cold: Tensor) -> float:
+    """Bytes a second of a matrix times a vector, which reads the matrix and writes next to nothing."""
+    matrix = cold.view(torch.float32).view(-1, 4096)
+    vector = torch.ones(4096, device=cold.device)
+    rate = cold.nbytes / measure({"read": lambda: matrix @ vector}, cold)["read"][0]
+    print(f"a large matrix times a vector: {rate / 1e9:,.0f} GB/s")
+    return rate
+
+
 # -------------------------------------------------------------------------------------------------
 # What a whole model takes, on the device at hand
 
@@ -580,6 +590,44 @@ def benchmark_sampling(geometry: Geometry, ways: dict[str, list[str]], sizes: Se
                   f"{' '.join(f'{1e3 * part:.1f}' for part in scales)}, decoder {1e3 * decoder:.1f}")
 
 
+def benchmark_scales(geometry: Geometry, rate: float, cold: Tensor) -> None:
+    """One image with guidance in fp32: each scale against its limit, fastest of three.
+
+    The first scales have few tokens to compute with and all weights to read: their limit is memory.
+    """
+    reading = read_rate(cold)
+    run = sampling_run(geometry, cold.device, "--precision", "fp32")
+    times = list(map(min, zip(*(parts_of_drawing(run, 1) for _ in range(3)))))
+    limits = scale_limits(geometry[1], rate, reading)
+    limits.append((sampling_flops(geometry)[1] / rate, 0.0))
+    names = [f"{s}x{s}" for s in geometry[1].scales] + ["decoder"]
+    print(f"\n{'one image, fp32':20}{'ms by FLOPs':>13}{'by bytes':>10}{'ms':>8}{'of limit':>10}")
+    for name, (by_flops, by_bytes), seconds in zip(names, limits, times):
+        share = max(by_flops, by_bytes) / seconds
+        print(f"  {name:18}{1e3 * by_flops:13.1f}{1e3 * by_bytes:10.1f}{1e3 * seconds:8.1f}{share:10.0%}")
+    limit = sum(map(max, limits[:-1]))
+    by_flops = sum(by_flops for by_flops, _ in limits[:-1])
+    seconds = sum(times[:-1])
+    print(f"all scales: {seconds:.2f} s of which {limit:.2f} are the limit, {limit / seconds:.0%}; "
+          f"by FLOPs alone {by_flops:.2f}, {by_flops / seconds:.0%}")
+
+
+def scale_limits(config: VARConfig, rate: float, reading: float) -> list[tuple[float, float]]:
+    """Seconds of each scale of an image with guidance in fp32, by FLOPs and by bytes.
+
+    Bytes are those of the weights, which every scale reads again, and of the keys and values so far.
+    """
+    W = config.width
+    weights = config.depth * 12 * W * W + W * config.vocabulary   # qkv 3, out 1, perceptron 8 W^2
+    limits = []
+    for span in config.spans:
+        tokens = 2 * (span.stop - span.start)                     # for the class and for none
+        flops = 2 * tokens * weights + 4 * tokens * span.stop * W * config.depth
+        moved = 4 * (weights + 2 * 2 * span.stop * W * config.depth)
+        limits.append((flops / rate, moved / reading))
+    return limits
+
+
 def dense_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyRanges,
                     scale: float) -> Tensor:
     """What most implementations of VAR do."""
@@ -591,19 +639,20 @@ def dense_mask(ranges: KeyRanges, device: torch.device) -> Tensor:
     return ranges.dense().to(device)
 
 
-def benchmark_training(geometry: Geometry, batch: int, compiled: bool, rate: float,
-                       bandwidth: float, cold: Tensor) -> None:
-    """A training step of ours, of ours compiled if asked, and of a twin with a dense mask."""
+def benchmark_training(geometry: Geometry, batch: int, rate: float, bandwidth: float,
+                       cold: Tensor) -> None:
+    """A training step of ours, of ours compiled, and of a twin with PyTorch's dense mask."""
     model = VAR(geometry[1]).to(cold.device).train()
     inputs = training_inputs(model.config, batch, cold.device)
     optimizers = model.optimizers(1e-4, 0.05, muon=False)
     ours = partial(training_step, model, optimizers, *inputs)
-    ways = {"ours": ours}
-    if compiled:
-        ways["ours, compiled"] = partial(
-            training_step, torch.compile(model, dynamic=False), optimizers, *inputs)
-    ways["PyTorch's attention, dense mask"] = mock.patch.object(
-        var, "block_attention", dense_attention)(ours)
+    compiled = torch.compile(model, dynamic=False)
+    ways = {
+        "ours": ours,
+        "ours, compiled": partial(training_step, compiled, optimizers, *inputs),
+        "PyTorch's attention, dense mask":
+            mock.patch.object(var, "block_attention", dense_attention)(ours),
+    }
     one_image = (x[:1] for x in inputs[:2])
     by_flops = 3 * batch * forward_flops(model, *one_image) / rate   # backward is twice forward
     by_bytes = 0.0
@@ -632,7 +681,13 @@ def main() -> None:
                         help="only draw the tiles that attention visits, and save them here")
     parser.add_argument("--generate", action="store_true",
                         help="only time one image of the published size, in fp32, against its limit")
+    parser.add_argument("--registers", action="store_true",
+                        help="only compile every kernel for sm_80, sm_90 and sm_100, and print what "
+                             "it takes of a GPU")
     options = parser.parse_args()
+    if options.registers:
+        print_registers()
+        return
     if options.tiles:
         draw_tiles(options.tiles)
         return
@@ -642,11 +697,10 @@ def main() -> None:
     megabytes = 512 if device.type == "cuda" else 64
     cold = torch.zeros(megabytes * 2**20, dtype=torch.uint8, device=device)
     rate = product_rate(torch.float32, cold)
-    bandwidth = copy_rate(cold)
     if options.generate:
-        one = {"ours": ["--precision", "fp32"]}
-        benchmark_sampling(PUBLISHED_D16, one, [1], rate, bandwidth, cold)
+        benchmark_scales(PUBLISHED_D16, rate, cold)
         return
+    bandwidth = copy_rate(cold)
     print_counts()
     if HAS_TRITON:
         print_work(PUBLISHED_D16)
@@ -657,7 +711,7 @@ def main() -> None:
         benchmark_the_rest(rate, bandwidth, cold)
         ways = {"ours": [], "ours, compiled": ["--compile"]}
         benchmark_sampling(PUBLISHED_D16, ways, [1, 8, 64], half_rate, bandwidth, cold)
-        benchmark_training(PUBLISHED_D16, 64, True, half_rate, bandwidth, cold)
+        benchmark_training(PUBLISHED_D16, 64, half_rate, bandwidth, cold)
     else:
         print("\nThese were the PyTorch faces. To time the Triton kernels takes a GPU.")
     if options.plot:

@@ -3,8 +3,7 @@
 With a GPU the Triton kernels run compiled, in every dtype and at real sizes. Without one they run in Triton's
 interpreter in fp32 (its bf16 product is wrong) at small sizes, and are compiled for GPUs that are not there:
 
-    python tests/test_kernels.py 90      compiles all for sm_90; prints registers, spills (the stack), shared memory
-                                         and how many programs one multiprocessor holds
+    python kernels.py --registers        compiles all, for sm_80, sm_90 and sm_100
 
 Random search has a fixed seed. To search on with fresh examples, a thousand a test:
 
@@ -23,16 +22,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import doctest
-import itertools
-import json
 import math
-import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,7 +47,6 @@ FACES = ["torch", "triton"] if kernels.HAS_TRITON else ["torch"]
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}   # half the gap after 1
 TERMS = {torch.float32: 64, torch.float16: 8, torch.bfloat16: 8}
 VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # 680 tokens: the published models at 256 x 256
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}   # bytes; consumer cards run the code of sm_80
 
 FRESH = settings().max_examples >= 1000   # the profile "fresh" of conftest.py
 draws = settings(max_examples=1000 if FRESH else 200 if GPU else 8, derandomize=not FRESH, deadline=None, database=None,
@@ -754,172 +746,3 @@ def test_a_few_queries_get_a_small_tile(L, rows, warps):
     tiles = kernels.attention_tiles("forward", q_BHLD)
     assert (tiles["TILE_L"], tiles["num_warps"]) == (rows, warps)
     assert kernels.attention_tiles("backward_q", q_BHLD)["TILE_L"] == 128
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Counts and benchmarks: python kernels.py
-
-
-def test_operations_are_counted_also_where_a_kernel_or_a_fused_attention_does_them():
-    class Model(torch.nn.Module):
-        def forward(self, x_BHLD, w_DD):
-            return kernels.block_attention(x_BHLD, x_BHLD, x_BHLD, ranges, 1.0) @ w_DD
-
-    ranges = KeyRanges([0] * 70, [70] * 70)
-    x_BHLD = torch.zeros(2, 3, 70, 16)
-    assert kernels.forward_flops(Model(), x_BHLD, torch.zeros(16, 16)) == 2 * 6 * 70 * (70 * 16 * 2 + 16 * 16)
-    dropout = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Dropout())
-    assert kernels.forward_flops(dropout, torch.zeros(3, 4)) == 2 * 3 * 4 * 5 and dropout.training
-
-
-def test_peaks_are_those_of_the_card(monkeypatch):
-    assert kernels.peak_flops(torch.device("cpu")) is None
-    for card, peak in ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA T4", None):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, card=card: card)
-        assert kernels.peak_flops(torch.device("cuda", 0)) == peak
-
-
-def test_bytes_are_those_read_and_written_and_a_view_moves_none():
-    x = torch.zeros(8, 16, device="meta")
-    with benchmark.BytesMoved() as moved:
-        (x.T.reshape(4, 32)[1:] + 1).mul_(2)   # reshape copies
-    assert moved.total == 2 * x.nbytes + (1 + 1) * 3 * 32 * 4 + 2 * 3 * 32 * 4
-
-
-@pytest.mark.skipif(GPU, reason="on a GPU this is the long benchmark itself")
-def test_the_benchmark_counts_and_times(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, "ATTENTION_CASES", {"cpu": [(1, 1, 130, 64)]})
-    monkeypatch.setattr(benchmark, "SECONDS", 0)
-    monkeypatch.setattr(benchmark, "product_rate", lambda dtype, cold: 1e11)   # bf16 may be emulated, which takes long
-    monkeypatch.setattr(sys, "argv", ["kernels.py", "--plot", str(tmp_path / "plot.png")])
-    benchmark.main()
-    printed = capsys.readouterr().out
-    mask_tiles = benchmark.tile_grid(680)
-    assert re.search(rf"L 680 +{(mask_tiles == 2).sum()} +{(mask_tiles == 1).sum()} +{mask_tiles.numel()} ", printed)
-    scores = 16 * 680 * 680   # q scaled, the scores, the masked scores and the weights, each written and read
-    moved = 2 * (6 * scores + (2 + 4) * 680 * 1024) + 3 * 680 * 680   # and the mask, turned round
-    assert re.search(rf"attention, B 1 H 16 L 680 D 64 bfloat16 +{moved / 1e9:.3f} +{4 * 2 * 680 * 1024 / 1e9:.3f}", printed)
-    assert printed.count("dense boolean mask") == 4 and "failed" not in printed
-    assert (tmp_path / "plot.png").stat().st_size > 0
-
-
-@pytest.mark.parametrize("arguments", [["--tiles", "tiles.png"], ["--generate"]])
-def test_the_figure_and_the_time_of_one_image(arguments, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kernels.py", *arguments])
-    if arguments == ["--generate"]:
-        monkeypatch.setattr(benchmark, "SECONDS", 0)
-        monkeypatch.setattr(benchmark, "PUBLISHED_D16", dict(width=32, heads=2, depth=2))
-        monkeypatch.setitem(benchmark.BENCHMARK_SCALES, 680, (1, 2))
-    benchmark.main()
-    if arguments == ["--tiles", "tiles.png"]:
-        assert (tmp_path / "tiles.png").stat().st_size > 0
-    else:
-        assert re.search(r"transformer +0 +0.00 +0.\d\d +\d+%\ndecoder ", capsys.readouterr().out)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Compiling for GPUs that are not there: the interpreter accepts what a GPU refuses
-
-
-HEADS = [(torch.bfloat16, 64), (torch.bfloat16, 72), (torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 64),
-         (torch.float32, 128)]
-
-
-def compile_everything(capability: int, heads: list[tuple], thoroughly: bool):
-    """Yield the resources of every kernel, as its own launch code asks for it; thoroughly: at more sizes."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    launches: list[tuple] = []
-    kernels.launch = lambda kernel, programs, read, written, *numbers, **constants: launches.append(
-        (kernel, read + written, numbers, constants))
-    driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", capability, 32),
-                                      get_current_device=lambda: capability, get_current_stream=lambda device: 0))
-    for dtype, D in heads:
-        q_BHLD = torch.zeros(2, 2, 128, D, dtype=dtype, requires_grad=True)
-        kernels.block_attention_triton(q_BHLD, q_BHLD, q_BHLD, KeyRanges([0] * 128, [128] * 128), 1.0).sum().backward()
-        for L in [16, 32, 64] if thoroughly else []:
-            few_BHLD = q_BHLD[:, :, :L].detach()
-            kernels.block_attention_triton(few_BHLD, q_BHLD.detach(), q_BHLD.detach(), KeyRanges([0] * L, [128] * L), 1.0)
-    for V, C in [(4096, 32), (33, 5)][:1 + thoroughly]:
-        kernels.nearest_code_triton(torch.zeros(64, C), torch.zeros(V, C))
-    for dtype, W in [(torch.bfloat16, 1024), (torch.bfloat16, 1920), (torch.float32, 64)][:1 + 2 * thoroughly]:
-        x_BLW, m_BW = torch.zeros(2, 32, W, requires_grad=True), torch.zeros(2, W, dtype=dtype)   # x stays fp32
-        sum_BLW, y_BLW = kernels.adaln_triton(x_BLW, x_BLW.to(dtype), m_BW, m_BW, m_BW, dtype)
-        (sum_BLW + y_BLW).sum().backward()
-    for dtype, D in heads:
-        product_BLX = torch.zeros(2, 128, 3 * 2 * D, dtype=dtype, requires_grad=True)
-        qkv = kernels.split_heads_triton(product_BLX, torch.zeros(2 * D), torch.zeros(2 * D), torch.zeros(2), 2)
-        sum(qkv).sum().backward()
-    for V, guided in [(4096, True), (4096, False), (33, True), (33, False)][:1 + 3 * thoroughly]:
-        logits_BlV = torch.zeros(2, 32, V)
-        kernels.sample_tokens_triton(logits_BlV, logits_BlV if guided else None, 1.5, 900, 0.95, logits_BlV)
-    for kernel, tensors, numbers, constants in launches:
-        compiled = kernel.warmup(*kernels.as_arrays(tensors), *numbers, grid=(1,), **constants)
-        yield dict(kernel=kernel.__name__, dtype=str(tensors[0].dtype)[6:], **registers(compiled.asm["cubin"]),
-                   shared_bytes=compiled.metadata.shared, **constants)
-
-
-def programs(capability: int, report: dict) -> int:
-    """How many programs of a kernel one multiprocessor holds at a time: 65,536 registers, 64 warps (48 on the consumer
-    cards that run the code of sm_80), and shared memory, of which each program takes 1 kB more than it asks for."""
-    by_registers = 65536 // (-(-report["registers"] // 8) * 8 * 32 * report["num_warps"])
-    by_warps = (48 if capability == 80 else 64) // report["num_warps"]
-    by_memory = (SHARED_MEMORY[capability] + 1024) // (report["shared_bytes"] + 1024)
-    return min(by_registers, by_warps, by_memory)
-
-
-def registers(cubin: bytes) -> dict[str, int]:
-    """What the assembler reports; bytes on the stack are spilled registers."""
-    from triton.backends import nvidia
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        dump = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-        usage = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True).stdout
-    count, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return dict(registers=int(count), stack_bytes=int(stack))
-
-
-def check_resources(report: dict) -> None:
-    """It fits, and next to nothing is spilled."""
-    assert report["shared_bytes"] <= SHARED_MEMORY[report["capability"]] and report["stack_bytes"] <= 16, report
-    assert report["programs"] >= 1, report
-
-
-@needs_triton
-def test_every_configuration_compiles_and_fits_in_shared_memory():
-    """Here the widest tiles for sm_80, whose shared memory is the smallest, and every kernel once for the other two.
-
-    The rest takes minutes: python tests/test_kernels.py 80, 90, 100.
-    """
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(kernels.__file__).parent)}
-    result = subprocess.run([sys.executable, __file__, "suite"], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    compiled = set()
-    for line in result.stdout.splitlines():
-        report = json.loads(line)
-        compiled.add((report["capability"], report["kernel"]))
-        check_resources(report)
-    assert compiled == set(itertools.product(SHARED_MEMORY, [
-        "attention_forward", "attention_backward_q", "attention_backward_kv", "nearest_code_kernel",
-        "adaln_forward", "adaln_backward", "split_heads_forward", "split_heads_backward", "sample_tokens_kernel"]))
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "suite":
-        plan = {80: [HEADS[2], HEADS[5]], 90: [HEADS[1]], 100: [HEADS[0]]}
-    else:
-        plan = {int(sys.argv[1]): HEADS}
-    for capability, heads in plan.items():
-        if sys.argv[1] != "suite":
-            print(f"{'sm_' + str(capability):24}{'dtype':>10}{'registers':>10}{'stack':>6}{'shared':>8}{'programs':>9}  constants")
-        for report in compile_everything(capability, heads, thoroughly=sys.argv[1] != "suite"):
-            report |= dict(capability=capability, programs=programs(capability, report))
-            if sys.argv[1] == "suite":
-                print(json.dumps(report), flush=True)
-                continue
-            check_resources(report)
-            constants = {name: value for name, value in report.items() if name.isupper() or name.startswith("num_")}
-            print(f"{report['kernel']:24}{report['dtype']:>10}{report['registers']:10}{report['stack_bytes']:6}"
-                  f"{report['shared_bytes']:8}{report['programs']:9}  {constants}", flush=True)

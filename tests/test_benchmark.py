@@ -1,0 +1,166 @@
+"""What `python kernels.py` counts, times and compiles for GPUs that are not there."""
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import benchmark
+import kernels
+from kernels import KeyRanges
+from tests import registers
+from var import VAR
+
+GPU = torch.cuda.is_available()
+needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+
+
+def test_operations_are_counted_also_where_a_kernel_or_a_fused_attention_does_them():
+    class Model(torch.nn.Module):
+        def forward(self, x_BHLD, w_DD):
+            return kernels.block_attention(x_BHLD, x_BHLD, x_BHLD, ranges, 1.0) @ w_DD
+
+    ranges = KeyRanges([0] * 70, [70] * 70)
+    x_BHLD = torch.zeros(2, 3, 70, 16)
+    assert kernels.forward_flops(Model(), x_BHLD, torch.zeros(16, 16)) == 2 * 6 * 70 * (70 * 16 * 2 + 16 * 16)
+    dropout = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Dropout())
+    assert kernels.forward_flops(dropout, torch.zeros(3, 4)) == 2 * 3 * 4 * 5 and dropout.training
+
+
+def test_peaks_are_those_of_the_card(monkeypatch):
+    assert kernels.peak_flops(torch.device("cpu")) is None
+    for card, peak in ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA T4", None):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, card=card: card)
+        assert kernels.peak_flops(torch.device("cuda", 0)) == peak
+
+
+def test_bytes_are_those_read_and_written_and_a_view_moves_none():
+    x = torch.zeros(8, 16, device="meta")
+    with benchmark.BytesMoved() as moved:
+        (x.T.reshape(4, 32)[1:] + 1).mul_(2)   # reshape copies
+    assert moved.total == 2 * x.nbytes + (1 + 1) * 3 * 32 * 4 + 2 * 3 * 32 * 4
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU this is the long benchmark itself")
+def test_the_benchmark_counts_and_times(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, "ATTENTION_CASES", {"cpu": [(1, 1, 130, 64)]})
+    monkeypatch.setattr(benchmark, "SECONDS", 0)
+    monkeypatch.setattr(benchmark, "PUBLISHED_D16", small_geometry())
+    monkeypatch.setattr(benchmark, "product_rate", lambda dtype, cold: 1e11)   # bf16 may be emulated, which takes long
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--plot", str(tmp_path / "plot.png")])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    mask_tiles = benchmark.tile_grid(680)
+    assert re.search(rf"L 680 +{(mask_tiles == 2).sum()} +{(mask_tiles == 1).sum()} +{mask_tiles.numel()} ", printed)
+    scores = 16 * 680 * 680   # q scaled, the scores, the masked scores and the weights, each written and read
+    moved = 2 * (6 * scores + (2 + 4) * 680 * 1024) + 3 * 680 * 680   # and the mask, turned round
+    assert re.search(rf"attention, B 1 H 16 L 680 D 64 bfloat16 +{moved / 1e9:.3f} +{4 * 2 * 680 * 1024 / 1e9:.3f}", printed)
+    assert printed.count("dense boolean mask") == 4 and "failed" not in printed
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("arguments", [["--tiles", "tiles.png"], ["--generate"]])
+def test_the_figure_and_the_time_of_one_image(arguments, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *arguments])
+    if arguments == ["--generate"]:
+        monkeypatch.setattr(benchmark, "SECONDS", 0)
+        monkeypatch.setattr(benchmark, "PUBLISHED_D16", small_geometry())
+    benchmark.main()
+    if arguments == ["--tiles", "tiles.png"]:
+        assert (tmp_path / "tiles.png").stat().st_size > 0
+    else:
+        assert re.search(r"  1x1( +[\d.]+){3} +\d+%\n  2x2.*\n  decoder.*\nall scales: ", capsys.readouterr().out)
+
+
+def small_geometry() -> benchmark.Geometry:
+    tokenizer, model = benchmark.PUBLISHED_D16
+    return (replace(tokenizer, scales=(1, 2), width=32, multipliers=(1, 2), blocks=1),
+            replace(model, scales=(1, 2), width=64, heads=2, depth=2, classes=10))
+
+
+def test_limits_of_the_scales():
+    """By FLOPs as counted; by bytes, of what there is."""
+    model = VAR(small_geometry()[1]).eval()
+    limits = benchmark.scale_limits(model.config, rate=1.0, reading=1.0)
+    labels, read, _ = benchmark.training_inputs(model.config, 2, torch.device("cpu"))
+    counted = kernels.forward_flops(model, labels, read)
+    once = 2 * 2 * (6 * 64 * 64 * 2 + 64 * 2 * 64) + 2 * 2 * 4 * 32 * 64   # modulations, and what is read
+    hidden = 2 * 4 * 1 * 4 * 64 * 2   # of the finer scale, which the whole pass computes and masks
+    assert sum(by_flops for by_flops, _ in limits) == pytest.approx(counted - once - hidden, rel=1e-6)
+    weights = [model.blocks.parameters(), model.head.parameters()]
+    matrices = sum(w.numel() for part in weights for w in part if w.ndim == 2) - 2 * 6 * 64 * 64
+    caches = [2 * 2 * length * 64 * 2 for length in (1, 5)]
+    assert [by_bytes for _, by_bytes in limits] == [4 * (matrices + cache) for cache in caches]
+
+
+@needs_triton
+def test_the_work_of_a_whole_model(monkeypatch, capsys):
+    """What a GPU is asked to do, of a later generation: nothing is copied to it, nothing is waited for."""
+    geometry = small_geometry()
+    counts = benchmark.count_sampling(geometry, 1)
+    first, later = counts["first generation"], counts["later generation"]
+    assert first["to device"] > 0 and later["to device"] == later["read back"] == 0
+    per_layer = counts["a layer at a scale"]["ours"]
+    assert per_layer == 4   # AdaLN twice, heads, attention
+    assert later["ours"] == 2 * (2 * 4 + 2)   # scales, layers; the head's AdaLN, and drawing
+    one = benchmark.count_training(geometry, 2)
+    assert one["read back"] == 0 and benchmark.count_training(geometry, 4)["bytes"] < 2 * one["bytes"]
+    monkeypatch.setattr(benchmark, "count_graphs", lambda _: {"sampling": 5, "training": 1, "breaks": 0})
+    benchmark.print_work(geometry, 2)
+    printed = capsys.readouterr().out
+    assert "5 graphs for sampling, of 2 scales and the decoder, 1 for training; 0 breaks" in printed
+    assert len(re.findall(r"^  (?:first|later) generation, B 1 ", printed, re.MULTILINE)) == 2
+
+
+@needs_triton
+def test_whole_models_are_timed(monkeypatch, capsys):
+    geometry = small_geometry()
+    cold = torch.zeros(4 * 4096, dtype=torch.uint8)
+    monkeypatch.setattr(benchmark, "SECONDS", 0)
+    monkeypatch.setattr(torch, "compile", lambda model, **flags: model)
+    benchmark.benchmark_sampling(geometry, {"ours": ["--precision", "fp32"]}, [1, 2], 1e9, 1e9, cold)
+    benchmark.benchmark_training(geometry, 2, 1e9, 1e9, cold)
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"ours: [\d.]+ images/s; ms per scale [\d.]+ [\d.]+, decoder ", printed)) == 2
+    assert printed.count("limit by FLOPs") == 3 and "PyTorch's attention, dense mask" in printed
+
+
+# Compiled for GPUs that are not there: the interpreter accepts what a GPU refuses
+
+
+@needs_triton
+def test_every_kernel_compiles_and_fits():
+    """The widest tiles for sm_80, which has the least shared memory, and every kernel for each card; all others are
+    compiled by  python kernels.py --registers."""
+    found = list(registers.compiled(registers.some_jobs()))
+    for report in found:
+        assert report.fits(), report
+    assert {(report.card, report.kernel) for report in found} == set(itertools.product(registers.CARDS, [
+        "attention_forward", "attention_backward_q", "attention_backward_kv", "nearest_code_kernel",
+        "adaln_forward", "adaln_backward", "split_heads_forward", "split_heads_backward", "sample_tokens_kernel"]))
+
+
+def test_how_many_programs_a_multiprocessor_holds():
+    card = registers.Card(shared=99 * 1024, warps=48)
+    assert registers.programs(card, registers=128, shared=0, warps=8) == 2    # 65536 / (128 * 256)
+    assert registers.programs(card, registers=129, shared=0, warps=8) == 1    # given out by eights: 136
+    assert registers.programs(card, registers=16, shared=0, warps=8) == 6     # 48 warps
+    assert registers.programs(card, registers=16, shared=49 * 1024, warps=8) == 2   # of 50 kB each
+    assert registers.programs(card, registers=16, shared=50 * 1024, warps=8) == 1
+
+
+@needs_triton
+def test_the_table_of_registers(monkeypatch, capsys):
+    card = registers.Report(80, "kernel", "bfloat16", 255, 40, 1024, 1, {"TILE_L": 64, "num_warps": 4})
+    fits = card._replace(stack=0)
+    monkeypatch.setattr(registers, "compiled", lambda jobs: iter([card, fits, fits]))
+    registers.print_registers()
+    head, first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first.split()[:7] == ["sm_80", "kernel", "bfloat16", "255", "40", "1024", "1"]
+    assert first.endswith("TILE_L 64 warps 4  <- does not fit") and not second.endswith("fit")
+    assert rest[0].startswith("2 kernels.")
