@@ -528,6 +528,8 @@ def sampling_run(geometry: Geometry, device: torch.device, *flags: str) -> sampl
     sample.settle_device(options)
     tokenizer, model = random_models(geometry)
     sample.prepare(tokenizer, model, options)
+    if device.type == "cpu":
+        sample.pack(model)
     classes = [str(label) for label in range(model.config.classes)]
     return sample.Run(tokenizer, model, classes, None, options)
 

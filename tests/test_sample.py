@@ -2,6 +2,7 @@
 hold."""
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -351,3 +352,20 @@ def test_mistakes(shapes, tmp_path):
     assert "within the last map" in refusal("--attention", "data:3", "--cell", 4, 0)
     assert "a number of images" in refusal("--npz", "many", tmp_path / "a.npz")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is without oneDNN")
+def test_packed_products_are_the_same(finished):
+    options = sample.parse(["--run", str(finished), "--device", "cpu", "--precision", "fp32"])
+    sample.settle_device(options)
+    run = sample.load(options)
+    before = copy.deepcopy(run.model)
+    tokens_NL = run.generate([0, 1, 0], 0)
+    likelihoods = run.log_likelihood(tokens_NL, [0, 1, 0])
+    sample.pack(run.model)
+    packed = [module for module in run.model.modules() if isinstance(module, sample.PackedLinear)]
+    plain = [module for module in before.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(packed) == len(plain) > 5
+    assert any(module.bias is None for module in packed)   # queries, keys and values
+    assert torch.equal(run.generate([0, 1, 0], 0), tokens_NL)
+    assert torch.allclose(run.log_likelihood(tokens_NL, [0, 1, 0]), likelihoods, atol=1e-3)
