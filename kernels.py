@@ -161,14 +161,28 @@ def full_precision() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def check_tensors(**tensors: Tensor) -> None:
-    """ValueError unless all hold floating point numbers, at least one, on one device."""
-    for name, tensor in tensors.items():
+def check_tensors(axes: dict[str, str], *tensors: Tensor | None, **sizes: int) -> None:
+    """ValueError unless all hold floating point numbers, at least one, on one device, and fit.
+
+    axes: of each tensor by its name, as in dict(x="NC", codebook="VC"). An axis has the same size
+    wherever it appears, and may be given one. None, which stands for nothing, is passed over.
+    """
+    devices = {}
+    for (name, letters), tensor in zip(axes.items(), tensors):
+        if tensor is None:
+            continue
+        shape = tuple(tensor.shape)
         if not tensor.is_floating_point() or tensor.numel() == 0:
             raise ValueError(f"{name} must hold floating point numbers, at least one: "
-                             f"it is {tensor.dtype} of shape {tuple(tensor.shape)}")
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        places = ", ".join(f"{name} is on {tensor.device}" for name, tensor in tensors.items())
+                             f"it is {tensor.dtype} of shape {shape}")
+        if len(shape) == len(letters):
+            sizes = dict(zip(letters, shape)) | sizes
+        expected = tuple(sizes.get(axis, axis) for axis in letters)
+        if shape != expected:
+            raise ValueError(f"{name} must be [{', '.join(letters)}], {expected}: it is {shape}")
+        devices[name] = tensor.device
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} is on {device}" for name, device in devices.items())
         raise ValueError(f"all on one device, please: {places}")
 
 
@@ -194,8 +208,7 @@ def check_tensors(**tensors: Tensor) -> None:
 #     dshift = sum of dy over the tokens of an image
 
 
-def obvious_adaln(x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor, scale_BW: Tensor,
-                  shift_BW: Tensor) -> tuple[Tensor, Tensor]:
+def obvious_adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW):
     x_BLW = x_BLW + gate_BW[:, None] * h_BLW
     normed_BLW = F.layer_norm(x_BLW.float(), x_BLW.shape[-1:], eps=1e-6)
     y_BLW = normed_BLW * (1 + scale_BW[:, None]) + shift_BW[:, None]
@@ -223,33 +236,35 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def check_adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW):
-    check_tensors(x=x_BLW, h=h_BLW, gate=gate_BW, scale=scale_BW, shift=shift_BW)
-    modulation = [tuple(part.shape) for part in (gate_BW, scale_BW, shift_BW)]
-    fits = x_BLW.ndim == 3 and x_BLW.shape == h_BLW.shape
-    if not fits or modulation != 3 * [tuple(x_BLW.shape[::2])]:
-        raise ValueError(f"x and h must be [B, L, W], gate, scale and shift [B, W]: they are "
-                         f"{tuple(x_BLW.shape)}, {tuple(h_BLW.shape)} and {modulation}")
+    axes = dict(x="BLW", h="BLW", gate="BW", scale="BW", shift="BW")
+    check_tensors(axes, x_BLW, h_BLW, gate_BW, scale_BW, shift_BW)
+
+
+# A row of an array [B, L, W] is named by a tuple: (image, token, columns_W, W), where columns_W
+# counts up to the side of a tile, which may be more than W.
 
 
 @triton.jit
-def row_of(x_BLW, image, token, columns_W):
-    """Pointers to x[image, token]. In 64 bits: an array may have more than 2^31 numbers."""
-    row = image.to(tl.int64) * x_BLW.strides[0] + token * x_BLW.strides[1]
-    return x_BLW.start + row + columns_W * x_BLW.strides[2]
+def places_of_row(x_BLW, row):
+    """Pointers to x[image, token], and which of them lie within W."""
+    image, token, columns_W, W = row
+    begin = image.to(tl.int64) * x_BLW.strides[0]   # in 64 bits: there may be over 2^31 numbers
+    begin += token * x_BLW.strides[1]
+    return x_BLW.start + begin + columns_W * x_BLW.strides[2], columns_W < W
 
 
 @triton.jit
-def load_row(x_BLW, image, token, columns_W, W):
+def load_row(x_BLW, row):
     """x[image, token] in fp32, with zeros from W on."""
-    x_W = tl.load(row_of(x_BLW, image, token, columns_W), mask=columns_W < W, other=0.0)
-    return x_W.to(tl.float32)
+    places_W, inside_W = places_of_row(x_BLW, row)
+    return tl.load(places_W, mask=inside_W, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_row(x_BLW, x_W, image, token, columns_W, W):
+def store_row(x_BLW, row, x_W):
     """x[image, token] = x_W, in the dtype of x."""
-    places_W = row_of(x_BLW, image, token, columns_W)
-    tl.store(places_W, x_W.to(x_BLW.start.dtype.element_ty), mask=columns_W < W)
+    places_W, inside_W = places_of_row(x_BLW, row)
+    tl.store(places_W, x_W.to(x_BLW.start.dtype.element_ty), mask=inside_W)
 
 
 @triton.jit
@@ -265,17 +280,18 @@ def adaln_forward(x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, sum_BLW, y_BLW, 
                   TILE_W: tl.constexpr):
     """One token a program: x, h [B, L, W], gate, scale, shift [B, 1, W] -> x + gate h, y."""
     image = tl.program_id(0) // L
-    token = tl.program_id(0) % L
     columns_W = tl.arange(0, TILE_W)
-    x_W = load_row(x_BLW, image, token, columns_W, W)
-    h_W = load_row(h_BLW, image, token, columns_W, W)
-    gate_W = load_row(gate_B1W, image, 0, columns_W, W)
+    row = (image, tl.program_id(0) % L, columns_W, W)
+    only_row = (image, 0, columns_W, W)
+    x_W = load_row(x_BLW, row)
+    h_W = load_row(h_BLW, row)
+    gate_W = load_row(gate_B1W, only_row)
     sum_W = (x_W + gate_W * h_W).to(sum_BLW.start.dtype.element_ty)
-    store_row(sum_BLW, sum_W, image, token, columns_W, W)
+    store_row(sum_BLW, row, sum_W)
     normed_W, _ = normalise(sum_W.to(tl.float32), columns_W, W)   # of what the backward will find
-    scale_W = load_row(scale_B1W, image, 0, columns_W, W)
-    shift_W = load_row(shift_B1W, image, 0, columns_W, W)
-    store_row(y_BLW, normed_W * (1 + scale_W) + shift_W, image, token, columns_W, W)
+    scale_W = load_row(scale_B1W, only_row)
+    shift_W = load_row(shift_B1W, only_row)
+    store_row(y_BLW, row, normed_W * (1 + scale_W) + shift_W)
 
 
 @triton.jit
@@ -290,27 +306,30 @@ def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW
     image = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     columns_W = tl.arange(0, TILE_W)
-    gate_W = load_row(gate_B1W, image, 0, columns_W, W)
-    scale_W = load_row(scale_B1W, image, 0, columns_W, W)
+    only_row = (image, 0, columns_W, W)
+    gate_W = load_row(gate_B1W, only_row)
+    scale_W = load_row(scale_B1W, only_row)
     dgate_W = tl.zeros([TILE_W], tl.float32)
     dscale_W = tl.zeros([TILE_W], tl.float32)
     dshift_W = tl.zeros([TILE_W], tl.float32)
     for token in range(part * TOKENS, tl.minimum(L, (part + 1) * TOKENS)):
-        sum_W = load_row(sum_BLW, image, token, columns_W, W)
+        row = (image, token, columns_W, W)
+        sum_W = load_row(sum_BLW, row)
         normed_W, inverse = normalise(sum_W, columns_W, W)
-        dy_W = load_row(dy_BLW, image, token, columns_W, W)
+        dy_W = load_row(dy_BLW, row)
         dscale_W += dy_W * normed_W
         dshift_W += dy_W
         g_W = dy_W * (1 + scale_W)
         mean_gn = tl.sum(g_W * normed_W) / W
         dx_W = (g_W - tl.sum(g_W) / W - normed_W * mean_gn) * inverse
-        dx_W += load_row(dsum_BLW, image, token, columns_W, W)
-        store_row(dx_BLW, dx_W, image, token, columns_W, W)
-        dgate_W += dx_W * load_row(h_BLW, image, token, columns_W, W)
-        store_row(dh_BLW, dx_W * gate_W, image, token, columns_W, W)
-    store_row(dgate_BPW, dgate_W, image, part, columns_W, W)
-    store_row(dscale_BPW, dscale_W, image, part, columns_W, W)
-    store_row(dshift_BPW, dshift_W, image, part, columns_W, W)
+        dx_W += load_row(dsum_BLW, row)
+        store_row(dx_BLW, row, dx_W)
+        dgate_W += dx_W * load_row(h_BLW, row)
+        store_row(dh_BLW, row, dx_W * gate_W)
+    part_row = (image, part, columns_W, W)
+    store_row(dgate_BPW, part_row, dgate_W)
+    store_row(dscale_BPW, part_row, dscale_W)
+    store_row(dshift_BPW, part_row, dshift_W)
 
 
 def adaln_tiles(W: int) -> dict[str, int]:
@@ -379,7 +398,7 @@ def adaln_torch(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
 # For the cosine e has norm 1, so the first term is left out: argmax x.e = argmin 0 - 2 x.e.
 
 
-def obvious_nearest_code(x_NC: Tensor, codebook_VC: Tensor) -> Tensor:
+def obvious_nearest_code(x_NC, codebook_VC):
     return torch.cdist(x_NC, codebook_VC).argmin(dim=1)
 
 
@@ -395,10 +414,7 @@ def nearest_code(x_NC: Tensor, codebook_VC: Tensor, cosine: bool = False) -> Ten
 
 def code_terms(x_NC, codebook_VC, cosine):
     """x_NC, e_VC and squares_V, in fp32: the nearest code is argmin_v squares_v - 2 x.e_v."""
-    check_tensors(x=x_NC, codebook=codebook_VC)
-    if x_NC.ndim != 2 or codebook_VC.ndim != 2 or x_NC.shape[1] != codebook_VC.shape[1]:
-        raise ValueError(f"x and codebook must be [N, C] and [V, C] with one C: "
-                         f"they are {tuple(x_NC.shape)} and {tuple(codebook_VC.shape)}")
+    check_tensors(dict(x="NC", codebook="VC"), x_NC, codebook_VC)
     e_VC = codebook_VC.float()
     if cosine:
         return x_NC.float(), F.normalize(e_VC, dim=1), torch.zeros_like(e_VC[:, 0])
@@ -481,8 +497,7 @@ def nearest_code_torch(x_NC, codebook_VC, cosine=False):
 LARGEST_LOG_SCALE = math.log(100)
 
 
-def obvious_split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
-                        log_scale_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def obvious_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H):
     bias_X = torch.cat([q_bias_W, torch.zeros_like(q_bias_W), v_bias_W]).to(product_BLX.dtype)
     split_BL3HD = (product_BLX + bias_X).unflatten(2, (3, len(log_scale_H), -1))
     q_BHLD, k_BHLD, v_BHLD = split_BL3HD.permute(2, 0, 3, 1, 4)
@@ -507,20 +522,12 @@ def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
 
 
 def check_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room):
-    given = dict(product=product_BLX, q_bias=q_bias_W, v_bias=v_bias_W)
-    if log_scale_H is not None:
-        given["log_scale"] = log_scale_H
-    if room is not None:
-        given["room for k"], given["room for v"] = room
-    check_tensors(**given)
-    B, L, X = product_BLX.shape
-    W = X // 3
-    expected = dict(zip(given, [(B, L, 3 * W), (W,), (W,)]), log_scale=(heads,))
-    for name, tensor in given.items():
-        shape = expected.get(name, (B, heads, L, W // heads))
-        if tensor.shape != shape or W % heads:
-            raise ValueError(f"{name} must be {shape} for {heads} heads of a product "
-                             f"{tuple(product_BLX.shape)}: it is {tuple(tensor.shape)}")
+    axes = dict(product="BLX", q_bias="W", v_bias="W", log_scale="H", k_room="BHLD", v_room="BHLD")
+    W = product_BLX.shape[-1] // 3
+    check_tensors(axes, product_BLX, q_bias_W, v_bias_W, log_scale_H, *(room or ()),
+                  X=3 * W, W=W, H=heads, D=W // heads)
+    if W % heads:
+        raise ValueError(f"a width of {W} cannot be divided for {heads} heads")
 
 
 @triton.jit
@@ -534,34 +541,57 @@ def aligned(stride, D: tl.constexpr):
     return stride // 8 * 8 if D % 8 == 0 else stride
 
 
-@triton.jit
-def rows_of(x_BHLD, head, H, rows_T, D: tl.constexpr):
-    """Pointers to rows of a head, and which of them lie within D; heads are counted over images.
+# A tile of the rows of an array [B, H, L, D] is named by a tuple: (head, H, rows_T, L), with heads
+# counted over all images. Its width is a power of two: D 72 is computed as 128, 1.8 times the
+# products of its own.
 
-    A tile's width is a power of two: D 72 is computed as 128, 1.8 times the products of its own.
-    """
+
+@triton.jit
+def places_of_rows(x_BHLD, rows, D: tl.constexpr, CUT: tl.constexpr):
+    """Pointers to the rows, and which of them lie within D and, if the tile may be cut, within L."""
+    head, H, rows_T, L = rows
     image = (head // H).to(tl.int64) * aligned(x_BHLD.strides[0], D)   # in 64 bits
     begin = image + (head % H).to(tl.int64) * aligned(x_BHLD.strides[1], D)
-    columns_1D = tl.arange(0, triton.next_power_of_2(D))[None, :]
     rows_T1 = rows_T[:, None] * aligned(x_BHLD.strides[2], D)
-    return x_BHLD.start + begin + rows_T1 + columns_1D, columns_1D < D
+    columns_1D = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    inside_TD = columns_1D < D
+    if CUT:
+        inside_TD &= rows_T[:, None] < L
+    return x_BHLD.start + begin + rows_T1 + columns_1D, inside_TD
 
 
 @triton.jit
-def load_rows(x_BHLD, head, H, rows_T, end, D: tl.constexpr, CUT: tl.constexpr):
-    """Rows of a head as [T, D]; zeros beyond D and, if the tile may be cut, from row `end` on."""
-    places_TD, inside_TD = rows_of(x_BHLD, head, H, rows_T, D)
-    if CUT:
-        inside_TD &= rows_T[:, None] < end
+def load_rows(x_BHLD, rows, D: tl.constexpr, CUT: tl.constexpr = True):
+    """The rows as [T, D], with zeros outside of the array."""
+    places_TD, inside_TD = places_of_rows(x_BHLD, rows, D, CUT)
     return tl.load(places_TD, mask=inside_TD, other=0.0)
 
 
 @triton.jit
-def store_rows(x_BHLD, x_TD, head, H, rows_T, end, D: tl.constexpr):
-    """The rows of a head, up to row `end`, in the dtype of the array."""
-    places_TD, inside_TD = rows_of(x_BHLD, head, H, rows_T, D)
-    inside_TD &= rows_T[:, None] < end
+def store_rows(x_BHLD, rows, x_TD, D: tl.constexpr):
+    """Write the rows, in the dtype of the array."""
+    places_TD, inside_TD = places_of_rows(x_BHLD, rows, D, True)
     tl.store(places_TD, x_TD.to(x_BHLD.start.dtype.element_ty), mask=inside_TD)
+
+
+@triton.jit
+def places_of_numbers(x_BHL, rows):
+    """Pointers to the one number that each of the rows has, and which of them lie within L."""
+    head, H, rows_T, L = rows
+    return x_BHL.start + head * L + rows_T, rows_T < L
+
+
+@triton.jit
+def load_numbers(x_BHL, rows):
+    """The number of each row as [T], with zeros outside of the array."""
+    places_T, inside_T = places_of_numbers(x_BHL, rows)
+    return tl.load(places_T, mask=inside_T, other=0.0)
+
+
+@triton.jit
+def store_numbers(x_BHL, rows, x_T):
+    places_T, inside_T = places_of_numbers(x_BHL, rows)
+    tl.store(places_T, x_T, mask=inside_T)
 
 
 @triton.jit
@@ -602,19 +632,19 @@ def split_heads_forward(xq_BHLD, xk_BHLD, xv_BHLD, q_bias_W, v_bias_W, log_scale
     tiles = tl.cdiv(L, TILE_L)
     head = tl.program_id(0) // tiles
     tokens_T = tl.program_id(0) % tiles * TILE_L + tl.arange(0, TILE_L)
-    q_TD = load_rows(xq_BHLD, head, H, tokens_T, L, D, True) + load_bias(q_bias_W, head, H, D)
-    k_TD = load_rows(xk_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
-    v_TD = load_rows(xv_BHLD, head, H, tokens_T, L, D, True) + load_bias(v_bias_W, head, H, D)
+    rows = (head, H, tokens_T, L)
+    q_TD = load_rows(xq_BHLD, rows, D) + load_bias(q_bias_W, head, H, D)
+    k_TD = load_rows(xk_BHLD, rows, D).to(tl.float32)
+    v_TD = load_rows(xv_BHLD, rows, D) + load_bias(v_bias_W, head, H, D)
     if NORMALISED:
         q_TD, q_inverse_T = unit_rows(q_TD)
         k_TD, k_inverse_T = unit_rows(k_TD)
         q_TD *= learned_factor(log_scale_H, head, H, largest)
-        numbers_T = head * L + tokens_T
-        tl.store(q_inverse_BHL.start + numbers_T, q_inverse_T, mask=tokens_T < L)
-        tl.store(k_inverse_BHL.start + numbers_T, k_inverse_T, mask=tokens_T < L)
-    store_rows(q_BHLD, q_TD, head, H, tokens_T, L, D)
-    store_rows(k_BHLD, k_TD, head, H, tokens_T, L, D)
-    store_rows(v_BHLD, v_TD, head, H, tokens_T, L, D)
+        store_numbers(q_inverse_BHL, rows, q_inverse_T)
+        store_numbers(k_inverse_BHL, rows, k_inverse_T)
+    store_rows(q_BHLD, rows, q_TD, D)
+    store_rows(k_BHLD, rows, k_TD, D)
+    store_rows(v_BHLD, rows, v_TD, D)
 
 
 @triton.jit
@@ -628,26 +658,26 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL, log_scale
     """
     head = tl.program_id(0) // parts
     part_1 = tl.program_id(0) % parts + tl.arange(0, 1)
-    tokens_T = part_1 * TILE_L + tl.arange(0, TILE_L)
-    dq_TD = load_rows(dq_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
-    dk_TD = load_rows(dk_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
-    dv_TD = load_rows(dv_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
+    part = (head, H, part_1, parts)
+    rows = (head, H, part_1 * TILE_L + tl.arange(0, TILE_L), L)
+    dq_TD = load_rows(dq_BHLD, rows, D).to(tl.float32)
+    dk_TD = load_rows(dk_BHLD, rows, D).to(tl.float32)
+    dv_TD = load_rows(dv_BHLD, rows, D).to(tl.float32)
     if NORMALISED:
         factor = learned_factor(log_scale_H, head, H, largest)
-        q_TD = load_rows(q_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
+        q_TD = load_rows(q_BHLD, rows, D).to(tl.float32)
         dlog_scale_1D = tl.sum(q_TD * dq_TD, 0)[None, :]
-        store_rows(dlog_scale_BHPD, dlog_scale_1D, head, H, part_1, parts, D)
-        numbers_T = head * L + tokens_T
-        q_inverse_T = tl.load(q_inverse_BHL.start + numbers_T, mask=tokens_T < L, other=0.0)
+        store_rows(dlog_scale_BHPD, part, dlog_scale_1D, D)
+        q_inverse_T = load_numbers(q_inverse_BHL, rows)
         dq_TD = unit_backward(q_TD / factor, dq_TD * factor, q_inverse_T)
-        k_TD = load_rows(k_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
-        k_inverse_T = tl.load(k_inverse_BHL.start + numbers_T, mask=tokens_T < L, other=0.0)
+        k_TD = load_rows(k_BHLD, rows, D).to(tl.float32)
+        k_inverse_T = load_numbers(k_inverse_BHL, rows)
         dk_TD = unit_backward(k_TD, dk_TD, k_inverse_T)
-    store_rows(dxq_BHLD, dq_TD, head, H, tokens_T, L, D)
-    store_rows(dxk_BHLD, dk_TD, head, H, tokens_T, L, D)
-    store_rows(dxv_BHLD, dv_TD, head, H, tokens_T, L, D)
-    store_rows(dq_bias_BHPD, tl.sum(dq_TD, 0)[None, :], head, H, part_1, parts, D)
-    store_rows(dv_bias_BHPD, tl.sum(dv_TD, 0)[None, :], head, H, part_1, parts, D)
+    store_rows(dxq_BHLD, rows, dq_TD, D)
+    store_rows(dxk_BHLD, rows, dk_TD, D)
+    store_rows(dxv_BHLD, rows, dv_TD, D)
+    store_rows(dq_bias_BHPD, part, tl.sum(dq_TD, 0)[None, :], D)
+    store_rows(dv_bias_BHPD, part, tl.sum(dv_TD, 0)[None, :], D)
 
 
 def rows_first(x_BHLD: Tensor) -> Tensor:
@@ -867,7 +897,7 @@ def table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
 #     log2sum = highest + log2(total)          of the sum of all 2^score: the backward needs it
 
 
-def obvious_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_LS: Tensor) -> Tensor:
+def obvious_attention(q_BHLD, k_BHSD, v_BHSD, mask_LS):
     scores_BHLS = (q_BHLD * q_BHLD.shape[3]**-0.5) @ k_BHSD.mT
     return scores_BHLS.masked_fill(~mask_LS, -torch.inf).softmax(dim=-1) @ v_BHSD
 
@@ -888,12 +918,9 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
 
 
 def check_attention(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
-    check_tensors(q=q_BHLD, k=k_BHSD, v=v_BHSD)
-    B, H, L, D = q_BHLD.shape
+    check_tensors(dict(q="BHLD", k="BHSD", v="BHSD"), q_BHLD, k_BHSD, v_BHSD)
+    L = q_BHLD.shape[2]
     S = k_BHSD.shape[2]
-    if k_BHSD.shape != (B, H, S, D) or v_BHSD.shape != (B, H, S, D):
-        raise ValueError(f"k and v must be {(B, H, 'S', D)} to go with q of {(B, H, L, D)}: "
-                         f"they are {tuple(k_BHSD.shape)} and {tuple(v_BHSD.shape)}")
     if not q_BHLD.dtype == k_BHSD.dtype == v_BHSD.dtype:
         raise ValueError(f"q, k and v must have one dtype: they have {q_BHLD.dtype}, "
                          f"{k_BHSD.dtype}, {v_BHSD.dtype}")
@@ -966,7 +993,8 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
     tile = tiles - 1 - tl.program_id(0) % tiles   # the last queries see most: first within a head
     head = tl.program_id(0) // tiles
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
-    q_TD = load_rows(q_BHLD, head, H, queries_T, L, D, True)
+    queries = (head, H, queries_T, L)
+    q_TD = load_rows(q_BHLD, queries, D)
     # Not -inf: if a query sees nothing of its first tile, -inf - (-inf) would be NaN.
     highest_T = tl.full([TILE_L], -3.0e38, tl.float32)
     total_T = tl.zeros([TILE_L], tl.float32)
@@ -975,7 +1003,8 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             keys_T = tile_partners(n, start, before, whole, CUT, TILE_S)
-            k_TD = load_rows(k_BHSD, head, H, keys_T, S, D, CUT)
+            keys = (head, H, keys_T, S)
+            k_TD = load_rows(k_BHSD, keys, D, CUT)
             scores_TS = product(q_TD, k_TD.T)
             if CUT:
                 seen_TS = seen_by(queries_T, L, first_L, last_L, keys_T)
@@ -984,12 +1013,11 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
             weights_TS = tl.exp2(scores_TS * scale - new_T[:, None])
             shrink_T = tl.exp2(highest_T - new_T)
             total_T = total_T * shrink_T + tl.sum(weights_TS, 1)
-            v_TD = load_rows(v_BHSD, head, H, keys_T, S, D, CUT)
+            v_TD = load_rows(v_BHSD, keys, D, CUT)
             o_TD = o_TD * shrink_T[:, None] + product(weights_TS.to(v_TD.dtype), v_TD)
             highest_T = new_T
-    store_rows(o_BHLD, o_TD / total_T[:, None], head, H, queries_T, L, D)
-    log2sum_T = highest_T + tl.log2(total_T)
-    tl.store(log2sum_BHL.start + head * L + queries_T, log2sum_T, mask=queries_T < L)
+    store_rows(o_BHLD, queries, o_TD / total_T[:, None], D)
+    store_numbers(log2sum_BHL, queries, highest_T + tl.log2(total_T))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1034,20 +1062,21 @@ def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHL
     tile = tiles - 1 - tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
-    q_TD = load_rows(q_BHLD, head, H, queries_T, L, D, True)
-    o_TD = load_rows(o_BHLD, head, H, queries_T, L, D, True)
-    do_TD = load_rows(do_BHLD, head, H, queries_T, L, D, True)
-    numbers_T = head * L + queries_T
-    log2sum_T = tl.load(log2sum_BHL.start + numbers_T, mask=queries_T < L, other=0.0)
+    queries = (head, H, queries_T, L)
+    q_TD = load_rows(q_BHLD, queries, D)
+    o_TD = load_rows(o_BHLD, queries, D)
+    do_TD = load_rows(do_BHLD, queries, D)
+    log2sum_T = load_numbers(log2sum_BHL, queries)
     delta_T = tl.sum(o_TD.to(tl.float32) * do_TD.to(tl.float32), 1)
-    tl.store(delta_BHL.start + numbers_T, delta_T, mask=queries_T < L)
+    store_numbers(delta_BHL, queries, delta_T)
     dq_TD = tl.zeros(q_TD.shape, tl.float32)
     start, before, whole, cut = plan_tiles(first_L, last_L, tile, L, TILE_L, TILE_S)
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             keys_T = tile_partners(n, start, before, whole, CUT, TILE_S)
-            k_TD = load_rows(k_BHSD, head, H, keys_T, S, D, CUT)
-            v_TD = load_rows(v_BHSD, head, H, keys_T, S, D, CUT)
+            keys = (head, H, keys_T, S)
+            k_TD = load_rows(k_BHSD, keys, D, CUT)
+            v_TD = load_rows(v_BHSD, keys, D, CUT)
             scores_TS = product(q_TD, k_TD.T) * scale
             weights_TS = tl.exp2(scores_TS - log2sum_T[:, None])
             if CUT:
@@ -1057,7 +1086,7 @@ def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHL
             dscores_TS = weights_TS * (dweights_TS - delta_T[:, None])
             dq_TD += product(dscores_TS.to(k_TD.dtype), k_TD)
     dq_TD *= scale * 0.6931471805599453   # ln 2
-    store_rows(dq_BHLD, dq_TD, head, H, queries_T, L, D)
+    store_rows(dq_BHLD, queries, dq_TD, D)
 
 
 @triton.jit
@@ -1072,19 +1101,20 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
     tile = tl.program_id(0) % tiles   # the first keys are seen by most: first within a head
     head = tl.program_id(0) // tiles
     keys_T = tile * TILE_S + tl.arange(0, TILE_S)
-    k_TD = load_rows(k_BHSD, head, H, keys_T, S, D, True)
-    v_TD = load_rows(v_BHSD, head, H, keys_T, S, D, True)
+    keys = (head, H, keys_T, S)
+    k_TD = load_rows(k_BHSD, keys, D)
+    v_TD = load_rows(v_BHSD, keys, D)
     dk_TD = tl.zeros(k_TD.shape, tl.float32)
     dv_TD = tl.zeros(k_TD.shape, tl.float32)
     start, before, whole, cut = plan_tiles(first_S, last_S, tile, S, TILE_S, TILE_L)
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             queries_T = tile_partners(n, start, before, whole, CUT, TILE_L)
-            q_TD = load_rows(q_BHLD, head, H, queries_T, L, D, CUT)
-            do_TD = load_rows(do_BHLD, head, H, queries_T, L, D, CUT)
-            numbers_T = head * L + queries_T
-            log2sum_T = tl.load(log2sum_BHL.start + numbers_T, mask=queries_T < L, other=0.0)
-            delta_T = tl.load(delta_BHL.start + numbers_T, mask=queries_T < L, other=0.0)
+            queries = (head, H, queries_T, L)
+            q_TD = load_rows(q_BHLD, queries, D, CUT)
+            do_TD = load_rows(do_BHLD, queries, D, CUT)
+            log2sum_T = load_numbers(log2sum_BHL, queries)
+            delta_T = load_numbers(delta_BHL, queries)
             scores_ST = product(k_TD, q_TD.T) * scale
             weights_ST = tl.exp2(scores_ST - log2sum_T[None, :])
             if CUT:
@@ -1095,8 +1125,8 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
             dscores_ST = weights_ST * (dweights_ST - delta_T[None, :])
             dk_TD += product(dscores_ST.to(q_TD.dtype), q_TD)
     dk_TD *= scale * 0.6931471805599453   # ln 2
-    store_rows(dk_BHSD, dk_TD, head, H, keys_T, S, D)
-    store_rows(dv_BHSD, dv_TD, head, H, keys_T, S, D)
+    store_rows(dk_BHSD, keys, dk_TD, D)
+    store_rows(dv_BHSD, keys, dv_TD, D)
 
 
 # By kernel, for 16 bits and D up to 64, 16 bits and 128, fp32 and 64, fp32 and 128: queries and
@@ -1256,7 +1286,7 @@ def block_attention_torch(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
 # every order, so that both faces draw the same token.
 
 
-def obvious_sampling(logits_BlV: Tensor, noise_BlV: Tensor) -> Tensor:
+def obvious_sampling(logits_BlV, noise_BlV):
     """Top-k 900, top-p 0.96: the row is sorted, and moved some fifteen times."""
     ranked_BlV, order_BlV = logits_BlV.sort(dim=-1, descending=True)
     shares_BlV = ranked_BlV.softmax(dim=-1)
@@ -1284,14 +1314,8 @@ def sample_tokens(cond_BlV: Tensor, uncond_BlV: Tensor | None, guidance: float, 
 
 
 def check_sampling(cond_BlV, uncond_BlV, noise_BlV):
-    given = dict(cond=cond_BlV, noise=noise_BlV)
-    if uncond_BlV is not None:
-        given["uncond"] = uncond_BlV
-    check_tensors(**given)
-    shapes = {tensor.shape for tensor in given.values()}
-    if cond_BlV.ndim != 3 or len(shapes) > 1:
-        shapes = ", ".join(f"{name} is {tuple(tensor.shape)}" for name, tensor in given.items())
-        raise ValueError(f"logits and noise must have one shape [B, l, V]: {shapes}")
+    axes = dict(cond="BlV", uncond="BlV", noise="BlV")
+    check_tensors(axes, cond_BlV, uncond_BlV, noise_BlV)
 
 
 @triton.jit
@@ -1312,13 +1336,12 @@ def ranked_within(keys_V, weights_V, target):
 def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, top_p, top_k, l, V,
                          GUIDED: tl.constexpr, TILE_V: tl.constexpr):
     """One place a program: cond, uncond, noise [B, l, V] -> token [B, l], int64."""
-    image = tl.program_id(0) // l
-    place = tl.program_id(0) % l
     tokens_V = tl.arange(0, TILE_V)
+    row = (tl.program_id(0) // l, tl.program_id(0) % l, tokens_V, V)
     kept_V = tokens_V < V
-    logits_V = load_row(cond_BlV, image, place, tokens_V, V)
+    logits_V = load_row(cond_BlV, row)
     if GUIDED:
-        uncond_V = load_row(uncond_BlV, image, place, tokens_V, V)
+        uncond_V = load_row(uncond_BlV, row)
         logits_V = logits_V + guidance * (logits_V - uncond_V)
     logits_V = tl.where(kept_V, logits_V, -float("inf"))
     bits_V = tl.where(logits_V == 0, 0.0, logits_V).to(tl.uint32, bitcast=True)   # -0 is 0
@@ -1331,7 +1354,7 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, to
         target = (tl.sum(units_V).to(tl.float32) * top_p).to(tl.int64)
         target = tl.maximum(target, 1)   # the most likely token stays, whatever p
         kept_V &= ranked_within(keys_V, units_V, target)
-    noise_V = load_row(noise_BlV, image, place, tokens_V, V)
+    noise_V = load_row(noise_BlV, row)
     score_V = tl.where(kept_V, logits_V - tl.log(noise_V), -float("inf"))
     tl.store(token_Bl.start + tl.program_id(0), tl.argmax(score_V, 0).to(tl.int64))
 
