@@ -279,9 +279,10 @@ def normalise(x_W, columns_W, W):
 def adaln_forward(x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, sum_BLW, y_BLW, L, W,
                   TILE_W: tl.constexpr):
     """One token a program: x, h [B, L, W], gate, scale, shift [B, 1, W] -> x + gate h, y."""
-    image = tl.program_id(0) // L
+    program = tl.program_id(0)
+    image = program // L
     columns_W = tl.arange(0, TILE_W)
-    row = (image, tl.program_id(0) % L, columns_W, W)
+    row = (image, program % L, columns_W, W)
     only_row = (image, 0, columns_W, W)
     x_W = load_row(x_BLW, row)
     h_W = load_row(h_BLW, row)
@@ -302,9 +303,10 @@ def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW
 
     sum = x + gate h. The parts, [B, P, W] in fp32, are added up afterwards, always in one order.
     """
+    program = tl.program_id(0)
     parts = tl.cdiv(L, TOKENS)
-    image = tl.program_id(0) // parts
-    part = tl.program_id(0) % parts
+    image = program // parts
+    part = program % parts
     columns_W = tl.arange(0, TILE_W)
     only_row = (image, 0, columns_W, W)
     gate_W = load_row(gate_B1W, only_row)
@@ -312,7 +314,8 @@ def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW
     dgate_W = tl.zeros([TILE_W], tl.float32)
     dscale_W = tl.zeros([TILE_W], tl.float32)
     dshift_W = tl.zeros([TILE_W], tl.float32)
-    for token in range(part * TOKENS, tl.minimum(L, (part + 1) * TOKENS)):
+    end = tl.minimum(L, (part + 1) * TOKENS)
+    for token in range(part * TOKENS, end):
         row = (image, token, columns_W, W)
         sum_W = load_row(sum_BLW, row)
         normed_W, inverse = normalise(sum_W, columns_W, W)
@@ -416,18 +419,21 @@ def code_terms(x_NC, codebook_VC, cosine):
     """x_NC, e_VC and squares_V, in fp32: the nearest code is argmin_v squares_v - 2 x.e_v."""
     check_tensors(dict(x="NC", codebook="VC"), x_NC, codebook_VC)
     e_VC = codebook_VC.float()
+    squares_V = e_VC.square().sum(dim=1)
     if cosine:
-        return x_NC.float(), F.normalize(e_VC, dim=1), torch.zeros_like(e_VC[:, 0])
-    return x_NC.float(), e_VC, e_VC.square().sum(dim=1)
+        e_VC = F.normalize(e_VC, dim=1)
+        squares_V = torch.zeros_like(squares_V)
+    return x_NC.float(), e_VC, squares_V
 
 
 @triton.jit
 def load_block(x_NC, rows_T, N, channels_T, C):
     """x[rows, channels] of a matrix as [T, T]; zeros outside of it."""
-    inside_TT = (rows_T[:, None] < N) & (channels_T[None, :] < C)
-    rows_T1 = rows_T[:, None] * x_NC.strides[0]
-    return tl.load(x_NC.start + rows_T1 + channels_T[None, :] * x_NC.strides[1],
-                   mask=inside_TT, other=0.0)
+    rows_T1 = rows_T[:, None]
+    channels_1T = channels_T[None, :]
+    places_TT = x_NC.start + rows_T1 * x_NC.strides[0] + channels_1T * x_NC.strides[1]
+    inside_TT = (rows_T1 < N) & (channels_1T < C)
+    return tl.load(places_TT, mask=inside_TT, other=0.0)
 
 
 @triton.jit
@@ -456,7 +462,8 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
         tile_TV = tl.where(closer_TV, tile, tile_TV)
     index_TV = tile_TV + tl.arange(0, TILE_V)[None, :]
     least_T = tl.min(best_TV, 1)
-    index_T = tl.min(tl.where(best_TV == least_T[:, None], index_TV, V), 1)
+    nearest_TV = tl.where(best_TV == least_T[:, None], index_TV, V)
+    index_T = tl.min(nearest_TV, 1)
     tl.store(index_N.start + rows_T, index_T.to(tl.int64), mask=rows_T < N)
 
 
@@ -464,9 +471,9 @@ def nearest_code_triton(x_NC, codebook_VC, cosine=False):
     x_NC, e_VC, squares_V = code_terms(x_NC.detach(), codebook_VC.detach(), cosine)
     N, C = x_NC.shape
     index_N = torch.empty(N, dtype=torch.int64, device=x_NC.device)
-    launch(nearest_code_kernel, triton.cdiv(N, 64), [x_NC, e_VC, squares_V], [index_N], N,
-           len(e_VC), C=C, TILE_N=64, TILE_V=64, TILE_C=16 if C <= 16 else 32, num_warps=4,
-           num_stages=3)
+    tiles = dict(TILE_N=64, TILE_V=64, TILE_C=16 if C <= 16 else 32)
+    launch(nearest_code_kernel, triton.cdiv(N, 64), [x_NC, e_VC, squares_V], [index_N],
+           N, len(e_VC), C=C, **tiles, num_warps=4, num_stages=3)
     return index_N
 
 
@@ -522,12 +529,12 @@ def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
 
 
 def check_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room):
-    axes = dict(product="BLX", q_bias="W", v_bias="W", log_scale="H", k_room="BHLD", v_room="BHLD")
     W = product_BLX.shape[-1] // 3
-    check_tensors(axes, product_BLX, q_bias_W, v_bias_W, log_scale_H, *(room or ()),
-                  X=3 * W, W=W, H=heads, D=W // heads)
     if W % heads:
         raise ValueError(f"a width of {W} cannot be divided for {heads} heads")
+    axes = dict(product="BLX", q_bias="W", v_bias="W", log_scale="H", k_room="BHLD", v_room="BHLD")
+    check_tensors(axes, product_BLX, q_bias_W, v_bias_W, log_scale_H, *(room or ()),
+                  X=3 * W, W=W, H=heads, D=W // heads)
 
 
 @triton.jit
@@ -548,7 +555,7 @@ def aligned(stride, D: tl.constexpr):
 
 @triton.jit
 def places_of_rows(x_BHLD, rows, D: tl.constexpr, CUT: tl.constexpr):
-    """Pointers to the rows, and which of them lie within D and, if the tile may be cut, within L."""
+    """Pointers to the rows, and which lie within D and, if the tile may be cut, within L."""
     head, H, rows_T, L = rows
     image = (head // H).to(tl.int64) * aligned(x_BHLD.strides[0], D)   # in 64 bits
     begin = image + (head % H).to(tl.int64) * aligned(x_BHLD.strides[1], D)
@@ -604,13 +611,15 @@ def load_bias(bias_W, head, H, D: tl.constexpr):
 
 @triton.jit
 def learned_factor(log_scale_H, head, H, largest):
-    return tl.exp(tl.minimum(tl.load(log_scale_H.start + head % H).to(tl.float32), largest))
+    log_scale = tl.load(log_scale_H.start + head % H).to(tl.float32)
+    return tl.exp(tl.minimum(log_scale, largest))
 
 
 @triton.jit
 def unit_rows(x_TD):
     """x / |x| of each row, and 1 / |x|."""
-    inverse_T = 1 / tl.maximum(tl.sqrt(tl.sum(x_TD * x_TD, 1)), 1e-12)
+    length_T = tl.sqrt(tl.sum(x_TD * x_TD, 1))
+    inverse_T = 1 / tl.maximum(length_T, 1e-12)
     return x_TD * inverse_T[:, None], inverse_T
 
 
@@ -629,9 +638,10 @@ def split_heads_forward(xq_BHLD, xk_BHLD, xv_BHLD, q_bias_W, v_bias_W, log_scale
 
     All [B, H, L, D], biases [W], log_scale [H], inverses [B, H, L] in fp32.
     """
+    program = tl.program_id(0)
     tiles = tl.cdiv(L, TILE_L)
-    head = tl.program_id(0) // tiles
-    tokens_T = tl.program_id(0) % tiles * TILE_L + tl.arange(0, TILE_L)
+    head = program // tiles
+    tokens_T = program % tiles * TILE_L + tl.arange(0, TILE_L)
     rows = (head, H, tokens_T, L)
     q_TD = load_rows(xq_BHLD, rows, D) + load_bias(q_bias_W, head, H, D)
     k_TD = load_rows(xk_BHLD, rows, D).to(tl.float32)
@@ -656,10 +666,12 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL, log_scale
 
     The parts, [B, H, P, D] in fp32, are added up afterwards. That of the log scale by column.
     """
-    head = tl.program_id(0) // parts
-    part_1 = tl.program_id(0) % parts + tl.arange(0, 1)
+    program = tl.program_id(0)
+    head = program // parts
+    part_1 = program % parts + tl.arange(0, 1)
+    tokens_T = part_1 * TILE_L + tl.arange(0, TILE_L)
     part = (head, H, part_1, parts)
-    rows = (head, H, part_1 * TILE_L + tl.arange(0, TILE_L), L)
+    rows = (head, H, tokens_T, L)
     dq_TD = load_rows(dq_BHLD, rows, D).to(tl.float32)
     dk_TD = load_rows(dk_BHLD, rows, D).to(tl.float32)
     dv_TD = load_rows(dv_BHLD, rows, D).to(tl.float32)
@@ -703,12 +715,13 @@ def launch_split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
     """Fill q, k and v [B, H, L, D]; returns [2, B, H, L] of 1 / |x|, of queries and of keys."""
     B, H, L, D = qkv[0].shape
     inverse_2BHL = product_BLX.new_empty(2, B, H, L, dtype=torch.float32)
-    read = [*three_heads(product_BLX.contiguous(), H), q_bias_W, v_bias_W]
-    read.append(q_bias_W if log_scale_H is None else log_scale_H)   # of which nothing is read then
+    normalised = log_scale_H is not None
+    scales = log_scale_H if normalised else q_bias_W   # of which nothing is read then
+    read = [*three_heads(product_BLX.contiguous(), H), q_bias_W, v_bias_W, scales]
     tiles = heads_tiles(L, D)
-    launch(split_heads_forward, B * H * triton.cdiv(L, tiles["TILE_L"]), read,
-           [*qkv, *inverse_2BHL], LARGEST_LOG_SCALE, H, L,
-           NORMALISED=log_scale_H is not None, **tiles)
+    launch(split_heads_forward, B * H * triton.cdiv(L, tiles["TILE_L"]),
+           read, [*qkv, *inverse_2BHL],
+           LARGEST_LOG_SCALE, H, L, NORMALISED=normalised, **tiles)
     return inverse_2BHL
 
 
@@ -771,12 +784,12 @@ def inverse_norm(x_BHLD):
 
 def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
     check_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)
-    q_BLW, k_BLW, v_BLW = product_BLX.chunk(3, dim=2)
-    whole = q_BLW.float() + q_bias_W.float(), k_BLW.float(), v_BLW.float() + v_bias_W.float()
+    q_BLW, k_BLW, v_BLW = product_BLX.float().chunk(3, dim=2)
+    whole = q_BLW + q_bias_W.float(), k_BLW, v_BLW + v_bias_W.float()
     q_BHLD, k_BHLD, v_BHLD = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in whole)
     if log_scale_H is not None:
-        factor_H11 = log_scale_H.float().clamp(max=LARGEST_LOG_SCALE).exp()[:, None, None]
-        q_BHLD = q_BHLD * (factor_H11 * inverse_norm(q_BHLD))
+        factor_H = log_scale_H.float().clamp(max=LARGEST_LOG_SCALE).exp()
+        q_BHLD = q_BHLD * (factor_H[:, None, None] * inverse_norm(q_BHLD))
         k_BHLD = k_BHLD * inverse_norm(k_BHLD)
     q_BHLD, k_BHLD, v_BHLD = (x.to(product_BLX.dtype) for x in (q_BHLD, k_BHLD, v_BHLD))
     if room is None:
@@ -958,7 +971,8 @@ def plan_tiles(first, last, tile, length, ROWS: tl.constexpr, TILE: tl.constexpr
     end = tl.load(last.start + final)
     before = tl.cdiv(all_start - start, TILE)
     whole = tl.maximum(all_end - start - before * TILE, 0) // TILE
-    after = tl.cdiv(tl.maximum(end - start - (before + whole) * TILE, 0), TILE)
+    left = end - start - (before + whole) * TILE
+    after = tl.cdiv(tl.maximum(left, 0), TILE)
     return start, before, whole, before + after
 
 
@@ -989,9 +1003,10 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
     q, o [B, H, L, D] and k, v [B, H, S, D] of one dtype; first, last [L] int32; log2sum [B, H, L]
     fp32. The scale comes divided by ln 2.
     """
+    program = tl.program_id(0)
     tiles = tl.cdiv(L, TILE_L)
-    tile = tiles - 1 - tl.program_id(0) % tiles   # the last queries see most: first within a head
-    head = tl.program_id(0) // tiles
+    tile = tiles - 1 - program % tiles   # the last queries see most: first within a head
+    head = program // tiles
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
     queries = (head, H, queries_T, L)
     q_TD = load_rows(q_BHLD, queries, D)
@@ -1058,9 +1073,10 @@ def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHL
     Arrays as in attention_forward; do and dq are like q, delta like log2sum. The scale comes
     divided by ln 2; dq is left without it.
     """
+    program = tl.program_id(0)
     tiles = tl.cdiv(L, TILE_L)
-    tile = tiles - 1 - tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles
+    tile = tiles - 1 - program % tiles
+    head = program // tiles
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
     queries = (head, H, queries_T, L)
     q_TD = load_rows(q_BHLD, queries, D)
@@ -1097,9 +1113,10 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
 
     Arrays as in attention_backward_q, but the table is the transposed one: first, last [S].
     """
+    program = tl.program_id(0)
     tiles = tl.cdiv(S, TILE_S)
-    tile = tl.program_id(0) % tiles   # the first keys are seen by most: first within a head
-    head = tl.program_id(0) // tiles
+    tile = program % tiles   # the first keys are seen by most: first within a head
+    head = program // tiles
     keys_T = tile * TILE_S + tl.arange(0, TILE_S)
     keys = (head, H, keys_T, S)
     k_TD = load_rows(k_BHSD, keys, D)
@@ -1129,15 +1146,29 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
     store_rows(dv_BHSD, keys, dv_TD, D)
 
 
-# By kernel, for 16 bits and D up to 64, 16 bits and 128, fp32 and 64, fp32 and 128: queries and
-# keys in a tile, warps, stages. The largest of those tried that spill next to no register on sm_80,
-# sm_90 and sm_100 and fit in shared memory, 99 kB on the consumer cards that run the code of sm_80
-# and 227 kB on the other two (python tests/test_kernels.py 90 prints it). fp32 is multiplied
-# without tensor cores, which would round it to TF32, and wants small tiles.
+# Queries and keys in a tile, warps, stages. The largest of those tried that spill next to no
+# register on sm_80, sm_90 and sm_100 and fit in shared memory, 99 kB on the consumer cards that run
+# the code of sm_80 and 227 kB on the other two (python tests/test_kernels.py 90 prints it). fp32 is
+# multiplied without tensor cores, which would round it to TF32, and wants small tiles.
 ATTENTION_TILES = {
-    "forward": [(128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2), (32, 64, 8, 2)],
-    "backward_q": [(128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 8, 2), (32, 16, 4, 2)],
-    "backward_kv": [(64, 128, 8, 3), (32, 64, 8, 3), (32, 32, 8, 2), (16, 32, 8, 2)],
+    "forward": [
+        (128, 64, 8, 3),   # 16 bits, D up to 64
+        (128, 64, 8, 3),   # 16 bits, D up to 128
+        (64, 32, 8, 2),    # fp32, D up to 64
+        (32, 64, 8, 2),    # fp32, D up to 128
+    ],
+    "backward_q": [   # the same four
+        (128, 64, 8, 3),
+        (64, 64, 4, 2),
+        (64, 32, 8, 2),
+        (32, 16, 4, 2),
+    ],
+    "backward_kv": [
+        (64, 128, 8, 3),
+        (32, 64, 8, 3),
+        (32, 32, 8, 2),
+        (16, 32, 8, 2),
+    ],
 }
 
 
@@ -1147,7 +1178,8 @@ def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
     The first scales of a generation have 1, 4 and 9: in tiles of 128 nearly all would be padding.
     """
     L, D = q_BHLD.shape[2:]
-    tiles = ATTENTION_TILES[name][2 * (q_BHLD.dtype == torch.float32) + (D > 64)]
+    in_fp32 = q_BHLD.dtype == torch.float32
+    tiles = ATTENTION_TILES[name][2 * in_fp32 + (D > 64)]
     TILE_L, TILE_S, num_warps, num_stages = tiles
     if name == "forward":
         TILE_L = min(TILE_L, max(16, triton.next_power_of_2(L)))   # a product takes 16 or more
@@ -1336,8 +1368,9 @@ def ranked_within(keys_V, weights_V, target):
 def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, top_p, top_k, l, V,
                          GUIDED: tl.constexpr, TILE_V: tl.constexpr):
     """One place a program: cond, uncond, noise [B, l, V] -> token [B, l], int64."""
+    program = tl.program_id(0)
     tokens_V = tl.arange(0, TILE_V)
-    row = (tl.program_id(0) // l, tl.program_id(0) % l, tokens_V, V)
+    row = (program // l, program % l, tokens_V, V)
     kept_V = tokens_V < V
     logits_V = load_row(cond_BlV, row)
     if GUIDED:
@@ -1356,7 +1389,8 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, to
         kept_V &= ranked_within(keys_V, units_V, target)
     noise_V = load_row(noise_BlV, row)
     score_V = tl.where(kept_V, logits_V - tl.log(noise_V), -float("inf"))
-    tl.store(token_Bl.start + tl.program_id(0), tl.argmax(score_V, 0).to(tl.int64))
+    token = tl.argmax(score_V, 0)
+    tl.store(token_Bl.start + program, token.to(tl.int64))
 
 
 def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV):
@@ -1389,7 +1423,8 @@ def sample_tokens_torch(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
         ranked_Blk = logits_BlV.topk(k).values
         count_Bl1 = torch.full_like(ranked_Blk[..., :1], k, dtype=torch.int64)
         if top_p < 1:
-            units_Blk = ((ranked_Blk - ranked_Blk[..., :1]).exp() * 2**40).long()
+            shares_Blk = (ranked_Blk - ranked_Blk[..., :1]).exp()
+            units_Blk = (shares_Blk * 2**40).long()
             total_Bl1 = units_Blk.sum(dim=-1, keepdim=True)
             target_Bl1 = (total_Bl1.float() * top_p).long().clamp(min=1)
             before_Blk = units_Blk.cumsum(dim=-1) - units_Blk
@@ -1408,8 +1443,14 @@ def sample_tokens_torch(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
 
 
 PEAK_TFLOPS = {   # of dense bf16, from the data sheets; the first name that the card's contains
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
-    "L40S": 362, "RTX 4090": 165,
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
 }
 
 
