@@ -837,7 +837,8 @@ class KeyRanges:
         if last_scales is not None and last_scales < 1:
             raise ValueError(f"last_scales is {last_scales}: a token sees at least its own scale")
         ends = list(accumulate((s * s for s in scales), initial=0))
-        first, last = [], []
+        first = []
+        last = []
         for k, s in enumerate(scales):
             seen = 0 if last_scales is None else max(0, k + 1 - last_scales)
             first += [ends[seen]] * (s * s)
@@ -1232,7 +1233,8 @@ def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
                          f"q is {q_BHLD.dtype}")
     # Keys after those in sight may hold anything, as in a cache that is not yet full.
     seen = ranges.last[-1]
-    k_BHSD, v_BHSD = k_BHSD[:, :, :seen], v_BHSD[:, :, :seen]
+    k_BHSD = k_BHSD[:, :, :seen]
+    v_BHSD = v_BHSD[:, :, :seen]
     tables = ranges.once(table, q_BHLD.device) + ranges.once(transposed_table, q_BHLD.device)
     return BlockAttention.apply(q_BHLD, k_BHSD, v_BHSD, *tables, float(scale))
 

@@ -250,6 +250,14 @@ def class_indices(names: list[str] | None, classes: list[str]) -> list[int]:
     return [classes.index(name) for name in names or classes[:20]]
 
 
+def asked_class(run: Run) -> int:
+    """The one of --classes, or the null class."""
+    if not run.options.classes:
+        return run.model.config.classes
+    (label,) = class_indices(run.options.classes, run.classes)
+    return label
+
+
 def draw_samples(run: Run) -> Image.Image:
     """A row per class; with --progress a row per image, after each scale; --gif makes it a film."""
     options = run.options
@@ -307,9 +315,9 @@ def load_images(run: Run, sources: list[str]) -> Given:
 
 def held_out_row(run: Run, source: str) -> int:
     text = source.removeprefix("data:")
-    count = len(run.held_out_images())
-    if not text.isdecimal() or int(text) >= count:
-        raise UserError(f"{source}: the held-out images are data:0 to data:{count - 1}")
+    last = len(run.held_out_images()) - 1
+    if not text.isdecimal() or int(text) > last:
+        raise UserError(f"{source}: the held-out images are data:0 to data:{last}")
     return int(text)
 
 
@@ -350,9 +358,7 @@ def complete(run: Run, given: Given) -> Image.Image:
         shown = given.images * known_HW
         filled = fill_holes(given.images, known_HW)
         scales = len(config.scales)
-    label = run.model.config.classes   # the null class
-    if options.classes:
-        (label,) = class_indices(options.classes, run.classes)
+    labels = [asked_class(run)] * len(given.images)
     latent_NCSS, tokens_NL = run.encode(filled)
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
 
@@ -363,7 +369,6 @@ def complete(run: Run, given: Given) -> Image.Image:
         return Known(latent_BCSS, where_B1SS, scales, own_tokens_BL)
 
     results = []
-    labels = [label] * len(given.images)
     for seed in options.seeds:
         result = run.decode(run.generate(labels, seed, known))
         if options.paste:
@@ -523,10 +528,8 @@ def draw_attention(run: Run, given: Given) -> Image.Image:
         raise UserError(f"--cell {y} {x} must lie within the last map, 0 to {side - 1}")
     query = model.config.length - side * side + y * side + x
     label = given.labels[0]
-    if run.options.classes:
-        (label,) = class_indices(run.options.classes, run.classes)
-    if label is None:
-        label = model.config.classes
+    if run.options.classes or label is None:
+        label = asked_class(run)
     labels_B = torch.tensor([label], device=run.options.device)
     _, tokens_1L = run.encode(given.images[:1])
     inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.options.device))
@@ -1278,8 +1281,9 @@ def at_a_time(side: int) -> int:
 
 def batches(count: int, size: int, what: str | None = None) -> Iterator[range]:
     """Rows 0 .. count-1, `size` at a time; behind a progress bar if what is done has a name."""
-    parts = [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
-    yield from tqdm(parts, desc=what, unit="batch", disable=what is None or len(parts) == 1)
+    rows = range(count)
+    some = [rows[begin:begin + size] for begin in rows[::size]]
+    yield from tqdm(some, desc=what, unit="batch", disable=what is None or len(some) == 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1440,7 +1444,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """The type of a flag: an int or a float from `low` to `high`."""
-    def read(text: str):
+    def checked(text: str):
         try:
             value = kind(text)
         except ValueError:
@@ -1450,7 +1454,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
             whole = "a whole number, " if kind is int else ""
             raise argparse.ArgumentTypeError(f"{text} must be {whole}{limits}")
         return value
-    return read
+    return checked
 
 
 SEED = number(int, 0, 2**31 - 1)
