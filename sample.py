@@ -1063,41 +1063,35 @@ def grid_of_pairs(originals: Tensor, results: Tensor) -> Image.Image:
 def draw_curves(log: list[dict], scales: tuple[int, ...]):
     """Both losses, and the transformer's loss and accuracy per scale, against the step; and how the
     discriminator does, if there is one."""
-    adversary = any("balance" in line for line in log)
-    columns = 3 if adversary else 2
+    def training(*names: str) -> list[tuple]:
+        return [("tokenizer", "train", name, name) for name in names]
+
+    sides = [f"{s}x{s}" for s in scales]
+    both = [("var", "train", "loss", "train"), ("var", "held_out", "loss", "held-out")]
+    # Title, scale of the axis, and curves: their stage, split, name in the log, and label.
+    panels = [
+        ("tokenizer: training losses", "log", training("mse", "codebook", "perceptual")),
+        ("transformer: held-out loss per scale", "linear",
+         [("var", "held_out", "loss_per_scale", sides)]),
+        ("transformer: loss (nats per token)", "linear", both),
+        ("transformer: held-out accuracy per scale", "linear",
+         [("var", "held_out", "accuracy_per_scale", sides)]),
+    ]
+    if any("balance" in line for line in log):
+        panels.append(("discriminator: loss, share of patches right", "linear",
+                       training("discriminator", "discriminator_right")))
+        panels.append(("weight of the adversarial loss", "log", training("balance")))
+    columns = len(panels) // 2
     figure, axes = pyplot().subplots(
         2, columns, figsize=(5.5 * columns, 7), layout="constrained")
-
-    def curve(axis, stage: str, split: str, name: str, label: str, k: int | None = None) -> None:
-        """Of a number, or of the k-th of several; none of what the run was trained without."""
-        lines = [line for line in log if line["stage"] == stage and line["split"] == split]
-        lines = [line for line in lines if name in line]
-        if lines:
-            values = [line[name] if k is None else line[name][k] for line in lines]
-            axis.plot([line["step"] for line in lines], values, label=label,
-                      marker="." if split == "held_out" else None)
-
-    def training_curve(axis, name: str) -> None:
-        curve(axis, "tokenizer", "train", name, name)
-
-    for name in ("mse", "codebook", "perceptual"):
-        training_curve(axes[0, 0], name)
-    axes[0, 0].set(title="tokenizer: training losses", yscale="log")
-    if adversary:
-        training_curve(axes[0, 2], "discriminator")
-        training_curve(axes[0, 2], "discriminator_right")
-        axes[0, 2].set(title="discriminator: loss, share of patches right")
-        training_curve(axes[1, 2], "balance")
-        axes[1, 2].set(title="weight of the adversarial loss", yscale="log")
-    for split in ("train", "held_out"):
-        curve(axes[0, 1], "var", split, "loss", split.replace("_", "-"))
-    axes[0, 1].set(title="transformer: loss (nats per token)")
-    for axis, name in zip(axes[1], ("loss", "accuracy")):
-        for k, s in enumerate(scales):
-            curve(axis, "var", "held_out", f"{name}_per_scale", f"{s}x{s}", k)
-        axis.set(title=f"transformer: held-out {name} per scale")
-    for axis in axes.flat:
-        axis.set_xlabel("step")
+    for axis, (title, yscale, curves) in zip(axes.T.flat, panels):
+        axis.set(title=title, yscale=yscale, xlabel="step")
+        for stage, split, name, label in curves:
+            lines = [line for line in log if line["stage"] == stage and line["split"] == split]
+            lines = [line for line in lines if name in line]
+            if lines:
+                axis.plot([line["step"] for line in lines], [line[name] for line in lines],
+                          label=label, marker="." if split == "held_out" else None)
         if axis.lines:
             axis.legend(fontsize="small", ncols=2)
     return figure
