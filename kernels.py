@@ -161,14 +161,28 @@ def full_precision() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def check_tensors(**tensors: Tensor) -> None:
-    """ValueError unless all hold floating point numbers, at least one, on one device."""
-    for name, tensor in tensors.items():
+def check_tensors(axes: dict[str, str], *tensors: Tensor | None, **sizes: int) -> None:
+    """ValueError unless all hold floating point numbers, at least one, on one device, and fit.
+
+    axes: of each tensor by its name, as in dict(x="NC", codebook="VC"). An axis has the same size
+    wherever it appears, and may be given one. None, which stands for nothing, is passed over.
+    """
+    devices = {}
+    for (name, letters), tensor in zip(axes.items(), tensors):
+        if tensor is None:
+            continue
+        shape = tuple(tensor.shape)
         if not tensor.is_floating_point() or tensor.numel() == 0:
             raise ValueError(f"{name} must hold floating point numbers, at least one: "
-                             f"it is {tensor.dtype} of shape {tuple(tensor.shape)}")
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        places = ", ".join(f"{name} is on {tensor.device}" for name, tensor in tensors.items())
+                             f"it is {tensor.dtype} of shape {shape}")
+        if len(shape) == len(letters):
+            sizes = dict(zip(letters, shape)) | sizes
+        expected = tuple(sizes.get(axis, axis) for axis in letters)
+        if shape != expected:
+            raise ValueError(f"{name} must be [{', '.join(letters)}], {expected}: it is {shape}")
+        devices[name] = tensor.device
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} is on {device}" for name, device in devices.items())
         raise ValueError(f"all on one device, please: {places}")
 
 
@@ -194,8 +208,7 @@ def check_tensors(**tensors: Tensor) -> None:
 #     dshift = sum of dy over the tokens of an image
 
 
-def obvious_adaln(x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor, scale_BW: Tensor,
-                  shift_BW: Tensor) -> tuple[Tensor, Tensor]:
+def obvious_adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW):
     x_BLW = x_BLW + gate_BW[:, None] * h_BLW
     normed_BLW = F.layer_norm(x_BLW.float(), x_BLW.shape[-1:], eps=1e-6)
     y_BLW = normed_BLW * (1 + scale_BW[:, None]) + shift_BW[:, None]
@@ -223,33 +236,35 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def check_adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW):
-    check_tensors(x=x_BLW, h=h_BLW, gate=gate_BW, scale=scale_BW, shift=shift_BW)
-    modulation = [tuple(part.shape) for part in (gate_BW, scale_BW, shift_BW)]
-    fits = x_BLW.ndim == 3 and x_BLW.shape == h_BLW.shape
-    if not fits or modulation != 3 * [tuple(x_BLW.shape[::2])]:
-        raise ValueError(f"x and h must be [B, L, W], gate, scale and shift [B, W]: they are "
-                         f"{tuple(x_BLW.shape)}, {tuple(h_BLW.shape)} and {modulation}")
+    axes = dict(x="BLW", h="BLW", gate="BW", scale="BW", shift="BW")
+    check_tensors(axes, x_BLW, h_BLW, gate_BW, scale_BW, shift_BW)
+
+
+# A row of an array [B, L, W] is named by a tuple: (image, token, columns_W, W), where columns_W
+# counts up to the side of a tile, which may be more than W.
 
 
 @triton.jit
-def row_of(x_BLW, image, token, columns_W):
-    """Pointers to x[image, token]. In 64 bits: an array may have more than 2^31 numbers."""
-    row = image.to(tl.int64) * x_BLW.strides[0] + token * x_BLW.strides[1]
-    return x_BLW.start + row + columns_W * x_BLW.strides[2]
+def places_of_row(x_BLW, row):
+    """Pointers to x[image, token], and which of them lie within W."""
+    image, token, columns_W, W = row
+    begin = image.to(tl.int64) * x_BLW.strides[0]   # in 64 bits: there may be over 2^31 numbers
+    begin += token * x_BLW.strides[1]
+    return x_BLW.start + begin + columns_W * x_BLW.strides[2], columns_W < W
 
 
 @triton.jit
-def load_row(x_BLW, image, token, columns_W, W):
+def load_row(x_BLW, row):
     """x[image, token] in fp32, with zeros from W on."""
-    x_W = tl.load(row_of(x_BLW, image, token, columns_W), mask=columns_W < W, other=0.0)
-    return x_W.to(tl.float32)
+    places_W, inside_W = places_of_row(x_BLW, row)
+    return tl.load(places_W, mask=inside_W, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_row(x_BLW, x_W, image, token, columns_W, W):
+def store_row(x_BLW, row, x_W):
     """x[image, token] = x_W, in the dtype of x."""
-    places_W = row_of(x_BLW, image, token, columns_W)
-    tl.store(places_W, x_W.to(x_BLW.start.dtype.element_ty), mask=columns_W < W)
+    places_W, inside_W = places_of_row(x_BLW, row)
+    tl.store(places_W, x_W.to(x_BLW.start.dtype.element_ty), mask=inside_W)
 
 
 @triton.jit
@@ -264,18 +279,20 @@ def normalise(x_W, columns_W, W):
 def adaln_forward(x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, sum_BLW, y_BLW, L, W,
                   TILE_W: tl.constexpr):
     """One token a program: x, h [B, L, W], gate, scale, shift [B, 1, W] -> x + gate h, y."""
-    image = tl.program_id(0) // L
-    token = tl.program_id(0) % L
+    program = tl.program_id(0)
+    image = program // L
     columns_W = tl.arange(0, TILE_W)
-    x_W = load_row(x_BLW, image, token, columns_W, W)
-    h_W = load_row(h_BLW, image, token, columns_W, W)
-    gate_W = load_row(gate_B1W, image, 0, columns_W, W)
+    row = (image, program % L, columns_W, W)
+    only_row = (image, 0, columns_W, W)
+    x_W = load_row(x_BLW, row)
+    h_W = load_row(h_BLW, row)
+    gate_W = load_row(gate_B1W, only_row)
     sum_W = (x_W + gate_W * h_W).to(sum_BLW.start.dtype.element_ty)
-    store_row(sum_BLW, sum_W, image, token, columns_W, W)
+    store_row(sum_BLW, row, sum_W)
     normed_W, _ = normalise(sum_W.to(tl.float32), columns_W, W)   # of what the backward will find
-    scale_W = load_row(scale_B1W, image, 0, columns_W, W)
-    shift_W = load_row(shift_B1W, image, 0, columns_W, W)
-    store_row(y_BLW, normed_W * (1 + scale_W) + shift_W, image, token, columns_W, W)
+    scale_W = load_row(scale_B1W, only_row)
+    shift_W = load_row(shift_B1W, only_row)
+    store_row(y_BLW, row, normed_W * (1 + scale_W) + shift_W)
 
 
 @triton.jit
@@ -286,31 +303,36 @@ def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW
 
     sum = x + gate h. The parts, [B, P, W] in fp32, are added up afterwards, always in one order.
     """
+    program = tl.program_id(0)
     parts = tl.cdiv(L, TOKENS)
-    image = tl.program_id(0) // parts
-    part = tl.program_id(0) % parts
+    image = program // parts
+    part = program % parts
     columns_W = tl.arange(0, TILE_W)
-    gate_W = load_row(gate_B1W, image, 0, columns_W, W)
-    scale_W = load_row(scale_B1W, image, 0, columns_W, W)
+    only_row = (image, 0, columns_W, W)
+    gate_W = load_row(gate_B1W, only_row)
+    scale_W = load_row(scale_B1W, only_row)
     dgate_W = tl.zeros([TILE_W], tl.float32)
     dscale_W = tl.zeros([TILE_W], tl.float32)
     dshift_W = tl.zeros([TILE_W], tl.float32)
-    for token in range(part * TOKENS, tl.minimum(L, (part + 1) * TOKENS)):
-        sum_W = load_row(sum_BLW, image, token, columns_W, W)
+    end = tl.minimum(L, (part + 1) * TOKENS)
+    for token in range(part * TOKENS, end):
+        row = (image, token, columns_W, W)
+        sum_W = load_row(sum_BLW, row)
         normed_W, inverse = normalise(sum_W, columns_W, W)
-        dy_W = load_row(dy_BLW, image, token, columns_W, W)
+        dy_W = load_row(dy_BLW, row)
         dscale_W += dy_W * normed_W
         dshift_W += dy_W
         g_W = dy_W * (1 + scale_W)
         mean_gn = tl.sum(g_W * normed_W) / W
         dx_W = (g_W - tl.sum(g_W) / W - normed_W * mean_gn) * inverse
-        dx_W += load_row(dsum_BLW, image, token, columns_W, W)
-        store_row(dx_BLW, dx_W, image, token, columns_W, W)
-        dgate_W += dx_W * load_row(h_BLW, image, token, columns_W, W)
-        store_row(dh_BLW, dx_W * gate_W, image, token, columns_W, W)
-    store_row(dgate_BPW, dgate_W, image, part, columns_W, W)
-    store_row(dscale_BPW, dscale_W, image, part, columns_W, W)
-    store_row(dshift_BPW, dshift_W, image, part, columns_W, W)
+        dx_W += load_row(dsum_BLW, row)
+        store_row(dx_BLW, row, dx_W)
+        dgate_W += dx_W * load_row(h_BLW, row)
+        store_row(dh_BLW, row, dx_W * gate_W)
+    part_row = (image, part, columns_W, W)
+    store_row(dgate_BPW, part_row, dgate_W)
+    store_row(dscale_BPW, part_row, dscale_W)
+    store_row(dshift_BPW, part_row, dshift_W)
 
 
 def adaln_tiles(W: int) -> dict[str, int]:
@@ -379,7 +401,7 @@ def adaln_torch(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
 # For the cosine e has norm 1, so the first term is left out: argmax x.e = argmin 0 - 2 x.e.
 
 
-def obvious_nearest_code(x_NC: Tensor, codebook_VC: Tensor) -> Tensor:
+def obvious_nearest_code(x_NC, codebook_VC):
     return torch.cdist(x_NC, codebook_VC).argmin(dim=1)
 
 
@@ -395,23 +417,23 @@ def nearest_code(x_NC: Tensor, codebook_VC: Tensor, cosine: bool = False) -> Ten
 
 def code_terms(x_NC, codebook_VC, cosine):
     """x_NC, e_VC and squares_V, in fp32: the nearest code is argmin_v squares_v - 2 x.e_v."""
-    check_tensors(x=x_NC, codebook=codebook_VC)
-    if x_NC.ndim != 2 or codebook_VC.ndim != 2 or x_NC.shape[1] != codebook_VC.shape[1]:
-        raise ValueError(f"x and codebook must be [N, C] and [V, C] with one C: "
-                         f"they are {tuple(x_NC.shape)} and {tuple(codebook_VC.shape)}")
+    check_tensors(dict(x="NC", codebook="VC"), x_NC, codebook_VC)
     e_VC = codebook_VC.float()
+    squares_V = e_VC.square().sum(dim=1)
     if cosine:
-        return x_NC.float(), F.normalize(e_VC, dim=1), torch.zeros_like(e_VC[:, 0])
-    return x_NC.float(), e_VC, e_VC.square().sum(dim=1)
+        e_VC = F.normalize(e_VC, dim=1)
+        squares_V = torch.zeros_like(squares_V)
+    return x_NC.float(), e_VC, squares_V
 
 
 @triton.jit
 def load_block(x_NC, rows_T, N, channels_T, C):
     """x[rows, channels] of a matrix as [T, T]; zeros outside of it."""
-    inside_TT = (rows_T[:, None] < N) & (channels_T[None, :] < C)
-    rows_T1 = rows_T[:, None] * x_NC.strides[0]
-    return tl.load(x_NC.start + rows_T1 + channels_T[None, :] * x_NC.strides[1],
-                   mask=inside_TT, other=0.0)
+    rows_T1 = rows_T[:, None]
+    channels_1T = channels_T[None, :]
+    places_TT = x_NC.start + rows_T1 * x_NC.strides[0] + channels_1T * x_NC.strides[1]
+    inside_TT = (rows_T1 < N) & (channels_1T < C)
+    return tl.load(places_TT, mask=inside_TT, other=0.0)
 
 
 @triton.jit
@@ -440,7 +462,8 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
         tile_TV = tl.where(closer_TV, tile, tile_TV)
     index_TV = tile_TV + tl.arange(0, TILE_V)[None, :]
     least_T = tl.min(best_TV, 1)
-    index_T = tl.min(tl.where(best_TV == least_T[:, None], index_TV, V), 1)
+    nearest_TV = tl.where(best_TV == least_T[:, None], index_TV, V)
+    index_T = tl.min(nearest_TV, 1)
     tl.store(index_N.start + rows_T, index_T.to(tl.int64), mask=rows_T < N)
 
 
@@ -448,9 +471,9 @@ def nearest_code_triton(x_NC, codebook_VC, cosine=False):
     x_NC, e_VC, squares_V = code_terms(x_NC.detach(), codebook_VC.detach(), cosine)
     N, C = x_NC.shape
     index_N = torch.empty(N, dtype=torch.int64, device=x_NC.device)
-    launch(nearest_code_kernel, triton.cdiv(N, 64), [x_NC, e_VC, squares_V], [index_N], N,
-           len(e_VC), C=C, TILE_N=64, TILE_V=64, TILE_C=16 if C <= 16 else 32, num_warps=4,
-           num_stages=3)
+    tiles = dict(TILE_N=64, TILE_V=64, TILE_C=16 if C <= 16 else 32)
+    launch(nearest_code_kernel, triton.cdiv(N, 64), [x_NC, e_VC, squares_V], [index_N],
+           N, len(e_VC), C=C, **tiles, num_warps=4, num_stages=3)
     return index_N
 
 
@@ -481,8 +504,7 @@ def nearest_code_torch(x_NC, codebook_VC, cosine=False):
 LARGEST_LOG_SCALE = math.log(100)
 
 
-def obvious_split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
-                        log_scale_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def obvious_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H):
     bias_X = torch.cat([q_bias_W, torch.zeros_like(q_bias_W), v_bias_W]).to(product_BLX.dtype)
     split_BL3HD = (product_BLX + bias_X).unflatten(2, (3, len(log_scale_H), -1))
     q_BHLD, k_BHLD, v_BHLD = split_BL3HD.permute(2, 0, 3, 1, 4)
@@ -507,20 +529,12 @@ def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
 
 
 def check_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room):
-    given = dict(product=product_BLX, q_bias=q_bias_W, v_bias=v_bias_W)
-    if log_scale_H is not None:
-        given["log_scale"] = log_scale_H
-    if room is not None:
-        given["room for k"], given["room for v"] = room
-    check_tensors(**given)
-    B, L, X = product_BLX.shape
-    W = X // 3
-    expected = dict(zip(given, [(B, L, 3 * W), (W,), (W,)]), log_scale=(heads,))
-    for name, tensor in given.items():
-        shape = expected.get(name, (B, heads, L, W // heads))
-        if tensor.shape != shape or W % heads:
-            raise ValueError(f"{name} must be {shape} for {heads} heads of a product "
-                             f"{tuple(product_BLX.shape)}: it is {tuple(tensor.shape)}")
+    W = product_BLX.shape[-1] // 3
+    if W % heads:
+        raise ValueError(f"a width of {W} cannot be divided for {heads} heads")
+    axes = dict(product="BLX", q_bias="W", v_bias="W", log_scale="H", k_room="BHLD", v_room="BHLD")
+    check_tensors(axes, product_BLX, q_bias_W, v_bias_W, log_scale_H, *(room or ()),
+                  X=3 * W, W=W, H=heads, D=W // heads)
 
 
 @triton.jit
@@ -534,34 +548,57 @@ def aligned(stride, D: tl.constexpr):
     return stride // 8 * 8 if D % 8 == 0 else stride
 
 
-@triton.jit
-def rows_of(x_BHLD, head, H, rows_T, D: tl.constexpr):
-    """Pointers to rows of a head, and which of them lie within D; heads are counted over images.
+# A tile of the rows of an array [B, H, L, D] is named by a tuple: (head, H, rows_T, L), with heads
+# counted over all images. Its width is a power of two: D 72 is computed as 128, 1.8 times the
+# products of its own.
 
-    A tile's width is a power of two: D 72 is computed as 128, 1.8 times the products of its own.
-    """
+
+@triton.jit
+def places_of_rows(x_BHLD, rows, D: tl.constexpr, CUT: tl.constexpr):
+    """Pointers to the rows, and which lie within D and, if the tile may be cut, within L."""
+    head, H, rows_T, L = rows
     image = (head // H).to(tl.int64) * aligned(x_BHLD.strides[0], D)   # in 64 bits
     begin = image + (head % H).to(tl.int64) * aligned(x_BHLD.strides[1], D)
-    columns_1D = tl.arange(0, triton.next_power_of_2(D))[None, :]
     rows_T1 = rows_T[:, None] * aligned(x_BHLD.strides[2], D)
-    return x_BHLD.start + begin + rows_T1 + columns_1D, columns_1D < D
+    columns_1D = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    inside_TD = columns_1D < D
+    if CUT:
+        inside_TD &= rows_T[:, None] < L
+    return x_BHLD.start + begin + rows_T1 + columns_1D, inside_TD
 
 
 @triton.jit
-def load_rows(x_BHLD, head, H, rows_T, end, D: tl.constexpr, CUT: tl.constexpr):
-    """Rows of a head as [T, D]; zeros beyond D and, if the tile may be cut, from row `end` on."""
-    places_TD, inside_TD = rows_of(x_BHLD, head, H, rows_T, D)
-    if CUT:
-        inside_TD &= rows_T[:, None] < end
+def load_rows(x_BHLD, rows, D: tl.constexpr, CUT: tl.constexpr = True):
+    """The rows as [T, D], with zeros outside of the array."""
+    places_TD, inside_TD = places_of_rows(x_BHLD, rows, D, CUT)
     return tl.load(places_TD, mask=inside_TD, other=0.0)
 
 
 @triton.jit
-def store_rows(x_BHLD, x_TD, head, H, rows_T, end, D: tl.constexpr):
-    """The rows of a head, up to row `end`, in the dtype of the array."""
-    places_TD, inside_TD = rows_of(x_BHLD, head, H, rows_T, D)
-    inside_TD &= rows_T[:, None] < end
+def store_rows(x_BHLD, rows, x_TD, D: tl.constexpr):
+    """Write the rows, in the dtype of the array."""
+    places_TD, inside_TD = places_of_rows(x_BHLD, rows, D, True)
     tl.store(places_TD, x_TD.to(x_BHLD.start.dtype.element_ty), mask=inside_TD)
+
+
+@triton.jit
+def places_of_numbers(x_BHL, rows):
+    """Pointers to the one number that each of the rows has, and which of them lie within L."""
+    head, H, rows_T, L = rows
+    return x_BHL.start + head * L + rows_T, rows_T < L
+
+
+@triton.jit
+def load_numbers(x_BHL, rows):
+    """The number of each row as [T], with zeros outside of the array."""
+    places_T, inside_T = places_of_numbers(x_BHL, rows)
+    return tl.load(places_T, mask=inside_T, other=0.0)
+
+
+@triton.jit
+def store_numbers(x_BHL, rows, x_T):
+    places_T, inside_T = places_of_numbers(x_BHL, rows)
+    tl.store(places_T, x_T, mask=inside_T)
 
 
 @triton.jit
@@ -574,13 +611,15 @@ def load_bias(bias_W, head, H, D: tl.constexpr):
 
 @triton.jit
 def learned_factor(log_scale_H, head, H, largest):
-    return tl.exp(tl.minimum(tl.load(log_scale_H.start + head % H).to(tl.float32), largest))
+    log_scale = tl.load(log_scale_H.start + head % H).to(tl.float32)
+    return tl.exp(tl.minimum(log_scale, largest))
 
 
 @triton.jit
 def unit_rows(x_TD):
     """x / |x| of each row, and 1 / |x|."""
-    inverse_T = 1 / tl.maximum(tl.sqrt(tl.sum(x_TD * x_TD, 1)), 1e-12)
+    length_T = tl.sqrt(tl.sum(x_TD * x_TD, 1))
+    inverse_T = 1 / tl.maximum(length_T, 1e-12)
     return x_TD * inverse_T[:, None], inverse_T
 
 
@@ -599,22 +638,23 @@ def split_heads_forward(xq_BHLD, xk_BHLD, xv_BHLD, q_bias_W, v_bias_W, log_scale
 
     All [B, H, L, D], biases [W], log_scale [H], inverses [B, H, L] in fp32.
     """
+    program = tl.program_id(0)
     tiles = tl.cdiv(L, TILE_L)
-    head = tl.program_id(0) // tiles
-    tokens_T = tl.program_id(0) % tiles * TILE_L + tl.arange(0, TILE_L)
-    q_TD = load_rows(xq_BHLD, head, H, tokens_T, L, D, True) + load_bias(q_bias_W, head, H, D)
-    k_TD = load_rows(xk_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
-    v_TD = load_rows(xv_BHLD, head, H, tokens_T, L, D, True) + load_bias(v_bias_W, head, H, D)
+    head = program // tiles
+    tokens_T = program % tiles * TILE_L + tl.arange(0, TILE_L)
+    rows = (head, H, tokens_T, L)
+    q_TD = load_rows(xq_BHLD, rows, D) + load_bias(q_bias_W, head, H, D)
+    k_TD = load_rows(xk_BHLD, rows, D).to(tl.float32)
+    v_TD = load_rows(xv_BHLD, rows, D) + load_bias(v_bias_W, head, H, D)
     if NORMALISED:
         q_TD, q_inverse_T = unit_rows(q_TD)
         k_TD, k_inverse_T = unit_rows(k_TD)
         q_TD *= learned_factor(log_scale_H, head, H, largest)
-        numbers_T = head * L + tokens_T
-        tl.store(q_inverse_BHL.start + numbers_T, q_inverse_T, mask=tokens_T < L)
-        tl.store(k_inverse_BHL.start + numbers_T, k_inverse_T, mask=tokens_T < L)
-    store_rows(q_BHLD, q_TD, head, H, tokens_T, L, D)
-    store_rows(k_BHLD, k_TD, head, H, tokens_T, L, D)
-    store_rows(v_BHLD, v_TD, head, H, tokens_T, L, D)
+        store_numbers(q_inverse_BHL, rows, q_inverse_T)
+        store_numbers(k_inverse_BHL, rows, k_inverse_T)
+    store_rows(q_BHLD, rows, q_TD, D)
+    store_rows(k_BHLD, rows, k_TD, D)
+    store_rows(v_BHLD, rows, v_TD, D)
 
 
 @triton.jit
@@ -626,28 +666,30 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL, log_scale
 
     The parts, [B, H, P, D] in fp32, are added up afterwards. That of the log scale by column.
     """
-    head = tl.program_id(0) // parts
-    part_1 = tl.program_id(0) % parts + tl.arange(0, 1)
+    program = tl.program_id(0)
+    head = program // parts
+    part_1 = program % parts + tl.arange(0, 1)
     tokens_T = part_1 * TILE_L + tl.arange(0, TILE_L)
-    dq_TD = load_rows(dq_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
-    dk_TD = load_rows(dk_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
-    dv_TD = load_rows(dv_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
+    part = (head, H, part_1, parts)
+    rows = (head, H, tokens_T, L)
+    dq_TD = load_rows(dq_BHLD, rows, D).to(tl.float32)
+    dk_TD = load_rows(dk_BHLD, rows, D).to(tl.float32)
+    dv_TD = load_rows(dv_BHLD, rows, D).to(tl.float32)
     if NORMALISED:
         factor = learned_factor(log_scale_H, head, H, largest)
-        q_TD = load_rows(q_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
+        q_TD = load_rows(q_BHLD, rows, D).to(tl.float32)
         dlog_scale_1D = tl.sum(q_TD * dq_TD, 0)[None, :]
-        store_rows(dlog_scale_BHPD, dlog_scale_1D, head, H, part_1, parts, D)
-        numbers_T = head * L + tokens_T
-        q_inverse_T = tl.load(q_inverse_BHL.start + numbers_T, mask=tokens_T < L, other=0.0)
+        store_rows(dlog_scale_BHPD, part, dlog_scale_1D, D)
+        q_inverse_T = load_numbers(q_inverse_BHL, rows)
         dq_TD = unit_backward(q_TD / factor, dq_TD * factor, q_inverse_T)
-        k_TD = load_rows(k_BHLD, head, H, tokens_T, L, D, True).to(tl.float32)
-        k_inverse_T = tl.load(k_inverse_BHL.start + numbers_T, mask=tokens_T < L, other=0.0)
+        k_TD = load_rows(k_BHLD, rows, D).to(tl.float32)
+        k_inverse_T = load_numbers(k_inverse_BHL, rows)
         dk_TD = unit_backward(k_TD, dk_TD, k_inverse_T)
-    store_rows(dxq_BHLD, dq_TD, head, H, tokens_T, L, D)
-    store_rows(dxk_BHLD, dk_TD, head, H, tokens_T, L, D)
-    store_rows(dxv_BHLD, dv_TD, head, H, tokens_T, L, D)
-    store_rows(dq_bias_BHPD, tl.sum(dq_TD, 0)[None, :], head, H, part_1, parts, D)
-    store_rows(dv_bias_BHPD, tl.sum(dv_TD, 0)[None, :], head, H, part_1, parts, D)
+    store_rows(dxq_BHLD, rows, dq_TD, D)
+    store_rows(dxk_BHLD, rows, dk_TD, D)
+    store_rows(dxv_BHLD, rows, dv_TD, D)
+    store_rows(dq_bias_BHPD, part, tl.sum(dq_TD, 0)[None, :], D)
+    store_rows(dv_bias_BHPD, part, tl.sum(dv_TD, 0)[None, :], D)
 
 
 def rows_first(x_BHLD: Tensor) -> Tensor:
@@ -673,12 +715,13 @@ def launch_split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
     """Fill q, k and v [B, H, L, D]; returns [2, B, H, L] of 1 / |x|, of queries and of keys."""
     B, H, L, D = qkv[0].shape
     inverse_2BHL = product_BLX.new_empty(2, B, H, L, dtype=torch.float32)
-    read = [*three_heads(product_BLX.contiguous(), H), q_bias_W, v_bias_W]
-    read.append(q_bias_W if log_scale_H is None else log_scale_H)   # of which nothing is read then
+    normalised = log_scale_H is not None
+    scales = log_scale_H if normalised else q_bias_W   # of which nothing is read then
+    read = [*three_heads(product_BLX.contiguous(), H), q_bias_W, v_bias_W, scales]
     tiles = heads_tiles(L, D)
-    launch(split_heads_forward, B * H * triton.cdiv(L, tiles["TILE_L"]), read,
-           [*qkv, *inverse_2BHL], LARGEST_LOG_SCALE, H, L,
-           NORMALISED=log_scale_H is not None, **tiles)
+    launch(split_heads_forward, B * H * triton.cdiv(L, tiles["TILE_L"]),
+           read, [*qkv, *inverse_2BHL],
+           LARGEST_LOG_SCALE, H, L, NORMALISED=normalised, **tiles)
     return inverse_2BHL
 
 
@@ -741,12 +784,12 @@ def inverse_norm(x_BHLD):
 
 def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
     check_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)
-    q_BLW, k_BLW, v_BLW = product_BLX.chunk(3, dim=2)
-    whole = q_BLW.float() + q_bias_W.float(), k_BLW.float(), v_BLW.float() + v_bias_W.float()
+    q_BLW, k_BLW, v_BLW = product_BLX.float().chunk(3, dim=2)
+    whole = q_BLW + q_bias_W.float(), k_BLW, v_BLW + v_bias_W.float()
     q_BHLD, k_BHLD, v_BHLD = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in whole)
     if log_scale_H is not None:
-        factor_H11 = log_scale_H.float().clamp(max=LARGEST_LOG_SCALE).exp()[:, None, None]
-        q_BHLD = q_BHLD * (factor_H11 * inverse_norm(q_BHLD))
+        factor_H = log_scale_H.float().clamp(max=LARGEST_LOG_SCALE).exp()
+        q_BHLD = q_BHLD * (factor_H[:, None, None] * inverse_norm(q_BHLD))
         k_BHLD = k_BHLD * inverse_norm(k_BHLD)
     q_BHLD, k_BHLD, v_BHLD = (x.to(product_BLX.dtype) for x in (q_BHLD, k_BHLD, v_BHLD))
     if room is None:
@@ -794,7 +837,8 @@ class KeyRanges:
         if last_scales is not None and last_scales < 1:
             raise ValueError(f"last_scales is {last_scales}: a token sees at least its own scale")
         ends = list(accumulate((s * s for s in scales), initial=0))
-        first, last = [], []
+        first = []
+        last = []
         for k, s in enumerate(scales):
             seen = 0 if last_scales is None else max(0, k + 1 - last_scales)
             first += [ends[seen]] * (s * s)
@@ -867,7 +911,7 @@ def table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
 #     log2sum = highest + log2(total)          of the sum of all 2^score: the backward needs it
 
 
-def obvious_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_LS: Tensor) -> Tensor:
+def obvious_attention(q_BHLD, k_BHSD, v_BHSD, mask_LS):
     scores_BHLS = (q_BHLD * q_BHLD.shape[3]**-0.5) @ k_BHSD.mT
     return scores_BHLS.masked_fill(~mask_LS, -torch.inf).softmax(dim=-1) @ v_BHSD
 
@@ -888,12 +932,9 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
 
 
 def check_attention(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
-    check_tensors(q=q_BHLD, k=k_BHSD, v=v_BHSD)
-    B, H, L, D = q_BHLD.shape
+    check_tensors(dict(q="BHLD", k="BHSD", v="BHSD"), q_BHLD, k_BHSD, v_BHSD)
+    L = q_BHLD.shape[2]
     S = k_BHSD.shape[2]
-    if k_BHSD.shape != (B, H, S, D) or v_BHSD.shape != (B, H, S, D):
-        raise ValueError(f"k and v must be {(B, H, 'S', D)} to go with q of {(B, H, L, D)}: "
-                         f"they are {tuple(k_BHSD.shape)} and {tuple(v_BHSD.shape)}")
     if not q_BHLD.dtype == k_BHSD.dtype == v_BHSD.dtype:
         raise ValueError(f"q, k and v must have one dtype: they have {q_BHLD.dtype}, "
                          f"{k_BHSD.dtype}, {v_BHSD.dtype}")
@@ -931,7 +972,8 @@ def plan_tiles(first, last, tile, length, ROWS: tl.constexpr, TILE: tl.constexpr
     end = tl.load(last.start + final)
     before = tl.cdiv(all_start - start, TILE)
     whole = tl.maximum(all_end - start - before * TILE, 0) // TILE
-    after = tl.cdiv(tl.maximum(end - start - (before + whole) * TILE, 0), TILE)
+    left = end - start - (before + whole) * TILE
+    after = tl.cdiv(tl.maximum(left, 0), TILE)
     return start, before, whole, before + after
 
 
@@ -962,11 +1004,13 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
     q, o [B, H, L, D] and k, v [B, H, S, D] of one dtype; first, last [L] int32; log2sum [B, H, L]
     fp32. The scale comes divided by ln 2.
     """
+    program = tl.program_id(0)
     tiles = tl.cdiv(L, TILE_L)
-    tile = tiles - 1 - tl.program_id(0) % tiles   # the last queries see most: first within a head
-    head = tl.program_id(0) // tiles
+    tile = tiles - 1 - program % tiles   # the last queries see most: first within a head
+    head = program // tiles
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
-    q_TD = load_rows(q_BHLD, head, H, queries_T, L, D, True)
+    queries = (head, H, queries_T, L)
+    q_TD = load_rows(q_BHLD, queries, D)
     # Not -inf: if a query sees nothing of its first tile, -inf - (-inf) would be NaN.
     highest_T = tl.full([TILE_L], -3.0e38, tl.float32)
     total_T = tl.zeros([TILE_L], tl.float32)
@@ -975,7 +1019,8 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             keys_T = tile_partners(n, start, before, whole, CUT, TILE_S)
-            k_TD = load_rows(k_BHSD, head, H, keys_T, S, D, CUT)
+            keys = (head, H, keys_T, S)
+            k_TD = load_rows(k_BHSD, keys, D, CUT)
             scores_TS = product(q_TD, k_TD.T)
             if CUT:
                 seen_TS = seen_by(queries_T, L, first_L, last_L, keys_T)
@@ -984,12 +1029,11 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
             weights_TS = tl.exp2(scores_TS * scale - new_T[:, None])
             shrink_T = tl.exp2(highest_T - new_T)
             total_T = total_T * shrink_T + tl.sum(weights_TS, 1)
-            v_TD = load_rows(v_BHSD, head, H, keys_T, S, D, CUT)
+            v_TD = load_rows(v_BHSD, keys, D, CUT)
             o_TD = o_TD * shrink_T[:, None] + product(weights_TS.to(v_TD.dtype), v_TD)
             highest_T = new_T
-    store_rows(o_BHLD, o_TD / total_T[:, None], head, H, queries_T, L, D)
-    log2sum_T = highest_T + tl.log2(total_T)
-    tl.store(log2sum_BHL.start + head * L + queries_T, log2sum_T, mask=queries_T < L)
+    store_rows(o_BHLD, queries, o_TD / total_T[:, None], D)
+    store_numbers(log2sum_BHL, queries, highest_T + tl.log2(total_T))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1030,24 +1074,26 @@ def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHL
     Arrays as in attention_forward; do and dq are like q, delta like log2sum. The scale comes
     divided by ln 2; dq is left without it.
     """
+    program = tl.program_id(0)
     tiles = tl.cdiv(L, TILE_L)
-    tile = tiles - 1 - tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles
+    tile = tiles - 1 - program % tiles
+    head = program // tiles
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
-    q_TD = load_rows(q_BHLD, head, H, queries_T, L, D, True)
-    o_TD = load_rows(o_BHLD, head, H, queries_T, L, D, True)
-    do_TD = load_rows(do_BHLD, head, H, queries_T, L, D, True)
-    numbers_T = head * L + queries_T
-    log2sum_T = tl.load(log2sum_BHL.start + numbers_T, mask=queries_T < L, other=0.0)
+    queries = (head, H, queries_T, L)
+    q_TD = load_rows(q_BHLD, queries, D)
+    o_TD = load_rows(o_BHLD, queries, D)
+    do_TD = load_rows(do_BHLD, queries, D)
+    log2sum_T = load_numbers(log2sum_BHL, queries)
     delta_T = tl.sum(o_TD.to(tl.float32) * do_TD.to(tl.float32), 1)
-    tl.store(delta_BHL.start + numbers_T, delta_T, mask=queries_T < L)
+    store_numbers(delta_BHL, queries, delta_T)
     dq_TD = tl.zeros(q_TD.shape, tl.float32)
     start, before, whole, cut = plan_tiles(first_L, last_L, tile, L, TILE_L, TILE_S)
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             keys_T = tile_partners(n, start, before, whole, CUT, TILE_S)
-            k_TD = load_rows(k_BHSD, head, H, keys_T, S, D, CUT)
-            v_TD = load_rows(v_BHSD, head, H, keys_T, S, D, CUT)
+            keys = (head, H, keys_T, S)
+            k_TD = load_rows(k_BHSD, keys, D, CUT)
+            v_TD = load_rows(v_BHSD, keys, D, CUT)
             scores_TS = product(q_TD, k_TD.T) * scale
             weights_TS = tl.exp2(scores_TS - log2sum_T[:, None])
             if CUT:
@@ -1057,7 +1103,7 @@ def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHL
             dscores_TS = weights_TS * (dweights_TS - delta_T[:, None])
             dq_TD += product(dscores_TS.to(k_TD.dtype), k_TD)
     dq_TD *= scale * 0.6931471805599453   # ln 2
-    store_rows(dq_BHLD, dq_TD, head, H, queries_T, L, D)
+    store_rows(dq_BHLD, queries, dq_TD, D)
 
 
 @triton.jit
@@ -1068,23 +1114,25 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
 
     Arrays as in attention_backward_q, but the table is the transposed one: first, last [S].
     """
+    program = tl.program_id(0)
     tiles = tl.cdiv(S, TILE_S)
-    tile = tl.program_id(0) % tiles   # the first keys are seen by most: first within a head
-    head = tl.program_id(0) // tiles
+    tile = program % tiles   # the first keys are seen by most: first within a head
+    head = program // tiles
     keys_T = tile * TILE_S + tl.arange(0, TILE_S)
-    k_TD = load_rows(k_BHSD, head, H, keys_T, S, D, True)
-    v_TD = load_rows(v_BHSD, head, H, keys_T, S, D, True)
+    keys = (head, H, keys_T, S)
+    k_TD = load_rows(k_BHSD, keys, D)
+    v_TD = load_rows(v_BHSD, keys, D)
     dk_TD = tl.zeros(k_TD.shape, tl.float32)
     dv_TD = tl.zeros(k_TD.shape, tl.float32)
     start, before, whole, cut = plan_tiles(first_S, last_S, tile, S, TILE_S, TILE_L)
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             queries_T = tile_partners(n, start, before, whole, CUT, TILE_L)
-            q_TD = load_rows(q_BHLD, head, H, queries_T, L, D, CUT)
-            do_TD = load_rows(do_BHLD, head, H, queries_T, L, D, CUT)
-            numbers_T = head * L + queries_T
-            log2sum_T = tl.load(log2sum_BHL.start + numbers_T, mask=queries_T < L, other=0.0)
-            delta_T = tl.load(delta_BHL.start + numbers_T, mask=queries_T < L, other=0.0)
+            queries = (head, H, queries_T, L)
+            q_TD = load_rows(q_BHLD, queries, D, CUT)
+            do_TD = load_rows(do_BHLD, queries, D, CUT)
+            log2sum_T = load_numbers(log2sum_BHL, queries)
+            delta_T = load_numbers(delta_BHL, queries)
             scores_ST = product(k_TD, q_TD.T) * scale
             weights_ST = tl.exp2(scores_ST - log2sum_T[None, :])
             if CUT:
@@ -1095,19 +1143,33 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
             dscores_ST = weights_ST * (dweights_ST - delta_T[None, :])
             dk_TD += product(dscores_ST.to(q_TD.dtype), q_TD)
     dk_TD *= scale * 0.6931471805599453   # ln 2
-    store_rows(dk_BHSD, dk_TD, head, H, keys_T, S, D)
-    store_rows(dv_BHSD, dv_TD, head, H, keys_T, S, D)
+    store_rows(dk_BHSD, keys, dk_TD, D)
+    store_rows(dv_BHSD, keys, dv_TD, D)
 
 
-# By kernel, for 16 bits and D up to 64, 16 bits and 128, fp32 and 64, fp32 and 128: queries and
-# keys in a tile, warps, stages. The largest of those tried that spill next to no register on sm_80,
-# sm_90 and sm_100 and fit in shared memory, 99 kB on the consumer cards that run the code of sm_80
-# and 227 kB on the other two (python tests/test_kernels.py 90 prints it). fp32 is multiplied
-# without tensor cores, which would round it to TF32, and wants small tiles.
+# Queries and keys in a tile, warps, stages. The largest of those tried that spill next to no
+# register on sm_80, sm_90 and sm_100 and fit in shared memory, 99 kB on the consumer cards that run
+# the code of sm_80 and 227 kB on the other two (python tests/test_kernels.py 90 prints it). fp32 is
+# multiplied without tensor cores, which would round it to TF32, and wants small tiles.
 ATTENTION_TILES = {
-    "forward": [(128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2), (32, 64, 8, 2)],
-    "backward_q": [(128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 8, 2), (32, 16, 4, 2)],
-    "backward_kv": [(64, 128, 8, 3), (32, 64, 8, 3), (32, 32, 8, 2), (16, 32, 8, 2)],
+    "forward": [
+        (128, 64, 8, 3),   # 16 bits, D up to 64
+        (128, 64, 8, 3),   # 16 bits, D up to 128
+        (64, 32, 8, 2),    # fp32, D up to 64
+        (32, 64, 8, 2),    # fp32, D up to 128
+    ],
+    "backward_q": [   # the same four
+        (128, 64, 8, 3),
+        (64, 64, 4, 2),
+        (64, 32, 8, 2),
+        (32, 16, 4, 2),
+    ],
+    "backward_kv": [
+        (64, 128, 8, 3),
+        (32, 64, 8, 3),
+        (32, 32, 8, 2),
+        (16, 32, 8, 2),
+    ],
 }
 
 
@@ -1117,7 +1179,8 @@ def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
     The first scales of a generation have 1, 4 and 9: in tiles of 128 nearly all would be padding.
     """
     L, D = q_BHLD.shape[2:]
-    tiles = ATTENTION_TILES[name][2 * (q_BHLD.dtype == torch.float32) + (D > 64)]
+    in_fp32 = q_BHLD.dtype == torch.float32
+    tiles = ATTENTION_TILES[name][2 * in_fp32 + (D > 64)]
     TILE_L, TILE_S, num_warps, num_stages = tiles
     if name == "forward":
         TILE_L = min(TILE_L, max(16, triton.next_power_of_2(L)))   # a product takes 16 or more
@@ -1170,7 +1233,8 @@ def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
                          f"q is {q_BHLD.dtype}")
     # Keys after those in sight may hold anything, as in a cache that is not yet full.
     seen = ranges.last[-1]
-    k_BHSD, v_BHSD = k_BHSD[:, :, :seen], v_BHSD[:, :, :seen]
+    k_BHSD = k_BHSD[:, :, :seen]
+    v_BHSD = v_BHSD[:, :, :seen]
     tables = ranges.once(table, q_BHLD.device) + ranges.once(transposed_table, q_BHLD.device)
     return BlockAttention.apply(q_BHLD, k_BHSD, v_BHSD, *tables, float(scale))
 
@@ -1256,7 +1320,7 @@ def block_attention_torch(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
 # every order, so that both faces draw the same token.
 
 
-def obvious_sampling(logits_BlV: Tensor, noise_BlV: Tensor) -> Tensor:
+def obvious_sampling(logits_BlV, noise_BlV):
     """Top-k 900, top-p 0.96: the row is sorted, and moved some fifteen times."""
     ranked_BlV, order_BlV = logits_BlV.sort(dim=-1, descending=True)
     shares_BlV = ranked_BlV.softmax(dim=-1)
@@ -1284,14 +1348,8 @@ def sample_tokens(cond_BlV: Tensor, uncond_BlV: Tensor | None, guidance: float, 
 
 
 def check_sampling(cond_BlV, uncond_BlV, noise_BlV):
-    given = dict(cond=cond_BlV, noise=noise_BlV)
-    if uncond_BlV is not None:
-        given["uncond"] = uncond_BlV
-    check_tensors(**given)
-    shapes = {tensor.shape for tensor in given.values()}
-    if cond_BlV.ndim != 3 or len(shapes) > 1:
-        shapes = ", ".join(f"{name} is {tuple(tensor.shape)}" for name, tensor in given.items())
-        raise ValueError(f"logits and noise must have one shape [B, l, V]: {shapes}")
+    axes = dict(cond="BlV", uncond="BlV", noise="BlV")
+    check_tensors(axes, cond_BlV, uncond_BlV, noise_BlV)
 
 
 @triton.jit
@@ -1312,13 +1370,13 @@ def ranked_within(keys_V, weights_V, target):
 def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, top_p, top_k, l, V,
                          GUIDED: tl.constexpr, TILE_V: tl.constexpr):
     """One place a program: cond, uncond, noise [B, l, V] -> token [B, l], int64."""
-    image = tl.program_id(0) // l
-    place = tl.program_id(0) % l
+    program = tl.program_id(0)
     tokens_V = tl.arange(0, TILE_V)
+    row = (program // l, program % l, tokens_V, V)
     kept_V = tokens_V < V
-    logits_V = load_row(cond_BlV, image, place, tokens_V, V)
+    logits_V = load_row(cond_BlV, row)
     if GUIDED:
-        uncond_V = load_row(uncond_BlV, image, place, tokens_V, V)
+        uncond_V = load_row(uncond_BlV, row)
         logits_V = logits_V + guidance * (logits_V - uncond_V)
     logits_V = tl.where(kept_V, logits_V, -float("inf"))
     bits_V = tl.where(logits_V == 0, 0.0, logits_V).to(tl.uint32, bitcast=True)   # -0 is 0
@@ -1331,9 +1389,10 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, to
         target = (tl.sum(units_V).to(tl.float32) * top_p).to(tl.int64)
         target = tl.maximum(target, 1)   # the most likely token stays, whatever p
         kept_V &= ranked_within(keys_V, units_V, target)
-    noise_V = load_row(noise_BlV, image, place, tokens_V, V)
+    noise_V = load_row(noise_BlV, row)
     score_V = tl.where(kept_V, logits_V - tl.log(noise_V), -float("inf"))
-    tl.store(token_Bl.start + tl.program_id(0), tl.argmax(score_V, 0).to(tl.int64))
+    token = tl.argmax(score_V, 0)
+    tl.store(token_Bl.start + program, token.to(tl.int64))
 
 
 def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV):
@@ -1366,7 +1425,8 @@ def sample_tokens_torch(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
         ranked_Blk = logits_BlV.topk(k).values
         count_Bl1 = torch.full_like(ranked_Blk[..., :1], k, dtype=torch.int64)
         if top_p < 1:
-            units_Blk = ((ranked_Blk - ranked_Blk[..., :1]).exp() * 2**40).long()
+            shares_Blk = (ranked_Blk - ranked_Blk[..., :1]).exp()
+            units_Blk = (shares_Blk * 2**40).long()
             total_Bl1 = units_Blk.sum(dim=-1, keepdim=True)
             target_Bl1 = (total_Bl1.float() * top_p).long().clamp(min=1)
             before_Blk = units_Blk.cumsum(dim=-1) - units_Blk
@@ -1385,8 +1445,14 @@ def sample_tokens_torch(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
 
 
 PEAK_TFLOPS = {   # of dense bf16, from the data sheets; the first name that the card's contains
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
-    "L40S": 362, "RTX 4090": 165,
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
 }
 
 

@@ -42,7 +42,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from kernels import NoLauncher
-from tokenizer import Tokenizer, TokenizerConfig, psnr
+from tokenizer import Tokenizer, TokenizerConfig, average_over_processes, psnr
 from var import VAR, Known, VARConfig
 
 # Guidance and filters that trade variety for clean shapes. (The published demonstration has cfg 4,
@@ -71,19 +71,16 @@ def main() -> None:
         save_npz(Path(options.npz[1]), draw_many(run, int(options.npz[0])))
     if options.reference or options.npz:
         return
-    if options.attention:
-        what = "attention"
-        picture = draw_attention(run, load_images(run, [options.attention]))
-    elif options.codes:
-        what = "codes"
-        picture = draw_codes(run, load_images(run, options.codes))
-    elif options.teaching:
-        what = "teaching"
-        picture = draw_teaching(run, load_images(run, [options.teaching]))
-    elif options.task:
-        what = options.task
-        draw = reconstruct if options.task == "reconstruct" else complete
-        picture = draw(run, load_images(run, options.image))
+    drawings = [   # what is drawn, of which images, and how
+        ("attention", options.attention, draw_attention),
+        ("codes", options.codes, draw_codes),
+        ("teaching", options.teaching, draw_teaching),
+        (options.task, options.image, reconstruct if options.task == "reconstruct" else complete),
+    ]
+    for what, sources, draw in drawings:
+        if sources:
+            picture = draw(run, load_images(run, sources))
+            break
     else:
         what = "progress" if options.progress else "sample"
         picture = draw_samples(run)
@@ -287,6 +284,14 @@ def class_indices(names: list[str] | None, classes: list[str]) -> list[int]:
     return [classes.index(name) for name in names or classes[:20]]
 
 
+def asked_class(run: Run) -> int:
+    """The one of --classes, or the null class."""
+    if not run.options.classes:
+        return run.model.config.classes
+    (label,) = class_indices(run.options.classes, run.classes)
+    return label
+
+
 def draw_samples(run: Run) -> Image.Image:
     """A row per class; with --progress a row per image, after each scale; --gif makes it a film."""
     options = run.options
@@ -344,9 +349,9 @@ def load_images(run: Run, sources: list[str]) -> Given:
 
 def held_out_row(run: Run, source: str) -> int:
     text = source.removeprefix("data:")
-    count = len(run.held_out_images())
-    if not text.isdecimal() or int(text) >= count:
-        raise UserError(f"{source}: the held-out images are data:0 to data:{count - 1}")
+    last = len(run.held_out_images()) - 1
+    if not text.isdecimal() or int(text) > last:
+        raise UserError(f"{source}: the held-out images are data:0 to data:{last}")
     return int(text)
 
 
@@ -387,9 +392,7 @@ def complete(run: Run, given: Given) -> Image.Image:
         shown = given.images * known_HW
         filled = fill_holes(given.images, known_HW)
         scales = len(config.scales)
-    label = run.model.config.classes   # the null class
-    if options.classes:
-        (label,) = class_indices(options.classes, run.classes)
+    labels = [asked_class(run)] * len(given.images)
     latent_NCSS, tokens_NL = run.encode(filled)
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
 
@@ -400,7 +403,6 @@ def complete(run: Run, given: Given) -> Image.Image:
         return Known(latent_BCSS, where_B1SS, scales, own_tokens_BL)
 
     results = []
-    labels = [label] * len(given.images)
     for seed in options.seeds:
         result = run.decode(run.generate(labels, seed, known))
         if options.paste:
@@ -505,8 +507,8 @@ def draw_codes(run: Run, given: Given) -> Image.Image:
     frames = run.after_each_scale(tokens_NL.cpu())
     rows = []
     for n, name in enumerate(given.names):
-        rows.append((f"{name}: left over", [x[n].numpy() for x in left]))
-        rows.append(("its codes", [x[n].numpy() for x in maps]))
+        rows.append((f"{name}: left over", [x[n] for x in left]))
+        rows.append(("its codes", [x[n] for x in maps]))
         rows.append(("image so far", [x[n] for x in frames]))
     return grid(rows, cell=max(64, run.tokenizer.config.image_side))
 
@@ -519,15 +521,13 @@ def draw_teaching(run: Run, given: Given) -> Image.Image:
     tokens_1L = tokens_1L.to(run.options.device)
     size_1L = tokenizer.teacher_inputs(tokens_1L).norm(dim=-1)
     size_1L = F.pad(size_1L, (1, 0), value=size_1L.max())   # the first scale reads the class
-    shades_1L3 = heat(size_1L)
-    colours_1L3 = code_colours(tokenizer)[tokens_1L.cpu()]
-    inputs = []
-    targets = []
-    for s, read, predicted in zip(
-            quantizer.scales, quantizer.split(shades_1L3), quantizer.split(colours_1L3)):
-        inputs.append(read.view(s, s, 3).numpy())
-        targets.append(predicted.view(s, s, 3).numpy())
-    return grid([("reads (first: the class)", inputs), ("has to predict", targets)])
+    rows = []
+    for name, pixels_1L3 in (
+            ("reads (first: the class)", heat(size_1L)),
+            ("has to predict", code_colours(tokenizer)[tokens_1L.cpu()])):
+        maps = zip(quantizer.scales, quantizer.split(pixels_1L3))
+        rows.append((name, [map_1l3.view(s, s, 3) for s, map_1l3 in maps]))
+    return grid(rows)
 
 
 def heat(x: Tensor) -> Tensor:
@@ -549,8 +549,11 @@ def code_colours(tokenizer: Tokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def draw_attention(run: Run, given: Given):
-    """What a cell of the last scale attends to: a row per layer, over heads, a column per scale."""
+def draw_attention(run: Run, given: Given) -> Image.Image:
+    """What a cell of the last scale attends to: a row per layer, over heads, a column per scale.
+
+    Maps are as bright as their largest weight; the share that each scale gets is printed.
+    """
     model = run.model
     scales = model.config.scales
     side = scales[-1]
@@ -559,39 +562,26 @@ def draw_attention(run: Run, given: Given):
         raise UserError(f"--cell {y} {x} must lie within the last map, 0 to {side - 1}")
     query = model.config.length - side * side + y * side + x
     label = given.labels[0]
-    if run.options.classes:
-        (label,) = class_indices(run.options.classes, run.classes)
-    if label is None:
-        label = model.config.classes
+    if run.options.classes or label is None:
+        label = asked_class(run)
     labels_B = torch.tensor([label], device=run.options.device)
     _, tokens_1L = run.encode(given.images[:1])
     inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.options.device))
     layers = attention_of(model, labels_B, inputs, query)
-    chosen = range(len(layers))
-    if len(layers) > 8:
-        chosen = np.linspace(0, len(layers) - 1, 8).round().astype(int)
-
-    plt = pyplot()
-    figure, axes = plt.subplots(
-        len(chosen), len(scales) + 1, squeeze=False, layout="constrained",
-        figsize=(1.5 * len(scales) + 2, 1.6 * len(chosen) + 0.4))
-    picture = to_bytes(given.images[:1])[0].squeeze()
-    cell = given.images.shape[-1] / side
-    for row, layer in zip(axes, chosen):
-        row[0].imshow(picture, cmap="gray")
-        corner = (x * cell - 0.5, y * cell - 0.5)
-        box = plt.Rectangle(corner, cell, cell, fill=False, edgecolor="red", linewidth=2)
-        row[0].add_patch(box)
-        row[0].set_ylabel(f"layer {layer + 1}")
+    size = run.tokenizer.config.downsampling
+    marked = Image.fromarray(in_colour(to_bytes(given.images[:1])[0]))
+    corners = (x * size, y * size, (x + 1) * size - 1, (y + 1) * size - 1)
+    ImageDraw.Draw(marked).rectangle(corners, outline="red")
+    rows = []
+    table = {"attention to": [f"{s}x{s}" for s in scales]}
+    for layer in np.linspace(0, len(layers) - 1, min(8, len(layers))).round().astype(int):
+        name = f"layer {layer + 1}"
         maps = layers[layer].split([s * s for s in scales])
-        for axis, s, weights_l in zip(row[1:], scales, maps):
-            axis.imshow(weights_l.view(s, s).numpy(), vmin=0)
-            axis.set_xlabel(f"{weights_l.sum():.0%}")
-    for axis, s in zip(axes[0][1:], scales):
-        axis.set_title(f"{s}x{s}")
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    return figure
+        shades = [heat(weights_l.view(s, s)) for s, weights_l in zip(scales, maps)]
+        rows.append((name, [np.asarray(marked), *shades]))
+        table[name] = [f"{weights_l.sum():.0%}" for weights_l in maps]
+    say_table(table)
+    return grid(rows)
 
 
 def attention_of(model: VAR, labels_B: Tensor, inputs: Tensor, query: int) -> list[Tensor]:
@@ -732,23 +722,20 @@ class Judge:
                             "made them is broken")
         features_ND, taken_for_N = self.classifier.look(images)
         hit_N = (taken_for_N == labels).double()
-        distances = []
-        precisions = []
-        recalls = []
+        measured = []
         for half in (np.s_[0::2], np.s_[1::2]):
             made_ND = features_ND[half]
             real_ND = self.features_ND[half]
-            distances.append(frechet_distance(made_ND, real_ND))
-            precision, recall = precision_recall(made_ND, real_ND)
-            precisions.append(precision)
-            recalls.append(recall)
+            frechet = frechet_distance(made_ND, real_ND)
+            measured.append((frechet, *precision_recall(made_ND, real_ND)))
+        frechet, precision, recall = np.mean(measured, axis=0).tolist()
         return Quality(
             recognised=hit_N.mean().item(),
             per_class={self.classes[label]: hit_N[labels == label].mean().item()
                        for label in labels.unique().tolist()},
-            frechet=float(np.mean(distances)),
-            precision=float(np.mean(precisions)),
-            recall=float(np.mean(recalls)),
+            frechet=frechet,
+            precision=precision,
+            recall=recall,
             detail=fine_power(images) / self.power if self.power > 1e-12 else math.nan,
         )
 
@@ -835,18 +822,16 @@ def say_evaluation(found: Evaluation, run: Run) -> None:
     count = options.evaluate
     print(f"{count} images of each kind; the classifier recognises {found.accuracy:.1%} of all "
           f"held-out images")
-    width = max(map(len, sets))
-    heads = ("recognised", "Fréchet", "precision", "recall", "fine detail")
-    print(" " * width + "".join(f"{head:>16}" for head in heads))
+    table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}
     for name, qualities in sets.items():
-        columns = [
+        table[name] = (
             in_words([100 * x.recognised for x in qualities], 1, " %"),
             in_words([x.frechet for x in qualities], 2),
             in_words([100 * x.precision for x in qualities], 1, " %"),
             in_words([100 * x.recall for x in qualities], 1, " %"),
             in_words([x.detail for x in qualities], 2),
-        ]
-        print(f"{name:{width}}" + "".join(f"{column:>16}" for column in columns))
+        )
+    say_table(table)
     print(f"PSNR of the reconstructions {found.psnr:.2f} dB; held-out images take "
           f"{found.nats_per_image:.2f} nats each, {found.nats_per_token:.3f} per token")
     say_classes(list(sets.values()))
@@ -861,16 +846,21 @@ def say_evaluation(found: Evaluation, run: Run) -> None:
 def say_classes(sets: list[list[Quality]]) -> None:
     """The share recognised of each class: of those twenty that are recognised least, when they are
     generated."""
-    names = list(sets[0][0].per_class)
     shares = {}
-    for name in names:
+    for name in sets[0][0].per_class:
         shares[name] = [np.mean([x.per_class[name] for x in qualities]) for qualities in sets]
-    names.sort(key=lambda name: shares[name][2])
-    width = max(map(len, ["recognised", *names])) + 4
-    heads = ("held-out", "reconstructed", "generated", "unfiltered")
-    print(f"{'recognised':{width}}" + "".join(f"{head:>15}" for head in heads))
-    for name in names[:20]:
-        print(f"  {name:{width - 2}}" + "".join(f"{share:>15.1%}" for share in shares[name]))
+    table = {"recognised": ("held-out", "reconstructed", "generated", "unfiltered")}
+    for name in sorted(shares, key=lambda name: shares[name][2])[:20]:
+        table[f"  {name}"] = [f"{share:.1%}" for share in shares[name]]
+    say_table(table)
+
+
+def say_table(rows: dict[str, Sequence[str]]) -> None:
+    """Print rows of a name and its columns, the heads first."""
+    first = max(map(len, rows))
+    width = 3 + max(len(text) for columns in rows.values() for text in columns)
+    for name, columns in rows.items():
+        print(f"{name:{first}}" + "".join(f"{text:>{width}}" for text in columns))
 
 
 def in_words(values: list[float], digits: int, unit: str = "") -> str:
@@ -1010,28 +1000,22 @@ def draw_many(run: Run, count: int) -> np.ndarray:
     fraction = run.options.rejection
     classes = len(run.classes)
     wanted = [len(range(label, count, classes)) for label in range(classes)]
-    labels = []
-    for label in range(classes):
-        labels += [label] * math.ceil(wanted[label] / fraction)
+    drawn = [math.ceil(count_of_class / fraction) for count_of_class in wanted]
+    labels = np.repeat(range(classes), drawn).tolist()
     tokens_NL = run.generate(labels, run.options.seed)
     if fraction < 1:
         likelihood_N = run.log_likelihood(tokens_NL, labels)
         best = []
-        for label in range(classes):
-            own_N = torch.tensor(labels) == label
-            own_likelihood_N = likelihood_N.masked_fill(~own_N, -torch.inf)
-            best.append(own_likelihood_N.topk(wanted[label]).indices)
-        tokens_NL = tokens_NL[torch.cat(best)]
-    images = []
-    for rows in batches(count, 1000):
-        images.append(run.decode_to_bytes(tokens_NL[rows]))
-    return np.concatenate(images)
+        by_class = zip(tokens_NL.split(drawn), likelihood_N.split(drawn), wanted)
+        for own_tokens_NL, own_likelihood_N, count_of_class in by_class:
+            best.append(own_tokens_NL[own_likelihood_N.topk(count_of_class).indices])
+        tokens_NL = torch.cat(best)
+    return run.decode_to_bytes(tokens_NL)
 
 
 def save_npz(path: Path, images: np.ndarray) -> None:
     """`arr_0`, uint8 [N, side, side, 3], as ADM's evaluation reads it (arXiv 2105.05233)."""
-    colour = np.broadcast_to(images, (*images.shape[:3], 3))
-    save_whole(path, lambda file: np.savez(file, arr_0=colour))
+    save_whole(path, lambda file: np.savez(file, arr_0=in_colour(images)))
     print(f"wrote {len(images)} images to {path}")
 
 
@@ -1065,7 +1049,7 @@ def save_film(path: Path, frames: list[Image.Image]) -> None:
 
 
 def grid(
-    rows: list[tuple[str, Sequence[np.ndarray]]], cell: int = 64, gap: int = 2
+    rows: list[tuple[str, Sequence[np.ndarray | Tensor]]], cell: int = 64, gap: int = 2
 ) -> Image.Image:
     """A labelled row of images (bytes [side, side, channels]) per entry; small ones enlarged."""
     import matplotlib   # which brings a font with Greek, Cyrillic, Hebrew and Arabic letters
@@ -1083,10 +1067,15 @@ def grid(
         top = r * (cell + gap)
         draw.text((4, top + cell // 2), labels[r], fill="black", font=font, anchor="lm")
         for c, pixels in enumerate(images):
-            image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-            image = image.convert("RGB").resize((cell, cell), Image.Resampling.NEAREST)
+            image = Image.fromarray(in_colour(np.asarray(pixels)))
+            image = image.resize((cell, cell), Image.Resampling.NEAREST)
             canvas.paste(image, (margin + c * (cell + gap), top))
     return canvas
+
+
+def in_colour(images: np.ndarray) -> np.ndarray:
+    """Bytes [..., side, side, 1 or 3] as [..., side, side, 3]."""
+    return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:-1], 3)))
 
 
 def grid_of_classes(names: list[str], images: np.ndarray) -> Image.Image:
@@ -1108,39 +1097,35 @@ def grid_of_pairs(originals: Tensor, results: Tensor) -> Image.Image:
 def draw_curves(log: list[dict], scales: tuple[int, ...]):
     """Both losses, and the transformer's loss and accuracy per scale, against the step; and how the
     discriminator does, if there is one."""
-    adversary = any("balance" in line for line in log)
-    columns = 3 if adversary else 2
+    def training(*names: str) -> list[tuple]:
+        return [("tokenizer", "train", name, name) for name in names]
+
+    sides = [f"{s}x{s}" for s in scales]
+    both = [("var", "train", "loss", "train"), ("var", "held_out", "loss", "held-out")]
+    # Title, scale of the axis, and curves: their stage, split, name in the log, and label.
+    panels = [
+        ("tokenizer: training losses", "log", training("mse", "codebook", "perceptual")),
+        ("transformer: held-out loss per scale", "linear",
+         [("var", "held_out", "loss_per_scale", sides)]),
+        ("transformer: loss (nats per token)", "linear", both),
+        ("transformer: held-out accuracy per scale", "linear",
+         [("var", "held_out", "accuracy_per_scale", sides)]),
+    ]
+    if any("balance" in line for line in log):
+        panels.append(("discriminator: loss, share of patches right", "linear",
+                       training("discriminator", "discriminator_right")))
+        panels.append(("weight of the adversarial loss", "log", training("balance")))
+    columns = len(panels) // 2
     figure, axes = pyplot().subplots(
         2, columns, figsize=(5.5 * columns, 7), layout="constrained")
-
-    def curve(axis, stage: str, split: str, value: Callable[[dict], float], label: str) -> None:
-        lines = [line for line in log if line["stage"] == stage and line["split"] == split]
-        axis.plot([line["step"] for line in lines], [value(line) for line in lines],
-                  label=label, marker="." if split == "held_out" else None)
-
-    def training_curve(axis, name: str) -> None:
-        """Of the tokenizer's; there is none of what it was trained without."""
-        if any(name in line for line in log):
-            curve(axis, "tokenizer", "train", lambda line: line.get(name, math.nan), name)
-
-    for name in ("mse", "codebook", "perceptual"):
-        training_curve(axes[0, 0], name)
-    axes[0, 0].set(title="tokenizer: training losses", yscale="log")
-    if adversary:
-        training_curve(axes[0, 2], "discriminator")
-        training_curve(axes[0, 2], "discriminator_right")
-        axes[0, 2].set(title="discriminator: loss, share of patches right")
-        training_curve(axes[1, 2], "balance")
-        axes[1, 2].set(title="weight of the adversarial loss", yscale="log")
-    for split in ("train", "held_out"):
-        curve(axes[0, 1], "var", split, lambda line: line["loss"], split.replace("_", "-"))
-    axes[0, 1].set(title="transformer: loss (nats per token)")
-    for axis, name in zip(axes[1], ("loss", "accuracy")):
-        for k, s in enumerate(scales):
-            curve(axis, "var", "held_out", lambda line: line[f"{name}_per_scale"][k], f"{s}x{s}")
-        axis.set(title=f"transformer: held-out {name} per scale")
-    for axis in axes.flat:
-        axis.set_xlabel("step")
+    for axis, (title, yscale, curves) in zip(axes.T.flat, panels):
+        axis.set(title=title, yscale=yscale, xlabel="step")
+        for stage, split, name, label in curves:
+            lines = [line for line in log if line["stage"] == stage and line["split"] == split]
+            lines = [line for line in lines if name in line]
+            if lines:
+                axis.plot([line["step"] for line in lines], [line[name] for line in lines],
+                          label=label, marker="." if split == "held_out" else None)
         if axis.lines:
             axis.legend(fontsize="small", ncols=2)
     return figure
@@ -1324,8 +1309,9 @@ def at_a_time(side: int) -> int:
 
 def batches(count: int, size: int, what: str | None = None) -> Iterator[range]:
     """Rows 0 .. count-1, `size` at a time; behind a progress bar if what is done has a name."""
-    parts = [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
-    yield from tqdm(parts, desc=what, unit="batch", disable=what is None or len(parts) == 1)
+    rows = range(count)
+    some = [rows[begin:begin + size] for begin in rows[::size]]
+    yield from tqdm(some, desc=what, unit="batch", disable=what is None or len(some) == 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1409,9 +1395,7 @@ def mean_over_processes(*numbers: float | Tensor, device: torch.device) -> Tenso
     values = torch.zeros(len(numbers), device=device)
     for value, number in zip(values, numbers):
         value += number
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values / rank_and_ranks()[1]
+    return average_over_processes(values)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1488,7 +1472,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
     """The type of a flag: an int or a float from `low` to `high`."""
-    def read(text: str):
+    def checked(text: str):
         try:
             value = kind(text)
         except ValueError:
@@ -1498,7 +1482,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
             whole = "a whole number, " if kind is int else ""
             raise argparse.ArgumentTypeError(f"{text} must be {whole}{limits}")
         return value
-    return read
+    return checked
 
 
 SEED = number(int, 0, 2**31 - 1)
@@ -1560,9 +1544,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="put the image's own tokens, as published, for comparison")
     add("--codes", nargs="+", metavar="IMAGE",
         help="draw what each scale finds left over, its codes, and the image so far")
-    add("--teaching", metavar="IMAGE",
+    add("--teaching", nargs=1, metavar="IMAGE",
         help="draw what the transformer reads in training, above what it has to predict")
-    add("--attention", metavar="IMAGE",
+    add("--attention", nargs=1, metavar="IMAGE",
         help="draw what a cell of the last scale attends to, in every layer")
     add("--cell", nargs=2, type=number(int, 0), metavar=("Y", "X"),
         help="attention: which cell, if not the middle")
@@ -1594,10 +1578,8 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--rejection is for --npz")
     if options.evaluate and options.evaluate % 2:
         raise UserError(f"--evaluate {options.evaluate} must be even: two halves are compared")
-    if options.evaluate and options.classes:
-        raise UserError("--evaluate is about all classes and takes no --classes")
-    if options.npz and options.classes:
-        raise UserError("--npz is balanced over all classes and takes no --classes")
+    if options.classes and (options.evaluate or options.npz):
+        raise UserError(f"{asked[0]} is about all classes and takes no --classes")
     written = [(options.out, ".png"), (options.gif, ".gif"), (options.reference, ".npz"),
                (options.npz and Path(options.npz[1]), ".npz")]
     for path, ending in written:

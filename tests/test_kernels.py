@@ -344,7 +344,7 @@ def test_nearest_code_stays_in_fp32_under_autocast(face, cosine):
 
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("N, V, width, message", [(3, 0, 4, r"codebook .*\(0, 4\)"), (0, 3, 4, r"x .*\(0, 4\)"),
-                                                  (3, 3, 5, r"\(3, 4\) and \(3, 5\)")])
+                                                  (3, 3, 5, r"codebook must be .*: it is \(3, 5\)")])
 def test_nearest_code_names_what_it_cannot_take(face, N, V, width, message):
     with pytest.raises(ValueError, match=message):
         face_of("nearest_code", face)(torch.zeros(N, 4), torch.zeros(V, width))
@@ -394,8 +394,8 @@ def test_autocast_chooses_the_dtype_of_what_the_next_product_reads():
 
 
 @pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("change, message", [(dict(h=torch.zeros(2, 3, 9)), r"\(2, 3, 8\), \(2, 3, 9\) and"),
-                                             (dict(scale=torch.zeros(3, 8)), r"\[\(2, 8\), \(3, 8\), \(2, 8\)\]")])
+@pytest.mark.parametrize("change, message", [(dict(h=torch.zeros(2, 3, 9)), r"h must be .*\(2, 3, 8\): it is \(2, 3, 9\)"),
+                                             (dict(scale=torch.zeros(3, 8)), r"scale must be .*\(2, 8\): it is \(3, 8\)")])
 def test_adaln_names_what_it_cannot_take(face, change, message):
     x_BLW, m_BW = torch.zeros(2, 3, 8), torch.zeros(2, 8)
     given = dict(x=x_BLW, h=x_BLW, gate=m_BW, scale=m_BW, shift=m_BW) | change
@@ -451,10 +451,10 @@ def test_keys_and_values_go_where_there_is_room_and_nowhere_else(face, normalise
 
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("change, message", [
-    (dict(product=torch.zeros(2, 5, 97)), r"product must be \(2, 5, 96\)"), (dict(heads=5), "for 5 heads"),
-    (dict(v_bias=torch.zeros(31)), r"v_bias must be \(32,\) .*: it is \(31,\)"),
-    (dict(log_scale=torch.zeros(3)), r"log_scale must be \(2,\)"),
-    (dict(room=(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 4, 16))), r"room for v must be \(2, 2, 5, 16\)")])
+    (dict(product=torch.zeros(2, 5, 97)), r"product must be .*\(2, 5, 96\)"), (dict(heads=5), "for 5 heads"),
+    (dict(v_bias=torch.zeros(31)), r"v_bias must be .*\(32,\): it is \(31,\)"),
+    (dict(log_scale=torch.zeros(3)), r"log_scale must be .*\(2,\): it is \(3,\)"),
+    (dict(room=(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 4, 16))), r"v_room must be .*\(2, 2, 5, 16\)")])
 def test_split_heads_names_what_it_cannot_take(face, change, message):
     given = dict(product=torch.zeros(2, 5, 96), q_bias=torch.zeros(32), v_bias=torch.zeros(32),
                  log_scale=torch.zeros(2), heads=2, room=None) | change
@@ -560,7 +560,7 @@ def test_frequencies_follow_the_distribution(face, top_k, top_p):
 def test_sampling_names_what_it_cannot_take(face):
     with pytest.raises(ValueError, match=r"cond .*\(1, 2, 0\)"):
         face_of("sample_tokens", face)(torch.zeros(1, 2, 0), None, 0.0, 0, 1.0, torch.zeros(1, 2, 0))
-    with pytest.raises(ValueError, match=r"noise is \(1, 2, 4\)"):
+    with pytest.raises(ValueError, match=r"noise must be .*: it is \(1, 2, 4\)"):
         face_of("sample_tokens", face)(torch.zeros(1, 2, 3), None, 0.0, 0, 1.0, torch.zeros(1, 2, 4))
 
 

@@ -167,8 +167,18 @@ def test_pictures_that_explain(shapes, tmp_path):
     for read, code, s in zip(columns(teaching, 3), columns(codes, 3), (1, 2, 4)):
         assert len(np.unique(read[:CELL].reshape(-1, 3), axis=0)) <= s * s
         assert np.array_equal(read[second], code[second])   # what is to be predicted: its codes
-    attention, _ = draw(shapes, tmp_path / "attention.png", "--attention", "data:3", "--cell", 0, 3)
+    attention, said = draw(shapes, tmp_path / "attention.png", "--attention", "data:3",
+                           "--cell", 0, 3)
     assert len(np.unique(attention.reshape(-1, 3), axis=0)) > 20
+    red = (columns(attention, 4)[0][:CELL] == (255, 0, 0)).all(axis=-1)   # around the cell
+    rows, places = red.nonzero()
+    assert (rows.min(), rows.max()) == (0, CELL // 4 - 1)
+    assert (places.min(), places.max()) == (CELL * 3 // 4, CELL - 1)
+    shares = [line.split()[2:] for line in said.splitlines() if line.startswith("layer")]
+    assert len(shares) == len(attention) // (CELL + GAP)
+    for row in shares:
+        assert len(row) == 3 and sum(float(share.strip("%")) for share in row) == pytest.approx(
+            100, abs=2)
     draw(shapes, tmp_path / "a.png", "--gif", tmp_path / "a.gif", "--per-class", 2)
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 3 and film.info["loop"] == 0
