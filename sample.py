@@ -60,7 +60,8 @@ def main() -> None:
     options = parse()
     settle_device(options)
     run = load(options)
-    if options.device.type == "cpu" and options.dtype == torch.float32:
+    plain = options.dtype == torch.float32 and not options.compile
+    if options.device.type == "cpu" and plain:
         pack(run.model)
     if options.evaluate:
         say_evaluation(evaluate(run, options.evaluate, options.seeds), run)
