@@ -46,6 +46,7 @@ Commands, which are in tests/benchmark.py, beside what is counted and timed:
     python kernels.py                 counts tiles and bytes, which takes no GPU, then times what
                                       this machine can run against what PyTorch offers
     python kernels.py --generate      times one image of the published size against its limit
+    python kernels.py --registers     compiles every kernel for three GPUs that need not be there
     python kernels.py --tiles FILE    draws the tiles that attention visits
 """
 from __future__ import annotations
@@ -1149,7 +1150,7 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
 
 # Queries and keys in a tile, warps, stages. The largest of those tried that spill next to no
 # register on sm_80, sm_90 and sm_100 and fit in shared memory, 99 kB on the consumer cards that run
-# the code of sm_80 and 227 kB on the other two (python tests/test_kernels.py 90 prints it). fp32 is
+# the code of sm_80 and 227 kB on the other two (python kernels.py --registers prints it). fp32 is
 # multiplied without tensor cores, which would round it to TF32, and wants small tiles.
 ATTENTION_TILES = {
     "forward": [
