@@ -1,4 +1,4 @@
-"""A VAR of which only some heads look back beyond their own scale: for the page on roles."""
+"""A VAR of which only some heads look back, and how heads attend: for the page on roles."""
 from __future__ import annotations
 
 import copy
@@ -57,3 +57,35 @@ def forgetting(run: Run, looks_NH: Tensor) -> Run:
         block.attention = Forgetful(block.attention, looks_H, model.config.scales)
     model.new_caches = lambda: [Past() for _ in model.blocks]
     return replace(run, model=model)
+
+
+def cache_bytes(heads: int, scales: tuple[int, ...], D: int, each: int) -> int:
+    """Keys and values of one image in so many heads of all layers; each: bytes of a number."""
+    return 2 * heads * sum(s * s for s in scales) * D * each
+
+
+@torch.no_grad()
+def statistics(run: Run, tokens_BL: Tensor, labels_B: Tensor) -> Tensor:
+    """Of the last scale's queries [3, N, H]: how much of their attention is on the past, how much
+    on the four largest there, and HACK's variance."""
+    seen = []
+    hooks = [block.attention.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+             for block in run.model.blocks]
+    device = run.options.device
+    inputs = run.tokenizer.teacher_inputs(tokens_BL.to(device))
+    run.model(labels_B.to(device), inputs)
+    for hook in hooks:
+        hook.remove()
+    begin = run.model.config.spans[-1].start
+    found = []
+    for block, x_BLW in zip(run.model.blocks, seen):
+        q_BHLD, k_BHLD, _, scale = block.attention.project(x_BLW)
+        a_BHlL = (scale * q_BHLD[:, :, begin:] @ k_BHLD.mT).softmax(dim=-1)
+        past_BHlX = a_BHlL[..., :begin]
+        largest_BHlX = past_BHlX.topk(min(4, begin)).values
+        found.append(torch.stack([
+            past_BHlX.sum(dim=3).mean(dim=(0, 2)),
+            largest_BHlX.sum(dim=3).mean(dim=(0, 2)),
+            a_BHlL.var(dim=2).sum(dim=2).mean(dim=0),
+        ]))
+    return torch.stack(found, dim=1).cpu()

@@ -15,13 +15,14 @@ of the heads, chosen by either. (The papers keep some keys everywhere; ours are 
 """
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from math import inf
 
 import torch
 from torch import Tensor
 
 from papers import Claim, open_runs, parser_of, say_evaluations, say_figures, say_verdicts
-from papers.forgetful import forgetting
+from papers.forgetful import cache_bytes, forgetting, statistics
 from papers.tuning import kept_tokens
 from sample import Run, UserError, evaluate, run_program
 from tokenizer import PUBLISHED_SCALES
@@ -36,40 +37,21 @@ CLAIMS = (   # where it holds, where it is false
     Claim("and for less than a half chosen at random loses it, in nats per token",
           (-inf, 0), (0, inf)),
 )
-CALIBRATION = 500   # training images, by which heads are chosen
-PUBLISHED = {"depth": 16, "heads": 16, "D": 64, "scales": PUBLISHED_SCALES}   # VAR-d16
+CALIBRATION = 200   # training images, by which heads are chosen
+RANDOM = 8          # halves at random, of which nats are the mean
+D16_HEADS = 16 * 16   # of all layers, of width 64; in bf16
 
 
-@torch.no_grad()
-def statistics(run: Run, tokens_BL: Tensor, labels_B: Tensor) -> Tensor:
-    """Of the last scale's queries [3, N, H]: how much of their attention is on the past, how much
-    on the four largest there, and HACK's variance."""
-    seen = []
-    hooks = [block.attention.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-             for block in run.model.blocks]
-    run.model(labels_B, run.tokenizer.teacher_inputs(tokens_BL))
-    for hook in hooks:
-        hook.remove()
-    begin = run.model.config.spans[-1].start
-    found = []
-    for block, x_BLW in zip(run.model.blocks, seen):
-        q_BHLD, k_BHLD, _, scale = block.attention.project(x_BLW)
-        a_BHlL = (scale * q_BHLD[:, :, begin:] @ k_BHLD.mT).softmax(dim=-1)
-        past_BHlX = a_BHlL[..., :begin]
-        largest_BHlX = past_BHlX.topk(min(4, begin)).values
-        found.append(torch.stack([
-            past_BHlX.sum(dim=3).mean(dim=(0, 2)),
-            largest_BHlX.sum(dim=3).mean(dim=(0, 2)),
-            a_BHlL.var(dim=2).sum(dim=2).mean(dim=0),
-        ]))
-    return torch.stack(found, dim=1).cpu()
+def rises(run: Run, choices: Iterable[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """By how many nats an image is less likely where only these heads look back, of each choice.
 
-
-def rise(run: Run, looks_NH: Tensor, tokens_NL: Tensor, labels_N: Tensor) -> float:
-    """By how many nats an image is less likely where only these heads look back."""
-    labels = labels_N.tolist()
-    usual_N = run.log_likelihood(tokens_NL, labels)
-    return (usual_N - forgetting(run, looks_NH).log_likelihood(tokens_NL, labels)).mean().item()
+    rows: tokens [B, L] and labels [B].
+    """
+    tokens_BL, labels_B = rows
+    labels = labels_B.tolist()
+    models = [run, *(forgetting(run, looks_NH) for looks_NH in choices)]
+    usual, *other = [model.log_likelihood(tokens_BL, labels).mean() for model in models]
+    return usual - torch.stack(other)
 
 
 def half(need_NH: Tensor) -> Tensor:
@@ -85,40 +67,35 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return ranks_2X.double().corrcoef()[0, 1].item()
 
 
-def cache_bytes(heads: int, scales: tuple[int, ...], D: int, each: int) -> int:
-    """Keys and values of one image, of so many heads; each: bytes of a number."""
-    return 2 * heads * sum(s * s for s in scales) * D * each
-
-
 def study(run: Run) -> tuple[dict, dict, dict[str, list[Tensor]]]:
-    """Of one run: figures of its layers, correlations, and which heads N, H a cache keeps."""
-    tokens_NL, labels_N = (x[:CALIBRATION].long() for x in kept_tokens(run)[0].tensors)
-    past_NH, largest_NH, variance_NH = statistics(run, tokens_NL, labels_N)
+    """Of one run: figures of its layers, correlations, and which heads [N, H] a cache may keep."""
+    rows = [x[:CALIBRATION].long() for x in kept_tokens(run)[0].tensors]
+    past_NH, largest_NH, variance_NH = statistics(run, *rows)
     N, H = past_NH.shape
-    if N * H < 4 or N < 2:
-        raise UserError(f"{run.options.run} has too few layers and heads to rank")
-    alone_XNH = torch.eye(N * H, dtype=torch.bool).view(-1, N, H)
-    layer_NNH = alone_XNH.view(N, H, N, H).any(dim=1)
-    need_N, need_X = (
-        torch.tensor([rise(run, ~heads_NH, tokens_NL, labels_N) for heads_NH in parts])
-        for parts in (layer_NNH, alone_XNH))
+    if N < 2:
+        raise UserError(f"{run.options.run} has one layer, and there is nothing to rank")
+    head_XNH = torch.eye(N * H).bool().view(-1, N, H)
+    layer_NNH = torch.eye(N).bool()[:, :, None].expand(N, N, H)
+    need_N = rises(run, ~layer_NNH, rows)
+    need_NH = rises(run, ~head_XNH, rows).view(N, H)
     asi_N = (1 - past_NH.mean(dim=1)) * largest_NH.mean(dim=1)
     asi_NH = (1 - past_NH) * largest_NH
-    by_layer = torch.stack([asi_N, variance_NH.mean(dim=1), past_NH.mean(dim=1), need_N])
-    layers = {f"layer {n + 1}": row for n, row in enumerate(by_layer.T.tolist())}
-    said = {"- ASI": (-asi_N, -asi_NH), "variance": (by_layer[1], variance_NH),
-            "on the past": (by_layer[2], past_NH)}
-    correlations = {
-        name: [rank_correlation(of_N, need_N), rank_correlation(of_NH, need_X)]
-        for name, (of_N, of_NH) in said.items()}
-    torch.manual_seed(run.options.seed)
+    variance_N = variance_NH.mean(dim=1)
+    past_N = past_NH.mean(dim=1)
+    by_layer = torch.stack([asi_N, variance_N, past_N, need_N], dim=1)
+    layers = {f"layer {n + 1}": row for n, row in enumerate(by_layer.tolist())}
+    correlations = {}
+    for name, of_N, of_NH in (("- ASI", -asi_N, -asi_NH), ("variance", variance_N, variance_NH),
+                              ("on the past", past_N, past_NH)):
+        correlations[name] = [rank_correlation(of_N, need_N), rank_correlation(of_NH, need_NH)]
+    chance = torch.Generator().manual_seed(run.options.seed)
     caches = {
-        "all heads": [torch.ones(N, H, dtype=torch.bool)],
+        "all": [torch.ones(N, H).bool()],
         "by variance": [half(variance_NH)],
         "by ASI": [half(-asi_N[:, None].expand(N, H))],
-        "by need": [half(need_X.view(N, H))],
-        "at random": [half(torch.rand(N, H)) for _ in range(RANDOM)],
-        "none": [torch.zeros(N, H, dtype=torch.bool)],
+        "by need": [half(need_NH)],
+        "at random": [half(torch.rand(N, H, generator=chance)) for _ in range(RANDOM)],
+        "none": [torch.zeros(N, H).bool()],
     }
     return layers, correlations, caches
 
@@ -128,5 +105,34 @@ def main() -> None:
     parser.set_defaults(count=500)
     options = parser.parse_args()
     rows = {}
-    kept = []
-    ...
+    by_run = []
+    for run in open_runs(options):
+        layers, correlations, caches = study(run)
+        held_out = [x[:options.count].long() for x in kept_tokens(run)[1].tensors]
+        config = run.model.config
+        D = config.width // config.heads
+        costs = {}
+        for name, choices in caches.items():
+            part = forgetting(run, choices[0])
+            rows.setdefault(name, []).append(evaluate(part, options.count, options.seeds))
+            heads = choices[0].sum().item()
+            d16_heads = heads * D16_HEADS // choices[0].numel()
+            costs[name] = [
+                rises(run, choices, held_out).mean().item() / config.length,
+                cache_bytes(heads, config.scales, D, 4) / 1e3,
+                cache_bytes(d16_heads, PUBLISHED_SCALES, 64, 2) / 1e6,
+            ]
+        by_run.append((layers, correlations, costs))
+    say_evaluations(rows)
+    layers, correlations, costs = zip(*by_run)
+    say_figures(("", "ASI", "variance", "on the past", "nats/image"), layers, 3)
+    ranks = say_figures(("Spearman's", "over layers", "over heads"), correlations, 2)
+    cost = say_figures(("past kept by", "nats/token", "kB/image", "at d16: MB"), costs, 4)
+    more_R = cost["by variance"][0]
+    chance_R = cost["at random"][0]
+    measured = [ranks["- ASI"][0], ranks["variance"][1], more_R, more_R - chance_R]
+    say_verdicts(CLAIMS, measured, options.started)
+
+
+if __name__ == "__main__":
+    run_program(main)
