@@ -288,7 +288,8 @@ def test_forgetful_attention_by_brute_force(run):
     q, k, v, scale = plain.project(x)
     level = run.model.level_L
     masks = [level[:, None] >= level, level[:, None] == level]
-    o = [obvious_attention(q[:, h] * (scale * q.shape[3]**0.5), k[:, h], v[:, h], masks[h])
+    q = q * (scale * q.shape[3]**0.5)   # it has a scale of its own
+    o = [obvious_attention(q[:, h:h + 1], k[:, h:h + 1], v[:, h:h + 1], masks[h])[:, 0]
          for h in range(2)]
     expected = plain.out(torch.cat(o, dim=2))
     ours = forgetful.Forgetful(plain, torch.tensor([True, False]), run.model.config.scales)
