@@ -21,11 +21,14 @@ def read_back(run: Run, tokens_NL: Tensor, images: Tensor) -> dict[str, Tensor]:
         "JPEG 75": saved(x, "JPEG"),
         "noise 0.05": x + 0.1 * noise,   # 0.05 of pixels in [0, 1]
         "shift by 1": F.pad(x, (1, 0, 0, 0), "replicate")[..., :-1],
-        "crop by 1": F.interpolate(x[..., 1:-1, 1:-1], x.shape[2:], mode="bicubic"),
+        "crop by 1": F.interpolate(
+            x[..., 1:-1, 1:-1], x.shape[2:], mode="bicubic"),
         "regenerated": run.decode(run.encode(x)[1]),
     }
-    read = {name: run.encode(saved(image))[1] for name, image in changed.items()}
-    return {"never decoded": tokens_NL, **read}
+    read = {"never decoded": tokens_NL}
+    for name, image in changed.items():
+        read[name] = run.encode(saved(image))[1]
+    return read
 
 
 def saved(images: Tensor, form: str = "PNG") -> Tensor:
@@ -36,4 +39,5 @@ def saved(images: Tensor, form: str = "PNG") -> Tensor:
         image = Image.fromarray(pixels.squeeze())
         image.save(file, form, quality=75)   # of JPEG; a PNG loses nothing
         pixels_NHWC[i] = np.asarray(Image.open(file)).reshape(pixels.shape)
-    return to_float(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2))
+    images = torch.from_numpy(pixels_NHWC)
+    return to_float(images.permute(0, 3, 1, 2))

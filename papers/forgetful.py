@@ -40,13 +40,17 @@ class Forgetful(nn.Module):
         L = x_BLW.shape[1]
         own = self.own if past is None else KeyRanges([0] * L, [L] * L)
         o_BHLD = torch.empty_like(q_BHLD)
-        for heads_H, looks in ((self.looks_H, True), (~self.looks_H, False)):
-            if heads_H.any():
-                q_BhLD, *kv = (x_BHLD[:, heads_H] for x_BHLD in (q_BHLD, k_BHLD, v_BHLD))
-                if looks and past is not None:
-                    kv = past.before(*kv)
-                seen = ranges if looks else own
-                o_BHLD[:, heads_H] = block_attention(q_BhLD, *kv, seen, scale)
+        for looks in (True, False):
+            heads_H = self.looks_H == looks
+            if not heads_H.any():
+                continue
+            q_BhLD = q_BHLD[:, heads_H]
+            k_BhSD = k_BHLD[:, heads_H]
+            v_BhSD = v_BHLD[:, heads_H]
+            if looks and past is not None:
+                k_BhSD, v_BhSD = past.before(k_BhSD, v_BhSD)
+            seen = ranges if looks else own
+            o_BHLD[:, heads_H] = block_attention(q_BhLD, k_BhSD, v_BhSD, seen, scale)
         return self.attention.out(o_BHLD.transpose(1, 2).flatten(2))
 
 
@@ -69,8 +73,10 @@ def statistics(run: Run, tokens_BL: Tensor, labels_B: Tensor) -> Tensor:
     """Of the last scale's queries [3, N, H]: how much of their attention is on the past, how much
     on the four largest there, and HACK's variance."""
     seen = []
-    hooks = [block.attention.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-             for block in run.model.blocks]
+    hooks = []
+    for block in run.model.blocks:
+        hooks.append(block.attention.register_forward_pre_hook(
+            lambda _, given: seen.append(given[0])))
     device = run.options.device
     inputs = run.tokenizer.teacher_inputs(tokens_BL.to(device))
     run.model(labels_B.to(device), inputs)

@@ -85,9 +85,15 @@ def study(run: Run) -> tuple[dict, dict, dict[str, list[Tensor]]]:
     by_layer = torch.stack([asi_N, variance_N, past_N, need_N], dim=1)
     layers = {f"layer {n + 1}": row for n, row in enumerate(by_layer.tolist())}
     correlations = {}
-    for name, of_N, of_NH in (("- ASI", -asi_N, -asi_NH), ("variance", variance_N, variance_NH),
-                              ("on the past", past_N, past_NH)):
-        correlations[name] = [rank_correlation(of_N, need_N), rank_correlation(of_NH, need_NH)]
+    for name, of_N, of_NH in (
+        ("- ASI", -asi_N, -asi_NH),
+        ("variance", variance_N, variance_NH),
+        ("on the past", past_N, past_NH),
+    ):
+        correlations[name] = [
+            rank_correlation(of_N, need_N),
+            rank_correlation(of_NH, need_NH),
+        ]
     chance = torch.Generator().manual_seed(run.options.seed)
     caches = {
         "all": [torch.ones(N, H).bool()],
@@ -130,7 +136,12 @@ def main() -> None:
     cost = say_figures(("past kept by", "nats/token", "kB/image", "at d16: MB"), costs, 4)
     more_R = cost["by variance"][0]
     chance_R = cost["at random"][0]
-    measured = [ranks["- ASI"][0], ranks["variance"][1], more_R, more_R - chance_R]
+    measured = [
+        ranks["- ASI"][0],
+        ranks["variance"][1],
+        more_R,
+        more_R - chance_R,
+    ]
     say_verdicts(CLAIMS, measured, options.started)
 
 

@@ -88,20 +88,27 @@ def study(run: Run, lists: list[Tensor]) -> list[dict[str, list[float]]]:
         limits[K] = scores(usual_NL, lists[:K], usual_NL).quantile(0.99)
     finds = {}
     for name in marked:
-        scores_3N = [scores(tokens[name], lists[:1], usual_NL) for tokens in sets]
-        finds[name] = [percent(score_N > limits[1]) for score_N in scores_3N]
+        finds[name] = []
+        for tokens in sets:
+            score_N = scores(tokens[name], lists[:1], usual_NL)
+            finds[name].append(percent(score_N > limits[1]))
     survival = {}
     stages = marked["never decoded"], marked["saved"], held_out["saved"]
     maps = map(run.tokenizer.quantizer.split, stages)
     for s, drawn_Nl, read_Nl, usual_Nl in zip(run.model.config.scales, *maps):
-        green = [lists[0][tokens_Nl] for tokens_Nl in (drawn_Nl, read_Nl, usual_Nl)]
-        survival[f"{s}x{s}"] = list(map(percent, [drawn_Nl == read_Nl, *green]))
+        survival[f"{s}x{s}"] = [percent(drawn_Nl == read_Nl)]
+        for tokens_Nl in (drawn_Nl, read_Nl, usual_Nl):
+            survival[f"{s}x{s}"].append(percent(lists[0][tokens_Nl]))
     pools = {}
     for K in POOLS:
         marked_N = scores(marked["saved"], lists[:K], usual_NL)
         others_N = scores(held_out["saved"], lists[:K], usual_NL)
-        hits = marked_N > limits[K], others_N > limits[K], others_N > limits[1]
-        pools[f"{K} lists"] = [*map(percent, hits), limits[K].item()]
+        pools[f"{K} lists"] = [
+            percent(marked_N > limits[K]),
+            percent(others_N > limits[K]),
+            percent(others_N > limits[1]),
+            limits[K].item(),
+        ]
     return [finds, survival, pools]
 
 
@@ -121,8 +128,9 @@ def main() -> None:
     unmarked_R7, marked_R7 = say_evaluations(rows).values()
     finds, survival, pools = zip(*by_run)
     found = say_figures(("found, in %", "held-out", "unmarked", "marked"), finds, 1)
-    heads = "tokens, in %", "come back", "green: drawn", "read", "held-out"
-    coarsest, *_, finest = say_figures(heads, survival, 1).values()
+    scales = say_figures(
+        ("tokens, in %", "come back", "green: drawn", "read", "held-out"), survival, 1)
+    coarsest, *_, finest = scales.values()
     say_figures(("pool", "found %", "false alarms %", "at one's z", "z"), pools, 1)
     measured = [
         found["saved"][2],
