@@ -10,8 +10,8 @@ is a likelihood of two passes, exact as VAR's of one: the difference is what ind
 The leak: the published model's hints are averages over neighbours, hidden ones among them. So in
 training they tell more than they may; in sampling, where what is hidden is a draft, less.
 
-The published model has a second set of weights for the later passes; here one serves both. Images
-are drawn so in hmar_passes.py. hmar_markov.py is about the paper's attention.
+The published model has other weights for the later passes; here one set serves both. Images drawn
+so: hmar_passes.py. The paper's attention: hmar_markov.py.
 """
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from papers.tuning import Tuning
 from sample import Parser, Run, batches, evaluated_images, run_program
 from tokenizer import Tokenizer
 from train import COUNT, RATE
+from var import VAR
 
 CLAIMS = (
     Claim("two passes save at least 3 % of the last scale's nats, with the same weights",
@@ -65,20 +66,21 @@ def add_flags(parser: Parser) -> None:
 def tuned(run: Run, kind: str) -> Run:
     """The run with its model after --steps more: "plain", "masked" or "leaking"."""
     model = copy.deepcopy(run.model)
-    stage = Tuning
     if kind != "plain":
         model = MaskedVAR(model, leaks=kind == "leaking")
-        stage = MaskedTuning
-    options = run.options
-    tuning = stage(run, model, f"hmar-{kind}", options.steps, options.lr)
+    stage = Tuning if kind == "plain" else MaskedTuning
+    tuning = stage(run, model, f"hmar-{kind}", run.options.steps, run.options.lr)
     return replace(run, model=tuning.run())
 
 
-def checkerboard(scales: tuple[int, ...], device: torch.device) -> Tensor:
+def checkerboard(model: VAR) -> Tensor:
     """The places of A: bool [L]. The only one of the first scale is among them."""
-    colours = [torch.arange(s)[:, None] + torch.arange(s) for s in scales]
-    colour_L = torch.cat([colour.flatten() for colour in colours])
-    return (colour_L % 2 == 0).to(device)
+    colours = []
+    for s in model.config.scales:
+        side_s = torch.arange(s)
+        colour_ss = side_s[:, None] + side_s
+        colours.append(colour_ss.flatten() % 2)
+    return torch.cat(colours).to(model.level_L) == 0
 
 
 def nats(logits_BLV: Tensor, tokens_BL: Tensor) -> Tensor:
@@ -87,10 +89,9 @@ def nats(logits_BLV: Tensor, tokens_BL: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nats_of(tokenizer: Tokenizer, model: MaskedVAR, tokens_BL: Tensor, labels_B: Tensor) -> Tensor:
-    """Nats [3, B, L] of the tokens: of one pass; of two, which is one with A known, where the token
-    is of B; and the same when hints are made of drafts of B, as one pass draws them."""
-    in_a_L = checkerboard(model.config.scales, tokens_BL.device)
-    in_a_BL = in_a_L.expand_as(tokens_BL)
+    """Nats [3, B, L] of the tokens: of one pass; of two, of which the second knows A; and of two
+    when hints are made of drafts of B, as one pass draws them."""
+    in_a_BL = checkerboard(model).expand_as(tokens_BL)
     none_BL = torch.zeros_like(in_a_BL)
     image = tokenizer, tokens_BL, labels_B
     one_BLV = model.told(*image, none_BL, tokens_BL)
@@ -110,12 +111,12 @@ def measure(run: Run) -> dict[str, list[float]]:
     images, labels_N = evaluated_images(run, run.options.count)
     _, tokens_NL = run.encode(images)
     level_L = run.model.level_L
-    in_b_L = ~checkerboard(run.model.config.scales, level_L.device)
+    in_b_L = ~checkerboard(run.model)
     sums_L3 = torch.stack([level_L >= 0, level_L == level_L.max(), in_b_L], dim=1).float()
     rows = {}
     for kind in ("plain", "masked", "leaking"):
         model = tuned(run, kind).model
-        if kind == "plain":   # with nothing known it is a masked one, untuned
+        if kind == "plain":   # the same, with nothing known
             model = MaskedVAR(model).eval()
         torch.manual_seed(0)
         parts = []
@@ -123,10 +124,9 @@ def measure(run: Run) -> dict[str, list[float]]:
             tokens_BL = tokens_NL[part].to(level_L)
             labels_B = labels_N[part].to(level_L)
             parts.append(nats_of(run.tokenizer, model, tokens_BL, labels_B))
-        mean_3L = torch.cat(parts, dim=1).mean(dim=1)
-        ways = ("one pass", "two passes", "with drafts")
-        for way, found in zip(ways, (mean_3L @ sums_L3).tolist()):
-            rows[f"{kind}, {way}"] = found
+        found_33 = torch.cat(parts, dim=1).mean(dim=1) @ sums_L3
+        for way, found_3 in zip(("one pass", "two passes", "with drafts"), found_33):
+            rows[f"{kind}, {way}"] = found_3.tolist()
     del rows["plain, two passes"], rows["plain, with drafts"]
     return rows
 
@@ -136,8 +136,8 @@ def main() -> None:
     add_flags(parser)
     options = parser.parse_args()
     heads = ("nats", "image", "last scale", "B of all scales")
-    found = say_figures(heads, [measure(run) for run in open_runs(options)], 2)
-    plain, one, two, drafts, _, leaking, leaking_drafts = found.values()   # each [3, runs]
+    rows = say_figures(heads, [measure(run) for run in open_runs(options)], 2)
+    plain, one, two, drafts, _, leaking, leaking_drafts = rows.values()   # each [3, runs]
     say_verdicts(CLAIMS, [
         100 * (1 - two[1] / one[1]),
         100 * (1 - two[0] / plain[0]),
