@@ -45,7 +45,9 @@ def told(run):
     """A model that heeds what it is told; held-out images' tokens and labels. The plain one's
     places heed each other more than after a short training."""
     torch.manual_seed(0)
-    torch.nn.init.normal_(run.model.blocks[0].modulation.weight, std=0.3)
+    (block,) = run.model.blocks
+    torch.nn.init.normal_(block.modulation.weight)
+    torch.nn.init.normal_(block.attention.out.weight)
     images, labels = sample.evaluated_images(run, 8)
     return heeding(run.model), run.encode(images)[1], labels
 
@@ -228,7 +230,9 @@ def test_two_passes_are_a_likelihood(leaks):
     tokenizer = Tokenizer(TokenizerConfig(
         scales=(1, 2), vocabulary=3, code_channels=4, image_channels=1, width=4, multipliers=(1,),
         blocks=1, phis=1, norm_groups=1))
-    tokenizer.quantizer.codebook_VC.data.normal_(std=3)
+    tokenizer.quantizer.codebook_VC.data.normal_()
+    for weight in tokenizer.quantizer.phis.parameters():
+        torch.nn.init.normal_(weight)
     plain = VAR(VARConfig(
         scales=(1, 2), vocabulary=3, code_channels=4, classes=2, depth=1, width=16, heads=2,
         shared_adaln=False, normalise_qk=True, label_dropout=0.0, drop_path=0.0, last_scales=None))
