@@ -10,8 +10,8 @@ is a likelihood of two passes, exact as VAR's of one: the difference is what ind
 The leak: the published model's hints are averages over neighbours, hidden ones among them. So in
 training they tell more than they may; in sampling, where what is hidden is a draft, less.
 
-The published model has other weights for the later passes; here one set serves both. Images drawn
-so: hmar_passes.py. The paper's attention: hmar_markov.py.
+The published model has other weights for later passes; here one set serves both. Images drawn so:
+hmar_passes.py. The paper's attention: hmar_markov.py.
 """
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class MaskedTuning(Tuning):
 
 
 def add_flags(parser: Parser) -> None:
-    parser.add_argument("--steps", type=COUNT, default=400, help="of tuning (default: 400)")
+    parser.add_argument("--steps", type=COUNT, default=200, help="of tuning (default: 200)")
     parser.add_argument("--lr", type=RATE, default=3e-3, help="at its peak (default: 0.003)")
 
 
@@ -77,8 +77,7 @@ def checkerboard(model: VAR) -> Tensor:
     """The places of A: bool [L]. The only one of the first scale is among them."""
     colours = []
     for s in model.config.scales:
-        side_s = torch.arange(s)
-        colour_ss = side_s[:, None] + side_s
+        colour_ss = torch.arange(s)[:, None] + torch.arange(s)
         colours.append(colour_ss.flatten() % 2)
     return torch.cat(colours).to(model.level_L) == 0
 
@@ -111,20 +110,20 @@ def measure(run: Run) -> dict[str, list[float]]:
     images, labels_N = evaluated_images(run, run.options.count)
     _, tokens_NL = run.encode(images)
     level_L = run.model.level_L
-    in_b_L = ~checkerboard(run.model)
-    sums_L3 = torch.stack([level_L >= 0, level_L == level_L.max(), in_b_L], dim=1).float()
+    parts = (level_L >= 0, level_L == level_L.max(), ~checkerboard(run.model))
+    sums_L3 = torch.stack(parts, dim=1).float()
     rows = {}
     for kind in ("plain", "masked", "leaking"):
         model = tuned(run, kind).model
-        if kind == "plain":   # the same, with nothing known
+        if kind == "plain":
             model = MaskedVAR(model).eval()
-        torch.manual_seed(0)
-        parts = []
+        torch.manual_seed(0)   # of drafts
+        found = []
         for part in batches(len(tokens_NL), run.options.batch):
             tokens_BL = tokens_NL[part].to(level_L)
             labels_B = labels_N[part].to(level_L)
-            parts.append(nats_of(run.tokenizer, model, tokens_BL, labels_B))
-        found_33 = torch.cat(parts, dim=1).mean(dim=1) @ sums_L3
+            found.append(nats_of(run.tokenizer, model, tokens_BL, labels_B))
+        found_33 = torch.cat(found, dim=1).mean(dim=1) @ sums_L3
         for way, found_3 in zip(("one pass", "two passes", "with drafts"), found_33):
             rows[f"{kind}, {way}"] = found_3.tolist()
     del rows["plain, two passes"], rows["plain, with drafts"]

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 
 from kernels import forward_flops
 from papers import Claim, open_runs, parser_of, say_table, say_verdicts
+from papers.power_law import draw, law_of
 from papers.tuning import Tuning
-from sample import (
-    Run, UserError, batches, evaluated_images, in_words, pyplot, run_program, save_picture,
-)
+from sample import Run, UserError, batches, evaluated_images, in_words, run_program, save_picture
 from train import COUNT, several
 from var import VAR
 
@@ -71,49 +70,14 @@ def errors(run: Run) -> list[float]:
     return [nats / tokens_NL.numel(), missed / tokens_NL.numel()]
 
 
-def line_of(x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float, float]:
-    """y = factor x^exponent, by least squares of the logarithms, and their correlation."""
-    log_x_N = np.log(x_N)
-    log_y_N = np.log(y_N)
-    exponent, offset = np.polyfit(log_x_N, log_y_N, 1)
-    correlation = np.corrcoef(log_x_N, log_y_N)[0, 1]
-    return exponent, np.exp(offset), correlation
-
-
-def law_of(x_D: np.ndarray, y_D: np.ndarray) -> list[float]:
-    """Exponent and correlation of the line through all sizes but the last; and by how many percent
-    that one lies above it."""
-    exponent, factor, correlation = line_of(x_D[:-1], y_D[:-1])
-    foretold = factor * x_D[-1] ** exponent
-    return [exponent, correlation, 100 * (y_D[-1] / foretold - 1)]
-
-
 def laws_of(found_R4D: np.ndarray) -> dict[str, np.ndarray]:
     """Both measures against both axes: what `law_of` says, [3, runs]."""
     laws = {}
     for m, measured in enumerate(MEASURES, start=2):
         for a, axis in enumerate(AXES):
-            law_R3 = [law_of(found_4D[a], found_4D[m]) for found_4D in found_R4D]
+            law_R3 = [law_of(run_4D[a], run_4D[m]) for run_4D in found_R4D]
             laws[f"{measured} against {axis}"] = np.transpose(law_R3)
     return laws
-
-
-def draw(found_R4D: np.ndarray):
-    """Both measures against both axes, means over the runs; the last size is the held-out one."""
-    mean_4D = found_R4D.mean(axis=0)
-    figure, axes = pyplot().subplots(2, 2, figsize=(9, 7), layout="constrained")
-    for row, measured, y_D in zip(axes, MEASURES, mean_4D[2:]):
-        for axis, name, x_D in zip(row, AXES, mean_4D[:2]):
-            exponent, factor, correlation = line_of(x_D[:-1], y_D[:-1])
-            label = f"exponent {exponent:.3f}, correlation {correlation:.4f}"
-            axis.plot(x_D, factor * x_D**exponent, "--", color="grey", label=label)
-            axis.plot(x_D[:-1], y_D[:-1], "o")
-            axis.plot(x_D[-1], y_D[-1], "s", color="red", label="held out of the fit")
-            axis.set(xscale="log", yscale="log", xlabel=name, ylabel=measured)
-            axis.yaxis.set_major_formatter("{x:.2f}")
-            axis.yaxis.set_minor_formatter("{x:.2f}")
-            axis.legend(fontsize="small")
-    return figure
 
 
 def main() -> None:
@@ -127,18 +91,24 @@ def main() -> None:
     if len(depths) < 4 or list(depths) != sorted(set(depths)):
         asked = ",".join(map(str, depths))
         raise UserError(f"--depths {asked} must be four or more that grow")
-    found_RD4 = [[measure(run, depth) for depth in depths] for run in open_runs(options)]
+    found_RD4 = []
+    for run in open_runs(options):
+        found_RD4.append([measure(run, depth) for depth in depths])
     found_R4D = np.swapaxes(found_RD4, 1, 2)
     rows = {}
-    for depth, figures_4R in zip(depths, found_R4D.T):
-        rows[f"depth {depth}"] = [f"{figures_4R[0, 0]:,.0f}", f"{figures_4R[1, 0]:.2e}"]
-        rows[f"depth {depth}"] += [in_words(list(x_R), 4) for x_R in figures_4R[2:]]
+    for depth, (sizes_R, flops_R, *measured) in zip(depths, found_R4D.T):
+        cells = [f"{sizes_R[0]:,.0f}", f"{flops_R[0]:.2e}"]
+        cells += [in_words(list(x_R), 4) for x_R in measured]
+        rows[f"depth {depth}"] = cells
     say_table(("", *AXES, *MEASURES), rows)
     laws = laws_of(found_R4D)
-    said = {name: [in_words(list(x_R), 4) for x_R in law_3R] for name, law_3R in laws.items()}
+    said = {}
+    for name, law_3R in laws.items():
+        said[name] = [in_words(list(x_R), 4) for x_R in law_3R]
     say_table(("", "exponent", "correlation", "held-out, % above"), said)
     path = options.run[0] / "papers" / "scaling.png"
-    save_picture(path, draw(found_R4D))
+    x_AD, y_MD = np.split(found_R4D.mean(axis=0), 2)
+    save_picture(path, draw(AXES, x_AD, MEASURES, y_MD))
     print(f"wrote {path}")
     loss, _, error, _ = laws.values()
     say_verdicts(CLAIMS, [loss[1], abs(loss[2]), error[1]], options.started)

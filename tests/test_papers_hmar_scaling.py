@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import sample
-from papers import hmar, hmar_markov, hmar_passes, masked, open_runs, parser_of, scaling
+from papers import (
+    hmar, hmar_markov, hmar_passes, masked, open_runs, parser_of, power_law, scaling,
+)
 from papers.masked import MaskedVAR
 from papers.tuning import Tuning, kept_tokens
 from program import ran, refused, rows_of
@@ -390,8 +392,8 @@ def test_the_page_on_own_scales(run, folder):
 
 def test_a_power_law_is_found():
     x = np.array([1e3, 2e4, 9e4, 1e6])
-    assert scaling.line_of(x, 7 * x**-0.25) == pytest.approx((-0.25, 7, -1))
-    exponent, correlation, above = scaling.law_of(x, 7 * x**-0.25 * [1, 1, 1, 1.1])
+    assert power_law.line_of(x, 7 * x**-0.25) == pytest.approx((-0.25, 7, -1))
+    exponent, correlation, above = power_law.law_of(x, 7 * x**-0.25 * [1, 1, 1, 1.1])
     assert (exponent, correlation, above) == pytest.approx((-0.25, -1, 10))
     found = np.array([[x, 6 * x, 7 * x**-0.25, 0.9 * x**-0.125],
                       [x, 6 * x, 5 * x**-0.5, 0.9 * x**-0.125 * [1, 1, 1, 0.9]]])
@@ -438,8 +440,8 @@ def test_the_page_on_scaling(run, folder):
     weights = (5, 40 * 40 * 12)   # of depth 5: products with all tokens, and with all channels
     floor = 3 * 2 * images * tokens * weights[0] * weights[1]
     assert floor < found[-1][1] < 2 * floor
-    loss = scaling.law_of(*np.transpose(found)[[0, 2]])
-    error = scaling.law_of(*np.transpose(found)[[0, 3]])
+    loss = power_law.law_of(*np.transpose(found)[[0, 2]])
+    error = power_law.law_of(*np.transpose(found)[[0, 3]])
     for claim, figure in zip(scaling.CLAIMS, (loss[1], abs(loss[2]), error[1])):
         assert f"claim: {claim.text}\n    measured {figure:.3f}: no verdict" in said
     assert Image.open(folder / "papers" / "scaling.png").size == (810, 630)
