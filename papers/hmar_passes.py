@@ -118,8 +118,8 @@ def measure(run: Run) -> dict[str, list[float]]:
         rows[name] = [*(100 * share for share in shares), found.frechet, step]
         if completes:
             pictures[name.removeprefix("halves: ")] = images
-    chosen = slice(None, None, max(1, len(originals) // 16))
-    shown = [(name, to_bytes(images[chosen][:16])) for name, images in pictures.items()]
+    chosen = slice(None, None, max(1, len(originals) // 12))
+    shown = [(name, to_bytes(images[chosen][:12])) for name, images in pictures.items()]
     save_picture(run.options.run / "papers" / "hmar_passes.png", grid(shown))
     return rows
 
