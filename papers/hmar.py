@@ -10,8 +10,8 @@ is a likelihood of two passes, exact as VAR's of one: the difference is what ind
 The leak: the published model's hints are averages over neighbours, hidden ones among them. So in
 training they tell more than they may; in sampling, where what is hidden is a draft, less.
 
-hmar_passes.py draws images so, and completes halves; hmar_markov.py is about the paper's attention.
-(The published model has a second set of weights for the later passes; here one serves both.)
+The published model has other weights for later passes; here one set serves both. Images drawn so:
+hmar_passes.py. The paper's attention: hmar_markov.py.
 """
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from papers import Claim, open_runs, parser_of, say_figures, say_verdicts
-from papers.masked import MaskedTuning, MaskedVAR
+from papers.masked import MaskedVAR
 from papers.tuning import Tuning
 from sample import Parser, Run, batches, evaluated_images, run_program
+from tokenizer import Tokenizer
 from train import COUNT, RATE
+from var import VAR
 
 CLAIMS = (
     Claim("two passes save at least 3 % of the last scale's nats, with the same weights",
@@ -43,74 +45,88 @@ CLAIMS = (
 )
 
 
+class MaskedTuning(Tuning):
+    """Of half of the images a share of the tokens is known, in each another, from 0 to 1."""
+
+    def loss_of(self, model: MaskedVAR, tokens_BL: Tensor, labels_B: Tensor):
+        tokens_BL = tokens_BL.to(self.options.device).long()
+        labels_B = labels_B.to(self.options.device)
+        share_B1 = 2 * torch.rand(len(tokens_BL), 1, device=tokens_BL.device) - 1
+        known_BL = torch.rand(tokens_BL.shape, device=tokens_BL.device) < share_B1
+        known_BL[:, 0] = False   # the first scale has nothing that could be told
+        logits_BLV = model.told(self.tokenizer, tokens_BL, labels_B, known_BL, tokens_BL)
+        return nats(logits_BLV, tokens_BL)[~known_BL].mean(), dict
+
+
 def add_flags(parser: Parser) -> None:
-    parser.add_argument("--steps", type=COUNT, default=400, help="of tuning (default: 400)")
+    parser.add_argument("--steps", type=COUNT, default=200, help="of tuning (default: 200)")
     parser.add_argument("--lr", type=RATE, default=3e-3, help="at its peak (default: 0.003)")
 
 
 def tuned(run: Run, kind: str) -> Run:
     """The run with its model after --steps more: "plain", "masked" or "leaking"."""
     model = copy.deepcopy(run.model)
-    stage = Tuning
     if kind != "plain":
         model = MaskedVAR(model, leaks=kind == "leaking")
-        stage = MaskedTuning
-    stage = stage(run, model, f"hmar-{kind}", run.options.steps, run.options.lr)
-    return replace(run, model=stage.run())
+    stage = Tuning if kind == "plain" else MaskedTuning
+    tuning = stage(run, model, f"hmar-{kind}", run.options.steps, run.options.lr)
+    return replace(run, model=tuning.run())
 
 
-def checkerboard(scales: tuple[int, ...], device: torch.device) -> Tensor:
+def checkerboard(model: VAR) -> Tensor:
     """The places of A: bool [L]. The only one of the first scale is among them."""
-    colours = [torch.arange(s)[:, None] + torch.arange(s) for s in scales]
-    return torch.cat([colour.flatten() % 2 == 0 for colour in colours]).to(device)
-
-
-@torch.no_grad()
-def nats_of(run: Run, tokens_BL: Tensor, labels_B: Tensor) -> Tensor:
-    """Nats [3, B, L] of the tokens: of one pass; of two, which is one with A known, where the token
-    is of B; and the same when hints are made of drafts of B, as one pass draws them."""
-    board_BL = checkerboard(run.model.config.scales, tokens_BL.device).expand_as(tokens_BL)
-    arguments = run.tokenizer, tokens_BL, labels_B
-    one_BLV = run.model.told(*arguments, torch.zeros_like(board_BL), tokens_BL)
-    one_BL = nats(one_BLV, tokens_BL)
-    draft_BL = torch.distributions.Categorical(logits=one_BLV).sample()
-    found = [one_BL]
-    for shown_BL in (tokens_BL, torch.where(board_BL, tokens_BL, draft_BL)):
-        told_BLV = run.model.told(*arguments, board_BL, shown_BL)
-        found.append(torch.where(board_BL, one_BL, nats(told_BLV, tokens_BL)))
-    return torch.stack(found)
+    colours = []
+    for s in model.config.scales:
+        colour_ss = torch.arange(s)[:, None] + torch.arange(s)
+        colours.append(colour_ss.flatten() % 2)
+    return torch.cat(colours).to(model.level_L) == 0
 
 
 def nats(logits_BLV: Tensor, tokens_BL: Tensor) -> Tensor:
-    return F.cross_entropy(logits_BLV.float().transpose(1, 2), tokens_BL, reduction="none")
+    return F.cross_entropy(logits_BLV.float().mT, tokens_BL, reduction="none")
+
+
+@torch.no_grad()
+def nats_of(tokenizer: Tokenizer, model: MaskedVAR, tokens_BL: Tensor, labels_B: Tensor) -> Tensor:
+    """Nats [3, B, L] of the tokens: of one pass; of two, of which the second knows A; and of two
+    when hints are made of drafts of B, as one pass draws them."""
+    in_a_BL = checkerboard(model).expand_as(tokens_BL)
+    none_BL = torch.zeros_like(in_a_BL)
+    image = tokenizer, tokens_BL, labels_B
+    one_BLV = model.told(*image, none_BL, tokens_BL)
+    one_BL = nats(one_BLV, tokens_BL)
+    draft_BL = torch.distributions.Categorical(logits=one_BLV).sample()
+    found = [one_BL]
+    for b_BL in (tokens_BL, draft_BL):
+        shown_BL = torch.where(in_a_BL, tokens_BL, b_BL)
+        b_BLV = model.told(*image, in_a_BL, shown_BL)
+        two_BL = torch.where(in_a_BL, one_BL, nats(b_BLV, tokens_BL))
+        found.append(two_BL)
+    return torch.stack(found)
 
 
 def measure(run: Run) -> dict[str, list[float]]:
     """Mean nats, of held-out images: of all tokens, of the last scale, and of B on all scales."""
     images, labels_N = evaluated_images(run, run.options.count)
     _, tokens_NL = run.encode(images)
-    names = {
-        "plain": ["plain VAR, one pass"],
-        "masked": ["masked, one pass", "masked, two passes", "masked, with drafts"],
-        "leaking": ["leaking, one pass", "leaking, two passes", "leaking, with drafts"],
-    }
+    level_L = run.model.level_L
+    parts = (level_L >= 0, level_L == level_L.max(), ~checkerboard(run.model))
+    sums_L3 = torch.stack(parts, dim=1).float()
     rows = {}
-    for kind, row_names in names.items():
+    for kind in ("plain", "masked", "leaking"):
         model = tuned(run, kind).model
         if kind == "plain":
-            model = MaskedVAR(model).eval()   # which with nothing known it is
-        torch.manual_seed(0)
-        parts = []
+            model = MaskedVAR(model).eval()
+        torch.manual_seed(0)   # of drafts
+        found = []
         for part in batches(len(tokens_NL), run.options.batch):
-            tokens_BL = tokens_NL[part].to(run.options.device)
-            labels_B = labels_N[part].to(run.options.device)
-            parts.append(nats_of(replace(run, model=model), tokens_BL, labels_B).cpu())
-        mean_3L = torch.cat(parts, dim=1).mean(dim=1)
-        last = model.config.spans[-1]
-        in_b_L = ~checkerboard(model.config.scales, mean_3L.device)
-        for name, nats_L in zip(row_names, mean_3L):
-            cells = nats_L.sum(), nats_L[last].sum(), nats_L[in_b_L].sum()
-            rows[name] = [cell.item() for cell in cells]
+            tokens_BL = tokens_NL[part].to(level_L)
+            labels_B = labels_N[part].to(level_L)
+            found.append(nats_of(run.tokenizer, model, tokens_BL, labels_B))
+        found_33 = torch.cat(found, dim=1).mean(dim=1) @ sums_L3
+        for way, found_3 in zip(("one pass", "two passes", "with drafts"), found_33):
+            rows[f"{kind}, {way}"] = found_3.tolist()
+    del rows["plain, two passes"], rows["plain, with drafts"]
     return rows
 
 
@@ -119,17 +135,14 @@ def main() -> None:
     add_flags(parser)
     options = parser.parse_args()
     heads = ("nats", "image", "last scale", "B of all scales")
-    found = say_figures(heads, [measure(run) for run in open_runs(options)], 2)
-    plain, one, two, drafts, _, leaking, leaking_drafts = found.values()   # each [3, runs]
-
-    def saved(more_R, less_R):
-        return 100 * (1 - less_R / more_R)
+    rows = say_figures(heads, [measure(run) for run in open_runs(options)], 2)
+    plain, one, two, drafts, _, leaking, leaking_drafts = rows.values()   # each [3, runs]
     say_verdicts(CLAIMS, [
-        saved(one[1], two[1]),
-        saved(plain[0], two[0]),
-        -saved(plain[0], one[0]),
-        saved(two[2], leaking[2]),
-        -saved(drafts[2], leaking_drafts[2]),
+        100 * (1 - two[1] / one[1]),
+        100 * (1 - two[0] / plain[0]),
+        100 * (one[0] / plain[0] - 1),
+        100 * (1 - leaking[2] / two[2]),
+        100 * (leaking_drafts[2] / drafts[2] - 1),
     ], options.started)
 
 

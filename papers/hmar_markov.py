@@ -39,7 +39,8 @@ def weights_of(scales: tuple[int, ...]) -> Tensor:
     """Of the scales, [K]; they sum up to 1."""
     s_K = torch.tensor(scales, dtype=torch.float)
     z_K = (s_K - s_K.mean()) / s_K.std()
-    return (-z_K.square() / 2).softmax(dim=0).flip(0)
+    bell_K = -z_K.square() / 2
+    return bell_K.softmax(dim=0).flip(0)
 
 
 class WeightedTuning(Tuning):
@@ -48,17 +49,19 @@ class WeightedTuning(Tuning):
     def loss_of(self, model: VAR, tokens_BL: Tensor, labels_B: Tensor):
         tokens_BL = tokens_BL.to(self.options.device).long()
         labels_B = labels_B.to(self.options.device)
-        logits_BLV = model(labels_B, self.tokenizer.teacher_inputs(tokens_BL)).float()
-        loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
+        inputs = self.tokenizer.teacher_inputs(tokens_BL)
+        logits_BLV = model(labels_B, inputs).float()
+        loss_BL = F.cross_entropy(logits_BLV.mT, tokens_BL, reduction="none")
         loss_K = self.per_scale(loss_BL)
-        return loss_K @ weights_of(model.config.scales).to(loss_K.device), dict
+        return loss_K @ weights_of(model.config.scales).to(loss_K), dict
 
 
 def trained(run: Run, name: str, last_scales: int | None, kind: type[Tuning]) -> Run:
     """The run with another model, trained from scratch."""
     options = run.options
     torch.manual_seed(options.seed)
-    model = VAR(replace(run.model.config, last_scales=last_scales)).to(options.device)
+    config = replace(run.model.config, last_scales=last_scales)
+    model = VAR(config).to(options.device)
     stage = kind(run, model, f"hmar_markov-{name}", options.steps, options.preset.var_lr)
     return replace(run, model=stage.run())
 
@@ -68,11 +71,11 @@ def main() -> None:
     parser.add_argument("--steps", type=COUNT, default=800, help="of each training (default: 800)")
     options = parser.parse_args()
     runs = open_runs(options)
-    scales = runs[0].model.config.scales
-    weights = ", ".join(f"{s}x{s} {w:.3f}" for s, w in zip(scales, weights_of(scales).tolist()))
-    print(f"weights of the scales: {weights}")
+    config = runs[0].model.config
+    weights = zip(config.scales, weights_of(config.scales).tolist())
+    print("weights of the scales: " + ", ".join(f"{s}x{s} {weight:.3f}" for s, weight in weights))
     kinds = {
-        "VAR": ("plain", runs[0].model.config.last_scales, Tuning),
+        "VAR": ("plain", None, Tuning),
         "own scale": ("own", 1, Tuning),
         "own scale, weights": ("weighted", 1, WeightedTuning),
     }
@@ -81,9 +84,8 @@ def main() -> None:
         models = [trained(run, *how) for run in runs]
         found[name] = [evaluate(run, options.count, options.seeds) for run in models]
     plain_R7, own_R7, weighted_R7 = say_evaluations(found).values()
-    length = runs[0].model.config.length
     say_verdicts(CLAIMS, [
-        (own_R7[:, 0] - plain_R7[:, 0]) / length,
+        (own_R7[:, 0] - plain_R7[:, 0]) / config.length,
         own_R7[:, 3] - plain_R7[:, 3],
         weighted_R7[:, 3] - plain_R7[:, 3],
     ], options.started)

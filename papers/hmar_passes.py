@@ -12,7 +12,7 @@ of images are completed, their class not told, as by  python sample.py --task in
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 
@@ -23,8 +23,8 @@ from torch import Tensor
 from papers import Claim, open_runs, parser_of, say_figures, say_verdicts
 from papers.hmar import add_flags, tuned
 from sample import (
-    FILTERS, NO_FILTERS, Judge, Quality, Run, UserError, evaluated_images, fill_holes, grid,
-    kept_classifier, run_program, save_picture, seam, to_bytes,
+    FILTERS, NO_FILTERS, Judge, Run, UserError, evaluated_images, fill_holes, grid, kept_classifier,
+    run_program, save_picture, seam, to_bytes,
 )
 from train import COUNT, several
 from var import Known
@@ -34,89 +34,94 @@ CLAIMS = (
     Claim("unfiltered, more passes that keep at random are recognised more, in points", **MORE),
     Claim("those that keep by confidence, more than plain VAR with top-p 0.9", **MORE),
     Claim("without the leak, more than with it", **MORE),
-    Claim("with the default filters, more passes lie closer, by Fréchet distance, than one", **MORE),
+    Claim("filtered, more passes at random lie closer than plain VAR, by Fréchet distance", **MORE),
     Claim("halves completed with the known half in sight are recognised by 5 points more",
           holds=(5, inf), false=(-inf, 5)),
 )
-HEADS = ("recognised %", "recall %", "precision %", "Fréchet")
+HEADS = ("recognised %", "recall %", "precision %", "Fréchet", "border")
+TOP_P = {**NO_FILTERS, "top_p": 0.9}
+
+# What is drawn: the model, its filters, whether in more passes, and whether the surest are kept.
+DRAWN = {
+    "plain VAR": ("plain", NO_FILTERS, False, False),
+    "plain VAR, top-p 0.9": ("plain", TOP_P, False, False),
+    "masked, one pass": ("masked", NO_FILTERS, False, False),
+    "more passes, at random": ("masked", NO_FILTERS, True, False),
+    "by confidence": ("masked", NO_FILTERS, True, True),
+    "by confidence, leaking": ("leaking", NO_FILTERS, True, True),
+    "filtered: plain VAR": ("plain", FILTERS, False, False),
+    "filtered: at random": ("masked", FILTERS, True, False),
+    "filtered: by confidence": ("masked", FILTERS, True, True),
+    "halves: plain VAR": ("plain", FILTERS, False, False),
+    "halves: one pass": ("masked", FILTERS, False, False),
+    "halves: at random": ("masked", FILTERS, True, False),
+    "halves: by confidence": ("masked", FILTERS, True, True),
+}
 
 
-def draw(run: Run, labels: list[int], filters: dict, passes: Sequence[int] = (),
-         surest: bool = False, known: Callable | None = None) -> Tensor:
-    """Images of one seed. passes: over each scale, if not one."""
-    one = [1] * len(run.model.config.scales)
-    run.model.passes = passes or one
+def draw(
+    run: Run, labels: list[int], known: Callable[[range], Known] | None, filters: dict,
+    passes: list[int], surest: bool,
+) -> Tensor:
+    run.model.passes = passes
     run.model.surest = surest
     options = Namespace(**{**vars(run.options), **filters})
-    return run.decode(replace(run, options=options).generate(labels, 0, known))
+    tokens_NL = replace(run, options=options).generate(labels, 0, known)
+    return run.decode(tokens_NL)
 
 
-def halves(run: Run, originals: Tensor) -> tuple[Tensor, Callable[[range], Known]]:
-    """Where images are known, in their left half: float [side, side]; and what is, to `generate`."""
+def left_halves(run: Run, originals: Tensor) -> tuple[Tensor, Callable[[range], Known]]:
+    """Where images are known: float [side, side]; and what is known of them, to `generate`."""
     known_HW = torch.ones(originals.shape[2:])
     known_HW[:, originals.shape[3] // 2:] = 0
-    latent_NCSS, _ = run.encode(fill_holes(originals, known_HW))
+    filled = fill_holes(originals, known_HW)
+    latent_NCSS, _ = run.encode(filled)
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
+    scales = len(run.model.config.scales)
+    device = run.options.device
 
     def known(rows: range) -> Known:
-        latent_BCSS = latent_NCSS[rows].to(run.options.device)
-        where_B1SS = where_11SS.expand(len(rows), -1, -1, -1).to(run.options.device)
-        return Known(latent_BCSS, where_B1SS, len(run.model.config.scales))
+        where_B1SS = where_11SS.expand(len(rows), -1, -1, -1)
+        return Known(latent_NCSS[rows].to(device), where_B1SS.to(device), scales)
     return known_HW, known
 
 
-def figures(quality: Quality) -> list[float]:
-    """As in HEADS."""
-    shares = quality.recognised, quality.recall, quality.precision
-    return [*(100 * share for share in shares), quality.frechet]
+def passes_of(run: Run) -> list[int]:
+    """As asked for, or 1, 2, 4 and so on. Raises UserError if there are not as many as scales."""
+    K = len(run.model.config.scales)
+    passes = run.options.passes or [2**k for k in range(K)]
+    if len(passes) != K:
+        asked = ",".join(map(str, passes))
+        raise UserError(f"--passes {asked} must be as many numbers as there are scales, {K}")
+    return list(passes)
 
 
-def measure(run: Run) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Rows of drawn images, and of completed ones."""
-    options = run.options
-    passes = options.passes or [2**k for k in range(len(run.model.config.scales))]
-    if len(passes) != len(run.model.config.scales):
-        raise UserError(f"--passes {','.join(map(str, passes))} must be as many numbers as there "
-                        f"are scales, {len(run.model.config.scales)}")
-    originals, labels_N = evaluated_images(run, options.count)
+def measure(run: Run) -> dict[str, list[float]]:
+    """Rows as in HEADS, of all that is drawn."""
+    many = passes_of(run)
+    one = [1] * len(many)
+    originals, labels_N = evaluated_images(run, run.options.count)
+    known_HW, known = left_halves(run, originals)
+    border = seam(originals, known_HW)
     judge = Judge(kept_classifier(run), originals, run.classes)
-    plain, masked, leaking = (tuned(run, kind) for kind in ("plain", "masked", "leaking"))
-    tighter = {**NO_FILTERS, "top_p": 0.9}
-    drawn = {
-        "plain VAR": (plain, NO_FILTERS),
-        "plain VAR, top-p 0.9": (plain, tighter),
-        "masked, one pass": (masked, NO_FILTERS),
-        "more passes, at random": (masked, NO_FILTERS, passes),
-        "by confidence": (masked, NO_FILTERS, passes, True),
-        "by confidence, leaking": (leaking, NO_FILTERS, passes, True),
-        "filtered: plain VAR": (plain, FILTERS),
-        "more passes, at random ": (masked, FILTERS, passes),
-        "by confidence ": (masked, FILTERS, passes, True),
-    }
-    rows = {}
-    for name, (part, *how) in drawn.items():
-        rows[name] = figures(judge(draw(part, labels_N.tolist(), *how), labels_N))
-
-    known_HW, known = halves(run, originals)
+    models = {kind: tuned(run, kind) for kind in ("plain", "masked", "leaking")}
     nothing = [len(run.classes)] * len(originals)   # the null class
-    completed = {
-        "plain VAR": (plain,),
-        "masked, one pass": (masked,),
-        "more passes, at random": (masked, passes),
-        "by confidence": (masked, passes, True),
-    }
-    completions = {}
-    pictures = [originals, originals * known_HW]
-    for name, (part, *how) in completed.items():
-        images = draw(part, nothing, FILTERS, *how, known=known)
-        border = seam(images, known_HW) / seam(originals, known_HW)
-        completions[name] = [*figures(judge(images, labels_N)), border]
-        pictures.append(images)
-    names = ("original", "known", *completed)
-    chosen = torch.arange(0, len(originals), max(1, len(originals) // 16))[:16]
-    picture = grid([(name, to_bytes(images[chosen])) for name, images in zip(names, pictures)])
-    save_picture(options.run / "papers" / "hmar_passes.png", picture)
-    return rows, completions
+    pictures = {"original": originals, "known": originals * known_HW}
+    rows = {}
+    for name, (kind, filters, more, surest) in DRAWN.items():
+        completes = name.startswith("halves")
+        what = (nothing, known) if completes else (labels_N.tolist(), None)
+        images = draw(models[kind], *what, filters, many if more else one, surest)
+        found = judge(images, labels_N)
+        shares = found.recognised, found.recall, found.precision
+        step = seam(images, known_HW) / border
+        rows[name] = [*(100 * share for share in shares), found.frechet, step]
+        if completes:
+            pictures[name.removeprefix("halves: ")] = images
+    chosen = slice(None, None, max(1, len(originals) // 12))
+    shown = [(name, to_bytes(images[chosen][:12])) for name, images in pictures.items()]
+    save_picture(run.options.run / "papers" / "hmar_passes.png", grid(shown))
+    return rows
 
 
 def main() -> None:
@@ -125,17 +130,17 @@ def main() -> None:
     parser.add_argument("--passes", type=several(COUNT),
                         help="over each scale (default: 1,2,4, ...)")
     options = parser.parse_args()
-    drawn, completed = zip(*(measure(run) for run in open_runs(options)))
-    rows = say_figures(("drawn", *HEADS), drawn, 2)
-    completions = say_figures(("completed", *HEADS, "border"), completed, 2)
-    print("border: the step across it, as a share of the images' own")
-    plain, tighter, _, random, surest, leaking, *filtered = rows.values()   # each [4, runs]
+    rows = say_figures(("", *HEADS), [measure(run) for run in open_runs(options)], 2)
+    print("halves: completed, the class not told; border: the step across the middle of an image, "
+          "as a share of the originals'")
+    random = rows["more passes, at random"]   # each [5, runs]
+    surest = rows["by confidence"]
     say_verdicts(CLAIMS, [
-        random[0] - plain[0],
-        surest[0] - tighter[0],
-        surest[0] - leaking[0],
-        filtered[0][3] - filtered[1][3],
-        completions["more passes, at random"][0] - completions["plain VAR"][0],
+        random[0] - rows["plain VAR"][0],
+        surest[0] - rows["plain VAR, top-p 0.9"][0],
+        surest[0] - rows["by confidence, leaking"][0],
+        rows["filtered: plain VAR"][3] - rows["filtered: at random"][3],
+        rows["halves: at random"][0] - rows["halves: plain VAR"][0],
     ], options.started)
 
 

@@ -13,43 +13,45 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from papers.tuning import Tuning
 from tokenizer import Quantizer, Tokenizer
 from var import VAR, Known
 
 
 class ReadAndKnown(nn.Module):
-    """VAR's code embedding, and one of known codes: [B, l, C, or 2 C + 1 with hints] to W."""
+    """VAR's code embedding, and one of hints: [B, l, C], or C + C + 1 with hints, to W."""
 
     def __init__(self, read: nn.Linear):
         super().__init__()
+        C = read.in_features
         self.read = read
-        self.known = nn.Linear(read.in_features + 1, read.out_features, bias=False)
+        self.known = nn.Linear(C + 1, read.out_features, bias=False)
         nn.init.zeros_(self.known.weight)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        read_BlC, hint_BlX = inputs.tensor_split((self.read.in_features,), dim=-1)
-        x_BlW = self.read(read_BlC)
-        return x_BlW + self.known(hint_BlX) if hint_BlX.shape[-1] else x_BlW
+        C = self.read.in_features
+        x_BlW = self.read(inputs[..., :C])
+        if inputs.shape[-1] > C:
+            x_BlW = x_BlW + self.known(inputs[..., C:])
+        return x_BlW
 
 
 class MaskedVAR(VAR):
     """A VAR, with its weights, that also reads known tokens.
 
     passes: over each scale, when images are drawn.
-    surest: a pass keeps the tokens that were most probable; or any, at random.
-    leaks: tokens that are not known are read, too, as in the published model: see `hint`.
+    surest: of what a pass draws the most probable tokens are kept; or else any, at random.
+    leaks: what is not known is read, too, as in the published model: see `hint`.
     """
 
     def __init__(self, plain: VAR, leaks: bool = False):
         super().__init__(plain.config)
         self.load_state_dict(plain.state_dict())
         self.code_embedding = ReadAndKnown(self.code_embedding)
-        self.leaks = leaks
-        self.passes = (1,) * len(plain.config.scales)
+        self.passes = [1] * len(plain.config.scales)
         self.surest = False
+        self.leaks = leaks
         self.to(plain.level_L.device)
 
     def hint(self, quantizer: Quantizer, tokens_Bl: Tensor, known_Bl: Tensor, k: int) -> Tensor:
@@ -60,85 +62,87 @@ class MaskedVAR(VAR):
         """
         code_BlC = F.embedding(tokens_Bl, quantizer.codebook_VC)
         if self.leaks:
-            added_BCSS = quantizer.accumulate(quantizer.empty(len(tokens_Bl)), tokens_Bl, k)
+            nothing_BCSS = quantizer.empty(len(tokens_Bl))
+            added_BCSS = quantizer.accumulate(nothing_BCSS, tokens_Bl, k)
             code_BlC = quantizer.read(added_BCSS, k)
         return F.pad(code_BlC, (0, 1), value=1) * known_Bl[..., None]
 
-    def told(self, tokenizer: Tokenizer, tokens_BL: Tensor, labels_B: Tensor, known_BL: Tensor,
-             shown_BL: Tensor) -> Tensor:
+    def told(
+        self,
+        tokenizer: Tokenizer,
+        tokens_BL: Tensor,
+        labels_B: Tensor,
+        known_BL: Tensor,
+        shown_BL: Tensor,
+    ) -> Tensor:
         """Logits [B, L, V] of every token, given the coarser scales and the known ones of its own.
 
         shown_BL: the tokens of which hints are made. The unknown ones matter to a leak alone.
         """
         quantizer = tokenizer.quantizer
-        hints = []
-        for k, maps in enumerate(zip(quantizer.split(shown_BL), quantizer.split(known_BL))):
-            hints.append(self.hint(quantizer, *maps, k))
-        hint_BLX = torch.cat(hints, dim=1)[:, 1:]   # scale 1 reads the class
-        inputs = torch.cat([tokenizer.teacher_inputs(tokens_BL), hint_BLX], dim=2)
-        return self(labels_B, inputs)
+        maps = zip(quantizer.split(shown_BL), quantizer.split(known_BL))
+        hints = [self.hint(quantizer, *pair, k) for k, pair in enumerate(maps)]
+        hint_BLX = torch.cat(hints[1:], dim=1)   # scale 1 reads the class
+        read_BLC = tokenizer.teacher_inputs(tokens_BL)
+        return self(labels_B, torch.cat([read_BLC, hint_BLX], dim=2))
 
     @torch.no_grad()
-    def generate(self, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, top_k: int, top_p: float,
-                 generator: torch.Generator, known: Known | None = None) -> Tensor:
+    def generate(
+        self, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, top_k: int, top_p: float,
+        generator: Generator, known: Known | None = None,
+    ) -> Tensor:
         """Tokens [B, L], as of `VAR.generate`. What is known of the images is read, too."""
         quantizer = tokenizer.quantizer
-        f_hat_BCSS = quantizer.empty(len(labels_B))
-        null_B = torch.full_like(labels_B, self.config.classes)
-        rows_B = torch.cat([labels_B, null_B]) if cfg else labels_B             # [B or 2 B]
-        class_BW = self.class_embedding(rows_B)
+        B = len(labels_B)
+        if cfg:
+            null_B = torch.full_like(labels_B, self.config.classes)
+            labels_B = torch.cat([labels_B, null_B])                          # [2 B]
+        class_BW = self.class_embedding(labels_B)                             # [B or 2 B, W]
         modulations, head_B2W = self.modulations(class_BW)
         caches = self.new_caches()
+        f_hat_BCSS = quantizer.empty(B)
         tokens = []
         for k, span in enumerate(self.config.spans):
-            read_BlC = quantizer.read(f_hat_BCSS, k)
-            tokens_Bl = torch.zeros_like(read_BlC[..., 0], dtype=torch.long)
-            kept_Bl = torch.zeros_like(tokens_Bl, dtype=torch.bool)
+            ranges = self.ranges.rows(span.start, span.stop)
+            places_1lW = self.places()[:, span]
+            read_BlC = quantizer.read(f_hat_BCSS, k)                          # [B, l, C]
+            tokens_Bl = read_BlC.new_zeros(read_BlC.shape[:2], dtype=torch.long)
+            kept_Bl = tokens_Bl > 0                                           # none
             if known is not None and k < known.scales:
                 tokens_Bl = known.tokens(quantizer, f_hat_BCSS, k)
                 kept_Bl = known.places(quantizer, k)
-            given_B1 = kept_Bl.sum(dim=1, keepdim=True)
-            for n in range(1, self.passes[k] + 1):
-                hint_BlX = self.hint(quantizer, tokens_Bl, kept_Bl, k)
-                x_BlW = self.code_embedding(torch.cat([read_BlC, hint_BlX], dim=2))
-                if cfg:
-                    x_BlW = x_BlW.repeat(2, 1, 1)                               # [2 B, l, W]
-                if k == 0:
-                    x_BlW = self.start(class_BW)
+            for left in reversed(range(self.passes[k])):
+                hint_BlX = self.hint(quantizer, tokens_Bl, kept_Bl, k)        # [B, l, C + 1]
+                x_BlW = self.start(class_BW)
+                if k:
+                    inputs = torch.cat([read_BlC, hint_BlX], dim=2)
+                    x_BlW = self.code_embedding(inputs)                       # [B, l, W]
+                    x_BlW = x_BlW.repeat(len(labels_B) // B, 1, 1)
                 for cache in caches:
                     cache.filled = span.start   # finer scales see the last pass
-                stream = self.through_layers(
-                    x_BlW, self.places()[:, span], modulations,
-                    self.ranges.rows(span.start, span.stop), caches)
-                logits_BlV = self.logits(stream, head_B2W)
+                stream = self.through_layers(x_BlW, places_1lW, modulations, ranges, caches)
+                logits_BlV = self.logits(stream, head_B2W)                    # [B or 2 B, l, V]
                 drawn_Bl = self.draw(logits_BlV, k, cfg, top_k, top_p, generator)
-                tokens_Bl = torch.where(kept_Bl, tokens_Bl, drawn_Bl)
-                order_Bl = self.order(logits_BlV[:len(labels_B)], tokens_Bl, kept_Bl, generator)
-                goal_B1 = given_B1 + (len(order_Bl[0]) - given_B1) * n // self.passes[k]
-                kept_Bl = order_Bl < goal_B1
+                tokens_Bl = torch.where(kept_Bl, tokens_Bl, drawn_Bl)         # [B, l]
+                if left:
+                    score_Bl = self.score(logits_BlV[:B], tokens_Bl, generator)
+                    kept_Bl = keep_more(kept_Bl, score_Bl, left)
             tokens.append(tokens_Bl)
             f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)
         return torch.cat(tokens, dim=1)
 
-    def order(self, logits_BlV: Tensor, tokens_Bl: Tensor, kept_Bl: Tensor,
-              generator: torch.Generator) -> Tensor:
-        """In which order tokens are kept, from 0: [B, l]. Those that are come first."""
-        score_Bl = torch.empty(tokens_Bl.shape, device=tokens_Bl.device)
-        score_Bl.uniform_(generator=generator)
-        if self.surest:
-            score_BlV = logits_BlV.softmax(dim=2)
-            score_Bl = score_BlV.gather(2, tokens_Bl[..., None]).squeeze(2)
-        return score_Bl.masked_fill(kept_Bl, 2).argsort(descending=True).argsort()
+    def score(self, logits_BlV: Tensor, tokens_Bl: Tensor, generator: Generator) -> Tensor:
+        """By which of the drawn tokens are kept first: [B, l], from 0 to 1."""
+        if not self.surest:
+            score_Bl = torch.empty(tokens_Bl.shape, device=tokens_Bl.device)
+            return score_Bl.uniform_(generator=generator)
+        chance_BlV = logits_BlV.softmax(dim=2)   # without guidance
+        return chance_BlV.gather(2, tokens_Bl[..., None]).squeeze(2)
 
 
-class MaskedTuning(Tuning):
-    """Of half of the images a share of the tokens is known, in each another, from 0 to 1."""
-
-    def loss_of(self, model: MaskedVAR, tokens_BL: Tensor, labels_B: Tensor):
-        tokens_BL = tokens_BL.to(self.options.device).long()
-        labels_B = labels_B.to(self.options.device)
-        share_B1 = 2 * torch.rand(len(tokens_BL), 1, device=tokens_BL.device) - 1
-        known_BL = torch.rand(tokens_BL.shape, device=tokens_BL.device) < share_B1
-        known_BL[:, 0] = False
-        logits_BLV = model.told(self.tokenizer, tokens_BL, labels_B, known_BL, tokens_BL)
-        return F.cross_entropy(logits_BLV.float()[~known_BL], tokens_BL[~known_BL]), dict
+def keep_more(kept_Bl: Tensor, score_Bl: Tensor, left: int) -> Tensor:
+    """What was kept, and the best of the rest: as many as in each of the `left` passes to come."""
+    count_B1 = kept_Bl.sum(dim=1, keepdim=True)
+    count_B1 = count_B1 + (kept_Bl.shape[1] - count_B1) // (left + 1)
+    ranked_Bl = score_Bl.masked_fill(kept_Bl, 2).argsort(dim=1, descending=True)
+    return ranked_Bl.argsort(dim=1) < count_B1

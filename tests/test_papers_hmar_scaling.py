@@ -1,0 +1,465 @@
+"""Pages of papers/: HMAR, in its three parts, and VAR's scaling law."""
+from __future__ import annotations
+
+import itertools
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import sample
+from papers import (
+    hmar, hmar_markov, hmar_passes, masked, open_runs, parser_of, power_law, scaling,
+)
+from papers.masked import MaskedVAR
+from papers.tuning import Tuning, kept_tokens
+from program import ran, refused, rows_of
+from tokenizer import Tokenizer, TokenizerConfig
+from var import VAR, VARConfig
+
+SHORT = ("--device", "cpu", "--count", 40)
+
+
+@pytest.fixture(scope="module")
+def folder(shapes, tmp_path_factory):
+    """A copy of the run, for what is tuned here; its classifier is everybody's."""
+    options = parser_of("hmar", "").parse_args(["--run", str(shapes), *map(str, SHORT)])
+    sample.kept_classifier(open_runs(options)[0])
+    copy = tmp_path_factory.mktemp("family") / "shapes"
+    shutil.copytree(shapes, copy, ignore=lambda _, names: {"papers"} & set(names))
+    return copy
+
+
+@pytest.fixture
+def run(folder):
+    options = parser_of("hmar", "").parse_args(["--run", str(folder), *map(str, SHORT)])
+    (run,) = open_runs(options)
+    return run
+
+
+@pytest.fixture
+def told(run):
+    """A model that heeds what it is told; held-out images' tokens and labels. The plain one's
+    places heed each other more than after a short training."""
+    torch.manual_seed(0)
+    (block,) = run.model.blocks
+    torch.nn.init.normal_(block.modulation.weight)
+    torch.nn.init.normal_(block.attention.out.weight)
+    images, labels = sample.evaluated_images(run, 8)
+    return heeding(run.model), run.encode(images)[1], labels
+
+
+def heeding(plain: VAR, leaks: bool = False) -> MaskedVAR:
+    torch.manual_seed(0)
+    model = MaskedVAR(plain, leaks=leaks).eval()
+    torch.nn.init.normal_(model.code_embedding.known.weight)
+    return model
+
+
+def some_known(tokens_NL: torch.Tensor, share: float = 0.5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(tokens_NL.shape, generator=generator) < share
+
+
+# ------------------------------------------------------------------------------------------------
+# A VAR that is told
+
+
+def test_untuned_it_is_the_plain_model(run, told):
+    _, tokens_NL, labels = told
+    plain = run.model(labels, run.tokenizer.teacher_inputs(tokens_NL))
+    model = MaskedVAR(run.model).eval()
+    logits = model.told(run.tokenizer, tokens_NL, labels, some_known(tokens_NL), tokens_NL)
+    assert torch.equal(logits, plain)
+
+
+def test_told_nothing_it_is_the_plain_model(run, told):
+    model, tokens_NL, labels = told
+    inputs = run.tokenizer.teacher_inputs(tokens_NL)
+    plain = run.model(labels, inputs)
+    assert torch.equal(model(labels, inputs), plain)
+    none = torch.zeros_like(tokens_NL, dtype=torch.bool)
+    assert torch.equal(model.told(run.tokenizer, tokens_NL, labels, none, tokens_NL), plain)
+    heard = model.told(run.tokenizer, tokens_NL, labels, some_known(tokens_NL), tokens_NL)
+    assert not torch.allclose(heard, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_the_leak(run, told, leaks):
+    """A hidden token of the last scale moves no logit, of whatever token; but where it leaks."""
+    _, tokens_NL, labels = told
+    model = heeding(run.model, leaks)
+    last = run.model.config.spans[-1]
+    known = some_known(tokens_NL)
+    hidden = 6
+    known[:, last.start + hidden] = False
+    changed_NL = tokens_NL.clone()
+    changed_NL[:, last.start + hidden] = (tokens_NL[:, last.start + hidden] + 7) % 32
+    first, second = (model.told(run.tokenizer, tokens, labels, known, tokens)
+                     for tokens in (tokens_NL, changed_NL))
+    assert torch.equal(first, second) != leaks
+    known[:, last.start + hidden] = True
+    first, second = (model.told(run.tokenizer, tokens, labels, known, tokens)
+                     for tokens in (tokens_NL, changed_NL))
+    assert torch.equal(first[:, :last.start], second[:, :last.start])
+    assert not torch.equal(first[:, last], second[:, last])
+
+
+def test_a_hint_is_the_code(run, told):
+    model, tokens_NL, _ = told
+    quantizer = run.tokenizer.quantizer
+    for k, span in enumerate(model.config.spans):
+        tokens = tokens_NL[:, span]
+        known = some_known(tokens)
+        hint = model.hint(quantizer, tokens, known, k)
+        for n, i in itertools.product(range(len(tokens)), range(tokens.shape[1])):
+            expected = torch.zeros(9)
+            if known[n, i]:
+                expected = torch.cat([quantizer.codebook_VC[tokens[n, i]], torch.ones(1)])
+            assert torch.equal(hint[n, i], expected)
+
+
+def drawn_with(run, model, filters: dict, known=None) -> torch.Tensor:
+    options = SimpleNamespace(**{**vars(run.options), **filters})
+    return replace(run, model=model, options=options).generate([0, 3, 5, 5], 7, known)
+
+
+@pytest.mark.parametrize("filters", [sample.FILTERS, sample.NO_FILTERS])
+def test_one_pass_draws_what_var_draws(run, told, filters):
+    model, tokens_NL, _ = told
+    assert torch.equal(drawn_with(run, model, filters), drawn_with(run, run.model, filters))
+    originals, _ = sample.evaluated_images(run, 4)
+    _, known = hmar_passes.left_halves(run, originals)
+    untuned = MaskedVAR(run.model).eval()
+    completed = drawn_with(run, run.model, filters, known)
+    assert torch.equal(drawn_with(run, untuned, filters, known), completed)
+    assert not torch.equal(drawn_with(run, model, filters, known), completed)   # it heeds them
+    two_scales = lambda rows: replace(known(rows), scales=2)   # noqa: E731
+    assert torch.equal(drawn_with(run, untuned, filters, two_scales),
+                       drawn_with(run, run.model, filters, two_scales))
+
+
+@pytest.mark.parametrize("cfg", [0.0, 2.0])
+@pytest.mark.parametrize("surest", [False, True])
+def test_passes(run, told, cfg, surest, monkeypatch):
+    """What is kept stays, in equal parts; and what generation sees is what training shows."""
+    model, _, _ = told
+    model.passes = [1, 2, 4]
+    model.surest = surest
+    hints = []
+    logits = []
+    hint, draw = model.hint, model.draw
+    monkeypatch.setattr(
+        model, "hint", lambda *rest: hints.append(rest[1:]) or hint(*rest))
+    monkeypatch.setattr(
+        model, "draw", lambda *rest: logits.append(rest[0]) or draw(*rest))
+    labels = torch.tensor([0, 3, 5, 5])
+    generator = torch.Generator().manual_seed(0)
+    drawn_NL = model.generate(run.tokenizer, labels, cfg, 0, 1.0, generator)
+    monkeypatch.undo()
+    assert [k for *_, k in hints] == [0, 1, 1, 2, 2, 2, 2]
+    counts = [known.sum(dim=1).tolist() for _, known, _ in hints]
+    assert counts == [[n] * 4 for n in (0, 0, 2, 0, 4, 8, 12)]
+    own = run.tokenizer.quantizer.split(drawn_NL)
+    for (tokens, known, k), (_, more, later) in itertools.pairwise(hints):
+        assert torch.equal(tokens[known], own[k][known])
+        assert k != later or not (known & ~more).any()
+    last_passes = [hints[i] for i in (0, 2, 6)]
+    known_NL = torch.cat([known for _, known, _ in last_passes], dim=1)
+    assert torch.equal(drawn_NL[known_NL],
+                       torch.cat([tokens for tokens, _, _ in last_passes], dim=1)[known_NL])
+    taught = model.told(run.tokenizer, drawn_NL, labels, known_NL, drawn_NL)
+    if cfg:
+        null = torch.full_like(labels, model.config.classes)
+        taught_null = model.told(run.tokenizer, drawn_NL, null, known_NL, drawn_NL)
+        taught = torch.cat([taught, taught_null])
+    assert torch.allclose(torch.cat([logits[i] for i in (0, 2, 6)], dim=1), taught, atol=1e-4)
+
+
+def test_the_surest_are_kept():
+    score = torch.tensor([[0.1, 0.9, 0.5, 0.3, 0.7, 0.2], [0.6, 0.5, 0.4, 0.3, 0.2, 0.1]])
+    kept = torch.tensor([[True, False, False, False, False, False], [False] * 6])
+    more = masked.keep_more(kept, score, 1)   # half of five, and of six
+    assert more.tolist() == [[True, True, False, False, True, False], [True] * 3 + [False] * 3]
+    assert masked.keep_more(kept, score, 5).sum(dim=1).tolist() == [1, 1]
+    model = SimpleNamespace(surest=True)
+    logits = torch.randn(2, 6, 9)
+    tokens = torch.randint(0, 9, (2, 6))
+    found = MaskedVAR.score(model, logits, tokens, None)
+    for n, i in itertools.product(range(2), range(6)):
+        chances = logits[n, i].exp() / logits[n, i].exp().sum()
+        assert found[n, i].item() == pytest.approx(chances[tokens[n, i]].item(), rel=1e-5)
+    model.surest = False
+    first, second = (MaskedVAR.score(model, logits, tokens, torch.Generator().manual_seed(seed))
+                     for seed in (0, 1))
+    assert first.shape == (2, 6) and not torch.equal(first, second)
+
+
+def test_what_is_known_in_training(run, told, monkeypatch):
+    model, _, _ = told
+    stage = hmar.MaskedTuning(run, model, "none", 1, 1e-3)
+    tokens = torch.randint(0, 32, (2000, model.config.length), dtype=torch.int16)
+    logits = torch.randn(2000, model.config.length, 32)
+    asked = []
+    monkeypatch.setattr(model, "told", lambda *rest: asked.append(rest) or logits)
+    torch.manual_seed(0)
+    loss, to_log = stage.loss_of(model, tokens, torch.zeros(2000, dtype=torch.long))
+    assert to_log() == {}
+    (_, given, _, known, shown), = asked
+    assert torch.equal(given, tokens.long()) and torch.equal(shown, given)
+    assert not known[:, 0].any()
+    share = known[:, 1:].float().mean(dim=1).numpy()
+    assert np.mean(share == 0) == pytest.approx(0.5 + 0.5 / 21, abs=0.03)
+    assert np.quantile(share, (0.625, 0.75, 0.875)) == pytest.approx([0.25, 0.5, 0.75], abs=0.06)
+    chances = logits.log_softmax(2).gather(2, given[..., None]).squeeze(2)
+    assert loss.item() == pytest.approx(-chances[~known].mean().item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Two passes, in nats
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_two_passes_are_a_likelihood(leaks):
+    """Over all images of five tokens of three kinds, probabilities of two passes sum up to 1; but
+    with the leak, by which hidden tokens say what they are."""
+    torch.manual_seed(2)
+    tokenizer = Tokenizer(TokenizerConfig(
+        scales=(1, 2), vocabulary=3, code_channels=4, image_channels=1, width=4, multipliers=(1,),
+        blocks=1, phis=1, norm_groups=1))
+    tokenizer.quantizer.codebook_VC.data.normal_()
+    for weight in tokenizer.quantizer.phis.parameters():
+        torch.nn.init.normal_(weight)
+    plain = VAR(VARConfig(
+        scales=(1, 2), vocabulary=3, code_channels=4, classes=2, depth=1, width=16, heads=2,
+        shared_adaln=False, normalise_qk=True, label_dropout=0.0, drop_path=0.0, last_scales=None))
+    for weight in plain.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    model = heeding(plain, leaks)
+    images = torch.tensor(list(itertools.product(range(3), repeat=5)))
+    labels = torch.ones(len(images), dtype=torch.long)
+    one, two, _ = hmar.nats_of(tokenizer, model, images, labels).double().sum(dim=2)
+    assert (-one).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    total = (-two).exp().sum().item()
+    if leaks:
+        assert abs(total - 1) > 0.01
+    else:
+        assert total == pytest.approx(1, abs=1e-5)
+        assert not torch.allclose(one, two, atol=1e-2)
+
+
+def test_the_checkerboard(run):
+    model = SimpleNamespace(config=SimpleNamespace(scales=(1, 2, 3)), level_L=torch.zeros(14).long())
+    assert hmar.checkerboard(model).int().tolist() == [1, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_nats_with_drafts(run, told, leaks):
+    _, tokens_NL, labels = told
+    model = heeding(run.model, leaks)
+    in_a = hmar.checkerboard(model)
+    torch.manual_seed(0)
+    one, two, drafts = hmar.nats_of(run.tokenizer, model, tokens_NL, labels)
+    logits = run.model(labels, run.tokenizer.teacher_inputs(tokens_NL))
+    assert torch.allclose(one, F.cross_entropy(logits.mT, tokens_NL, reduction="none"), atol=1e-4)
+    assert torch.equal(two[:, in_a], one[:, in_a]) and torch.equal(drafts[:, in_a], one[:, in_a])
+    assert torch.equal(drafts, two) != leaks
+
+
+def nats_by_hand(run, model, scale: int | None = None) -> float:
+    """Of one pass, of all tokens or of one scale's."""
+    images, labels = sample.evaluated_images(run, 40)
+    tokens_NL = run.encode(images)[1]
+    with torch.no_grad():
+        logits = model(labels, run.tokenizer.teacher_inputs(tokens_NL))
+    chances = logits.log_softmax(2).gather(2, tokens_NL[..., None]).squeeze(2)
+    span = slice(None) if scale is None else model.config.spans[scale]
+    return -chances[:, span].sum(dim=1).mean().item()
+
+
+def tuned_model(folder, name: str, model):
+    path = folder / "papers" / name / "var.pt"
+    model.load_state_dict(sample.load_checkpoint(path, "transformer")["model"])
+    return model.eval()
+
+
+def test_the_pages_on_passes(run, folder):
+    flags = ("--run", folder, *SHORT, "--steps", 2, "--lr", 0.02)
+    rows = rows_of(ran("papers.hmar", *flags), 3)
+    assert list(rows) == ["plain, one pass"] + [
+        f"{kind}, {way}" for kind in ("masked", "leaking")
+        for way in ("one pass", "two passes", "with drafts")]
+    models = {"plain": tuned_model(folder, "hmar-plain", run.model)}
+    for kind in ("masked", "leaking"):
+        models[kind] = tuned_model(folder, f"hmar-{kind}", MaskedVAR(run.model))
+        assert models[kind].code_embedding.known.weight.any()
+    for kind, model in models.items():
+        expected = [nats_by_hand(run, model), nats_by_hand(run, model, -1)]
+        assert rows[f"{kind}, one pass"][:2] == pytest.approx(expected, abs=0.006)
+    assert rows["masked, two passes"] == rows["masked, with drafts"]
+
+    said = ran("papers.hmar_passes", *flags, "--resume")
+    assert said.count("is finished") == 3
+    rows = rows_of(said, 5)
+    assert list(rows) == list(hmar_passes.DRAWN)
+    for claim in hmar_passes.CLAIMS:
+        assert f"claim: {claim.text}\n" in said
+    difference = rows["more passes, at random"][0] - rows["plain VAR"][0]
+    assert f"measured {difference:.3f}: no verdict" in said
+    judge = sample.Judge(sample.kept_classifier(run), *sample.evaluated_images(run, 40)[:1],
+                         run.classes)
+    labels = sample.evaluated_images(run, 40)[1]
+    many = [1, 2, 4]
+    for name, kind, filters, passes in (
+            ("plain VAR, top-p 0.9", "plain", {**sample.NO_FILTERS, "top_p": 0.9}, [1, 1, 1]),
+            ("filtered: by confidence", "masked", sample.FILTERS, many)):
+        part = replace(run, model=models[kind])
+        images = hmar_passes.draw(part, labels.tolist(), None, filters, passes, True)
+        found = judge(images, labels)
+        expected = [100 * found.recognised, 100 * found.recall, 100 * found.precision,
+                    found.frechet]
+        assert rows[name][:4] == pytest.approx(expected, abs=0.006)
+    picture = Image.open(folder / "papers" / "hmar_passes.png")
+    assert picture.size[1] == 6 * 66
+    assert "--passes 1,2 must be" in refused("papers.hmar_passes", *flags, "--passes", "1,2")
+
+
+def test_halves_are_completed(run, folder):
+    originals, _ = sample.evaluated_images(run, 4)
+    known_HW, known = hmar_passes.left_halves(run, originals)
+    assert known_HW[:, :8].all() and not known_HW[:, 8:].any()
+    changed = originals.clone()
+    changed[..., 8:] = 0   # the right half tells nothing
+    again = hmar_passes.left_halves(run, changed)[1](range(1, 3))
+    given = known(range(1, 3))
+    assert torch.equal(given.latent_BCSS, again.latent_BCSS) and given.scales == 3
+    assert given.where_B1SS[:, 0].tolist() == [[[1.0, 1.0, 0.0, 0.0]] * 4] * 2
+    assert torch.equal(given.latent_BCSS, known(range(4)).latent_BCSS[1:3])
+
+
+# ------------------------------------------------------------------------------------------------
+# Own-scale attention, and weights
+
+
+def test_weights_of_the_scales():
+    found = hmar_markov.weights_of((1, 2, 4, 8))
+    assert found.tolist() == pytest.approx([0.134, 0.342, 0.293, 0.231], abs=5e-4)
+    published = hmar_markov.weights_of((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+    assert published[[0, 4, 9]].tolist() == pytest.approx([0.025, 0.140, 0.071], abs=1e-3)
+
+
+def test_the_weighted_loss(run):
+    stage = hmar_markov.WeightedTuning(run, run.model, "none", 1, 1e-3)
+    tokens_NL = kept_tokens(run)[0].tensors[0][:6]
+    labels = torch.arange(6)
+    loss, to_log = stage.loss_of(run.model, tokens_NL, labels)
+    logits = run.model(labels, run.tokenizer.teacher_inputs(tokens_NL.long()))
+    expected = 0.0
+    for weight, span in zip(hmar_markov.weights_of((1, 2, 4)), run.model.config.spans):
+        part = F.cross_entropy(logits[:, span].flatten(0, 1), tokens_NL[:, span].flatten().long())
+        expected += weight.item() * part.item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and to_log() == {}
+
+
+def test_the_page_on_own_scales(run, folder):
+    said = ran("papers.hmar_markov", "--run", folder, *SHORT, "--steps", 2)
+    assert "1x1 0.249, 2x2 0.442, 4x4 0.309" in said
+    rows = rows_of(said, 7)
+    assert list(rows)[:3] == ["VAR", "own scale", "own scale, weights"]
+    for name, last_scales in (("plain", None), ("own", 1), ("weighted", 1)):
+        content = sample.load_checkpoint(
+            folder / "papers" / f"hmar_markov-{name}" / "var.pt", "transformer")
+        assert content["config"]["last_scales"] == last_scales
+    own = VAR(replace(run.model.config, last_scales=1))
+    assert rows["own scale"][0] == pytest.approx(
+        nats_by_hand(run, tuned_model(folder, "hmar_markov-own", own)), abs=0.006)
+    per_token = (rows["own scale"][0] - rows["VAR"][0]) / 21
+    assert f"measured {per_token:.3f}"[:-1] in said
+    for row, claim in (("own scale", 1), ("own scale, weights", 2)):
+        difference = rows[row][3] - rows["VAR"][3]
+        (line,) = said.split(f"claim: {hmar_markov.CLAIMS[claim].text}\n")[1].splitlines()[:1]
+        assert float(line.split()[1].strip(":")) == pytest.approx(difference, abs=0.012)
+
+
+# ------------------------------------------------------------------------------------------------
+# The scaling law
+
+
+def test_a_power_law_is_found():
+    x = np.array([1e3, 2e4, 9e4, 1e6])
+    assert power_law.line_of(x, 7 * x**-0.25) == pytest.approx((-0.25, 7, -1))
+    exponent, correlation, above = power_law.law_of(x, 7 * x**-0.25 * [1, 1, 1, 1.1])
+    assert (exponent, correlation, above) == pytest.approx((-0.25, -1, 10))
+    found = np.array([[x, 6 * x, 7 * x**-0.25, 0.9 * x**-0.125],
+                      [x, 6 * x, 5 * x**-0.5, 0.9 * x**-0.125 * [1, 1, 1, 0.9]]])
+    laws = scaling.laws_of(found)
+    assert list(laws) == [
+        f"{measured} against {axis}" for measured in ("loss, nats/token", "token error")
+        for axis in ("parameters", "training FLOPs")]
+    for name, law in laws.items():
+        expected = [[-0.25, -0.5], [-1, -1], [0, 0]]
+        if name.startswith("token"):
+            expected = [[-0.125, -0.125], [-1, -1], [0, -10]]
+        assert np.allclose(law, expected)
+
+
+def test_errors_of_held_out_tokens(run):
+    run.options.batch = 16
+    loss, error = scaling.errors(run)
+    images, labels = sample.evaluated_images(run, 40)
+    tokens_NL = run.encode(images)[1]
+    nats = -run.log_likelihood(tokens_NL, labels.tolist()).mean().item()
+    assert loss == pytest.approx(nats / 21, rel=1e-5)
+    with torch.no_grad():
+        guess_NL = run.model(labels, run.tokenizer.teacher_inputs(tokens_NL)).argmax(2)
+    assert error == pytest.approx((guess_NL != tokens_NL).double().mean().item())
+
+
+def test_the_page_on_scaling(run, folder):
+    said = ran("papers.scaling", "--run", folder, *SHORT, "--steps", 3, "--depths", "1,2,3,5")
+    rows = {line.split()[1]: line.split()[2:] for line in said.splitlines()
+            if line.startswith("depth ")}
+    assert list(rows) == ["1", "2", "3", "5"]
+    found = []
+    for depth, cells in rows.items():
+        config = replace(
+            run.model.config, depth=int(depth), width=8 * int(depth), heads=int(depth))
+        model = tuned_model(folder, f"scaling-{depth}", VAR(config))
+        parameters = sum(weight.numel() for weight in model.blocks.parameters())
+        assert cells[0] == f"{parameters:,}"
+        errors = scaling.errors(replace(run, model=model))
+        assert list(map(float, cells[2:])) == pytest.approx(errors, abs=6e-5)
+        found.append([parameters, float(cells[1]), *errors])
+    images = 3 * 8
+    tokens = 21
+    weights = (5, 40 * 40 * 12)   # of depth 5: products with all tokens, and with all channels
+    floor = 3 * 2 * images * tokens * weights[0] * weights[1]
+    assert floor < found[-1][1] < 2 * floor
+    loss = power_law.law_of(*np.transpose(found)[[0, 2]])
+    error = power_law.law_of(*np.transpose(found)[[0, 3]])
+    for claim, figure in zip(scaling.CLAIMS, (loss[1], abs(loss[2]), error[1])):
+        assert f"claim: {claim.text}\n    measured {figure:.3f}: no verdict" in said
+    assert Image.open(folder / "papers" / "scaling.png").size == (810, 630)
+    for wrong in ("1,2,3", "1,2,2,3", "4,3,2,1"):
+        assert f"--depths {wrong} must" in refused(
+            "papers.scaling", "--run", folder, "--depths", wrong)
+
+
+def test_tunings_start_from_the_runs_weights(run):
+    """But for what is trained from scratch."""
+    assert issubclass(hmar.MaskedTuning, Tuning)
+    run.options.steps = 1
+    run.options.lr = 1e-12
+    run.options.overwrite = True
+    before = run.model.state_dict()
+    for kind in ("plain", "masked", "leaking"):
+        model = hmar.tuned(run, kind).model
+        assert getattr(model, "leaks", False) == (kind == "leaking")
+        for name, value in before.items():
+            if not name.startswith("code_embedding"):
+                assert torch.allclose(model.state_dict()[name], value, atol=1e-6)
