@@ -26,12 +26,10 @@ SHORT = ("--device", "cpu", "--count", 40)
 
 
 @pytest.fixture(scope="module")
-def folder(shapes, tmp_path_factory):
-    """A copy of the run, for what is tuned here; its classifier is everybody's."""
-    options = parser_of("hmar", "").parse_args(["--run", str(shapes), *map(str, SHORT)])
-    sample.kept_classifier(open_runs(options)[0])
+def folder(judged, tmp_path_factory):
+    """A copy of the run, for what is tuned here."""
     copy = tmp_path_factory.mktemp("family") / "shapes"
-    shutil.copytree(shapes, copy, ignore=lambda _, names: {"papers"} & set(names))
+    shutil.copytree(judged, copy, ignore=lambda _, names: {"papers"} & set(names))
     return copy
 
 
