@@ -11,6 +11,7 @@ import torch
 import sample
 from kernels import obvious_attention
 from papers import damage, drafting, forgetful, open_runs, parser_of, roles, watermark
+from papers.tuning import kept_tokens
 from program import TINY, ran, refused, rows_of
 from tokenizer import PUBLISHED_SCALES
 from var import VAR
@@ -368,6 +369,22 @@ def test_rises_are_differences_of_likelihood(run, real):
     usual = nats_of_scales(run, run.model, tokens, labels).sum(dim=1).mean()
     assert found.tolist() == pytest.approx([float(x - usual) for x in less], abs=1e-3)
     assert abs(found[1]) > 0.01
+
+
+def test_which_heads_a_cache_keeps(run, monkeypatch):
+    """Those of high variance; whole layers of low ASI; and those whose loss costs most."""
+    monkeypatch.setattr(roles, "CALIBRATION", 20)
+    _, _, caches = roles.study(run)
+    tokens, labels = (x[:20].long() for x in kept_tokens(run)[0].tensors)
+    past, largest, variance = forgetful.statistics(run, tokens, labels)
+    looks = caches["by variance"][0]
+    assert looks.sum() == 3 and variance[looks].min() > variance[~looks].max()
+    asi = (1 - past.mean(dim=1)) * largest.mean(dim=1)
+    assert caches["by ASI"][0][asi.argmin()].all() and caches["by ASI"][0].sum() == 3
+    alone = [~torch.eye(6).bool()[n].view(3, 2) for n in range(6)]
+    need = roles.rises(run, torch.stack(alone), (tokens, labels)).view(3, 2)
+    looks = caches["by need"][0]
+    assert looks.sum() == 3 and need[looks].min() > need[~looks].max()
 
 
 def test_the_page_on_roles(folder3, shapes, monkeypatch):
