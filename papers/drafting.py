@@ -40,6 +40,7 @@ CLAIMS = (
     Claim("the small model's excess, in nats per token, is less at the last scale than the mean of "
           "that at the others", holds=(-inf, 0), false=(0, inf)),
 )
+SMALL = {"depth": 2, "width": 48, "heads": 3}
 
 
 class Drafted(nn.Module):
@@ -96,8 +97,7 @@ def small_model(run: Run) -> VAR:
     """Trained as the run's own was."""
     options = run.options
     torch.manual_seed(options.seed)
-    shape = {"depth": options.depth, "width": options.width, "heads": options.heads}
-    small = VAR(replace(run.model.config, **shape)).to(options.device)
+    small = VAR(replace(run.model.config, **SMALL)).to(options.device)
     steps = options.steps or options.preset.var_steps
     stage = Tuning(run, small, "drafting", steps, options.preset.var_lr)
     example = stage.example()
@@ -116,32 +116,38 @@ def takeovers(large: VAR, small: VAR) -> dict[str, nn.Module]:
 
 def main() -> None:
     parser = parser_of("drafting", __doc__)
-    for name, default in (("depth", 2), ("width", 48), ("heads", 3), ("steps", None)):
-        parser.add_argument(f"--{name}", type=COUNT, default=default,
-                            help=f"of the small model (default: {default or 'as the run'})")
+    parser.set_defaults(count=500)
+    parser.add_argument("--steps", type=COUNT,
+                        help="of the small model's training; if not given, as many as the run's")
     options = parser.parse_args()
-    found = {}
+    rows = {}
     by_run = []
     for run in open_runs(options):
         models = takeovers(run.model, small_model(run))
         labels = [i % len(run.classes) for i in range(100)]
+        nats = []
         seconds = []
         for name, model in models.items():
             part = replace(run, model=model)
-            found.setdefault(name, []).append(evaluate(part, options.count, options.seeds))
+            evaluation = evaluate(part, options.count, options.seeds)
+            rows.setdefault(name, []).append(evaluation)
+            nats.append(evaluation.nats_per_image)
             seconds.append(min(repeat(lambda: part.generate(labels, 0), number=1, repeat=5)))
-        nats = [found[name][-1].nats_per_image for name in models]
-        tokens = np.square(run.model.config.scales)[::-1]
-        rows = zip(np.array(seconds) / seconds[0], [0, *np.diff(nats) / tokens])
-        by_run.append(dict(zip(models, rows)))
-    figures = say_evaluations(found)
+        sizes = np.square(run.model.config.scales)[::-1]   # as they are taken over
+        shares = np.array(seconds) / seconds[0]
+        excesses = [0, *np.diff(nats) / sizes]
+        by_run.append(dict(zip(models, zip(shares, excesses))))
+    large_R7, last_R7, *_ = say_evaluations(rows).values()
     table = say_figures(("", "share of time", "more nats/token"), by_run, 3)
-    large_R7, last_R7, *_ = figures.values()
-    (_, _), (share_R, excess_R), *others = table.values()
-    more_R = 100 * (last_R7 / large_R7 - 1)[:, 0]
-    slope_R = excess_R - np.mean([other_R for _, other_R in others], axis=0)
-    change_R = (last_R7 - large_R7)[:, 1]
-    say_verdicts(CLAIMS, [more_R, share_R, change_R, slope_R], options.started)
+    _, (share_R, excess_R), *others = table.values()
+    other_R = np.mean([excess for _, excess in others], axis=0)
+    measured = [
+        100 * (last_R7 / large_R7 - 1)[:, 0],
+        share_R,
+        (last_R7 - large_R7)[:, 1],
+        excess_R - other_R,
+    ]
+    say_verdicts(CLAIMS, measured, options.started)
 
 
 if __name__ == "__main__":

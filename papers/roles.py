@@ -1,7 +1,8 @@
 """Who needs the past? Cache budgets by attention (ScaleKV, 2505.19602; HACK, 2504.09261).
 
-Half of VAR's memory at the last scale is keys and values of coarser scales. Both papers give some
-layers or heads more of it than others, and tell by how a query of the last scale attends, q to j:
+At its last scale a published VAR holds keys and values of 424 coarser tokens beside its own 256.
+Both papers keep fewer of them in some layers or heads than in others, and tell these by how a query
+of the last scale attends, q to j:
 
     ScaleKV   ASI = mean_q sum_{j in own scale} a_qj  *  mean_q (the 4 largest a_qj in the past)
               of layers; low ones spread their attention, are "drafters" and need the past
@@ -9,105 +10,129 @@ layers or heads more of it than others, and tell by how a query of the last scal
               of heads; high ones are "structural", need the past; the others look all alike
 
 Here the truth stands beside it: by how many nats an image becomes less likely, untrained, when that
-layer or head alone sees its own scale only. (The papers keep some keys of any layer; here it is all
-or nothing, since with so few keys there is little between. Theirs are large models; nothing is read
-from theirs but the rule.) Then a cache that holds the past of half the heads, chosen by either.
+layer or head alone sees its own scale only (forgetful.py). Then caches that hold the past of half
+of the heads, chosen by either. (The papers keep some keys everywhere; ours are too few for that.)
 """
 from __future__ import annotations
 
-import copy
-from argparse import Namespace
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from math import inf
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernels import KeyRanges, block_attention
 from papers import Claim, open_runs, parser_of, say_evaluations, say_figures, say_verdicts
+from papers.forgetful import cache_bytes, forgetting, statistics
 from papers.tuning import kept_tokens
-from sample import Run, evaluate, evaluated_images, run_program
+from sample import Run, UserError, evaluate, run_program
 from tokenizer import PUBLISHED_SCALES
-from var import VAR, Attention
 
 CLAIMS = (   # where it holds, where it is false
     Claim("over layers, low ASI goes with a need of the past: Spearman's correlation > 0.5",
-          (0.5, 1), (-1, 0.2)),
-    Claim("over heads, high variance does: Spearman's correlation > 0.5", (0.5, 1), (-1, 0.2)),
+          (0.5, inf), (-inf, 0.2)),
+    Claim("over heads, high variance does: Spearman's correlation > 0.5",
+          (0.5, inf), (-inf, 0.2)),
     Claim("half of the heads, by variance, lose the past for less than 0.01 nats per token",
           (-inf, 0.01), (0.01, inf)),
     Claim("and for less than a half chosen at random loses it, in nats per token",
           (-inf, 0), (0, inf)),
 )
-CALIBRATION = 200   # training images
+CALIBRATION = 200   # training images, by which heads are chosen
+RANDOM = 8          # halves at random, of which nats are the mean
+D16_HEADS = 16 * 16   # of all layers, of width 64; in bf16
 
 
-class Past:
-    """Keys and values of earlier scales, of the heads that look back: a cache, in generation."""
+def rises(run: Run, choices: Iterable[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """By how many nats an image is less likely where only these heads look back, of each choice.
 
-    def __init__(self):
-        self.kept: tuple[Tensor, Tensor] | None = None
-
-    def before(self, k_BhlD: Tensor, v_BhlD: Tensor) -> tuple[Tensor, Tensor]:
-        """Those, and these after them."""
-        if self.kept is not None:
-            k_BhlD, v_BhlD = (torch.cat(pair, dim=2) for pair in zip(self.kept, (k_BhlD, v_BhlD)))
-        self.kept = k_BhlD, v_BhlD
-        return self.kept
+    rows: tokens [B, L] and labels [B].
+    """
+    tokens_BL, labels_B = rows
+    labels = labels_B.tolist()
+    models = [run, *(forgetting(run, looks_NH) for looks_NH in choices)]
+    usual, *other = [model.log_likelihood(tokens_BL, labels).mean() for model in models]
+    return usual - torch.stack(other)
 
 
-class Forgetful(nn.Module):
-    """Attention of which only some heads see more than their own scale."""
-
-    def __init__(self, attention: Attention, looks_H: Tensor, scales: tuple[int, ...]):
-        super().__init__()
-        self.attention = attention
-        self.looks_H = looks_H
-        self.own = KeyRanges.from_scales(scales, last_scales=1)
-
-    def forward(self, x_BLW: Tensor, ranges: KeyRanges, past: Past | None) -> Tensor:
-        """past: in generation, where x is of one scale; else x is of all."""
-        q_BHLD, k_BHLD, v_BHLD, scale = self.attention.project(x_BLW)
-        L = x_BLW.shape[1]
-        own = self.own if past is None else KeyRanges([0] * L, [L] * L)
-        o_BHLD = torch.empty_like(q_BHLD)
-        for heads_H, looks in ((self.looks_H, True), (~self.looks_H, False)):
-            if heads_H.any():
-                q_BhLD, *kv = (x_BHLD[:, heads_H] for x_BHLD in (q_BHLD, k_BHLD, v_BHLD))
-                kv = past.before(*kv) if looks and past is not None else kv
-                o_BHLD[:, heads_H] = block_attention(q_BhLD, *kv, ranges if looks else own, scale)
-        return self.attention.out(o_BHLD.transpose(1, 2).flatten(2))
+def half(need_NH: Tensor) -> Tensor:
+    """Those that need it most."""
+    looks_X = torch.zeros(need_NH.numel(), dtype=torch.bool)
+    looks_X[need_NH.flatten().topk(len(looks_X) // 2).indices] = True
+    return looks_X.view_as(need_NH)
 
 
-def forgetting(run: Run, looks_NH: Tensor) -> Run:
-    """Its layers N have heads H that look back, and others."""
-    model = copy.deepcopy(run.model)
-    for block, looks_H in zip(model.blocks, looks_NH):
-        block.attention = Forgetful(block.attention, looks_H, model.config.scales)
-    model.new_caches = lambda: [Past() for _ in model.blocks]
-    return replace(run, model=model)
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's, of numbers of which no two are alike."""
+    ranks_2X = torch.stack([a.flatten(), b.flatten()]).argsort(dim=1).argsort(dim=1)
+    return ranks_2X.double().corrcoef()[0, 1].item()
 
 
-@torch.no_grad()
-def statistics(run: Run, tokens_BL: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
-    """Of the attention of the last scale's queries, in every layer and head: [N, H]."""
-    model = run.model
-    seen = []
-    hooks = [block.attention.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-             for block in model.blocks]
-    model(labels_B, run.tokenizer.teacher_inputs(tokens_BL))
-    for hook in hooks:
-        hook.remove()
-    begin = model.config.spans[-1].start
-    found = {"- ASI": [], "variance": [], "on the past": []}
-    for block, x_BLW in zip(model.blocks, seen):
-        q_BHLD, k_BHLD, _, scale = block.attention.project(x_BLW)
-        a_BHlL = (scale * q_BHLD[:, :, begin:] @ k_BHLD.mT).softmax(dim=-1)
-        past_BHlL = a_BHlL[..., :begin]
-        on_past_H = past_BHlL.sum(dim=3).mean(dim=(0, 2))
-        largest = past_BHlL.topk(min(4, begin), dim=3).values
-        found["- ASI"].append(-(1 - on_past_H) * largest.sum(dim=3).mean(dim=(0, 2)))
-        found["variance"].append(a_BHlL.var(dim=2).sum(dim=2).mean(dim=0))
-        found["on the past"].append(on_past_H)
-    return {name: torch.stack(values).cpu() for name, values in found.items()}
+def study(run: Run) -> tuple[dict, dict, dict[str, list[Tensor]]]:
+    """Of one run: figures of its layers, correlations, and which heads [N, H] a cache may keep."""
+    rows = [x[:CALIBRATION].long() for x in kept_tokens(run)[0].tensors]
+    past_NH, largest_NH, variance_NH = statistics(run, *rows)
+    N, H = past_NH.shape
+    if N < 2:
+        raise UserError(f"{run.options.run} has one layer, and there is nothing to rank")
+    head_XNH = torch.eye(N * H).bool().view(-1, N, H)
+    layer_NNH = torch.eye(N).bool()[:, :, None].expand(N, N, H)
+    need_N = rises(run, ~layer_NNH, rows)
+    need_NH = rises(run, ~head_XNH, rows).view(N, H)
+    asi_N = (1 - past_NH.mean(dim=1)) * largest_NH.mean(dim=1)
+    asi_NH = (1 - past_NH) * largest_NH
+    variance_N = variance_NH.mean(dim=1)
+    past_N = past_NH.mean(dim=1)
+    by_layer = torch.stack([asi_N, variance_N, past_N, need_N], dim=1)
+    layers = {f"layer {n + 1}": row for n, row in enumerate(by_layer.tolist())}
+    correlations = {}
+    for name, of_N, of_NH in (("- ASI", -asi_N, -asi_NH), ("variance", variance_N, variance_NH),
+                              ("on the past", past_N, past_NH)):
+        correlations[name] = [rank_correlation(of_N, need_N), rank_correlation(of_NH, need_NH)]
+    chance = torch.Generator().manual_seed(run.options.seed)
+    caches = {
+        "all": [torch.ones(N, H).bool()],
+        "by variance": [half(variance_NH)],
+        "by ASI": [half(-asi_N[:, None].expand(N, H))],
+        "by need": [half(need_NH)],
+        "at random": [half(torch.rand(N, H, generator=chance)) for _ in range(RANDOM)],
+        "none": [torch.zeros(N, H).bool()],
+    }
+    return layers, correlations, caches
+
+
+def main() -> None:
+    parser = parser_of("roles", __doc__)
+    parser.set_defaults(count=500)
+    options = parser.parse_args()
+    rows = {}
+    by_run = []
+    for run in open_runs(options):
+        layers, correlations, caches = study(run)
+        held_out = [x[:options.count].long() for x in kept_tokens(run)[1].tensors]
+        config = run.model.config
+        D = config.width // config.heads
+        costs = {}
+        for name, choices in caches.items():
+            part = forgetting(run, choices[0])
+            rows.setdefault(name, []).append(evaluate(part, options.count, options.seeds))
+            heads = choices[0].sum().item()
+            d16_heads = heads * D16_HEADS // choices[0].numel()
+            costs[name] = [
+                rises(run, choices, held_out).mean().item() / config.length,
+                cache_bytes(heads, config.scales, D, 4) / 1e3,
+                cache_bytes(d16_heads, PUBLISHED_SCALES, 64, 2) / 1e6,
+            ]
+        by_run.append((layers, correlations, costs))
+    say_evaluations(rows)
+    layers, correlations, costs = zip(*by_run)
+    say_figures(("", "ASI", "variance", "on the past", "nats/image"), layers, 3)
+    ranks = say_figures(("Spearman's", "over layers", "over heads"), correlations, 2)
+    cost = say_figures(("past kept by", "nats/token", "kB/image", "at d16: MB"), costs, 4)
+    more_R = cost["by variance"][0]
+    chance_R = cost["at random"][0]
+    measured = [ranks["- ASI"][0], ranks["variance"][1], more_R, more_R - chance_R]
+    say_verdicts(CLAIMS, measured, options.started)
+
+
+if __name__ == "__main__":
+    run_program(main)

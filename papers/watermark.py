@@ -7,66 +7,42 @@ image has more of them than chance. Who knows the list encodes and counts: with 
 
 has mean 0 and variance 1 without a mark, if codes are used alike and independently. They are not;
 so z is compared with that of training images: a find is what 1 % of them pass. But a detector has
-no tokens. It encodes an image that was decoded, saved, perhaps changed. What survives that?
+no tokens. It encodes an image that was decoded, saved, perhaps changed (damage.py), and a token
+that comes back as another is green by chance again. What survives that?
 
 Lest a list be learned, an image draws its own from K of them. The largest of K z is the price.
 """
 from __future__ import annotations
 
 import copy
-import io
 from dataclasses import replace
-from functools import partial
+from math import inf
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 
-import sample
 from papers import Claim, open_runs, parser_of, say_evaluations, say_figures, say_verdicts
+from papers.damage import read_back
 from papers.tuning import kept_tokens
-from sample import Run, to_bytes, to_float
+from sample import Run, evaluate, evaluated_images, number, run_program
 
 CLAIMS = (   # where it holds, where it is false
-    Claim("of marked images, saved and encoded, 95 % or more are found", (95, np.inf), (-np.inf, 95)),
-    Claim("unfiltered, at most 2 points fewer are recognised", (-2, np.inf), (-np.inf, -2)),
-    Claim("more of the 1x1 map's tokens survive than of the last's", (0, np.inf), (-np.inf, 0)),
-    Claim("of those that were regenerated, 90 % or more are found", (90, np.inf), (-np.inf, 90)),
+    Claim("of marked images, saved and encoded, 95 % or more are found",
+          (95, inf), (-inf, 95)),
+    Claim("unfiltered, at most 2 points fewer are recognised",
+          (-2, inf), (-inf, -2)),
+    Claim("more of the 1x1 map's tokens survive than of the last's",
+          (0, inf), (-inf, 0)),
+    Claim("of those that were regenerated, 90 % or more are found",
+          (90, inf), (-inf, 90)),
 )
 POOLS = (1, 4, 16, 64)
-HEADS = (("found of, in %", "held-out", "unmarked samples", "marked samples"),
-         ("tokens, in %", "survive", "green: drawn", "read again", "held-out"),
-         ("pool", "found %", "false alarms %", "at threshold of 1", "threshold (z)"))
-ATTACKS = {   # of images in [-1, 1]; noise is of pixels in [0, 1]
-    "saved": lambda run, x: x,
-    "JPEG 75": lambda run, x: saved(x, "JPEG"),
-    "noise 0.05": lambda run, x: x + torch.tensor(np.random.default_rng(0).normal(0, 0.1, x.shape)),
-    "shift by 1": lambda run, x: F.pad(x, (1, 0, 0, 0), "replicate")[..., :-1],
-    "crop by 1": lambda run, x: F.interpolate(x[..., 1:-1, 1:-1], x.shape[2:], mode="bicubic"),
-    "regenerated": lambda run, x: run.decode(run.encode(x)[1]),
-}
-
-
-def saved(images: Tensor, form: str = "PNG") -> Tensor:
-    """Images as they come out of a file."""
-    pixels_NHWC = to_bytes(images)
-    for i, pixels in enumerate(pixels_NHWC):
-        file = io.BytesIO()
-        Image.fromarray(pixels.squeeze()).save(file, form)
-        pixels_NHWC[i] = np.asarray(Image.open(file)).reshape(pixels.shape)
-    return to_float(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2))
-
-
-def read_back(run: Run, images: Tensor, attack: str) -> Tensor:
-    """Tokens [N, L] that a detector sees, of images that were saved, changed and saved again."""
-    return run.encode(saved(ATTACKS[attack](run, saved(images))))[1]
 
 
 def green_list(key: int, V: int) -> Tensor:
     """Which codes are green, half of them: bool [V]."""
-    return torch.randperm(V, generator=torch.Generator().manual_seed(key)) < V // 2
+    order_V = torch.randperm(V, generator=Generator().manual_seed(key))
+    return order_V < V // 2
 
 
 def marking(run: Run, green_V: Tensor) -> Run:
@@ -84,13 +60,13 @@ def z_scores(tokens_NL: Tensor, green_V: Tensor) -> Tensor:
     return (n_N - share * T) / (T * share * (1 - share)).sqrt()
 
 
-def scores(tokens_NL: Tensor, lists: list[Tensor], unmarked_NL: Tensor) -> Tensor:
-    """The largest z over the lists [N], each in standard deviations from where it is unmarked."""
-    best_N = torch.tensor(-torch.inf)
+def scores(tokens_NL: Tensor, lists: list[Tensor], usual_NL: Tensor) -> Tensor:
+    """The largest z over the lists [N], each in standard deviations from where it usually is."""
+    best_N = torch.tensor(-inf)
     for green_V in lists:
-        usual_N = z_scores(unmarked_NL, green_V)
-        z_N = (z_scores(tokens_NL, green_V) - usual_N.mean()) / usual_N.std()
-        best_N = torch.maximum(best_N, z_N)
+        usual_N = z_scores(usual_NL, green_V)
+        z_N = z_scores(tokens_NL, green_V)
+        best_N = best_N.maximum((z_N - usual_N.mean()) / usual_N.std())
     return best_N
 
 
@@ -99,52 +75,63 @@ def percent(hits: Tensor) -> float:
 
 
 def study(run: Run, lists: list[Tensor]) -> list[dict[str, list[float]]]:
-    """Of one run the three tables of HEADS."""
-    unmarked_NL = kept_tokens(run)[0].tensors[0]
-    score = partial(scores, unmarked_NL=unmarked_NL)
-    images, labels_N = sample.evaluated_images(run, run.options.count)
-    drawn_NL = run.generate(labels_N.tolist(), 0)
-    marked_NL = marking(run, lists[0]).generate(labels_N.tolist(), 0)
-    sets = [images, run.decode(drawn_NL), run.decode(marked_NL)]
-    read = {name: [read_back(run, x, name) for x in sets] for name in ATTACKS}
-    held_out_NL, _, saved_NL = read["saved"]
-    read["never decoded"] = [held_out_NL, drawn_NL, marked_NL]
-    limit = score(unmarked_NL, lists[:1]).quantile(0.99)
-    attacks = {name: [percent(score(tokens_NL, lists[:1]) > limit) for tokens_NL in each]
-               for name, each in read.items()}
-    scales = {}
-    maps = map(run.tokenizer.quantizer.split, (marked_NL, saved_NL, held_out_NL))
-    for s, *each in zip(run.model.config.scales, *maps):
-        green = [percent(lists[0][tokens_Nl]) for tokens_Nl in each]
-        scales[f"{s}x{s}"] = [percent(each[0] == each[1]), *green]
+    """Of one run: what is found, what survives at each scale, and what pools of lists do."""
+    usual_NL = kept_tokens(run)[0].tensors[0]
+    images, labels_N = evaluated_images(run, run.options.count)
+    sets = [read_back(run, run.encode(images)[1], images)]
+    for model in (run, marking(run, lists[0])):
+        drawn_NL = model.generate(labels_N.tolist(), 0)
+        sets.append(read_back(run, drawn_NL, run.decode(drawn_NL)))
+    held_out, _, marked = sets
+    limits = {}
+    for K in POOLS:
+        limits[K] = scores(usual_NL, lists[:K], usual_NL).quantile(0.99)
+    finds = {}
+    for name in marked:
+        scores_3N = [scores(tokens[name], lists[:1], usual_NL) for tokens in sets]
+        finds[name] = [percent(score_N > limits[1]) for score_N in scores_3N]
+    survival = {}
+    stages = marked["never decoded"], marked["saved"], held_out["saved"]
+    maps = map(run.tokenizer.quantizer.split, stages)
+    for s, drawn_Nl, read_Nl, usual_Nl in zip(run.model.config.scales, *maps):
+        green = [lists[0][tokens_Nl] for tokens_Nl in (drawn_Nl, read_Nl, usual_Nl)]
+        survival[f"{s}x{s}"] = list(map(percent, [drawn_Nl == read_Nl, *green]))
     pools = {}
     for K in POOLS:
-        own = score(unmarked_NL, lists[:K]).quantile(0.99)
-        false_N = score(held_out_NL, lists[:K])
-        shares = [score(marked_NL, lists[:K]) > own, false_N > own, false_N > limit]
-        pools[f"{K} lists"] = [*map(percent, shares), own.item()]
-    return [attacks, scales, pools]
+        marked_N = scores(marked["saved"], lists[:K], usual_NL)
+        others_N = scores(held_out["saved"], lists[:K], usual_NL)
+        hits = marked_N > limits[K], others_N > limits[K], others_N > limits[1]
+        pools[f"{K} lists"] = [*map(percent, hits), limits[K].item()]
+    return [finds, survival, pools]
 
 
 def main() -> None:
     parser = parser_of("watermark", __doc__)
-    parser.add_argument("--delta", type=sample.number(float, 0), default=2.0,
-                        help="what is added to green logits (default: 2)")
+    parser.add_argument("--delta", type=number(float, 0), default=2.0,
+                        help="what is added to green logits (default: %(default)s)")
     options = parser.parse_args()
-    found = {"plain": [], "marked": []}
+    rows = {"unmarked": [], "marked": []}
     by_run = []
     for run in open_runs(options):
-        lists = [green_list(key, run.model.config.vocabulary) for key in range(POOLS[-1])]
-        for name, part in zip(found, (run, marking(run, lists[0]))):
-            found[name].append(sample.evaluate(part, options.count, options.seeds))
+        V = run.model.config.vocabulary
+        lists = [green_list(key, V) for key in range(POOLS[-1])]
+        for row, model in zip(rows.values(), (run, marking(run, lists[0]))):
+            row.append(evaluate(model, options.count, options.seeds))
         by_run.append(study(run, lists))
-    figures = say_evaluations(found)
-    attacks, scales, _ = [say_figures(*table, 1) for table in zip(HEADS, zip(*by_run))]
-    change_R7 = figures["marked"] - figures["plain"]
-    first, *_, last = scales.values()
-    say_verdicts(CLAIMS, [attacks["saved"][2], change_R7[:, 1], first[0] - last[0],
-                          attacks["regenerated"][2]], options.started)
+    unmarked_R7, marked_R7 = say_evaluations(rows).values()
+    finds, survival, pools = zip(*by_run)
+    found = say_figures(("found, in %", "held-out", "unmarked", "marked"), finds, 1)
+    heads = "tokens, in %", "come back", "green: drawn", "read", "held-out"
+    coarsest, *_, finest = say_figures(heads, survival, 1).values()
+    say_figures(("pool", "found %", "false alarms %", "at one's z", "z"), pools, 1)
+    measured = [
+        found["saved"][2],
+        (marked_R7 - unmarked_R7)[:, 1],
+        coarsest[0] - finest[0],
+        found["regenerated"][2],
+    ]
+    say_verdicts(CLAIMS, measured, options.started)
 
 
 if __name__ == "__main__":
-    sample.run_program(main)
+    run_program(main)

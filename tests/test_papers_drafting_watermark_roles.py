@@ -1,0 +1,396 @@
+"""Three pages of papers/: drafts of a large model, a watermark, and heads that need the past."""
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+from kernels import obvious_attention
+from papers import damage, drafting, forgetful, open_runs, parser_of, roles, watermark
+from program import TINY, ran, refused, rows_of
+from tokenizer import PUBLISHED_SCALES
+from var import VAR
+
+COUNT = 24
+
+
+def table_of(said: str, cells: int) -> dict[str, list[float]]:
+    """The rows that have so many cells and no more."""
+    return {name: row for name, row in rows_of(said, cells).items() if "." not in name}
+
+
+@pytest.fixture(scope="module")
+def folder3(shapes, tmp_path_factory):
+    """The short run, with three layers and a classifier of a few steps."""
+    out = tmp_path_factory.mktemp("papers") / "run"
+    shutil.copytree(shapes, out)
+    ran("train.py", "--out", out, "--stage", "var", "--overwrite", *TINY, "--image-size", 16,
+        "--scales", "1,2,4", "--multipliers", "1,2,2", "--tokenizer-steps", 150,
+        "--code-channels", 8, "--depth", 3, "--var-steps", 40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "CLASSIFIER_STEPS", 20)
+        ran("sample.py", "--run", out, "--evaluate", 8, "--device", "cpu", "--seeds", 0)
+    return out
+
+
+@pytest.fixture
+def run(folder3):
+    options = parser_of("drafting", "").parse_args(["--run", str(folder3), "--device", "cpu"])
+    options.delta = 2.0
+    (run,) = open_runs(options)
+    for weight in run.model.parameters():   # so that every layer and class matters
+        weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    return run
+
+
+@pytest.fixture
+def real(run):
+    """Tokens and labels of held-out images."""
+    images, labels = sample.evaluated_images(run, 12)
+    return run.encode(images)[1], labels
+
+
+@pytest.fixture
+def other(run):
+    torch.manual_seed(3)
+    small = VAR(replace(run.model.config, depth=2, width=48, heads=3)).eval()
+    for weight in small.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    return small
+
+
+# ------------------------------------------------------------------------------------------------
+# Drafts
+
+
+@torch.no_grad()
+def nats_of_scales(run, model, tokens, labels):
+    """[N, K], a token at a time."""
+    logits = model(labels, run.tokenizer.teacher_inputs(tokens)).double()
+    nats = torch.zeros(len(labels), len(model.config.scales), dtype=torch.float64)
+    for k, span in enumerate(model.config.spans):
+        for i in range(span.start, span.stop):
+            chosen = logits[torch.arange(len(labels)), i, tokens[:, i]]
+            nats[:, k] += logits[:, i].logsumexp(dim=-1) - chosen
+    return nats
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_composite_likelihood_is_the_sum_over_scales(run, real, other, n):
+    tokens, labels = real
+    both = replace(run, model=drafting.Drafted(run.model, other, n))
+    large = nats_of_scales(run, run.model, tokens, labels)
+    small = nats_of_scales(run, other, tokens, labels)
+    expected = large[:, :n].sum(dim=1) + small[:, n:].sum(dim=1)
+    found = -both.log_likelihood(tokens, labels.tolist())
+    assert torch.allclose(found.double(), expected, rtol=1e-5)
+    assert not torch.allclose(expected, large.sum(dim=1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("cfg", [0.0, 2.0])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_model_that_refines_its_own_drafts_is_plain(run, real, n, cfg):
+    tokens, labels = real
+    run.options.cfg = cfg
+    run.options.batch = 5   # more than one batch: the noise goes on from one to the next
+    both = replace(run, model=drafting.Drafted(run.model, run.model, n))
+    inputs = run.tokenizer.teacher_inputs(tokens)
+    assert torch.equal(both.model(labels, inputs), run.model(labels, inputs))
+    assert torch.equal(both.generate(labels.tolist(), 4), run.generate(labels.tolist(), 4))
+
+
+@pytest.mark.parametrize("cfg", [0.0, 2.0])
+@pytest.mark.parametrize("n", [1, 2])
+def test_each_model_draws_its_own_scales(run, real, other, n, cfg):
+    """By hand: the tokens that the drafter draws, then the refiner from its own logits of them."""
+    labels = real[1]
+    run.options.cfg = cfg
+    own = run.model.config.spans[n].start
+    drawn = replace(run, model=drafting.Drafted(run.model, other, n)).generate(labels.tolist(), 4)
+    large = run.generate(labels.tolist(), 4)
+    small = replace(run, model=other).generate(labels.tolist(), 4)
+    assert torch.equal(drawn[:, :own], large[:, :own])
+    assert not torch.equal(drawn[:, own:], large[:, own:])
+    assert not torch.equal(drawn[:, own:], small[:, own:])
+    generator = torch.Generator().manual_seed(4)
+    inputs = run.tokenizer.teacher_inputs(drawn)
+    logits = [other(labels, inputs)]
+    if cfg:
+        logits.append(other(torch.full_like(labels, other.config.classes), inputs))
+    for k, span in enumerate(other.config.spans):
+        both = torch.cat([x[:, span] for x in logits]).detach()
+        token = other.draw(both, k, cfg, run.options.top_k, run.options.top_p, generator)
+        if k >= n:   # what is drawn of earlier scales is of no use
+            assert torch.equal(token, drawn[:, span])
+
+
+def test_takeovers(run, other):
+    models = drafting.takeovers(run.model, other)
+    assert list(models) == ["large alone", "small from 4x4", "small from 2x2", "small from 1x1"]
+    assert models["large alone"] is run.model and models["small from 1x1"] is other
+    assert len(models["small from 4x4"].first.config.scales) == 2
+
+
+def test_the_page_on_drafting(folder3):
+    said = ran("papers.drafting", "--run", folder3, "--device", "cpu", "--count", COUNT,
+               "--steps", 3)
+    nats = {name: row[0] for name, row in table_of(said, 7).items()}
+    costs = table_of(said, 2)
+    names = ["large alone", "small from 4x4", "small from 2x2", "small from 1x1"]
+    assert list(costs) == names
+    steps = np.diff([nats[name] for name in names]) / [16, 4, 1]
+    assert [costs[name][1] for name in names] == pytest.approx([0, *steps], abs=0.02)
+    assert costs["large alone"][0] == 1
+    measured = [float(line.split()[1].rstrip(":")) for line in said.splitlines()
+                if line.startswith("    measured")]
+    more = 100 * (nats["small from 4x4"] / nats["large alone"] - 1)
+    assert measured[0] == pytest.approx(more, abs=0.02)
+    assert measured[1] == costs["small from 4x4"][0]
+    assert measured[3] == pytest.approx(steps[0] - steps[1:].mean(), abs=0.02)
+    for claim in drafting.CLAIMS:
+        assert f"claim: {claim.text}\n" in said
+    assert "--steps" in refused("papers.drafting", "--run", folder3, "--steps", "0")
+
+
+# ------------------------------------------------------------------------------------------------
+# The watermark
+
+
+@pytest.mark.parametrize("V", [256, 33])
+def test_z_of_random_tokens_has_mean_0_and_variance_1(V):
+    tokens = torch.randint(0, V, (20_000, 85), generator=torch.Generator().manual_seed(0))
+    z = watermark.z_scores(tokens.short(), watermark.green_list(5, V))
+    assert z.mean().item() == pytest.approx(0, abs=4 / 20_000**0.5)
+    assert z.var().item() == pytest.approx(1, abs=4 * (2 / 20_000)**0.5)
+
+
+def test_z_and_scores_by_hand():
+    green = torch.tensor([True, False, True, False])
+    tokens = torch.tensor([[0, 2, 2, 1], [1, 3, 1, 3]])
+    assert watermark.z_scores(tokens, green).tolist() == [1.0, -2.0]   # (3 - 2) / 1, (0 - 2) / 1
+    usual = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1]])   # z of 2 and 0: mean 1, deviation sqrt 2
+    other = torch.tensor([False, True, False, True])     # all the other way round
+    expected = np.array([[0, -3], [0, 3]]) / 2**0.5
+    one, two = (watermark.scores(tokens, lists, usual) for lists in ([green], [green, other]))
+    assert one.tolist() == pytest.approx(expected[0])
+    assert two.tolist() == pytest.approx(expected.max(axis=0))
+
+
+@pytest.mark.parametrize("V", [4, 33, 256])
+def test_lists_are_halves_and_differ(V):
+    lists = [watermark.green_list(key, V) for key in range(5)]
+    assert all(each.sum() == V // 2 for each in lists)
+    assert torch.equal(lists[3], watermark.green_list(3, V))
+    assert len({tuple(each.tolist()) for each in lists}) > 1
+
+
+def test_a_mark_is_delta_on_green_logits_with_guidance_too(run, real):
+    tokens, labels = real
+    green = watermark.green_list(0, run.model.config.vocabulary)
+    marked = watermark.marking(run, green)
+    inputs = run.tokenizer.teacher_inputs(tokens)
+    plain = run.model(labels, inputs)
+    assert torch.allclose(marked.model(labels, inputs), plain + 2 * green, atol=1e-5)
+    assert torch.equal(run.model(labels, inputs), plain)   # the run's own is as it was
+    run.options.delta = 100.0
+    drawn = watermark.marking(run, green).generate(labels.tolist(), 0)
+    assert green[drawn].all()
+
+
+def test_saved_is_what_a_file_gives_back():
+    x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    once = damage.saved(x)
+    assert torch.equal(once, ((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1)
+    grey = damage.saved(x[:, :1], "JPEG")
+    assert grey.shape == (3, 1, 8, 8)
+    assert 0 < (grey - damage.saved(x[:, :1])).abs().mean() < 0.5
+
+
+def test_what_a_detector_reads(run, real):
+    tokens, _ = real
+    images = run.decode(tokens)
+    read = damage.read_back(run, tokens, images)
+    once = damage.saved(images)
+    again = damage.saved(run.decode(run.encode(once)[1]))
+    left = torch.cat([once[..., :1], once[..., :-1]], dim=3)
+    assert read["never decoded"] is tokens
+    for name, changed in (("saved", once), ("regenerated", again), ("shift by 1", left)):
+        assert torch.equal(read[name], run.encode(changed)[1])
+    for name in ("JPEG 75", "noise 0.05", "crop by 1"):
+        assert not torch.equal(read[name], read["saved"])
+
+
+def test_the_page_on_the_watermark(folder3):
+    said = ran("papers.watermark", "--run", folder3, "--device", "cpu", "--count", COUNT,
+               "--delta", 30)
+    finds, scales = table_of(said, 3), table_of(said, 4)
+    assert finds["never decoded"][2] == 100   # all that was drawn is green
+    assert finds["never decoded"][0] == finds["saved"][0] < 20
+    assert [scales[name][1] for name in ("1x1", "2x2", "4x4")] == [100, 100, 100]
+    assert 20 < scales["4x4"][3] < 80
+    pools = [scales[f"{K} lists"] for K in watermark.POOLS]
+    assert pools[0][1] == pools[0][2] == finds["saved"][0]
+    assert pools[0][0] == finds["saved"][2]
+    heights = [row[3] for row in pools]
+    assert heights == sorted(heights)
+    alarms = [row[2] for row in pools]
+    assert alarms == sorted(alarms)
+    for claim, figure in zip(watermark.CLAIMS, [
+            finds["saved"][2], None, scales["1x1"][0] - scales["4x4"][0], finds["regenerated"][2]]):
+        assert f"claim: {claim.text}\n" in said
+        measured = float(said.split(claim.text)[1].split()[1].rstrip(":"))
+        assert figure is None or measured == pytest.approx(figure, abs=0.11)
+    assert "--delta" in refused("papers.watermark", "--run", folder3, "--delta", "-1")
+
+
+# ------------------------------------------------------------------------------------------------
+# Roles
+
+
+def ones(run, value=True):
+    config = run.model.config
+    return torch.full((config.depth, config.heads), value)
+
+
+def test_with_all_heads_looking_it_is_the_plain_model(run, real):
+    tokens, labels = real
+    same = roles.forgetting(run, ones(run))
+    inputs = run.tokenizer.teacher_inputs(tokens)
+    assert torch.allclose(same.model(labels, inputs), run.model(labels, inputs), atol=1e-5)
+    assert torch.equal(same.generate(labels.tolist(), 2), run.generate(labels.tolist(), 2))
+
+
+def test_with_none_looking_it_is_own_scale_attention(run, real):
+    tokens, labels = real
+    blind = roles.forgetting(run, ones(run, False))
+    markov = VAR(replace(run.model.config, last_scales=1)).eval()
+    markov.load_state_dict(run.model.state_dict())
+    inputs = run.tokenizer.teacher_inputs(tokens)
+    assert torch.allclose(blind.model(labels, inputs), markov(labels, inputs), atol=1e-5)
+    assert not torch.allclose(blind.model(labels, inputs), run.model(labels, inputs), atol=1e-2)
+    other = replace(run, model=markov)
+    assert torch.equal(blind.generate(labels.tolist(), 2), other.generate(labels.tolist(), 2))
+
+
+def mixed(run):
+    looks = ones(run, False)
+    looks[0, 0] = looks[1, 1] = looks[2, 0] = looks[2, 1] = True
+    return looks
+
+
+def test_forgetful_attention_by_brute_force(run):
+    x = torch.randn(2, 21, 32, generator=torch.Generator().manual_seed(0))
+    plain = run.model.blocks[0].attention
+    q, k, v, scale = plain.project(x)
+    level = run.model.level_L
+    masks = [level[:, None] >= level, level[:, None] == level]
+    o = [obvious_attention(q[:, h] * (scale * q.shape[3]**0.5), k[:, h], v[:, h], masks[h])
+         for h in range(2)]
+    expected = plain.out(torch.cat(o, dim=2))
+    ours = forgetful.Forgetful(plain, torch.tensor([True, False]), run.model.config.scales)
+    assert torch.allclose(ours(x, run.model.ranges, None), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [0.0, 2.0])
+def test_what_is_drawn_with_a_forgetful_cache_is_what_was_taught(run, real, cfg):
+    labels = real[1]
+    part = roles.forgetting(run, mixed(run))
+    seen = []
+    draw = part.model.draw
+    part.model.draw = lambda logits, *rest: seen.append(logits) or draw(logits, *rest)
+    part.options.cfg = cfg
+    tokens = part.generate(labels.tolist(), 1)
+    inputs = run.tokenizer.teacher_inputs(tokens)
+    with torch.no_grad():
+        taught = part.model(labels, inputs)
+    drawn = torch.cat(seen, dim=1)[:len(labels)]
+    assert torch.allclose(drawn, taught, atol=1e-4)
+
+
+def test_bytes_are_what_a_cache_holds(run, real):
+    labels = real[1]
+    part = roles.forgetting(run, mixed(run))
+    part.options.cfg = 0.0
+    pasts = part.model.new_caches()
+    part.model.new_caches = lambda: pasts
+    part.generate(labels.tolist(), 1)
+    held = sum(tensor.nbytes for past in pasts for tensor in past.kept or ())
+    assert held == len(labels) * forgetful.cache_bytes(4, run.model.config.scales, 16, 4)
+    full = forgetful.cache_bytes(256, PUBLISHED_SCALES, 64, 2)
+    assert full == 16 * 2 * 680 * 1024 * 2   # layers, keys and values, tokens, width, bf16
+
+
+def test_statistics_by_brute_force(run, real):
+    tokens, labels = real
+    found = forgetful.statistics(run, tokens, labels)
+    seen = []
+    block = run.model.blocks[1]
+    hook = block.attention.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        run.model(labels, run.tokenizer.teacher_inputs(tokens))
+        q, k, _, scale = (x.double() if torch.is_tensor(x) else x
+                          for x in block.attention.project(seen[0]))
+    hook.remove()
+    for h in range(2):
+        past, largest, variance = [], [], []
+        for b in range(len(labels)):
+            rows = []
+            for i in range(5, 21):
+                e = torch.exp(scale * (k[b, h] @ q[b, h, i]))
+                rows.append((e / e.sum()).numpy())
+                past.append(rows[-1][:5].sum())
+                largest.append(np.sort(rows[-1][:5])[1:].sum())
+            variance.append(sum(np.var([row[j] for row in rows], ddof=1) for j in range(21)))
+        expected = [np.mean(past), np.mean(largest), np.mean(variance)]
+        assert found[:, 1, h].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_ranks_and_halves():
+    a = torch.tensor([[3.0, 1.0], [2.0, 9.0]])
+    assert roles.rank_correlation(a, torch.exp(a)) == pytest.approx(1)
+    assert roles.rank_correlation(a, -a) == pytest.approx(-1)
+    b = torch.tensor([4.0, 2.0, 1.0, 3.0])   # ranks 2 0 1 3 and 3 1 0 2: 1 - 6 * 4 / (4 * 15)
+    assert roles.rank_correlation(a, b) == pytest.approx(0.6)
+    assert roles.half(a).tolist() == [[True, False], [False, True]]
+
+
+def test_rises_are_differences_of_likelihood(run, real):
+    tokens, labels = real
+    choices = torch.stack([ones(run), mixed(run)])
+    found = roles.rises(run, choices, real)
+    less = [nats_of_scales(run, roles.forgetting(run, looks).model, tokens, labels).sum(dim=1).mean()
+            for looks in choices]
+    usual = nats_of_scales(run, run.model, tokens, labels).sum(dim=1).mean()
+    assert found.tolist() == pytest.approx([float(x - usual) for x in less], abs=1e-3)
+    assert abs(found[1]) > 0.01
+
+
+def test_the_page_on_roles(folder3, shapes, monkeypatch):
+    monkeypatch.setattr(roles, "CALIBRATION", 20)
+    monkeypatch.setattr(roles, "RANDOM", 2)
+    said = ran("papers.roles", "--run", folder3, "--device", "cpu", "--count", COUNT)
+    layers, caches, ranks = table_of(said, 4), table_of(said, 3), table_of(said, 2)
+    asi, variance, past, need = np.transpose([layers[f"layer {n}"] for n in (1, 2, 3)])
+    order = lambda x: x.argsort().argsort()   # noqa: E731
+    for name, row in (("- ASI", -asi), ("variance", variance), ("on the past", past)):
+        if len(set(row)) == len(set(need)) == 3:
+            expected = np.corrcoef(order(row), order(need))[0, 1]
+            assert ranks[name][0] == pytest.approx(expected, abs=0.006)
+    assert list(caches) == ["all", "by variance", "by ASI", "by need", "at random", "none"]
+    assert caches["all"] == [0, 16.128, 44.5645]   # 2 x 6 heads x 21 tokens x 16 x 4 bytes
+    assert [row[1:] for row in caches.values()][1:5] == [[8.064, 22.2822]] * 4
+    assert caches["none"][1:] == [0, 0]
+    nats = {name: row[0] for name, row in table_of(said, 7).items()}
+    for name, (more, *_) in caches.items():
+        if name != "at random":
+            assert more * 21 == pytest.approx(nats[name] - nats["all"], abs=2)
+    figures = [ranks["- ASI"][0], ranks["variance"][1], caches["by variance"][0],
+               caches["by variance"][0] - caches["at random"][0]]
+    for claim, figure in zip(roles.CLAIMS, figures):
+        measured = float(said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":"))
+        assert measured == pytest.approx(figure, abs=0.006)
+    assert "one layer" in refused("papers.roles", "--run", shapes, "--device", "cpu")
