@@ -1,5 +1,6 @@
 """Before a test imports Triton: without a GPU its kernels run in Triton's interpreter, on NumPy."""
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import sample  # noqa: E402
 from program import TINY, run  # noqa: E402
 
 # The same examples every time; `pytest --hypothesis-profile fresh` looks for new ones.
@@ -52,5 +54,17 @@ def shapes(tmp_path_factory) -> Path:
     result = run("train.py", "--out", out, *TINY, "--image-size", 16, "--scales", "1,2,4",
                  "--multipliers", "1,2,2", "--tokenizer-steps", 150, "--var-steps", 60,
                  "--code-channels", 8)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def judged(shapes, tmp_path_factory) -> Path:
+    """The same run, for the pages of papers/, with a classifier that has learned little."""
+    out = shutil.copytree(shapes, tmp_path_factory.mktemp("judged") / "run")
+    (out / "classifier.pt").unlink(missing_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "CLASSIFIER_STEPS", 20)
+        result = run("sample.py", "--run", out, "--evaluate", 40)
     assert result.returncode == 0, result.stderr
     return out

@@ -9,42 +9,19 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-import program
 import sample
 from papers import cca, control, open_runs, parser_of
-from papers.tuning import Tuning
-from program import ran, refused
-
-PAGES = {"cca": cca, "control": control}
-
-
-@pytest.fixture(autouse=True)
-def pages(monkeypatch):
-    for name, page in PAGES.items():
-        monkeypatch.setitem(program.PROGRAMS, name, page.main)
-
+from program import ran, refused, rows_of
 
 @pytest.fixture
-def run(shapes, tmp_path):
+def run(judged, tmp_path):
     """A run whose tunings, of three steps, go elsewhere."""
-    options = parser_of("cca", "").parse_args(["--run", str(shapes), "--device", "cpu"])
+    options = parser_of("cca", "").parse_args(["--run", str(judged), "--device", "cpu"])
     (run,) = open_runs(options)
     run.options.steps = 3
     run.options.lr = 1e-2
     run.options.count = 40
     return run
-
-
-def rows_of(said: str, heads: int) -> dict[str, list[float]]:
-    """The rows of a table of numbers."""
-    rows = {}
-    for line in said.splitlines():
-        *words, = line.split()
-        try:
-            rows[" ".join(words[:-heads])] = [float(word) for word in words[-heads:]]
-        except ValueError:
-            pass
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------
@@ -154,8 +131,8 @@ def test_recall_is_compared_where_recognition_is_alike():
     assert cca.curve(rows, "CCA, lambda").tolist() == [[70, 85], [50, 34]]
 
 
-def test_the_page_on_contrast(shapes):
-    said = ran("cca", "--run", shapes, "--device", "cpu", "--count", 40, "--steps", 2,
+def test_the_page_on_contrast(judged):
+    said = ran("papers.cca", "--run", judged, "--device", "cpu", "--count", 40, "--steps", 2,
                "--weights", "1,20", "--lr", "0.02")
     rows = rows_of(said, 4)
     assert list(rows) == [
@@ -167,8 +144,8 @@ def test_the_page_on_contrast(shapes):
         assert f"claim: {claim.text}\n" in said
     assert f"measured {rows['CCA, lambda 20'][1] - rows['plain, cfg 0'][1]:.3f}" in said
     assert f"measured {rows['CCA, lambda 20'][1] - rows['plain, cfg 2'][1]:.3f}" in said
-    assert Image.open(shapes / "papers" / "cca.png").size[0] > 100
-    assert "--weights" in refused("cca", "--run", shapes, "--weights", "1,-2")
+    assert Image.open(judged / "papers" / "cca.png").size[0] > 100
+    assert "--weights" in refused("papers.cca", "--run", judged, "--weights", "1,-2")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -281,28 +258,26 @@ def test_each_batch_is_shown_its_own_edges(run, shown):
 
 
 @pytest.fixture(scope="module")
-def page(shapes, tmp_path_factory) -> str:
+def page(judged, tmp_path_factory) -> str:
     """What the page prints, of the shortest tuning, with a drawing of a star."""
     drawing = Image.new("L", (200, 200), "white")
     ImageDraw.Draw(drawing).rectangle((50, 50, 150, 150), outline="black", width=14)
     path = tmp_path_factory.mktemp("drawn") / "star.png"
     drawing.save(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(program.PROGRAMS, "control", control.main)
-        return ran("control", "--run", shapes, "--device", "cpu", "--count", 40, "--steps", 2,
-                   "--image", "data:0", path)
+    return ran("papers.control", "--run", judged, "--device", "cpu", "--count", 40, "--steps", 2,
+               "--image", "data:0", path)
 
 
 @pytest.mark.parametrize("name", ["plain", "frozen", "all"])
-def test_what_is_tuned(run, name, shapes, page):
-    path = shapes / "papers" / f"control-{name}" / "var.pt"
+def test_what_is_tuned(run, name, judged, page):
+    path = judged / "papers" / f"control-{name}" / "var.pt"
     state = sample.load_checkpoint(path, "transformer")["model"]
     changed = [key for key, value in run.model.state_dict().items() if not value.equal(state[key])]
     assert bool(changed) == (name != "frozen")
     assert state["control.weight"].any() == (name != "plain")
 
 
-def test_the_page_on_control(run, shapes, page):
+def test_the_page_on_control(run, judged, page):
     rows = rows_of(page, 6)
     assert list(rows) == ["reconstructions", "plain", "frozen", "all"]
     assert f"measured {rows['all'][1] - rows['plain'][1]:.3f}" in page
@@ -312,7 +287,7 @@ def test_the_page_on_control(run, shapes, page):
     expected = np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in zip(asked, got)])
     assert rows["reconstructions"][0] == rows["reconstructions"][3] == round(expected, 2)
     model = control.Controlled(run)
-    path = shapes / "papers" / "control-all" / "var.pt"
+    path = judged / "papers" / "control-all" / "var.pt"
     model.load_state_dict(sample.load_checkpoint(path, "transformer")["model"])
     for begin, filters in ((0, sample.NO_FILTERS), (3, sample.FILTERS)):
         vars(run.options).update(filters)
@@ -323,8 +298,8 @@ def test_the_page_on_control(run, shapes, page):
             [100 * found.recognised, 100 * found.recall], abs=0.006)
 
 
-def test_the_picture_of_edges(run, shapes, page):
-    picture = np.asarray(Image.open(shapes / "papers" / "control.png"))
+def test_the_picture_of_edges(run, judged, page):
+    picture = np.asarray(Image.open(judged / "papers" / "control.png"))
     assert picture.shape[0] == 2 * 66
     drawing = picture[66:130, -4 * 66:-3 * 66 + 62, 0][:, :64]   # 64 of 200: the lines at 16 and 48
     assert (drawing[30:34, 16:19] == 0).all() and (drawing[30:34, 46:48] == 0).all()
@@ -334,7 +309,7 @@ def test_the_picture_of_edges(run, shapes, page):
     assert np.array_equal(picture[:64, -4 * 66:-4 * 66 + 64, 0] == 0, asked == 1)
 
 
-def test_mistakes_about_drawings(shapes, tmp_path):
+def test_mistakes_about_drawings(judged, tmp_path):
     Image.new("L", (20, 20)).save(tmp_path / "moon.png")
     wrong = {
         "there is no class moon": tmp_path / "moon.png",
@@ -342,4 +317,4 @@ def test_mistakes_about_drawings(shapes, tmp_path):
         "data:0 to": "data:9999",
     }
     for said, source in wrong.items():
-        assert said in refused("control", "--run", shapes, "--device", "cpu", "--image", source)
+        assert said in refused("papers.control", "--run", judged, "--device", "cpu", "--image", source)
