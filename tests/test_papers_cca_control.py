@@ -13,6 +13,7 @@ import sample
 from papers import cca, control, open_runs, parser_of
 from program import ran, refused, rows_of
 
+
 @pytest.fixture
 def run(judged, tmp_path):
     """A run whose tunings, of three steps, go elsewhere."""
@@ -98,9 +99,10 @@ def test_what_is_contrasted(run, dropout, monkeypatch):
     with torch.no_grad():
         for r, labels_B in ((own, first), (other, second)):
             logits = run.model(labels_B, inputs)
-            likelihood = [(x * logits).log_softmax(-1).gather(2, tokens.long()[..., None]).sum((1, 2))
-                          for x in (1.1, 1.0)]
-            assert torch.allclose(r, likelihood[0] - likelihood[1], atol=1e-3)
+            after, before = (
+                (x * logits).log_softmax(-1).gather(2, tokens.long()[..., None]).sum((1, 2))
+                for x in (1.1, 1.0))
+            assert torch.allclose(r, after - before, atol=1e-3)
 
 
 def test_contrast_tunes_a_copy(run):
@@ -177,6 +179,11 @@ def test_edges_of_a_square():
     faint[:, 1, :, 6:] = 0.4
     columns = control.edges_of(torch.cat([one_channel, faint]))[:, 0].mean(dim=1)
     assert columns.tolist() == [[0.0] * 5 + [1.0] * 2 + [0.0] * 5, [0.0] * 12]
+    diagonal = torch.arange(12.0) + torch.arange(12.0)[:, None]
+    ramps = torch.zeros(2, 3, 12, 12)
+    ramps[0, 2] = 0.19 * diagonal   # along a side; the gradient is the square root of 2 as long
+    ramps[1, 2] = 0.16 * diagonal
+    assert control.edges_of(ramps).mean(dim=(1, 2, 3)).tolist() == [1, 0]
 
 
 def test_with_z_at_zero_it_is_the_plain_model(run, shown):
@@ -227,13 +234,24 @@ def test_edges_go_with_the_class(run, shown):
     assert torch.allclose(model(labels, inputs), plain_null, atol=1e-5)
 
 
+def test_training_shows_the_edges_of_what_the_tokens_decode_to(run, shown):
+    model, tokens_NL, labels, _ = shown
+    stage = control.Steering(run, model, "steering", 3, 1e-3)
+    stage.loss_of(model, tokens_NL.short(), labels)
+    edges_BLX = model.edges_BLX
+    model.show(control.edges_of(run.decode(tokens_NL)))
+    assert 0 < edges_BLX.mean() < 1
+    assert torch.equal(edges_BLX, model.edges_BLX)
+
+
 def test_drawing_is_what_was_taught(run, shown, monkeypatch):
     """Logits of generation, with edges, class and null class, against teacher forcing."""
     model, _, labels, edges = shown
     torch.nn.init.normal_(model.control.weight)
     seen = []
     draw = model.draw
-    monkeypatch.setattr(model, "draw", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))
+    monkeypatch.setattr(
+        model, "draw", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))
     model.show(edges, cfg=1.0)
     tokens_NL = model.generate(run.tokenizer, labels, cfg=1.0)
     inputs = run.tokenizer.teacher_inputs(tokens_NL)
@@ -317,4 +335,5 @@ def test_mistakes_about_drawings(judged, tmp_path):
         "data:0 to": "data:9999",
     }
     for said, source in wrong.items():
-        assert said in refused("papers.control", "--run", judged, "--device", "cpu", "--image", source)
+        found = refused("papers.control", "--run", judged, "--device", "cpu", "--image", source)
+        assert said in found
