@@ -131,7 +131,6 @@ def main() -> None:
     add("--weights", type=several(WEIGHT), default=(1, 10), help="lambda, of a tuning each")
     add("--steps", type=COUNT, default=200, help="of every tuning (default: %(default)s)")
     add("--lr", type=RATE, default=1e-3, help="peak learning rate (default: %(default)s)")
-    parser.set_defaults(count=500)   # of eight sets
     options = parser.parse_args()
     by_run = [study(run) for run in open_runs(options)]
     figures = say_figures(HEADS, by_run, 2)

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 import sample
 from papers import cca, control, open_runs, parser_of
+from papers.tuning import Tuning
 from program import ran, refused, rows_of
 
 
@@ -131,6 +132,28 @@ def test_recall_is_compared_where_recognition_is_alike():
     rows = {name: np.array(row) for name, row in rows.items()}
     assert cca.recall_beside(rows) == pytest.approx(2.0)
     assert cca.curve(rows, "CCA, lambda").tolist() == [[70, 85], [50, 34]]
+
+
+def test_what_is_evaluated(run, monkeypatch):
+    """With which guidance and filters, and of that which figures: 0 to 3, or those that are
+    filtered."""
+    run.options.weights = (1, 20)
+    monkeypatch.setattr(Tuning, "run", lambda stage: stage.options.out.name)
+    monkeypatch.setattr(cca, "evaluate", lambda part, *_: part)
+    monkeypatch.setattr(cca, "figures_of", lambda part: [
+        (part.model, part.options.cfg, part.options.top_p, i) for i in range(7)])
+    found = {name: list(map(tuple, row.tolist())) for name, row in cca.study(run).items()}
+    unfiltered = lambda *kind: [tuple(map(str, (*kind, i))) for i in (0, 1, 2, 3)]   # noqa: E731
+    filtered = lambda *kind: [tuple(map(str, (*kind, i))) for i in (0, 4, 5, 6)]   # noqa: E731
+    cfg, top_p = run.options.cfg, run.options.top_p
+    assert found == {
+        "plain, cfg 0": unfiltered("cca-plain", cfg, top_p),
+        **{f"plain, cfg {x:g}": filtered("cca-plain", x, 1.0) for x in (0.5, 1.0, 2.0, 4.0)},
+        "CCA, lambda 1": unfiltered("cca-1", 0.0, top_p),
+        "CCA, lambda 20": unfiltered("cca-20", 0.0, top_p),
+        "plain, default": filtered("cca-plain", cfg, top_p),
+        "CCA, default but cfg 0": filtered("cca-20", 0.0, top_p),
+    }
 
 
 def test_the_page_on_contrast(judged):
