@@ -339,6 +339,17 @@ def test_the_page_on_control(run, judged, page):
             [100 * found.recognised, 100 * found.recall], abs=0.006)
 
 
+def test_what_is_claimed_of_control(judged, monkeypatch):
+    rows = {"plain": [0.2, 50.0], "frozen": [0.3, 70.0], "all": [0.6, 65.0]}
+    rows = {name: [*row, 0, 0, 0, 0] for name, row in rows.items()}
+    monkeypatch.setattr(
+        control, "study", lambda run: (rows, replace(run, model=control.Controlled(run).eval())))
+    monkeypatch.setattr(sample, "save_picture", lambda *_: None)
+    said = ran("papers.control", "--run", judged, "--device", "cpu")
+    for claim, figure in zip(control.CLAIMS, (0.6, 15, 0.25), strict=True):
+        assert f"claim: {claim.text}\n    measured {figure:.3f}: " in said
+
+
 def test_the_picture_of_edges(run, judged, page):
     picture = np.asarray(Image.open(judged / "papers" / "control.png"))
     assert picture.shape[0] == 2 * 66
