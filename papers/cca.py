@@ -128,7 +128,7 @@ def recall_beside(rows: dict[str, np.ndarray]) -> float:
 def main() -> None:
     parser = parser_of("cca", __doc__)
     add = parser.add_argument
-    add("--weights", type=several(WEIGHT), default=(1, 3, 10), help="lambda, of a tuning each")
+    add("--weights", type=several(WEIGHT), default=(1, 10), help="lambda, of a tuning each")
     add("--steps", type=COUNT, default=200, help="of every tuning (default: %(default)s)")
     add("--lr", type=RATE, default=1e-3, help="peak learning rate (default: %(default)s)")
     options = parser.parse_args()

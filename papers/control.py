@@ -75,7 +75,7 @@ class Steering(Tuning):
 
 
 def edges_of(images: Tensor) -> Tensor:
-    """Where an image changes by 1/8 of black to white per pixel: 0 or 1, [B, 1, side, side]."""
+    """Where the gradient, of all channels, is over 1/4 per pixel: 0 or 1, [B, 1, side, side]."""
     slopes = torch.cat(torch.gradient(images, dim=(2, 3)), dim=1)   # central differences
     return (slopes.norm(dim=1, keepdim=True) > 0.25).float()
 

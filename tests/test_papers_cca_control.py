@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw
 
 import sample
 from papers import cca, control, open_runs, parser_of
+from papers.tuning import Tuning
 from program import ran, refused, rows_of
+
 
 @pytest.fixture
 def run(judged, tmp_path):
@@ -98,9 +100,10 @@ def test_what_is_contrasted(run, dropout, monkeypatch):
     with torch.no_grad():
         for r, labels_B in ((own, first), (other, second)):
             logits = run.model(labels_B, inputs)
-            likelihood = [(x * logits).log_softmax(-1).gather(2, tokens.long()[..., None]).sum((1, 2))
-                          for x in (1.1, 1.0)]
-            assert torch.allclose(r, likelihood[0] - likelihood[1], atol=1e-3)
+            after, before = (
+                (x * logits).log_softmax(-1).gather(2, tokens.long()[..., None]).sum((1, 2))
+                for x in (1.1, 1.0))
+            assert torch.allclose(r, after - before, atol=1e-3)
 
 
 def test_contrast_tunes_a_copy(run):
@@ -129,6 +132,28 @@ def test_recall_is_compared_where_recognition_is_alike():
     rows = {name: np.array(row) for name, row in rows.items()}
     assert cca.recall_beside(rows) == pytest.approx(2.0)
     assert cca.curve(rows, "CCA, lambda").tolist() == [[70, 85], [50, 34]]
+
+
+def test_what_is_evaluated(run, monkeypatch):
+    """With which guidance and filters, and of that which figures: 0 to 3, or those that are
+    filtered."""
+    run.options.weights = (1, 20)
+    monkeypatch.setattr(Tuning, "run", lambda stage: stage.options.out.name)
+    monkeypatch.setattr(cca, "evaluate", lambda part, *_: part)
+    monkeypatch.setattr(cca, "figures_of", lambda part: [
+        (part.model, part.options.cfg, part.options.top_p, i) for i in range(7)])
+    found = {name: list(map(tuple, row.tolist())) for name, row in cca.study(run).items()}
+    unfiltered = lambda *kind: [tuple(map(str, (*kind, i))) for i in (0, 1, 2, 3)]   # noqa: E731
+    filtered = lambda *kind: [tuple(map(str, (*kind, i))) for i in (0, 4, 5, 6)]   # noqa: E731
+    cfg, top_p = run.options.cfg, run.options.top_p
+    assert found == {
+        "plain, cfg 0": unfiltered("cca-plain", cfg, top_p),
+        **{f"plain, cfg {x:g}": filtered("cca-plain", x, 1.0) for x in (0.5, 1.0, 2.0, 4.0)},
+        "CCA, lambda 1": unfiltered("cca-1", 0.0, top_p),
+        "CCA, lambda 20": unfiltered("cca-20", 0.0, top_p),
+        "plain, default": filtered("cca-plain", cfg, top_p),
+        "CCA, default but cfg 0": filtered("cca-20", 0.0, top_p),
+    }
 
 
 def test_the_page_on_contrast(judged):
@@ -177,6 +202,11 @@ def test_edges_of_a_square():
     faint[:, 1, :, 6:] = 0.4
     columns = control.edges_of(torch.cat([one_channel, faint]))[:, 0].mean(dim=1)
     assert columns.tolist() == [[0.0] * 5 + [1.0] * 2 + [0.0] * 5, [0.0] * 12]
+    diagonal = torch.arange(12.0) + torch.arange(12.0)[:, None]
+    ramps = torch.zeros(2, 3, 12, 12)
+    ramps[0, 2] = 0.19 * diagonal   # along a side; the gradient is the square root of 2 as long
+    ramps[1, 2] = 0.16 * diagonal
+    assert control.edges_of(ramps).mean(dim=(1, 2, 3)).tolist() == [1, 0]
 
 
 def test_with_z_at_zero_it_is_the_plain_model(run, shown):
@@ -227,13 +257,24 @@ def test_edges_go_with_the_class(run, shown):
     assert torch.allclose(model(labels, inputs), plain_null, atol=1e-5)
 
 
+def test_training_shows_the_edges_of_what_the_tokens_decode_to(run, shown):
+    model, tokens_NL, labels, _ = shown
+    stage = control.Steering(run, model, "steering", 3, 1e-3)
+    stage.loss_of(model, tokens_NL.short(), labels)
+    edges_BLX = model.edges_BLX
+    model.show(control.edges_of(run.decode(tokens_NL)))
+    assert 0 < edges_BLX.mean() < 1
+    assert torch.equal(edges_BLX, model.edges_BLX)
+
+
 def test_drawing_is_what_was_taught(run, shown, monkeypatch):
     """Logits of generation, with edges, class and null class, against teacher forcing."""
     model, _, labels, edges = shown
     torch.nn.init.normal_(model.control.weight)
     seen = []
     draw = model.draw
-    monkeypatch.setattr(model, "draw", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))
+    monkeypatch.setattr(
+        model, "draw", lambda logits, *rest: seen.append(logits) or draw(logits, *rest))
     model.show(edges, cfg=1.0)
     tokens_NL = model.generate(run.tokenizer, labels, cfg=1.0)
     inputs = run.tokenizer.teacher_inputs(tokens_NL)
@@ -298,6 +339,17 @@ def test_the_page_on_control(run, judged, page):
             [100 * found.recognised, 100 * found.recall], abs=0.006)
 
 
+def test_what_is_claimed_of_control(judged, monkeypatch):
+    rows = {"plain": [0.2, 50.0], "frozen": [0.3, 70.0], "all": [0.6, 65.0]}
+    rows = {name: [*row, 0, 0, 0, 0] for name, row in rows.items()}
+    monkeypatch.setattr(
+        control, "study", lambda run: (rows, replace(run, model=control.Controlled(run).eval())))
+    monkeypatch.setattr(sample, "save_picture", lambda *_: None)
+    said = ran("papers.control", "--run", judged, "--device", "cpu")
+    for claim, figure in zip(control.CLAIMS, (0.6, 15, 0.25), strict=True):
+        assert f"claim: {claim.text}\n    measured {figure:.3f}: " in said
+
+
 def test_the_picture_of_edges(run, judged, page):
     picture = np.asarray(Image.open(judged / "papers" / "control.png"))
     assert picture.shape[0] == 2 * 66
@@ -317,4 +369,5 @@ def test_mistakes_about_drawings(judged, tmp_path):
         "data:0 to": "data:9999",
     }
     for said, source in wrong.items():
-        assert said in refused("papers.control", "--run", judged, "--device", "cpu", "--image", source)
+        found = refused("papers.control", "--run", judged, "--device", "cpu", "--image", source)
+        assert said in found
