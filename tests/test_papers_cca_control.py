@@ -109,6 +109,7 @@ def test_what_is_contrasted(run, dropout, monkeypatch):
 def test_contrast_tunes_a_copy(run):
     before = copy.deepcopy(run.model.state_dict())
     stage = cca.Contrast(run, 5.0)
+    assert stage.reference is run.model is not stage.model
     for name, value in stage.average.state_dict().items():
         assert torch.equal(value, before[name])
     run.options.overwrite = True
