@@ -122,8 +122,8 @@ class Report(NamedTuple):
     constants: dict[str, int]
 
     def fits(self) -> bool:
-        """And next to nothing is spilled."""
-        return self.programs > 0 and self.shared <= CARDS[self.card].shared and self.stack <= 16
+        """And next to nothing is spilled: by Triton 3.7 up to 16 bytes, by 3.6 up to 64."""
+        return self.programs > 0 and self.shared <= CARDS[self.card].shared and self.stack <= 64
 
 
 def compile_for(job: Job) -> list[Report]:

@@ -156,11 +156,11 @@ def test_how_many_programs_a_multiprocessor_holds():
 
 @needs_triton
 def test_the_table_of_registers(monkeypatch, capsys):
-    card = registers.Report(80, "kernel", "bfloat16", 255, 40, 1024, 1, {"TILE_L": 64, "num_warps": 4})
+    card = registers.Report(80, "kernel", "bfloat16", 255, 72, 1024, 1, {"TILE_L": 64, "num_warps": 4})
     fits = card._replace(stack=0)
     monkeypatch.setattr(registers, "compiled", lambda jobs: iter([card, fits, fits]))
     registers.print_registers()
     head, first, second, *rest = capsys.readouterr().out.splitlines()
-    assert first.split()[:7] == ["sm_80", "kernel", "bfloat16", "255", "40", "1024", "1"]
+    assert first.split()[:7] == ["sm_80", "kernel", "bfloat16", "255", "72", "1024", "1"]
     assert first.endswith("TILE_L 64 warps 4  <- does not fit") and not second.endswith("fit")
     assert rest[0].startswith("2 kernels.")
