@@ -68,7 +68,7 @@ def trained(run: Run, name: str, last_scales: int | None, kind: type[Tuning]) ->
 
 def main() -> None:
     parser = parser_of("hmar_markov", __doc__)
-    parser.add_argument("--steps", type=COUNT, default=800, help="of each training (default: 800)")
+    parser.add_argument("--steps", type=COUNT, default=600, help="of each training (default: 600)")
     options = parser.parse_args()
     runs = open_runs(options)
     config = runs[0].model.config
