@@ -31,10 +31,15 @@ class Card(NamedTuple):
     """Of one multiprocessor. sm_80 is that of the consumer cards, too, which have the least."""
     shared: int   # bytes that a program may take; each is given 1 kB more
     warps: int
+    programs: int
     registers: int = 65536
 
 
-CARDS = {80: Card(99 * 1024, 48), 90: Card(227 * 1024, 64), 100: Card(227 * 1024, 64)}
+CARDS = {
+    80: Card(99 * 1024, warps=48, programs=16),
+    90: Card(227 * 1024, warps=64, programs=32),
+    100: Card(227 * 1024, warps=64, programs=32),
+}
 HEADS = [(torch.bfloat16, 64), (torch.bfloat16, 72), (torch.bfloat16, 128), (torch.float16, 64),
          (torch.float32, 64), (torch.float32, 128)]
 Job = tuple[int, Callable]   # for which card, and what is to be launched there
@@ -177,7 +182,7 @@ def programs(card: Card, registers: int, shared: int, warps: int) -> int:
     by_registers = card.registers // (of_a_warp * warps)
     by_warps = card.warps // warps
     by_memory = (card.shared + 1024) // (shared + 1024)
-    return min(by_registers, by_warps, by_memory)
+    return min(by_registers, by_warps, by_memory, card.programs)
 
 
 def compiled(jobs: list[Job]) -> Iterator[Report]:

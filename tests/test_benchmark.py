@@ -146,12 +146,13 @@ def test_every_kernel_compiles_and_fits():
 
 
 def test_how_many_programs_a_multiprocessor_holds():
-    card = registers.Card(shared=99 * 1024, warps=48)
+    card = registers.Card(shared=99 * 1024, warps=48, programs=16)
     assert registers.programs(card, registers=128, shared=0, warps=8) == 2    # 65536 / (128 * 256)
     assert registers.programs(card, registers=129, shared=0, warps=8) == 1    # given out by eights: 136
     assert registers.programs(card, registers=16, shared=0, warps=8) == 6     # 48 warps
     assert registers.programs(card, registers=16, shared=49 * 1024, warps=8) == 2   # of 50 kB each
     assert registers.programs(card, registers=16, shared=50 * 1024, warps=8) == 1
+    assert registers.programs(card, registers=16, shared=0, warps=1) == 16
 
 
 @needs_triton
