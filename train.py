@@ -781,7 +781,7 @@ def tokens_of(
         "images": data.key,
     }
     rank, ranks = rank_and_ranks()
-    shared = [kept_tokens(path, made_with) if rank == 0 else None]
+    shared = [kept_tokens(path, made_with, options) if rank == 0 else None]
     if ranks > 1:
         dist.broadcast_object_list(shared, device=options.device)
     found = shared[0]
@@ -792,7 +792,7 @@ def tokens_of(
             tokenise(tokenizer, images[name], found[name], options, f"tokenise {name}")
     finally:   # Ctrl-C loses nothing of what is done
         if missing and rank == 0:
-            save_checkpoint(path, "set of tokens", made_with=made_with, **found)
+            keep_tokens(path, made_with, found)
     train = TensorDataset(*map(torch.cat, zip(*found["train"])))
     held_out = TensorDataset(*map(torch.cat, zip(*found["held_out"])))
     return train, held_out
@@ -802,21 +802,38 @@ def tokenised(parts: list[tuple[Tensor, Tensor]]) -> int:
     return sum(len(labels) for _, labels in parts)
 
 
-def kept_tokens(path: Path, made_with: dict[str, str]) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """What an earlier training kept: for both sets parts of their tokens and labels, in order."""
+def kept_tokens(path: Path, made_with: dict[str, str], options: argparse.Namespace) -> dict:
+    """What an earlier training kept: for both sets parts of their tokens and labels, in order.
+
+    Raises UserError where --tokens names a file of anything else, which would be lost.
+    """
     nothing = {"held_out": [], "train": []}
     if not path.exists():
         return nothing
-    content = load_checkpoint(path, "set of tokens")
-    with blaming(path):
-        begun = content["made_with"]
-        found = {name: content[name] for name in nothing}
+    try:
+        content = load_checkpoint(path, "set of tokens")
+        with blaming(path):
+            begun = content["made_with"]
+            found = {name: content[name] for name in nothing}
+    except UserError as error:
+        if options.tokens:
+            raise
+        print(f"tokens are made anew: {error}")
+        return nothing
     for name, value in made_with.items():
         if begun.get(name) != value:
             print(f"tokens are made anew: those in {path} were made with other {name}")
             return nothing
     print(f"tokens are those in {path}")
     return found
+
+
+def keep_tokens(path: Path, made_with: dict[str, str], found: dict) -> None:
+    """A training does not end because its tokens cannot be kept for the next one."""
+    try:
+        save_checkpoint(path, "set of tokens", made_with=made_with, **found)
+    except (UserError, OSError) as error:
+        print(f"the tokens are not kept: {in_short(error)}")
 
 
 @torch.no_grad()

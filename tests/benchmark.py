@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import sample
+import train
 import var
 from kernels import (
     ATTENTION_TILES, HAS_TRITON, KeyRanges, adaln_triton, block_attention, forward_flops,
@@ -148,15 +149,8 @@ def print_counts() -> None:
 # Whole models: what a GPU is asked to do, counted without one
 
 Geometry = tuple[TokenizerConfig, VARConfig]
-PUBLISHED_D16 = (
-    TokenizerConfig(
-        scales=BENCHMARK_SCALES[680], vocabulary=4096, code_channels=32, image_channels=3,
-        width=160, multipliers=(1, 1, 2, 2, 4), blocks=2, phis=4, norm_groups=32),
-    VARConfig(
-        scales=BENCHMARK_SCALES[680], vocabulary=4096, code_channels=32, classes=1000, depth=16,
-        width=1024, heads=16, shared_adaln=False, normalise_qk=True, label_dropout=0.1,
-        drop_path=0.1 * 16 / 24, last_scales=None),
-)
+TOKENIZER = train.PRESETS["imagenet256"].tokenizer_config(image_channels=3)
+PUBLISHED_D16 = (TOKENIZER, train.PRESETS["imagenet256"].var_config(TOKENIZER, classes=1000))
 TO_DEVICE = {"lift_fresh", "scalar_tensor", "arange", "searchsorted"}
 READ_BACK = {"_local_scalar_dense", "nonzero", "bincount", "equal"}
 

@@ -327,8 +327,16 @@ def test_a_file_of_tokens_that_is_none_is_left_alone(tokens, finished):
             tokens.make("--tokens", path)
         assert path.read_bytes() == before   # it may be dear to somebody
     kept.write_bytes(cut)
-    with pytest.raises(sample.UserError, match="cannot be read"):
-        tokens.make()   # the run's own
+    assert "made anew" in tokens.make()[0]   # the run's own
+    assert "tokens are those" in tokens.make()[0]
+
+
+def test_tokens_that_cannot_be_kept_do_not_end_a_training(tokens):
+    tokens.out.mkdir()
+    (tokens.out / "file").touch()
+    options = tokens.options("--tokens", tokens.out / "file" / "tokens.pt")
+    made, _ = train.tokens_of(tokens.tokenizer, train.load_data(options), options)
+    assert len(made) == 22 and "the tokens are not kept" in tokens.capsys.readouterr().out
 
 
 def test_a_stop_while_tokenising_loses_nothing(tokens, monkeypatch):
