@@ -490,7 +490,7 @@ class TokenizerStage(Stage):
     def __init__(self, data: Data, options: argparse.Namespace):
         preset = options.preset
         self.quantized_from = int(preset.unquantized * preset.tokenizer_steps)
-        self.look = None   # the perceptual distance
+        self.distance = None   # the perceptual one
         self.adversarial_from = int(preset.adversarial_from * preset.tokenizer_steps)
         self.images = to_float(data.held_out.tensors[0][spread(data.held_out, 2000)])
         torch.manual_seed(options.seed)
@@ -509,7 +509,7 @@ class TokenizerStage(Stage):
         recipe = {name: getattr(preset, name) for name in TOKENIZER_RECIPE}
         if preset.perceptual_weight and options.perceptual:
             lpips = load_lpips(options.perceptual).to(options.device)
-            self.look = lambda x, y: lpips(x, y).mean()
+            self.distance = lambda x, y: lpips(x, y).mean()
             recipe["perceptual distance"] = "LPIPS"
         elif preset.perceptual_weight:
             self.classifier_shape = {
@@ -519,7 +519,7 @@ class TokenizerStage(Stage):
             }
             classifier = Classifier(**self.classifier_shape).eval().requires_grad_(False)
             helpers["classifier"] = classifier.to(options.device)
-            self.look = partial(distance_by, classifier)
+            self.distance = partial(distance_by, classifier)
             recipe["perceptual distance"] = "classifier"
         super().__init__(
             model, optimizers, data.train, preset.tokenizer_steps, preset.tokenizer_batch, 0.0,
@@ -556,8 +556,8 @@ class TokenizerStage(Stage):
         originals = self.to_device(images)
         reconstructions, losses = self.replica(originals, quantize=quantize)
         likeness = losses["total"] - losses["codebook"]
-        if self.look:
-            losses["perceptual"] = self.look(originals, reconstructions)
+        if self.distance:
+            losses["perceptual"] = self.distance(originals, reconstructions)
             likeness = likeness + self.options.preset.perceptual_weight * losses["perceptual"]
         total = likeness + losses["codebook"]
         if "discriminator" in self.helpers and self.step >= self.adversarial_from:
@@ -583,7 +583,7 @@ class TokenizerStage(Stage):
         if self.quantized_from < self.step and self.step % 20 == 0 and not settling:
             self.model.quantizer.revive(self.optimizers[0])
 
-    def held_out(self, count: int) -> Iterator[Tensor]:
+    def held_out_batches(self, count: int) -> Iterator[Tensor]:
         """At most `count` held-out images on the device, as many at a time as a pass takes."""
         images = self.images[:count]
         for part in batches(len(images), at_a_time(self.options.preset.image_size)):
@@ -593,7 +593,7 @@ class TokenizerStage(Stage):
     def validate(self, model: Tokenizer) -> dict:
         count = len(self.images[:256])
         found = Counter()
-        for originals in self.held_out(count):
+        for originals in self.held_out_batches(count):
             with self.options.autocast():
                 reconstructions, losses = model(originals)
                 if "discriminator" in self.helpers:
@@ -608,7 +608,7 @@ class TokenizerStage(Stage):
 
     def finish(self, model: Tokenizer, log: Log) -> None:
         with self.options.autocast():
-            health = model.health(self.held_out(2000))
+            health = model.health(self.held_out_batches(2000))
         log.write(self.steps, "health", **health)
         say_health(health, model.config)
         run = Run(model, None, self.data.classes, self.data.held_out, self.options)
@@ -707,7 +707,7 @@ class VARStage(Stage):
     def __init__(self, tokenizer: Tokenizer, data: Data, options: argparse.Namespace):
         preset = options.preset
         self.tokenizer = tokenizer
-        tokens, self.held_out = tokens_of(tokenizer, data, options)
+        tokens, self.held_out_rows = tokens_of(tokenizer, data, options)
         torch.manual_seed(options.seed)
         config = preset.var_config(tokenizer.config, len(data.classes))
         model = VAR(config).to(options.device)
@@ -748,13 +748,13 @@ class VARStage(Stage):
 
     @torch.no_grad()
     def validate(self, model: VAR) -> dict:
-        rows = self.held_out[spread(self.held_out, 256)]
+        rows = self.held_out_rows[spread(self.held_out_rows, 256)]
         with self.options.autocast():
             loss, to_log = self.loss_of(model, *rows)
         return {"loss": loss.item(), **{name: value.tolist() for name, value in to_log().items()}}
 
     def example(self) -> tuple[Tensor, ...]:
-        tokens_BL, labels_B = self.held_out[[0]]
+        tokens_BL, labels_B = self.held_out_rows[[0]]
         return labels_B, self.tokenizer.teacher_inputs(tokens_BL.to(self.options.device).long())
 
     def finish(self, model: VAR, log: Log) -> None:

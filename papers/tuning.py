@@ -37,7 +37,7 @@ class Tuning(VARStage):
         options.preset = replace(options.preset, var_steps=steps, var_lr=lr)
         preset = options.preset
         *own, images = kept_tokens(run)
-        train, self.held_out = rows or own
+        train, self.held_out_rows = rows or own
         data = Data(train, run.held_out, run.classes, images)
         recipe = {"tokenizer": run.tokenizer.fingerprint(), "steps": steps}
         if optimizers is None:

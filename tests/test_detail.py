@@ -365,7 +365,7 @@ def test_lpips_is_loaded_from_the_weights_of_vgg(tmp_path, monkeypatch):
     conv = nn.Conv2d(3, 4, 3)
     conv.load_state_dict({"weight": state["features.5.weight"], "bias": state["features.5.bias"]})
     x, y = torch.randn(2, 2, 3, 8, 8)
-    torch.testing.assert_close(stage.look(x, y), (conv(x) - conv(y)).square().mean())
+    torch.testing.assert_close(stage.distance(x, y), (conv(x) - conv(y)).square().mean())
     assert not any(p.requires_grad for p in train.load_lpips(path).parameters())
     del state["features.5.bias"]
     torch.save(state, path)
