@@ -138,7 +138,7 @@ def main() -> None:
     runs = open_runs(options)
     names, labels, edges_N1HW = requests(runs[0])
     by_run, tuned = zip(*map(study, runs))
-    figures = say_figures(HEADS, by_run, 2)
+    figures = say_figures(HEADS, by_run, 2, base="plain")
     gain, frozen_gain = (figures[name] - figures["plain"] for name in ("all", "frozen"))
     say_verdicts(CLAIMS, [figures["all"][0], gain[1], frozen_gain[0] / gain[0]], options.started)
     columns = [1 - 2 * edges_N1HW] + [draw(tuned[0], labels, edges_N1HW, seed) for seed in range(3)]

@@ -63,9 +63,10 @@ def forgetting(run: Run, looks_NH: Tensor) -> Run:
     return replace(run, model=model)
 
 
-def cache_bytes(heads: int, scales: tuple[int, ...], D: int, each: int) -> int:
-    """Keys and values of one image in so many heads of all layers; each: bytes of a number."""
-    return 2 * heads * sum(s * s for s in scales) * D * each
+def past_bytes(heads: int, scales: tuple[int, ...], D: int, each: int) -> int:
+    """Keys and values of one image in so many heads of all layers, when the last scale, which is
+    nobody's past, is drawn; each: bytes of a number."""
+    return 2 * heads * sum(s * s for s in scales[:-1]) * D * each
 
 
 @torch.no_grad()

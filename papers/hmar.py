@@ -5,13 +5,13 @@ VAR that can be told some of them. With the places of a scale coloured as a chec
 
     log p(scale) = log p(A | coarser scales) + log p(B | A, coarser scales)
 
-is a likelihood of two passes, exact as VAR's of one: the difference is what independence costs.
+is an exact likelihood of two passes. The difference is what independence costs, at the least.
 
 The leak: the published model's hints are averages over neighbours, hidden ones among them. So in
 training they tell more than they may; in sampling, where what is hidden is a draft, less.
 
-The published model has other weights for later passes; here one set serves both. Images drawn so:
-hmar_passes.py. The paper's attention: hmar_markov.py.
+The published model has other weights for later passes; here one set serves both. Images drawn so
+are in hmar_passes.py, and the paper's attention in hmar_markov.py.
 """
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ def nats_of(tokenizer: Tokenizer, model: MaskedVAR, tokens_BL: Tensor, labels_B:
 
 
 def measure(run: Run) -> dict[str, list[float]]:
-    """Mean nats, of held-out images: of all tokens, of the last scale, and of B on all scales."""
+    """Mean nats of held-out images: of all tokens, of the last scale's, and of B on all scales."""
     images, labels_N = evaluated_images(run, run.options.count)
     _, tokens_NL = run.encode(images)
     level_L = run.model.level_L
-    parts = (level_L >= 0, level_L == level_L.max(), ~checkerboard(run.model))
-    sums_L3 = torch.stack(parts, dim=1).float()
+    parts_3L = [level_L >= 0, level_L == level_L.max(), ~checkerboard(run.model)]
+    sums_L3 = torch.stack(parts_3L, dim=1).float()
     rows = {}
     for kind in ("plain", "masked", "leaking"):
         model = tuned(run, kind).model
@@ -134,8 +134,8 @@ def main() -> None:
     parser = parser_of("hmar", __doc__)
     add_flags(parser)
     options = parser.parse_args()
-    heads = ("nats", "image", "last scale", "B of all scales")
-    rows = say_figures(heads, [measure(run) for run in open_runs(options)], 2)
+    by_run = [measure(run) for run in open_runs(options)]
+    rows = say_figures(("nats", "image", "last scale", "B"), by_run, 2, base="plain, one pass")
     plain, one, two, drafts, _, leaking, leaking_drafts = rows.values()   # each [3, runs]
     say_verdicts(CLAIMS, [
         100 * (1 - two[1] / one[1]),

@@ -2,12 +2,13 @@
 
 A pass draws all tokens of a scale that are not kept yet, and a part of them is kept, for the next
 to see (masked.py). Kept at random, they are what the model says, and what is gained is that tokens
-know each other. Kept by confidence, as published, they are also more typical than what it says:
-that is a lower temperature, which costs variety, and which a top-p below 1 gives in one pass.
+know each other. Kept by confidence (as published, but there of guided logits), they are also more
+typical than it says, at the price of variety. So are those of a lower top-p or a little guidance.
 
 Where knowing a part of a scale should pay most is in-painting: VAR puts an image's own tokens for
-those that it drew (`var.Known`), and the others of the scale never see them. Here they do. Halves
-of images are completed, their class not told, as by  python sample.py --task inpaint.
+those that it drew, and the others of the scale never see them. Here they do. Halves of images are
+completed, their class not told, as by  python sample.py --task inpaint: there, too, the coarsest
+maps are those of the known half, smeared over the hole (`var.Known`).
 """
 from __future__ import annotations
 
@@ -39,12 +40,13 @@ CLAIMS = (
           holds=(5, inf), false=(-inf, 5)),
 )
 HEADS = ("recognised %", "recall %", "precision %", "Fréchet", "border")
-TOP_P = {**NO_FILTERS, "top_p": 0.9}
 
 # What is drawn: the model, its filters, whether in more passes, and whether the surest are kept.
 DRAWN = {
     "plain VAR": ("plain", NO_FILTERS, False, False),
-    "plain VAR, top-p 0.9": ("plain", TOP_P, False, False),
+    "plain VAR, top-p 0.9": ("plain", NO_FILTERS | {"top_p": 0.9}, False, False),
+    "plain VAR, top-p 0.8": ("plain", NO_FILTERS | {"top_p": 0.8}, False, False),
+    "plain VAR, cfg 1": ("plain", NO_FILTERS | {"cfg": 1.0}, False, False),
     "masked, one pass": ("masked", NO_FILTERS, False, False),
     "more passes, at random": ("masked", NO_FILTERS, True, False),
     "by confidence": ("masked", NO_FILTERS, True, True),
@@ -118,8 +120,8 @@ def measure(run: Run) -> dict[str, list[float]]:
         rows[name] = [*(100 * share for share in shares), found.frechet, step]
         if completes:
             pictures[name.removeprefix("halves: ")] = images
-    chosen = slice(None, None, max(1, len(originals) // 12))
-    shown = [(name, to_bytes(images[chosen][:12])) for name, images in pictures.items()]
+    shown = [(name, to_bytes(images[::len(originals) // 12 or 1][:12]))
+             for name, images in pictures.items()]
     save_picture(run.options.run / "papers" / "hmar_passes.png", grid(shown))
     return rows
 
@@ -127,13 +129,13 @@ def measure(run: Run) -> dict[str, list[float]]:
 def main() -> None:
     parser = parser_of("hmar_passes", __doc__)
     add_flags(parser)
-    parser.add_argument("--passes", type=several(COUNT),
-                        help="over each scale (default: 1,2,4, ...)")
+    parser.add_argument("--passes", type=several(COUNT), help="over each scale (default: 1,2,4...)")
     options = parser.parse_args()
-    rows = say_figures(("", *HEADS), [measure(run) for run in open_runs(options)], 2)
+    by_run = [measure(run) for run in open_runs(options)]
+    rows = say_figures(("", *HEADS), by_run, 2, base="plain VAR")
     print("halves: completed, the class not told; border: the step across the middle of an image, "
           "as a share of the originals'")
-    random = rows["more passes, at random"]   # each [5, runs]
+    random = rows["more passes, at random"]   # [5, runs]
     surest = rows["by confidence"]
     say_verdicts(CLAIMS, [
         random[0] - rows["plain VAR"][0],

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from papers import Claim, open_runs, parser_of, say_evaluations, say_figures, say_verdicts
-from papers.forgetful import cache_bytes, forgetting, statistics
+from papers.forgetful import forgetting, past_bytes, statistics
 from papers.tuning import kept_tokens
-from sample import Run, UserError, evaluate, run_program
+from sample import Run, UserError, evaluate, evaluated_images, run_program
 from tokenizer import PUBLISHED_SCALES
 
 CLAIMS = (   # where it holds, where it is false
@@ -69,7 +69,12 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 def study(run: Run) -> tuple[dict, dict, dict[str, list[Tensor]]]:
     """Of one run: figures of its layers, correlations, and which heads [N, H] a cache may keep."""
-    rows = [x[:CALIBRATION].long() for x in kept_tokens(run)[0].tensors]
+    if run.model.config.last_scales is not None:
+        raise UserError(f"{run.options.run} was trained with --last-scales: it has no past to lose")
+    chance = torch.Generator().manual_seed(run.options.seed)
+    train = kept_tokens(run)[0]
+    chosen = torch.randperm(len(train), generator=chance)[:CALIBRATION]
+    rows = [x.long() for x in train[chosen]]
     past_NH, largest_NH, variance_NH = statistics(run, *rows)
     N, H = past_NH.shape
     if N < 2:
@@ -90,11 +95,7 @@ def study(run: Run) -> tuple[dict, dict, dict[str, list[Tensor]]]:
         ("variance", variance_N, variance_NH),
         ("on the past", past_N, past_NH),
     ):
-        correlations[name] = [
-            rank_correlation(of_N, need_N),
-            rank_correlation(of_NH, need_NH),
-        ]
-    chance = torch.Generator().manual_seed(run.options.seed)
+        correlations[name] = [rank_correlation(of_N, need_N), rank_correlation(of_NH, need_NH)]
     caches = {
         "all": [torch.ones(N, H).bool()],
         "by variance": [half(variance_NH)],
@@ -114,7 +115,8 @@ def main() -> None:
     by_run = []
     for run in open_runs(options):
         layers, correlations, caches = study(run)
-        held_out = [x[:options.count].long() for x in kept_tokens(run)[1].tensors]
+        images, labels_N = evaluated_images(run, options.count)
+        held_out = run.encode(images)[1], labels_N
         config = run.model.config
         D = config.width // config.heads
         costs = {}
@@ -125,24 +127,22 @@ def main() -> None:
             d16_heads = heads * D16_HEADS // choices[0].numel()
             costs[name] = [
                 rises(run, choices, held_out).mean().item() / config.length,
-                cache_bytes(heads, config.scales, D, 4) / 1e3,
-                cache_bytes(d16_heads, PUBLISHED_SCALES, 64, 2) / 1e6,
+                past_bytes(heads, config.scales, D, 4) / 1e3,
+                past_bytes(d16_heads, PUBLISHED_SCALES, 64, 2) / 1e6,
             ]
         by_run.append((layers, correlations, costs))
     say_evaluations(rows)
     layers, correlations, costs = zip(*by_run)
     say_figures(("", "ASI", "variance", "on the past", "nats/image"), layers, 3)
     ranks = say_figures(("Spearman's", "over layers", "over heads"), correlations, 2)
-    cost = say_figures(("past kept by", "nats/token", "kB/image", "at d16: MB"), costs, 4)
+    cost = say_figures(("past kept by", "nats/token", "kB/image", "at d16: MB"), costs, 4, "all")
     more_R = cost["by variance"][0]
-    chance_R = cost["at random"][0]
-    measured = [
+    say_verdicts(CLAIMS, [
         ranks["- ASI"][0],
         ranks["variance"][1],
         more_R,
-        more_R - chance_R,
-    ]
-    say_verdicts(CLAIMS, measured, options.started)
+        more_R - cost["at random"][0],
+    ], options.started)
 
 
 if __name__ == "__main__":

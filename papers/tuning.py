@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
 from sample import Log, Run, blaming, load_checkpoint
+from tokenizer import Tokenizer
 from train import Data, Stage, VARStage
 
 
@@ -39,7 +40,12 @@ class Tuning(VARStage):
         *own, images = kept_tokens(run)
         train, self.held_out_rows = rows or own
         data = Data(train, run.held_out, run.classes, images)
-        recipe = {"tokenizer": run.tokenizer.fingerprint(), "steps": steps}
+        recipe = {   # --resume takes nothing that began otherwise
+            "tokenizer": run.tokenizer.fingerprint(),
+            "first weights": Tokenizer.fingerprint(model),
+            "steps": steps,
+            "lr": lr,
+        }
         if optimizers is None:
             optimizers = model.optimizers(lr, preset.weight_decay, preset.muon, options.dtype)
         Stage.__init__(

@@ -96,7 +96,8 @@ def study(run: Run, lists: list[Tensor]) -> list[dict[str, list[float]]]:
     stages = marked["never decoded"], marked["saved"], held_out["saved"]
     maps = map(run.tokenizer.quantizer.split, stages)
     for s, drawn_Nl, read_Nl, usual_Nl in zip(run.model.config.scales, *maps):
-        survival[f"{s}x{s}"] = [percent(drawn_Nl == read_Nl)]
+        others_Nl = read_Nl.roll(1, dims=0)   # of other images
+        survival[f"{s}x{s}"] = [percent(drawn_Nl == read_Nl), percent(drawn_Nl == others_Nl)]
         for tokens_Nl in (drawn_Nl, read_Nl, usual_Nl):
             survival[f"{s}x{s}"].append(percent(lists[0][tokens_Nl]))
     pools = {}
@@ -129,7 +130,8 @@ def main() -> None:
     finds, survival, pools = zip(*by_run)
     found = say_figures(("found, in %", "held-out", "unmarked", "marked"), finds, 1)
     scales = say_figures(
-        ("tokens, in %", "come back", "green: drawn", "read", "held-out"), survival, 1)
+        ("tokens, in %", "come back", "by chance", "green: drawn", "read", "held-out"),
+        survival, 1)
     coarsest, *_, finest = scales.values()
     say_figures(("pool", "found %", "false alarms %", "at one's z", "z"), pools, 1)
     measured = [

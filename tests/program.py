@@ -73,11 +73,12 @@ def refused(program: str, *arguments) -> str:
 
 
 def rows_of(said: str, cells: int) -> dict[str, list[float]]:
-    """Of the tables of numbers in what was printed, the rows that have so many cells."""
+    """Of the tables of numbers in what was printed, the rows that have so many cells; without those
+    that say by how much rows differ."""
     rows = {}
     for line in said.splitlines():
         words = line.split()
-        if len(words) > cells:
+        if len(words) > cells and "difference" not in words:
             with contextlib.suppress(ValueError):
                 rows[" ".join(words[:-cells])] = [float(word) for word in words[-cells:]]
     return rows

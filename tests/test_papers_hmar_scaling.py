@@ -308,7 +308,7 @@ def test_the_pages_on_passes(run, folder):
     for claim in hmar_passes.CLAIMS:
         assert f"claim: {claim.text}\n" in said
     difference = rows["more passes, at random"][0] - rows["plain VAR"][0]
-    assert f"measured {difference:.3f}: no verdict" in said
+    assert f"measured {difference:.4f}: no verdict" in said
     judge = sample.Judge(sample.kept_classifier(run), *sample.evaluated_images(run, 40)[:1],
                          run.classes)
     labels = sample.evaluated_images(run, 40)[1]
@@ -377,7 +377,7 @@ def test_the_page_on_own_scales(run, folder):
     assert rows["own scale"][0] == pytest.approx(
         nats_by_hand(run, tuned_model(folder, "hmar_markov-own", own)), abs=0.006)
     per_token = (rows["own scale"][0] - rows["VAR"][0]) / 21
-    assert f"measured {per_token:.3f}"[:-1] in said
+    assert f"measured {per_token:.4f}"[:-2] in said
     for row, claim in (("own scale", 1), ("own scale, weights", 2)):
         difference = rows[row][3] - rows["VAR"][3]
         (line,) = said.split(f"claim: {hmar_markov.CLAIMS[claim].text}\n")[1].splitlines()[:1]
@@ -441,7 +441,7 @@ def test_the_page_on_scaling(run, folder):
     loss = power_law.law_of(*np.transpose(found)[[0, 2]])
     error = power_law.law_of(*np.transpose(found)[[0, 3]])
     for claim, figure in zip(scaling.CLAIMS, (loss[1], abs(loss[2]), error[1])):
-        assert f"claim: {claim.text}\n    measured {figure:.3f}: no verdict" in said
+        assert f"claim: {claim.text}\n    measured {figure:.4f}: no verdict" in said
     assert Image.open(folder / "papers" / "scaling.png").size == (810, 630)
     for wrong in ("1,2,3", "1,2,2,3", "4,3,2,1"):
         assert f"--depths {wrong} must" in refused(

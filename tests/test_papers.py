@@ -1,0 +1,106 @@
+"""What all pages share: which runs they take, when a claim holds, and what goes on from what."""
+import shutil
+from argparse import Namespace
+from math import inf
+
+import pytest
+import torch
+
+import sample
+from papers import Claim, open_runs, parser_of, say_figures
+from papers.tuning import Tuning
+from program import ran, refused
+from sample import UserError
+
+ASK = ("--device", "cpu", "--count", "40")
+
+
+@pytest.fixture
+def copies(judged, tmp_path):
+    """Three runs that call themselves the same but for their seeds."""
+    folders = []
+    for seed in range(3):
+        folder = tmp_path / f"shapes-{seed}"
+        shutil.copytree(judged, folder, ignore=lambda _, names: {"papers"} & set(names))
+        changed(folder, lambda content, seed=seed: content["identity"].update(seed=seed))
+        folders.append(folder)
+    return folders
+
+
+def changed(folder, change, stage="var", kind="transformer"):
+    content = sample.load_checkpoint(folder / f"{stage}.pt", kind)
+    change(content)
+    del content["kind"]
+    sample.save_checkpoint(folder / f"{stage}.pt", kind, **content)
+
+
+def opened(*folders, count=40):
+    return open_runs(parser_of("hmar", "").parse_args(
+        ["--run", *map(str, folders), *ASK[:2], "--count", str(count)]))
+
+
+def test_runs_differ_in_their_seed_alone(copies):
+    assert [run.options.seed for run in opened(*copies)] == [0, 1, 2]
+    with pytest.raises(UserError, match="have the same seed, 1"):
+        opened(copies[0], copies[1], copies[1])
+    changed(copies[2], lambda content: content["identity"].update(tokenizer_steps=9), "tokenizer",
+            "tokenizer")
+    with pytest.raises(UserError, match="shapes-2 and .*shapes-0 differ in more than their seed"):
+        opened(*copies)
+    changed(copies[1], lambda content: content.update(rates=[[0.5]]))
+    with pytest.raises(UserError, match="differ in more than their seed"):
+        opened(*copies[:2])
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda content: content.update(training={}), "var.pt is not trained to its end"),
+    (lambda content: content.update(classes=["all"]), "has one class"),
+])
+def test_a_run_that_cannot_be_judged_by(copies, change, message):
+    changed(copies[0], change)
+    with pytest.raises(UserError, match=message):
+        opened(copies[0])
+
+
+def test_as_many_held_out_images_as_there_are(copies):
+    with pytest.raises(UserError, match="--count 41 must be even"):
+        opened(copies[0], count=41)
+    with pytest.raises(UserError, match="--count 2000: .*shapes-0 has 1000 held-out images"):
+        opened(copies[0], count=2000)
+
+
+@pytest.mark.parametrize("figure, verdict", [
+    ([2.0, 2.1, 2.2], "holds"),           # 1.9 to 2.3
+    ([1.1, 1.2, 1.3], "undecided"),       # from 1.0, just where neither ends
+    ([0.5, 0.6, 0.7], "undecided"),
+    ([0.0, 0.1, 0.2], "falsified"),
+    ([-3.0, 0.1, 3.2], "undecided"),
+    ([9.0, 9.0], "no verdict, which takes three runs"),
+])
+def test_verdicts_take_two_standard_deviations(figure, verdict):
+    assert Claim("more", holds=(1.05, inf), false=(-inf, 0.35)).verdict(figure) == verdict
+
+
+def test_differences_are_taken_in_each_run(capsys):
+    by_run = [{"a": [1.0, 5.0], "b": [2.0, 4.9]}, {"a": [3.0, 5.0], "b": [4.1, 5.1]},
+              {"a": [9.0, 5.0], "b": [9.9, 5.2]}]
+    figures = say_figures(("", "x", "y"), by_run, 2, base="a")
+    assert figures["b"].tolist() == [[2.0, 4.1, 9.9], [4.9, 5.1, 5.2]]
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.split("  ")[0] == "b: difference"
+    assert "1.00 ± 0.10 *" in line and line.rstrip().endswith("0.07 ± 0.15")
+    say_figures(("", "x", "y"), by_run[:2], 2, base="a")
+    assert "*" not in capsys.readouterr().out   # of two runs nothing is an effect
+
+
+def test_what_was_tuned_goes_on_only_from_the_same_weights(copies):
+    command = ("papers.hmar", "--run", copies[0], *ASK, "--steps", 2)
+    ran(*command)
+    assert ran(*command, "--resume").count("is finished") == 3
+    assert "another lr" in refused(*command, "--resume", "--lr", 0.5)
+    (run,) = opened(copies[0])
+    with torch.no_grad():
+        run.model.head.bias += 1
+    run.options = Namespace(**{**vars(run.options), "resume": True})
+    with pytest.raises(UserError, match="another first weights"):
+        Tuning(run, run.model, "hmar-plain", 2, 0.003).run()
