@@ -17,16 +17,17 @@ a program ends.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -62,28 +63,28 @@ def main() -> None:
     run = load(options)
     plain = options.dtype == torch.float32 and not options.compile
     if options.device.type == "cpu" and plain:
-        pack(run.model)
+        run.model.pack()
     if options.evaluate:
         say_evaluation(evaluate(run, options.evaluate, options.seeds), run)
-        return
-    if options.reference:
-        save_npz(options.reference, run.held_out_images().permute(0, 2, 3, 1).numpy())
-    if options.npz:
-        save_npz(Path(options.npz[1]), draw_many(run, int(options.npz[0])))
-    if options.reference or options.npz:
-        return
-    drawings = [   # what is drawn, of which images, and how
-        ("attention", options.attention, draw_attention),
-        ("codes", options.codes, draw_codes),
-        ("teaching", options.teaching, draw_teaching),
-        (options.task, options.image, reconstruct if options.task == "reconstruct" else complete),
-    ]
-    for what, sources, draw in drawings:
-        if sources:
-            picture = draw(run, load_images(run, sources))
-            break
+    elif options.npz or options.reference:
+        save_sets(run)
     else:
-        what = "progress" if options.progress else "sample"
+        draw(run)
+
+
+def draw(run: Run) -> None:
+    """Write the picture that is asked for."""
+    options = run.options
+    what = options.task or ("progress" if options.progress else "sample")
+    if options.task:
+        pictures = {
+            "attention": draw_attention,
+            "codes": draw_codes,
+            "teaching": draw_teaching,
+            "reconstruct": reconstruct,
+        }
+        picture = pictures.get(options.task, complete)(run, load_images(run, options.image))
+    else:
         picture = draw_samples(run)
     path = options.out or options.run / f"{what}.png"
     save_picture(path, picture)
@@ -101,7 +102,7 @@ class Run:
     model: VAR | None                   # None while the tokenizer trains
     classes: list[str]
     held_out: TensorDataset | None      # bytes [N, channels, side, side] and labels [N]
-    options: argparse.Namespace         # device, autocast, batch, cfg, top_k, top_p
+    options: Namespace         # device, autocast, batch, cfg, top_k, top_p
 
     @torch.no_grad()
     def generate(
@@ -165,17 +166,17 @@ class Run:
 
     def after_each_scale(self, tokens_NL: Tensor) -> list[np.ndarray]:
         """What the first 1, 2, ... K scales decode to: bytes [N, side, side, channels] for each."""
-        ends = np.cumsum([s * s for s in self.tokenizer.config.scales])
-        return [self.decode_to_bytes(tokens_NL[:, :end]) for end in ends]
+        return [self.decode_to_bytes(tokens_NL[:, :span.stop]) for span in self.model.config.spans]
 
     @torch.no_grad()
     def log_likelihood(self, tokens_NL: Tensor, labels: list[int]) -> Tensor:
         """log p(tokens | class) [N], in nats, without guidance."""
+        options = self.options
         likelihoods = []
-        for rows in batches(len(labels), self.options.batch, "likelihood"):
-            tokens_BL = tokens_NL[rows].to(self.options.device)
-            labels_B = torch.tensor(labels)[rows].to(self.options.device)
-            with self.options.autocast():
+        for rows in batches(len(labels), options.batch, "likelihood"):
+            tokens_BL = tokens_NL[rows].to(options.device)
+            labels_B = torch.tensor(labels)[rows].to(options.device)
+            with options.autocast():
                 logits_BLV = self.model(labels_B, self.tokenizer.teacher_inputs(tokens_BL))
             logits_BVL = logits_BLV.float().transpose(1, 2)
             nats_BL = F.cross_entropy(logits_BVL, tokens_BL, reduction="none")
@@ -188,32 +189,30 @@ class Run:
         return self.held_out.tensors[0]
 
 
-def load(options: argparse.Namespace) -> Run:
+def load(options: Namespace) -> Run:
     """Raises UserError where the tokenizer and the transformer do not belong together."""
     tokenizer_path = options.tokenizer or options.run / "tokenizer.pt"
-    var_path = options.var or options.run / "var.pt"
-    held_out = None
+    var_path = path_of_var(options)
     if var_path.suffix == ".pth":
-        state = read_tensors(var_path, "published checkpoint")
         with blaming(var_path):
-            model = VAR.from_official(state)
+            model = VAR.from_official(read_tensors(var_path, "published checkpoint"))
         tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
         classes = [str(label) for label in range(model.config.classes)]
+        held_out = None
     else:
-        content = load_checkpoint(var_path, "transformer")
-        tokenizer = load_tokenizer(tokenizer_path)
         with blaming(var_path):
+            content = load_checkpoint(var_path, "transformer")
             model = VAR(VARConfig(**content["config"]))
             model.load_state_dict(content["model"])
             classes = content["classes"]
-            known = content["identity"]["tokenizer"]
-        if tokenizer.fingerprint() != known:
+            taught_by = content["identity"]["tokenizer"]
+        tokenizer = load_tokenizer(tokenizer_path)
+        if tokenizer.fingerprint() != taught_by:
             raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
                             f"{tokenizer_path}")
-        held_out = load_held_out(run_folder(options))
-    ours = tokenizer.config
+        held_out = load_held_out(var_path.parent)
     for name in ("scales", "vocabulary", "code_channels"):
-        found = getattr(ours, name)
+        found = getattr(tokenizer.config, name)
         expected = getattr(model.config, name)
         if found != expected:
             raise UserError(f"{var_path} expects {name.replace('_', ' ')} {expected}, and "
@@ -222,7 +221,12 @@ def load(options: argparse.Namespace) -> Run:
     return Run(tokenizer, model, classes, held_out, options)
 
 
-def prepare(tokenizer: Tokenizer, model: VAR, options: argparse.Namespace) -> None:
+def path_of_var(options: Namespace) -> Path:
+    """The images that belong to a transformer lie beside it."""
+    return options.var or options.run / "var.pt"
+
+
+def prepare(tokenizer: Tokenizer, model: VAR, options: Namespace) -> None:
     """Both on the device, for drawing and not for training."""
     tokenizer.to(options.device)
     model.to(options.device).eval()
@@ -230,59 +234,18 @@ def prepare(tokenizer: Tokenizer, model: VAR, options: argparse.Namespace) -> No
         tokenizer.settle_decoder(options.dtype)
     if options.compile:
         check_compiler(options.device)
-        compile_parts(tokenizer, model)
-
-
-def compile_parts(tokenizer: Tokenizer, model: VAR) -> None:
-    """The decoder, and the transformer's layers: for every scale one graph of the first layer and
-    one of all others, whatever the depth."""
-    torch._dynamo.config.recompile_limit = 8 * len(model.config.scales)   # for up to four batches
-    for span in model.config.spans:   # tables of the mask are there before torch.compile looks
-        model.ranges.rows(span.start, span.stop).prepare(model.level_L.device)
-    for part in (tokenizer.decoder, *model.blocks):
-        part.compile(dynamic=False)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for drawing on a CPU, by oneDNN's product instead of MKL's.
-
-    MKL rearranges the weights at every call, which for the few tokens of the coarse scales takes
-    longer than to multiply; oneDNN reads them as they are, and knows more CPUs' widest instructions.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = linear.weight.detach().to_mkldnn()
-        self.bias = None if linear.bias is None else linear.bias.detach().to_mkldnn()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.aten.mkldnn_linear(x.to_mkldnn(), self.weight, self.bias)
-        return y.to_dense()
-
-
-def pack(model: nn.Module) -> None:
-    """All linear layers, in place, where PyTorch has oneDNN."""
-    if not torch.backends.mkldnn.is_available():
-        return
-    for name, child in model.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(model, name, PackedLinear(child))
-        else:
-            pack(child)
-
-
-def run_folder(options: argparse.Namespace) -> Path:
-    """Where the images are that belong to the transformer."""
-    return options.var.parent if options.var else options.run
+        tokenizer.decoder.compile(dynamic=False)
+        model.compile_layers()
 
 
 def class_indices(names: list[str] | None, classes: list[str]) -> list[int]:
     """Of the classes named, or of the first twenty."""
-    for name in names or []:
+    names = names or classes[:20]
+    for name in names:
         if name not in classes:
             known = ", ".join(classes) if len(classes) <= 20 else f"{classes[0]} to {classes[-1]}"
             raise UserError(f"there is no class {name}; there are {known}")
-    return [classes.index(name) for name in names or classes[:20]]
+    return list(map(classes.index, names))
 
 
 def asked_class(run: Run) -> int:
@@ -297,20 +260,15 @@ def draw_samples(run: Run) -> Image.Image:
     """A row per class; with --progress a row per image, after each scale; --gif makes it a film."""
     options = run.options
     chosen = class_indices(options.classes, run.classes)
-    labels = [label for label in chosen for _ in range(options.per_class)]
-    tokens_NL = run.generate(labels, options.seed)
-    if options.progress or options.gif:
-        frames_KN = run.after_each_scale(tokens_NL)
-    else:
-        frames_KN = [run.decode_to_bytes(tokens_NL)]
     names = [run.classes[label] for label in chosen]
+    tokens_NL = run.generate(np.repeat(chosen, options.per_class).tolist(), options.seed)
+    if not (options.progress or options.gif):
+        return grid_of_classes(names, run.decode_to_bytes(tokens_NL))
+    frames_KN = run.after_each_scale(tokens_NL)
     if options.gif:
         save_film(options.gif, [grid_of_classes(names, images) for images in frames_KN])
     if options.progress:
-        rows = []
-        for label, *frames in zip(labels, *frames_KN):
-            rows.append((run.classes[label], frames))
-        return grid(rows)
+        return grid(zip(np.repeat(names, options.per_class), zip(*frames_KN)))
     return grid_of_classes(names, frames_KN[-1])
 
 
@@ -328,32 +286,25 @@ class Given:
 
 def load_images(run: Run, sources: list[str]) -> Given:
     """Files, folders of them, and `data:17`, number 17 of the run's held-out images (from 0)."""
+    found = [image for source in sources for image in images_at(run, source)]
+    pixels, names, labels = zip(*found)
+    return Given(to_float(torch.stack(pixels)), list(names), list(labels))
+
+
+def images_at(run: Run, source: str) -> Iterator[tuple[Tensor, str, int | None]]:
+    """Bytes, name and label of each."""
+    if source.startswith("data:"):
+        row = source.removeprefix("data:")
+        last = len(run.held_out_images()) - 1
+        if not row.isdecimal() or int(row) > last:
+            raise UserError(f"{source}: the held-out images are data:0 to data:{last}")
+        image, label = run.held_out[int(row)]
+        yield image, f"{run.classes[label]} {int(row)}", int(label)
+        return
     config = run.tokenizer.config
-    pixels = []
-    names = []
-    labels = []
-    for source in sources:
-        if source.startswith("data:"):
-            row = held_out_row(run, source)
-            image, label = run.held_out[row]
-            pixels.append(image)
-            names.append(f"{run.classes[label]} {row}")
-            labels.append(int(label))
-            continue
-        for path in image_files(Path(source)):
-            image = read_image(path, config.image_side, config.image_channels)
-            pixels.append(torch.from_numpy(image))
-            names.append(path.stem)
-            labels.append(None)
-    return Given(to_float(torch.stack(pixels)), names, labels)
-
-
-def held_out_row(run: Run, source: str) -> int:
-    text = source.removeprefix("data:")
-    last = len(run.held_out_images()) - 1
-    if not text.isdecimal() or int(text) > last:
-        raise UserError(f"{source}: the held-out images are data:0 to data:{last}")
-    return int(text)
+    for path in image_files(Path(source)):
+        image = read_image(path, config.image_side, config.image_channels)
+        yield torch.from_numpy(image), path.stem, None
 
 
 def image_files(path: Path) -> list[Path]:
@@ -378,22 +329,17 @@ def reconstruct(run: Run, given: Given) -> Image.Image:
 def complete(run: Run, given: Given) -> Image.Image:
     """In-painting and its kin (paper: Sec. 5.3): itself, what is known, and a result per seed."""
     options = run.options
-    config = run.tokenizer.config
+    images = given.images
     if options.task == "upscale":
-        side = small_side(run)
-        small = F.interpolate(given.images, size=(side, side), mode="area")
-        large = F.interpolate(small, size=given.images.shape[2:], mode="bicubic")
-        filled = large.clamp(-1, 1)
+        known_HW = torch.ones(images.shape[2:])
+        filled, scales = from_small(run, images)
         shown = filled
-        known_HW = torch.ones(given.images.shape[2:])
-        sides = [s * config.downsampling for s in config.scales]   # that a scale stands for
-        scales = max(1, sum(s <= side for s in sides))
     else:
         known_HW = known_pixels(run)
-        shown = given.images * known_HW
-        filled = fill_holes(given.images, known_HW)
-        scales = len(config.scales)
-    labels = [asked_class(run)] * len(given.images)
+        filled = fill_holes(images, known_HW)
+        scales = len(run.tokenizer.config.scales)
+        shown = images * known_HW
+    labels = [asked_class(run)] * len(images)
     latent_NCSS, tokens_NL = run.encode(filled)
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
 
@@ -403,25 +349,25 @@ def complete(run: Run, given: Given) -> Image.Image:
         own_tokens_BL = tokens_NL[rows].to(options.device) if options.open_loop else None
         return Known(latent_BCSS, where_B1SS, scales, own_tokens_BL)
 
-    results = []
-    for seed in options.seeds:
-        result = run.decode(run.generate(labels, seed, known))
-        if options.paste:
-            result = torch.where(known_HW > 0, given.images, result)
-        results.append(result)
+    results = [run.decode(run.generate(labels, seed, known)) for seed in options.seeds]
+    if options.paste:
+        results = [torch.where(known_HW > 0, images, result) for result in results]
     if options.task != "upscale":
-        report(results, given.images, known_HW)
-    columns = [to_bytes(column) for column in (given.images, shown, *results)]
-    return grid(list(zip(given.names, np.stack(columns, axis=1))))
+        report(results, images, known_HW)
+    return grid(zip(given.names, zip(*map(to_bytes, (images, shown, *results)))))
 
 
-def small_side(run: Run) -> int:
-    """Of the small images that upscaling starts from."""
-    side = run.tokenizer.config.image_side
-    small = run.options.small or side // 2
-    if small >= side:
-        raise UserError(f"--small {small} must be less than the side of the images, {side}")
-    return small
+def from_small(run: Run, images: Tensor) -> tuple[Tensor, int]:
+    """What upscaling starts from: small images, enlarged; and how many scales they are."""
+    config = run.tokenizer.config
+    side = run.options.small or config.image_side // 2
+    if side >= config.image_side:
+        raise UserError(f"--small {side} must be less than the side of the images, "
+                        f"{config.image_side}")
+    small = F.interpolate(images, size=(side, side), mode="area")
+    large = F.interpolate(small, size=images.shape[2:], mode="bicubic")
+    scales = sum(s * config.downsampling <= side for s in config.scales)
+    return large.clamp(-1, 1), max(1, scales)
 
 
 def known_pixels(run: Run) -> Tensor:
@@ -455,14 +401,12 @@ def fill_holes(images: Tensor, known_HW: Tensor) -> Tensor:
 
 def report(results: list[Tensor], images: Tensor, known_HW: Tensor) -> None:
     """How far the known part drifted, and whether the border of the hole shows, on average."""
-    pixels = max(known_HW.sum().item(), 1) * images.shape[:2].numel()
-    errors = []
-    for result in results:
-        difference = (result - images) * known_HW / 2
-        errors.append(difference.square().sum().item() / pixels)
+    results = torch.stack(results)   # [seeds, N, channels, side, side]
+    drift = (results - images) * known_HW / 2
+    error = drift.square().mean().item() / max(known_HW.mean().item(), 1e-6)
     own = seam(images, known_HW)
-    seen = np.mean([seam(result, known_HW) for result in results])
-    print(f"known part: mean squared error {np.mean(errors):.5f} (pixels in [0, 1]); "
+    seen = seam(results.flatten(0, 1), known_HW)
+    print(f"known part: mean squared error {error:.5f} (pixels in [0, 1]); "
           f"border: mean step {seen:.4f}, {seen / own if own else math.nan:.2f} of the image's own")
 
 
@@ -491,51 +435,46 @@ def draw_codes(run: Run, given: Given) -> Image.Image:
     codes, like colours.
     """
     quantizer = run.tokenizer.quantizer
-    scales = run.tokenizer.config.scales
     f_NCSS, tokens_NL = run.encode(given.images)
     f_NCSS = f_NCSS.to(run.options.device)
-    tokens_NL = tokens_NL.to(run.options.device)
-    colours_V3 = code_colours(run.tokenizer)
     left = []
-    maps = []
     f_hat_NCSS = quantizer.empty(len(f_NCSS))
-    for k, tokens_Nl in enumerate(quantizer.split(tokens_NL)):
-        s = scales[k]
-        size_Nl = quantizer.read(f_NCSS - f_hat_NCSS, k).norm(dim=-1)
-        left.append(heat(size_Nl.view(-1, s, s)))
-        maps.append(colours_V3[tokens_Nl.cpu()].view(-1, s, s, 3))
+    for k, tokens_Nl in enumerate(quantizer.split(tokens_NL.to(run.options.device))):
+        left.append(heat(quantizer.read(f_NCSS - f_hat_NCSS, k).norm(dim=-1)))
         f_hat_NCSS = quantizer.accumulate(f_hat_NCSS, tokens_Nl, k)
-    frames = run.after_each_scale(tokens_NL.cpu())
+    left_NL1 = torch.cat(left, dim=1)
+    codes_NL3 = code_colours(run.tokenizer)[tokens_NL]
+    frames_NK = zip(*run.after_each_scale(tokens_NL))
     rows = []
-    for n, name in enumerate(given.names):
-        rows.append((f"{name}: left over", [x[n] for x in left]))
-        rows.append(("its codes", [x[n] for x in maps]))
-        rows.append(("image so far", [x[n] for x in frames]))
-    return grid(rows, cell=max(64, run.tokenizer.config.image_side))
+    for name, left_L1, codes_L3, frames_K in zip(given.names, left_NL1, codes_NL3, frames_NK):
+        rows.append((f"{name}: left over", as_maps(left_L1, run)))
+        rows.append(("its codes", as_maps(codes_L3, run)))
+        rows.append(("image so far", frames_K))
+    return grid(rows)
 
 
 def draw_teaching(run: Run, given: Given) -> Image.Image:
     """Teacher forcing: what the transformer reads for each scale, above what it has to predict."""
-    tokenizer = run.tokenizer
-    quantizer = tokenizer.quantizer
     _, tokens_1L = run.encode(given.images[:1])
-    tokens_1L = tokens_1L.to(run.options.device)
-    size_1L = tokenizer.teacher_inputs(tokens_1L).norm(dim=-1)
-    size_1L = F.pad(size_1L, (1, 0), value=size_1L.max())   # the first scale reads the class
-    rows = []
-    for name, pixels_1L3 in (
-            ("reads (first: the class)", heat(size_1L)),
-            ("has to predict", code_colours(tokenizer)[tokens_1L.cpu()])):
-        maps = zip(quantizer.scales, quantizer.split(pixels_1L3))
-        rows.append((name, [map_1l3.view(s, s, 3) for s, map_1l3 in maps]))
-    return grid(rows)
+    inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.options.device))
+    size_L = inputs[0].norm(dim=-1)
+    size_L = F.pad(size_L, (1, 0), value=size_L.max())   # the first scale reads the class
+    codes_L3 = code_colours(run.tokenizer)[tokens_1L[0]]
+    return grid([("reads (first: the class)", as_maps(heat(size_L), run)),
+                 ("has to predict", as_maps(codes_L3, run))])
+
+
+def as_maps(x_L: Tensor, run: Run) -> list[Tensor]:
+    """Something of every token, [L, ...], as a map [s, s, ...] for each scale."""
+    scales = run.tokenizer.config.scales
+    parts = x_L.split([s * s for s in scales])
+    return [x_l.unflatten(0, (s, s)) for x_l, s in zip(parts, scales)]
 
 
 def heat(x: Tensor) -> Tensor:
-    """Sizes as shades of grey, black for none: bytes [..., 3]."""
+    """Sizes as shades of grey, black for none: bytes [..., 1]."""
     largest = x.amax().clamp(min=1e-6)
-    shade = (255 * x / largest).byte().cpu()
-    return shade[..., None].expand(*shade.shape, 3)
+    return (255 * x / largest).byte().cpu()[..., None]
 
 
 def code_colours(tokenizer: Tokenizer) -> Tensor:
@@ -549,61 +488,37 @@ def code_colours(tokenizer: Tokenizer) -> Tensor:
     return F.pad(colours_V3, (0, 3 - colours_V3.shape[1]))   # codes of one or two channels
 
 
-@torch.no_grad()
 def draw_attention(run: Run, given: Given) -> Image.Image:
     """What a cell of the last scale attends to: a row per layer, over heads, a column per scale.
 
     Maps are as bright as their largest weight; the share that each scale gets is printed.
     """
-    model = run.model
-    scales = model.config.scales
-    side = scales[-1]
+    config = run.model.config
+    side = config.scales[-1]
     y, x = run.options.cell or (side // 2, side // 2)
-    if not (0 <= y < side and 0 <= x < side):
+    if max(y, x) >= side:
         raise UserError(f"--cell {y} {x} must lie within the last map, 0 to {side - 1}")
-    query = model.config.length - side * side + y * side + x
     label = given.labels[0]
     if run.options.classes or label is None:
         label = asked_class(run)
     labels_B = torch.tensor([label], device=run.options.device)
     _, tokens_1L = run.encode(given.images[:1])
     inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.options.device))
-    layers = attention_of(model, labels_B, inputs, query)
+    query = config.spans[-1].start + y * side + x
+    layers = run.model.attention_weights(labels_B, inputs, query)
     size = run.tokenizer.config.downsampling
     marked = Image.fromarray(in_colour(to_bytes(given.images[:1])[0]))
     corners = (x * size, y * size, (x + 1) * size - 1, (y + 1) * size - 1)
     ImageDraw.Draw(marked).rectangle(corners, outline="red")
     rows = []
-    table = {"attention to": [f"{s}x{s}" for s in scales]}
+    table = {"attention to": [f"{s}x{s}" for s in config.scales]}
     for layer in np.linspace(0, len(layers) - 1, min(8, len(layers))).round().astype(int):
         name = f"layer {layer + 1}"
-        maps = layers[layer].split([s * s for s in scales])
-        shades = [heat(weights_l.view(s, s)) for s, weights_l in zip(scales, maps)]
-        rows.append((name, [np.asarray(marked), *shades]))
-        table[name] = [f"{weights_l.sum():.0%}" for weights_l in maps]
+        maps = as_maps(layers[layer], run)
+        rows.append((name, [np.asarray(marked), *map(heat, maps)]))
+        table[name] = [f"{weights_ss.sum():.0%}" for weights_ss in maps]
     say_table(table)
     return grid(rows)
-
-
-def attention_of(model: VAR, labels_B: Tensor, inputs: Tensor, query: int) -> list[Tensor]:
-    """Attention weights [L] of one query in every layer, averaged over heads."""
-    seen: list[Tensor] = []
-    hooks = []
-    for block in model.blocks:
-        hooks.append(block.attention.register_forward_pre_hook(
-            lambda module, arguments: seen.append(arguments[0])))
-    model(labels_B, inputs)
-    for hook in hooks:
-        hook.remove()
-    visible_L = model.ranges.dense()[query].to(inputs.device)
-    layers = []
-    for block, x_BLW in zip(model.blocks, seen):
-        q_BHLD, k_BHLD, _, scale = block.attention.project(x_BLW)
-        q_HD1 = q_BHLD[0, :, query, :, None]
-        scores_HL = scale * (k_BHLD[0] @ q_HD1).squeeze(-1).float()
-        weights_HL = scores_HL.masked_fill(~visible_L, -torch.inf).softmax(dim=-1)
-        layers.append(weights_HL.mean(dim=0).cpu())
-    return layers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -646,7 +561,7 @@ class Quality:
 @dataclass
 class Evaluation:
     accuracy: float               # share of all held-out images that the classifier recognises
-    held_out: Quality             # of one half of the held-out images against the other: a ceiling
+    originals: Quality            # of one half of the held-out images against the other: a ceiling
     reconstructions: Quality      # of the held-out images, against themselves
     psnr: float                   # of the reconstructions, in dB
     nats_per_image: float         # -log p(tokens | class) of the held-out images: exact, and
@@ -663,26 +578,23 @@ def evaluate(run: Run, count: int, seeds: Sequence[int]) -> Evaluation:
     """
     originals, labels = evaluated_images(run, count)
     judge = Judge(kept_classifier(run), originals, run.classes)
-    accuracy = judge.accuracy(run.held_out)
+    all_images, all_labels_N = run.held_out.tensors
+    taken_for_N = judge.classifier.features_and_classes(all_images)[1]
     other_half = torch.arange(count) ^ 1   # neighbours swapped
     tokens_NL = run.encode(originals)[1]
     reconstructions = run.decode(tokens_NL)
-    mse = (reconstructions - originals).square().mean().item()
     nats = -run.log_likelihood(tokens_NL, labels.tolist()).mean().item()
 
     def generated(run: Run) -> list[Quality]:
-        qualities = []
-        for seed in seeds:
-            images = run.decode(run.generate(labels.tolist(), seed))
-            qualities.append(judge(images, labels))
-        return qualities
+        drawn = (run.generate(labels.tolist(), seed) for seed in seeds)
+        return [judge(run.decode(tokens_NL), labels) for tokens_NL in drawn]
 
-    without = argparse.Namespace(**{**vars(run.options), **NO_FILTERS})
+    without = Namespace(**{**vars(run.options), **NO_FILTERS})
     return Evaluation(
-        accuracy=accuracy,
-        held_out=judge(originals[other_half], labels[other_half]),
+        accuracy=(taken_for_N == all_labels_N).double().mean().item(),
+        originals=judge(originals[other_half], labels[other_half]),
         reconstructions=judge(reconstructions, labels),
-        psnr=psnr(mse),
+        psnr=psnr(F.mse_loss(reconstructions, originals).item()),
         nats_per_image=nats,
         nats_per_token=nats / tokens_NL.shape[1],
         generated=generated(run),
@@ -700,8 +612,8 @@ def evaluated_images(run: Run, count: int) -> tuple[Tensor, Tensor]:
         raise UserError(f"--evaluate {count}: there are {total} held-out images")
     order_N = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     images, labels_N = run.held_out[order_N[:count]]
-    by_label_N = labels_N.argsort(stable=True)
-    return to_float(images[by_label_N]), labels_N[by_label_N]
+    labels_N, by_label_N = labels_N.sort(stable=True)
+    return to_float(images[by_label_N]), labels_N
 
 
 class Judge:
@@ -713,7 +625,7 @@ class Judge:
     def __init__(self, classifier: Classifier, originals: Tensor, classes: list[str]):
         self.classifier = classifier
         self.classes = classes
-        self.features_ND = classifier.look(originals)[0]
+        self.features_ND = classifier.features_and_classes(originals)[0]
         self.power = fine_power(originals)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Quality:
@@ -721,12 +633,12 @@ class Judge:
         if not images.isfinite().all():
             raise UserError("the images to judge hold numbers that are not finite: the model that "
                             "made them is broken")
-        features_ND, taken_for_N = self.classifier.look(images)
+        features_ND, taken_for_N = self.classifier.features_and_classes(images)
         hit_N = (taken_for_N == labels).double()
         measured = []
-        for half in (np.s_[0::2], np.s_[1::2]):
-            made_ND = features_ND[half]
-            real_ND = self.features_ND[half]
+        for first in (0, 1):
+            made_ND = features_ND[first::2]
+            real_ND = self.features_ND[first::2]
             frechet = frechet_distance(made_ND, real_ND)
             measured.append((frechet, *precision_recall(made_ND, real_ND)))
         frechet, precision, recall = np.mean(measured, axis=0).tolist()
@@ -739,16 +651,6 @@ class Judge:
             recall=recall,
             detail=fine_power(images) / self.power if self.power > 1e-12 else math.nan,
         )
-
-    def accuracy(self, held_out: TensorDataset) -> float:
-        """Share of images that are recognised."""
-        images, labels_N = held_out.tensors
-        hits = 0
-        for rows in batches(len(labels_N), 1000):
-            taken_for_N = self.classifier.look(to_float(images[rows]))[1]
-            hits += (taken_for_N == labels_N[rows]).sum().item()
-        return hits / len(labels_N)
-
 
 def frechet_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     """Squared Fréchet distance of two sets of vectors, each taken for a Gaussian (1706.08500).
@@ -815,7 +717,7 @@ def say_evaluation(found: Evaluation, run: Run) -> None:
     options = run.options
     asked = f"cfg {options.cfg:g}, top-k {options.top_k}, top-p {options.top_p:g}"
     sets = {
-        "held-out, half against half": [found.held_out],
+        "held-out, half against half": [found.originals],
         "reconstructions": [found.reconstructions],
         f"generated, {asked}": found.generated,
         "generated, no guidance, no filters": found.unfiltered,
@@ -916,13 +818,16 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
     @torch.no_grad()
-    def look(self, images: Tensor) -> tuple[np.ndarray, Tensor]:
-        """Features, float64 [N, D], and the classes [N] that images on the CPU are taken for."""
-        device = self.head.weight.device
+    def features_and_classes(self, images: Tensor) -> tuple[np.ndarray, Tensor]:
+        """Features, float64 [N, D], and the classes [N] that images are taken for.
+
+        images: on the CPU, bytes or in [-1, 1].
+        """
         features = []
         taken_for = []
         for rows in batches(len(images), at_a_time(images.shape[-1])):
-            features_BD = self.features(images[rows].to(device))
+            some = images[rows].to(self.head.weight.device)
+            features_BD = self.features(some if some.is_floating_point() else to_float(some))
             features.append(features_BD.double().cpu())
             taken_for.append(self.head(features_BD).argmax(dim=1).cpu())
         return torch.cat(features).numpy(), torch.cat(taken_for)
@@ -964,19 +869,19 @@ def kept_classifier(run: Run) -> Classifier:
     if classes == 1:
         raise UserError("--evaluate judges by a classifier, to which one class gives nothing to "
                         "learn")
-    folder = run_folder(run.options)
+    folder = path_of_var(run.options).parent
     device = run.options.device
     images_path = folder / "train_images.pt"
-    content = load_checkpoint(images_path, "set of training images")
     with blaming(images_path):
+        content = load_checkpoint(images_path, "set of training images")
         images = content["images"]
         labels = content["labels"]
         data_set = content["data_set"]
         shape = {"channels": images.shape[1], "side": content["side"], "classes": classes}
     path = folder / "classifier.pt"
     if path.exists():
-        kept = load_checkpoint(path, "classifier")
         with blaming(path):
+            kept = load_checkpoint(path, "classifier")
             if kept["data_set"] == data_set:
                 classifier = Classifier(**kept["shape"])
                 classifier.load_state_dict(kept["model"])
@@ -1001,17 +906,24 @@ def draw_many(run: Run, count: int) -> np.ndarray:
     fraction = run.options.rejection
     classes = len(run.classes)
     wanted = [len(range(label, count, classes)) for label in range(classes)]
-    drawn = [math.ceil(count_of_class / fraction) for count_of_class in wanted]
+    drawn = [math.ceil(n / fraction) for n in wanted]
     labels = np.repeat(range(classes), drawn).tolist()
     tokens_NL = run.generate(labels, run.options.seed)
     if fraction < 1:
         likelihood_N = run.log_likelihood(tokens_NL, labels)
-        best = []
         by_class = zip(tokens_NL.split(drawn), likelihood_N.split(drawn), wanted)
-        for own_tokens_NL, own_likelihood_N, count_of_class in by_class:
-            best.append(own_tokens_NL[own_likelihood_N.topk(count_of_class).indices])
-        tokens_NL = torch.cat(best)
+        tokens_NL = torch.cat([own_nL[own_n.topk(n).indices] for own_nL, own_n, n in by_class])
     return run.decode_to_bytes(tokens_NL)
+
+
+def save_sets(run: Run) -> None:
+    """Held-out images, samples, or both."""
+    options = run.options
+    if options.reference:
+        save_npz(options.reference, run.held_out_images().permute(0, 2, 3, 1).numpy())
+    if options.npz:
+        count, path = options.npz
+        save_npz(Path(path), draw_many(run, int(count)))
 
 
 def save_npz(path: Path, images: np.ndarray) -> None:
@@ -1024,21 +936,12 @@ def save_npz(path: Path, images: np.ndarray) -> None:
 # Pictures
 
 
-def pyplot():
-    """matplotlib, where it is needed: importing it takes as long as many a command."""
-    import matplotlib
-    matplotlib.use("Agg")   # pictures go to files: no window system is needed
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
 def save_picture(path: Path, picture) -> None:
     """A Pillow image or a matplotlib figure, as PNG."""
     if isinstance(picture, Image.Image):
-        save_whole(path, lambda file: picture.save(file, format="PNG"))
+        save_whole(path, lambda file: picture.save(file, "PNG"))
     else:
         save_whole(path, lambda file: picture.savefig(file, format="png", dpi=90))
-        pyplot().close(picture)
 
 
 def save_film(path: Path, frames: list[Image.Image]) -> None:
@@ -1050,80 +953,76 @@ def save_film(path: Path, frames: list[Image.Image]) -> None:
 
 
 def grid(
-    rows: list[tuple[str, Sequence[np.ndarray | Tensor]]], cell: int = 64, gap: int = 2
+    rows: Iterable[tuple[str, Sequence[np.ndarray | Tensor]]], cell: int = 64
 ) -> Image.Image:
-    """A labelled row of images (bytes [side, side, channels]) per entry; small ones enlarged."""
+    """A labelled row of images (bytes [side, side, 1 or 3]) per entry; small ones enlarged."""
     import matplotlib   # which brings a font with Greek, Cyrillic, Hebrew and Arabic letters
     font_file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     font = ImageFont.truetype(font_file, 11)
-    labels = [" ".join(label.split()) for label, _ in rows]   # in one line
-    labels = [label if len(label) <= 24 else label[:23] + "…" for label in labels]
-    margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
+    rows = [(in_short(label, 24), images) for label, images in rows]
+    margin = 8 + math.ceil(max(font.getlength(label) for label, _ in rows))
     cell = max(cell, *(len(pixels) for _, images in rows for pixels in images))
+    step = cell + 2   # and a gap
     columns = max(len(images) for _, images in rows)
-    size = (margin + columns * (cell + gap), len(rows) * (cell + gap))
-    canvas = Image.new("RGB", size, "white")
+    canvas = Image.new("RGB", (margin + columns * step, len(rows) * step), "white")
     draw = ImageDraw.Draw(canvas)
-    for r, (_, images) in enumerate(rows):
-        top = r * (cell + gap)
-        draw.text((4, top + cell // 2), labels[r], fill="black", font=font, anchor="lm")
+    for r, (label, images) in enumerate(rows):
+        draw.text((4, r * step + cell // 2), label, fill="black", font=font, anchor="lm")
         for c, pixels in enumerate(images):
             image = Image.fromarray(in_colour(np.asarray(pixels)))
             image = image.resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(image, (margin + c * (cell + gap), top))
+            canvas.paste(image, (margin + c * step, r * step))
     return canvas
 
 
 def in_colour(images: np.ndarray) -> np.ndarray:
     """Bytes [..., side, side, 1 or 3] as [..., side, side, 3]."""
-    return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:-1], 3)))
+    return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 
 def grid_of_classes(names: list[str], images: np.ndarray) -> Image.Image:
     """A row per class of images that are sorted by class, as many of each."""
-    rows = np.split(images, len(names))
-    return grid(list(zip(names, rows)))
+    return grid(zip(names, np.split(images, len(names))))
 
 
 def grid_of_pairs(originals: Tensor, results: Tensor) -> Image.Image:
     """Originals above what became of them, twelve in a row."""
     rows = []
-    for begin in range(0, len(originals), 12):
-        part = slice(begin, begin + 12)
-        rows.append(("original", to_bytes(originals[part])))
-        rows.append(("reconstruction", to_bytes(results[part])))
+    for some, same in zip(originals.split(12), results.split(12)):
+        rows.append(("original", to_bytes(some)))
+        rows.append(("reconstruction", to_bytes(same)))
     return grid(rows)
 
 
 def draw_curves(log: list[dict], scales: tuple[int, ...]):
     """Both losses, and the transformer's loss and accuracy per scale, against the step; and how the
     discriminator does, if there is one."""
-    def training(*names: str) -> list[tuple]:
-        return [("tokenizer", "train", name, name) for name in names]
-
-    sides = [f"{s}x{s}" for s in scales]
-    both = [("var", "train", "loss", "train"), ("var", "held_out", "loss", "held-out")]
-    # Title, scale of the axis, and curves: their stage, split, name in the log, and label.
-    panels = [
-        ("tokenizer: training losses", "log", training("mse", "codebook", "perceptual")),
-        ("transformer: held-out loss per scale", "linear",
-         [("var", "held_out", "loss_per_scale", sides)]),
-        ("transformer: loss (nats per token)", "linear", both),
-        ("transformer: held-out accuracy per scale", "linear",
-         [("var", "held_out", "accuracy_per_scale", sides)]),
+    from matplotlib.figure import Figure   # importing it takes as long as many a command
+    panels = [   # title, scale of the axis, and which lines of the log: stage, splits, and names
+        ("tokenizer: training losses", "log", "tokenizer", ["train"],
+         ["mse", "codebook", "perceptual"]),
+        ("transformer: held-out loss per scale", "linear", "var", ["held_out"],
+         ["loss_per_scale"]),
+        ("transformer: loss (nats per token)", "linear", "var", ["train", "held_out"], ["loss"]),
+        ("transformer: held-out accuracy per scale", "linear", "var", ["held_out"],
+         ["accuracy_per_scale"]),
+        ("discriminator: loss, share of patches right", "linear", "tokenizer", ["train"],
+         ["discriminator", "discriminator_right"]),
+        ("weight of the adversarial loss", "log", "tokenizer", ["train"], ["balance"]),
     ]
-    if any("balance" in line for line in log):
-        panels.append(("discriminator: loss, share of patches right", "linear",
-                       training("discriminator", "discriminator_right")))
-        panels.append(("weight of the adversarial loss", "log", training("balance")))
+    if not any("balance" in line for line in log):
+        panels = panels[:4]
     columns = len(panels) // 2
-    figure, axes = pyplot().subplots(
-        2, columns, figsize=(5.5 * columns, 7), layout="constrained")
-    for axis, (title, yscale, curves) in zip(axes.T.flat, panels):
+    figure = Figure(figsize=(5.5 * columns, 7), layout="constrained")
+    axes = figure.subplots(2, columns)
+    for axis, (title, yscale, stage, splits, names) in zip(axes.T.flat, panels):
         axis.set(title=title, yscale=yscale, xlabel="step")
-        for stage, split, name, label in curves:
-            lines = [line for line in log if line["stage"] == stage and line["split"] == split]
+        for split, name in itertools.product(splits, names):
+            lines = [line for line in log if (line["stage"], line["split"]) == (stage, split)]
             lines = [line for line in lines if name in line]
+            label = split.replace("_", "-") if name == "loss" else name
+            if name.endswith("per_scale"):
+                label = [f"{s}x{s}" for s in scales]
             if lines:
                 axis.plot([line["step"] for line in lines], [line[name] for line in lines],
                           label=label, marker="." if split == "held_out" else None)
@@ -1237,12 +1136,12 @@ class Log:
         self.stage = stage
         if rank_and_ranks()[0] > 0:
             return
-        lines = []
+        text = ""
         for line in read_log(path):
             before = line["step"] <= done and line["split"] != "health"
             if line["stage"] != stage or before:
-                lines.append(json.dumps(line) + "\n")
-        save_whole(path, lambda file: file.write("".join(lines).encode()))
+                text += json.dumps(line) + "\n"
+        save_whole(path, lambda file: file.write(text.encode()))
 
     def write(self, step: int, split: str, **values) -> None:
         if rank_and_ranks()[0] > 0:
@@ -1319,7 +1218,7 @@ def batches(count: int, size: int, what: str | None = None) -> Iterator[range]:
 # Devices and processes
 
 
-def settle_device(options: argparse.Namespace) -> None:
+def settle_device(options: Namespace) -> None:
     """The device, its precision, and what to run a model under: `with options.autocast():`.
 
     Raises UserError for a device that is not there.
@@ -1436,27 +1335,25 @@ def run_program(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except (UserError, NoLauncher) as error:
+    except (UserError, NoLauncher, OSError) as error:   # a folder where a file should be, say
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:   # a folder where a file should be, a full disk
-        print(f"error: {in_short(error)}", file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as stopped:
         print(str(stopped) or "stopped")
         sys.exit(130)
 
 
-def in_short(error: Exception) -> str:
-    """The beginning of what an error says, in one line."""
-    return " ".join(str(error).split())[:200]
+def in_short(text: Any, most: int = 200) -> str:
+    """The beginning of what an error, say, says: one line of at most so many letters."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= most else text[:most - 1] + "…"
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """Tells mistakes as everything else here does."""
 
     def error(self, message: str):
@@ -1481,20 +1378,35 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
         if not low <= value <= high or value == math.inf:
             limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
             whole = "a whole number, " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text} must be {whole}{limits}")
+            raise ArgumentTypeError(f"{text} must be {whole}{limits}")
         return value
     return checked
 
 
+COUNT = number(int, 1)
 SEED = number(int, 0, 2**31 - 1)
 SHARE = number(float, 1e-6, 1)   # over 0, at most 1
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> Namespace:
     parser = Parser(description="Draw images with a trained VAR.")
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("out/shapes"),
-        help="folder that train.py wrote (default: %(default)s)")
+    add_general(parser.add_argument)
+    parser.add_computer()
+    add_tasks(parser.add_argument_group("with images of one's own").add_argument)
+    add_evaluation(parser.add_argument_group("for evaluation").add_argument)
+    parser.set_defaults(**FILTERS)
+    options = parser.parse_args(arguments)
+    check(options)
+    for task in ("codes", "teaching", "attention"):   # a flag instead of --task and --image
+        if images := getattr(options, task):
+            options.task = task
+            options.image = images
+    return options
+
+
+def add_general(add: Callable) -> None:
+    add("--run", type=Path, default=Path("out/shapes"), metavar="FOLDER",
+        help="what train.py wrote (default: %(default)s)")
     add("--tokenizer", type=Path, metavar="FILE",
         help="another tokenizer than the run's: a .pt of train.py or a published .pth")
     add("--var", type=Path, metavar="FILE",
@@ -1503,29 +1415,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the PNG to write; if not given, it is named for what it shows, in the run's folder")
     add("--classes", nargs="+", metavar="NAME",
         help="names of classes, numbers for a published model; if not given, all, but at most 20")
-    add("--per-class", type=number(int, 1), default=8, metavar="N",
+    add("--per-class", type=COUNT, default=8, metavar="N",
         help="images per class (default: %(default)s)")
-    add("--cfg", type=number(float, 0), default=FILTERS["cfg"],
+    add("--cfg", type=number(float, 0),
         help="strength of classifier-free guidance at the last scale; 0 is none "
              "(default: %(default)s)")
-    add("--top-k", type=number(int, 0), default=FILTERS["top_k"],
+    add("--top-k", type=number(int, 0),
         help="draw from the k most likely tokens; 0 is no limit (default: %(default)s)")
-    add("--top-p", type=SHARE, default=FILTERS["top_p"],
+    add("--top-p", type=SHARE,
         help="draw from the most likely tokens that hold this much probability "
              "(default: %(default)s)")
     add("--seed", type=SEED, default=0,
         help="the same seed and --batch give the same picture (default: %(default)s)")
-    add("--batch", type=number(int, 1), default=100,
+    add("--batch", type=COUNT, default=100,
         help="images generated at a time (default: %(default)s)")
     add("--progress", action="store_true",
         help="one row per image: the image after each scale, coarse to fine")
     add("--gif", type=Path, metavar="FILE",
         help="also the images forming, scale by scale, as a film")
-    parser.add_computer()
     add("--compile", action="store_true",
         help="torch.compile the transformer's layers and the decoder: for many images")
 
-    add = parser.add_argument_group("with images of one's own").add_argument
+
+def add_tasks(add: Callable) -> None:
     add("--task", choices=TASKS,
         help="inpaint: a box is generated, the rest known; outpaint: the other way round; edit: "
              "inpaint towards --classes NAME; upscale: fine scales are generated, coarse ones "
@@ -1538,7 +1450,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="an image instead of a box: what is white in it is generated, in outpaint, too")
     add("--seeds", nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
         help="one result for each; with --evaluate, one set of generated images for each")
-    add("--small", type=number(int, 1), metavar="SIDE",
+    add("--small", type=COUNT, metavar="SIDE",
         help="upscale: side of the small images; if not given, half of the run's")
     add("--paste", action="store_true", help="put the known pixels over the result at the end")
     add("--open-loop", action="store_true",
@@ -1552,7 +1464,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cell", nargs=2, type=number(int, 0), metavar=("Y", "X"),
         help="attention: which cell, if not the middle")
 
-    add = parser.add_argument_group("for evaluation").add_argument
+
+def add_evaluation(add: Callable) -> None:
     add("--evaluate", type=number(int, 8), metavar="N",
         help="print how good N images are, an even number: generated ones for each of --seeds, "
              "reconstructions, and held-out ones")
@@ -1562,12 +1475,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="write the held-out images in the same form")
     add("--rejection", type=SHARE, default=1.0, metavar="FRACTION",
         help="npz: keep this share of what is drawn, the most likely")
-    options = parser.parse_args(arguments)
-    check(options)
-    return options
 
 
-def check(options: argparse.Namespace) -> None:
+def check(options: Namespace) -> None:
     """Raises UserError for flags that do not go together."""
     modes = ("task", "codes", "teaching", "attention", "npz", "evaluate")
     asked = [f"--{name}" for name in modes if getattr(options, name)]

@@ -121,19 +121,19 @@ def test_the_classifier_takes_images_of_any_side(side, channels, monkeypatch):
     images = pixels.byte()
     shape = {"channels": channels, "side": side, "classes": 2}
     classifier = sample.train_classifier(images, labels, shape, 0, torch.device("cpu"))
-    features_ND, taken_for_N = classifier.look(sample.to_float(images))
+    features_ND, taken_for_N = classifier.features_and_classes(sample.to_float(images))
     assert torch.equal(taken_for_N, labels)
     assert features_ND.shape == (40, 128) and features_ND.dtype == np.float64
     small = sample.averaged_down(sample.to_float(images))
     assert small.shape[-1] == min(side, 64)
-    assert np.allclose(classifier.look(small)[0], features_ND, atol=1e-5)
+    assert np.allclose(classifier.features_and_classes(small)[0], features_ND, atol=1e-5)
     assert [x.shape[-1] for x in classifier.maps(small[:1])][0] == (32 if side > 32 else side)
 
 
 class Looks:
     """A classifier whose features are the first pixels; a bright first one is class 1."""
 
-    def look(self, images: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+    def features_and_classes(self, images: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
         return images[:, 0, 0, :4].double().numpy(), (images[:, 0, 0, 0] > 0).long()
 
 
@@ -219,21 +219,21 @@ def test_the_figures_are_those_of_the_images(shapes, judged):
     assert found.nats_per_token == pytest.approx(nats.item(), rel=1e-4)
     assert found.nats_per_image == pytest.approx(21 * nats.item(), rel=1e-4)
     images, all_labels = run.held_out.tensors
-    assert found.accuracy == pytest.approx(
-        (classifier.look(sample.to_float(images))[1] == all_labels).double().mean().item())
+    taken_for_N = classifier.features_and_classes(sample.to_float(images))[1]
+    assert found.accuracy == pytest.approx((taken_for_N == all_labels).double().mean().item())
     assert found.accuracy > 0.5
-    for images, quality in ((results, found.reconstructions), (originals, found.held_out)):
-        hits = (classifier.look(images)[1] == labels).double()
+    for images, quality in ((results, found.reconstructions), (originals, found.originals)):
+        hits = (classifier.features_and_classes(images)[1] == labels).double()
         assert quality.recognised == pytest.approx(hits.mean().item())
         assert quality.per_class["star"] == pytest.approx(hits[labels == 4].mean().item())
-    halves_ND = [classifier.look(originals[half::2])[0] for half in (0, 1)]
-    assert found.held_out.frechet == pytest.approx(sample.frechet_distance(*halves_ND), rel=1e-6)
+    halves_ND = [classifier.features_and_classes(originals[half::2])[0] for half in (0, 1)]
+    assert found.originals.frechet == pytest.approx(sample.frechet_distance(*halves_ND), rel=1e-6)
     shares = sample.precision_recall(*halves_ND)
-    assert found.held_out.precision == found.held_out.recall == pytest.approx(np.mean(shares))
+    assert found.originals.precision == found.originals.recall == pytest.approx(np.mean(shares))
     assert found.reconstructions.frechet > 0 and found.reconstructions.detail < 1
     assert len(found.generated) == len(found.unfiltered) == 2
     assert found.generated[0] != found.generated[1]
-    assert found.held_out.recognised > found.unfiltered[0].recognised
+    assert found.originals.recognised > found.unfiltered[0].recognised
 
 
 def test_the_table(shapes, judged):
@@ -245,7 +245,7 @@ def test_the_table(shapes, judged):
     for line, name, (quality, *more) in zip(
             lines[2:6], ("held-out", "reconstructions", "generated, cfg 2, top-k 900, top-p 0.6",
                          "generated, no guidance"),
-            ([found.held_out], [found.reconstructions], found.generated, found.unfiltered)):
+            ([found.originals], [found.reconstructions], found.generated, found.unfiltered)):
         assert line.startswith(name)
         for value, digits in ((quality.frechet, 2), (100 * quality.recall, 1)):
             if not more:
@@ -256,7 +256,7 @@ def test_the_table(shapes, judged):
             assert f" {(value + other) / 2:.{digits}f} ± {spread:.{digits}f}" in line
     assert f"{found.psnr:.2f} dB" in said and f"{found.nats_per_image:.2f} nats each" in said
     star = next(line for line in lines if line.startswith("  star"))
-    expected = [found.held_out.per_class["star"], found.reconstructions.per_class["star"]]
+    expected = [found.originals.per_class["star"], found.reconstructions.per_class["star"]]
     expected += [np.mean([quality.per_class["star"] for quality in qualities])
                  for qualities in (found.generated, found.unfiltered)]
     assert star.split()[1:] == [f"{share:.1%}" for share in expected]
@@ -347,6 +347,6 @@ def test_mistakes_in_evaluating(shapes, finished, tmp_path, monkeypatch):
 
 def test_another_transformer_is_judged_by_its_own_folder(shapes):
     options = argparse.Namespace(run=Path("elsewhere"), var=shapes / "var.pt")
-    assert sample.run_folder(options) == shapes
+    assert sample.path_of_var(options) == shapes / "var.pt"
     options.var = None
-    assert sample.run_folder(options) == Path("elsewhere")
+    assert sample.path_of_var(options) == Path("elsewhere/var.pt")

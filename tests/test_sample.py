@@ -13,6 +13,7 @@ from PIL import Image
 
 import sample
 from program import ran, refused
+from var import PackedLinear
 
 GAP = 2
 CELL = 64
@@ -193,7 +194,7 @@ def test_attention_weights_are_what_the_layer_computes(shapes):
     hook = block.register_forward_hook(
         lambda module, arguments, result: seen.update(x=arguments[0], o=result))
     with torch.no_grad():
-        weights_L = sample.attention_of(model, torch.tensor([2]), inputs, query=4)[0]
+        weights_L = model.attention_weights(torch.tensor([2]), inputs, query=4)[0]
         hook.remove()
         assert abs(weights_L.sum() - 1) < 1e-5
         assert weights_L[5:].abs().max() == 0   # scales 1x1 and 2x2 alone
@@ -372,8 +373,8 @@ def test_packed_products_are_the_same(finished):
     before = copy.deepcopy(run.model)
     tokens_NL = run.generate([0, 1, 0], 0)
     likelihoods = run.log_likelihood(tokens_NL, [0, 1, 0])
-    sample.pack(run.model)
-    packed = [module for module in run.model.modules() if isinstance(module, sample.PackedLinear)]
+    run.model.pack()
+    packed = [module for module in run.model.modules() if isinstance(module, PackedLinear)]
     plain = [module for module in before.modules() if isinstance(module, torch.nn.Linear)]
     assert len(packed) == len(plain) > 5
     assert any(module.bias is None for module in packed)   # queries, keys and values
