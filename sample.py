@@ -38,12 +38,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from kernels import NoLauncher
-from tokenizer import Tokenizer, TokenizerConfig, average_over_processes, psnr
+from tokenizer import Classifier, Tokenizer, TokenizerConfig, average_over_processes, psnr
 from var import VAR, Known, VARConfig
 
 # Guidance and filters that trade variety for clean shapes. (The published demonstration has cfg 4,
@@ -102,7 +102,7 @@ class Run:
     model: VAR | None                   # None while the tokenizer trains
     classes: list[str]
     held_out: TensorDataset | None      # bytes [N, channels, side, side] and labels [N]
-    options: Namespace         # device, autocast, batch, cfg, top_k, top_p
+    options: Namespace                  # device, autocast, batch, cfg, top_k, top_p
 
     @torch.no_grad()
     def generate(
@@ -119,7 +119,7 @@ class Run:
             labels_B = torch.tensor(labels)[rows].to(options.device)
             # Guidance away from "any class" means nothing where no class is asked for.
             cfg = options.cfg if labels_B.min() < self.model.config.classes else 0.0
-            known_now = None if known is None else known(rows)
+            known_now = known and known(rows)
             with options.autocast():
                 tokens_BL = self.model.generate(
                     self.tokenizer, labels_B, cfg, options.top_k, options.top_p, generator,
@@ -579,7 +579,7 @@ def evaluate(run: Run, count: int, seeds: Sequence[int]) -> Evaluation:
     originals, labels = evaluated_images(run, count)
     judge = Judge(kept_classifier(run), originals, run.classes)
     all_images, all_labels_N = run.held_out.tensors
-    taken_for_N = judge.classifier.features_and_classes(all_images)[1]
+    taken_for_N = features_and_classes(judge.classifier, all_images)[1]
     other_half = torch.arange(count) ^ 1   # neighbours swapped
     tokens_NL = run.encode(originals)[1]
     reconstructions = run.decode(tokens_NL)
@@ -625,7 +625,7 @@ class Judge:
     def __init__(self, classifier: Classifier, originals: Tensor, classes: list[str]):
         self.classifier = classifier
         self.classes = classes
-        self.features_ND = classifier.features_and_classes(originals)[0]
+        self.features_ND = features_and_classes(classifier, originals)[0]
         self.power = fine_power(originals)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Quality:
@@ -633,7 +633,7 @@ class Judge:
         if not images.isfinite().all():
             raise UserError("the images to judge hold numbers that are not finite: the model that "
                             "made them is broken")
-        features_ND, taken_for_N = self.classifier.features_and_classes(images)
+        features_ND, taken_for_N = features_and_classes(self.classifier, images)
         hit_N = (taken_for_N == labels).double()
         measured = []
         for first in (0, 1):
@@ -675,17 +675,15 @@ NEIGHBOURS = 3   # as in the paper
 
 
 def precision_recall(made_ND: np.ndarray, real_MD: np.ndarray) -> tuple[float, float]:
-    """Of the vectors made, the share among the real ones, and the reverse (1904.06991, Eq. 1).
+    """Of the vectors made, the share among the real ones, and the reverse (1904.06991, Eq. 1)."""
+    return share_among(made_ND, real_MD), share_among(real_MD, made_ND)
 
-    A vector is among those of a set if it is as near to any of them as that one's third neighbour
-    in the set is.
-    """
-    between_NM = distances(made_ND, real_MD)
-    reach_N = np.sort(distances(made_ND, made_ND), axis=1)[:, NEIGHBOURS]   # 0 is the vector itself
-    reach_M = np.sort(distances(real_MD, real_MD), axis=1)[:, NEIGHBOURS]
-    precision = (between_NM <= reach_M).any(axis=1).mean()
-    recall = (between_NM.T <= reach_N).any(axis=1).mean()
-    return float(precision), float(recall)
+
+def share_among(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
+    """A vector is among those of a set if it is as near to any of them as that one's third
+    neighbour in the set is."""
+    reach_M = np.sort(distances(b_MD, b_MD), axis=1)[:, NEIGHBOURS]   # 0 is the vector itself
+    return float((distances(a_ND, b_MD) <= reach_M).any(axis=1).mean())
 
 
 def distances(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
@@ -774,70 +772,27 @@ def in_words(values: list[float], digits: int, unit: str = "") -> str:
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}{unit}"
 
 
-# The classifier. It is small, since it has to be trained within half a minute on two cores.
+# The classifier
 
-JUDGED_SIDE = 64              # larger images are averaged down to this side before it sees them
-CLASSIFIER_IMAGES = 20_000    # train.py keeps at most so many images of this side for its training
+CLASSIFIER_IMAGES = 20_000    # train.py keeps at most so many, averaged down, for its training
 CLASSIFIER_STEPS = 800
 CLASSIFIER_BATCH = 64
 
 
-class Classifier(nn.Module):
-    """Four convolutions, each but the first halving the side; the last one's map is averaged over
-    places and normalised: these are the features. A linear layer makes logits of them."""
+@torch.no_grad()
+def features_and_classes(classifier: Classifier, images: Tensor) -> tuple[np.ndarray, Tensor]:
+    """Features, float64 [N, D], and the classes [N] that images are taken for.
 
-    def __init__(self, channels: int, side: int, classes: int):
-        """side: of the images before they are averaged down."""
-        super().__init__()
-        widths = (channels, 32, 64, 128, 128)
-        strides = (1 if side <= JUDGED_SIDE // 2 else 2, 2, 2, 2)
-        self.levels = nn.ModuleList()
-        for width_in, width, stride in zip(widths, widths[1:], strides):
-            self.levels.append(nn.Sequential(
-                nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU()))
-        self.normalise = nn.BatchNorm1d(widths[-1], affine=False)   # to mean 0 and variance 1
-        self.head = nn.Linear(widths[-1], classes)
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """What every level makes of images [B, channels, side, side], of any side."""
-        maps = []
-        for level in self.levels:
-            images = level(images)
-            maps.append(images)
-        return maps
-
-    def features(self, images: Tensor) -> Tensor:
-        """[B, D]."""
-        last_BDss = self.maps(averaged_down(images))[-1]
-        return self.normalise(last_BDss.mean(dim=(2, 3)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes]."""
-        return self.head(self.features(images))
-
-    @torch.no_grad()
-    def features_and_classes(self, images: Tensor) -> tuple[np.ndarray, Tensor]:
-        """Features, float64 [N, D], and the classes [N] that images are taken for.
-
-        images: on the CPU, bytes or in [-1, 1].
-        """
-        features = []
-        taken_for = []
-        for rows in batches(len(images), at_a_time(images.shape[-1])):
-            some = images[rows].to(self.head.weight.device)
-            features_BD = self.features(some if some.is_floating_point() else to_float(some))
-            features.append(features_BD.double().cpu())
-            taken_for.append(self.head(features_BD).argmax(dim=1).cpu())
-        return torch.cat(features).numpy(), torch.cat(taken_for)
-
-
-def averaged_down(images: Tensor) -> Tensor:
-    """Float images as the classifier sees them: their side is JUDGED_SIDE at most."""
-    if images.shape[-1] <= JUDGED_SIDE:
-        return images
-    return F.interpolate(images, size=(JUDGED_SIDE, JUDGED_SIDE), mode="area")
+    images: on the CPU, bytes or in [-1, 1].
+    """
+    features = []
+    taken_for = []
+    for rows in batches(len(images), at_a_time(images.shape[-1])):
+        some = images[rows].to(classifier.head.weight.device)
+        features_BD = classifier.features(some if some.is_floating_point() else to_float(some))
+        features.append(features_BD.double().cpu())
+        taken_for.append(classifier.head(features_BD).argmax(dim=1).cpu())
+    return torch.cat(features).numpy(), torch.cat(taken_for)
 
 
 def train_classifier(
@@ -1187,7 +1142,7 @@ def read_image(path: Path, side: int, channels: int) -> np.ndarray:
             pixels = np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
     except Exception as error:   # damaged files make Pillow raise nearly anything
         raise UserError(f"{path} cannot be read as an image: {in_short(error)}")
-    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
+    return np.atleast_3d(pixels).transpose(2, 0, 1)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -1392,8 +1347,9 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser = Parser(description="Draw images with a trained VAR.")
     add_general(parser.add_argument)
     parser.add_computer()
-    add_tasks(parser.add_argument_group("with images of one's own").add_argument)
-    add_evaluation(parser.add_argument_group("for evaluation").add_argument)
+    wishes = parser.add_argument_group("one of these, or a grid of images is drawn")
+    add_wishes(wishes.add_mutually_exclusive_group().add_argument)
+    add_details(parser.add_argument_group("how they are done").add_argument)
     parser.set_defaults(**FILTERS)
     options = parser.parse_args(arguments)
     check(options)
@@ -1437,13 +1393,27 @@ def add_general(add: Callable) -> None:
         help="torch.compile the transformer's layers and the decoder: for many images")
 
 
-def add_tasks(add: Callable) -> None:
+def add_wishes(add: Callable) -> None:
     add("--task", choices=TASKS,
         help="inpaint: a box is generated, the rest known; outpaint: the other way round; edit: "
              "inpaint towards --classes NAME; upscale: fine scales are generated, coarse ones "
              "known; reconstruct: encode and decode")
+    add("--codes", nargs="+", metavar="IMAGE",
+        help="draw what each scale finds left over, its codes, and the image so far")
+    add("--teaching", nargs=1, metavar="IMAGE",
+        help="draw what the transformer reads in training, above what it has to predict")
+    add("--attention", nargs=1, metavar="IMAGE",
+        help="draw what a cell of the last scale attends to, in every layer")
+    add("--evaluate", type=number(int, 8), metavar="N",
+        help="print how good N images are, an even number: generated ones for each of --seeds, "
+             "reconstructions, and held-out ones")
+    add("--npz", nargs=2, metavar=("N", "FILE"),
+        help="write N samples, balanced over the classes, as ADM's evaluation reads them")
+
+
+def add_details(add: Callable) -> None:
     add("--image", nargs="+", metavar="IMAGE",
-        help="files, folders, or data:17 for a held-out image of the run's data")
+        help="task: files, folders, or data:17 for a held-out image of the run's data")
     add("--box", nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
         metavar=("Y0", "X0", "Y1", "X1"), help="the box, in fractions of the side")
     add("--mask", type=Path, metavar="FILE",
@@ -1455,62 +1425,49 @@ def add_tasks(add: Callable) -> None:
     add("--paste", action="store_true", help="put the known pixels over the result at the end")
     add("--open-loop", action="store_true",
         help="put the image's own tokens, as published, for comparison")
-    add("--codes", nargs="+", metavar="IMAGE",
-        help="draw what each scale finds left over, its codes, and the image so far")
-    add("--teaching", nargs=1, metavar="IMAGE",
-        help="draw what the transformer reads in training, above what it has to predict")
-    add("--attention", nargs=1, metavar="IMAGE",
-        help="draw what a cell of the last scale attends to, in every layer")
     add("--cell", nargs=2, type=number(int, 0), metavar=("Y", "X"),
         help="attention: which cell, if not the middle")
-
-
-def add_evaluation(add: Callable) -> None:
-    add("--evaluate", type=number(int, 8), metavar="N",
-        help="print how good N images are, an even number: generated ones for each of --seeds, "
-             "reconstructions, and held-out ones")
-    add("--npz", nargs=2, metavar=("N", "FILE"),
-        help="write N samples, balanced over the classes, as ADM's evaluation reads them")
     add("--reference", type=Path, metavar="FILE",
-        help="write the held-out images in the same form")
+        help="write the held-out images as --npz does samples, with it or alone")
     add("--rejection", type=SHARE, default=1.0, metavar="FRACTION",
         help="npz: keep this share of what is drawn, the most likely")
 
 
 def check(options: Namespace) -> None:
     """Raises UserError for flags that do not go together."""
-    modes = ("task", "codes", "teaching", "attention", "npz", "evaluate")
-    asked = [f"--{name}" for name in modes if getattr(options, name)]
-    if len(asked) > 1:
-        raise UserError(f"one thing at a time: {' or '.join(asked)}")
-    if options.npz and (not options.npz[0].isdecimal() or int(options.npz[0]) == 0):
-        raise UserError(f"--npz {options.npz[0]} must be a number of images, 1 or more, and a file")
+    classes = options.classes or []
+    samples = None
+    if options.npz:
+        count, path = options.npz
+        samples = Path(path)
+        if not count.isdecimal() or int(count) == 0:
+            raise UserError(f"--npz {count} must be a number of images, 1 or more, and a file")
     if options.rejection < 1 and not options.npz:
         raise UserError("--rejection is for --npz")
     if options.evaluate and options.evaluate % 2:
         raise UserError(f"--evaluate {options.evaluate} must be even: two halves are compared")
-    if options.classes and (options.evaluate or options.npz):
-        raise UserError(f"{asked[0]} is about all classes and takes no --classes")
+    if classes and (options.evaluate or options.npz):
+        raise UserError("--evaluate and --npz are about all classes, and take no --classes")
     written = [(options.out, ".png"), (options.gif, ".gif"), (options.reference, ".npz"),
-               (options.npz and Path(options.npz[1]), ".npz")]
+               (samples, ".npz")]
     for path, ending in written:
         if path and path.is_dir():
             raise UserError(f"{path} is a folder; name a file to write")
         if path and path.suffix.lower() not in ("", ending):
             raise UserError(f"{path} would be a {ending} file; name it so")
-    if options.npz and options.reference and options.reference == Path(options.npz[1]):
-        raise UserError(f"{options.reference} cannot hold both samples and references")
+    if samples and samples == options.reference:
+        raise UserError(f"{samples} cannot hold both samples and references")
     if options.task and not options.image:
         raise UserError(f"--task {options.task} needs --image: a file, a folder, or data:17")
     if options.image and not options.task:
         raise UserError(f"--image needs --task: one of {', '.join(TASKS)}")
     if options.task == "upscale" and options.paste:
         raise UserError("--paste has no known pixels to put over an upscaled image")
-    if options.task == "edit" and not options.classes:
+    if options.task == "edit" and not classes:
         raise UserError("--task edit needs --classes NAME: what to edit towards")
-    if (options.task or options.attention) and len(options.classes or []) > 1:
-        raise UserError(f"one class here, please: --classes {' '.join(options.classes)} are "
-                        f"{len(options.classes)}")
+    if (options.task or options.attention) and len(classes) > 1:
+        raise UserError(f"one class here, please: --classes {' '.join(classes)} are "
+                        f"{len(classes)}")
 
 
 if __name__ == "__main__":

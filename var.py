@@ -501,7 +501,8 @@ class PackedLinear(nn.Module):
     """A linear layer for drawing on a CPU, by oneDNN's product instead of MKL's.
 
     MKL rearranges the weights at every call, which for the few tokens of the coarse scales takes
-    longer than to multiply; oneDNN reads them as they are, and knows more CPUs' widest instructions.
+    longer than to multiply; oneDNN reads them as they are, and knows more CPUs' widest
+    instructions.
     """
 
     def __init__(self, linear: nn.Linear):

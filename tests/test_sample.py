@@ -354,7 +354,7 @@ def test_mistakes(shapes, tmp_path):
     assert "cannot be read" in refusal("--codes", tmp_path / "missing.png")
     assert "cannot be read" in refusal(*ask, "inpaint", "--mask", tmp_path / "missing.png")
     assert "holds no images" in refusal("--codes", tmp_path)
-    assert "one thing at a time" in refusal("--codes", "data:1", "--attention", "data:1")
+    assert "not allowed with argument --codes" in refusal("--codes", "data:1", "--attention", "data:1")
     assert "one class here" in refusal(*ask, "edit", "--classes", "star", "heart")
     assert "is for --npz" in refusal("--rejection", 0.5)
     assert "no --classes" in refusal("--npz", 3, tmp_path / "a.npz", "--classes", "star")
