@@ -75,16 +75,17 @@ def main() -> None:
 def draw(run: Run) -> None:
     """Write the picture that is asked for."""
     options = run.options
-    what = options.task or ("progress" if options.progress else "sample")
+    pictures = {
+        "attention": draw_attention,
+        "codes": draw_codes,
+        "teaching": draw_teaching,
+        "reconstruct": reconstruct,
+    }
     if options.task:
-        pictures = {
-            "attention": draw_attention,
-            "codes": draw_codes,
-            "teaching": draw_teaching,
-            "reconstruct": reconstruct,
-        }
-        picture = pictures.get(options.task, complete)(run, load_images(run, options.image))
+        what = options.task
+        picture = pictures.get(what, complete)(run, load_images(run, options.image))
     else:
+        what = "progress" if options.progress else "sample"
         picture = draw_samples(run)
     path = options.out or options.run / f"{what}.png"
     save_picture(path, picture)
@@ -262,9 +263,10 @@ def draw_samples(run: Run) -> Image.Image:
     chosen = class_indices(options.classes, run.classes)
     names = [run.classes[label] for label in chosen]
     tokens_NL = run.generate(np.repeat(chosen, options.per_class).tolist(), options.seed)
-    if not (options.progress or options.gif):
-        return grid_of_classes(names, run.decode_to_bytes(tokens_NL))
-    frames_KN = run.after_each_scale(tokens_NL)
+    if options.progress or options.gif:
+        frames_KN = run.after_each_scale(tokens_NL)
+    else:
+        frames_KN = [run.decode_to_bytes(tokens_NL)]
     if options.gif:
         save_film(options.gif, [grid_of_classes(names, images) for images in frames_KN])
     if options.progress:
@@ -303,8 +305,8 @@ def images_at(run: Run, source: str) -> Iterator[tuple[Tensor, str, int | None]]
         return
     config = run.tokenizer.config
     for path in image_files(Path(source)):
-        image = read_image(path, config.image_side, config.image_channels)
-        yield torch.from_numpy(image), path.stem, None
+        pixels = read_image(path, config.image_side, config.image_channels)
+        yield torch.from_numpy(pixels), path.stem, None
 
 
 def image_files(path: Path) -> list[Path]:
@@ -342,19 +344,19 @@ def complete(run: Run, given: Given) -> Image.Image:
     labels = [asked_class(run)] * len(images)
     latent_NCSS, tokens_NL = run.encode(filled)
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
+    where_11SS = where_11SS.to(options.device)
 
     def known(rows: range) -> Known:
-        latent_BCSS = latent_NCSS[rows].to(options.device)
-        where_B1SS = where_11SS.expand(len(rows), -1, -1, -1).to(options.device)
         own_tokens_BL = tokens_NL[rows].to(options.device) if options.open_loop else None
-        return Known(latent_BCSS, where_B1SS, scales, own_tokens_BL)
+        return Known(latent_NCSS[rows].to(options.device), where_11SS, scales, own_tokens_BL)
 
     results = [run.decode(run.generate(labels, seed, known)) for seed in options.seeds]
     if options.paste:
         results = [torch.where(known_HW > 0, images, result) for result in results]
     if options.task != "upscale":
         report(results, images, known_HW)
-    return grid(zip(given.names, zip(*map(to_bytes, (images, shown, *results)))))
+    columns = map(to_bytes, (images, shown, *results))
+    return grid(zip(given.names, zip(*columns)))
 
 
 def from_small(run: Run, images: Tensor) -> tuple[Tensor, int]:
@@ -415,13 +417,13 @@ def seam(images: Tensor, known_HW: Tensor) -> float:
 
     0 if there are none.
     """
-    total = 0.0
-    pairs = 0.0
+    steps = []
     for axis in (-1, -2):
-        across_HW = known_HW.diff(dim=axis).abs()
-        total += (images.diff(dim=axis).abs() * across_HW).sum().item() / 2
-        pairs += across_HW.sum().item() * images.shape[:2].numel()
-    return total / max(pairs, 1)
+        across_HW = known_HW.diff(dim=axis) != 0
+        step = images.diff(dim=axis)[..., across_HW] / 2
+        steps.append(step.abs().flatten())
+    steps = torch.cat(steps)
+    return steps.mean().item() if len(steps) else 0.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -506,19 +508,27 @@ def draw_attention(run: Run, given: Given) -> Image.Image:
     inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.options.device))
     query = config.spans[-1].start + y * side + x
     layers = run.model.attention_weights(labels_B, inputs, query)
-    size = run.tokenizer.config.downsampling
-    marked = Image.fromarray(in_colour(to_bytes(given.images[:1])[0]))
-    corners = (x * size, y * size, (x + 1) * size - 1, (y + 1) * size - 1)
-    ImageDraw.Draw(marked).rectangle(corners, outline="red")
+    marked = outlined(given.images, y, x, run.tokenizer.config.downsampling)
     rows = []
     table = {"attention to": [f"{s}x{s}" for s in config.scales]}
-    for layer in np.linspace(0, len(layers) - 1, min(8, len(layers))).round().astype(int):
+    shown = np.linspace(0, config.depth - 1, min(8, config.depth))
+    for layer in shown.round().astype(int):
         name = f"layer {layer + 1}"
         maps = as_maps(layers[layer], run)
-        rows.append((name, [np.asarray(marked), *map(heat, maps)]))
+        rows.append((name, [marked, *map(heat, maps)]))
         table[name] = [f"{weights_ss.sum():.0%}" for weights_ss in maps]
     say_table(table)
     return grid(rows)
+
+
+def outlined(images: Tensor, y: int, x: int, size: int) -> np.ndarray:
+    """The first image as bytes [side, side, 3], with a frame around the cell (y, x)."""
+    image = Image.fromarray(in_colour(to_bytes(images[:1])[0]))
+    left = x * size
+    top = y * size
+    corners = (left, top, left + size - 1, top + size - 1)
+    ImageDraw.Draw(image).rectangle(corners, outline="red")
+    return np.asarray(image)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -579,15 +589,18 @@ def evaluate(run: Run, count: int, seeds: Sequence[int]) -> Evaluation:
     originals, labels = evaluated_images(run, count)
     judge = Judge(kept_classifier(run), originals, run.classes)
     all_images, all_labels_N = run.held_out.tensors
-    taken_for_N = features_and_classes(judge.classifier, all_images)[1]
+    _, taken_for_N = features_and_classes(judge.classifier, all_images)
     other_half = torch.arange(count) ^ 1   # neighbours swapped
-    tokens_NL = run.encode(originals)[1]
+    _, tokens_NL = run.encode(originals)
     reconstructions = run.decode(tokens_NL)
     nats = -run.log_likelihood(tokens_NL, labels.tolist()).mean().item()
 
     def generated(run: Run) -> list[Quality]:
-        drawn = (run.generate(labels.tolist(), seed) for seed in seeds)
-        return [judge(run.decode(tokens_NL), labels) for tokens_NL in drawn]
+        qualities = []
+        for seed in seeds:
+            images = run.decode(run.generate(labels.tolist(), seed))
+            qualities.append(judge(images, labels))
+        return qualities
 
     without = Namespace(**{**vars(run.options), **NO_FILTERS})
     return Evaluation(
@@ -635,6 +648,9 @@ class Judge:
                             "made them is broken")
         features_ND, taken_for_N = features_and_classes(self.classifier, images)
         hit_N = (taken_for_N == labels).double()
+        per_class = {}
+        for label in labels.unique().tolist():
+            per_class[self.classes[label]] = hit_N[labels == label].mean().item()
         measured = []
         for first in (0, 1):
             made_ND = features_ND[first::2]
@@ -644,13 +660,13 @@ class Judge:
         frechet, precision, recall = np.mean(measured, axis=0).tolist()
         return Quality(
             recognised=hit_N.mean().item(),
-            per_class={self.classes[label]: hit_N[labels == label].mean().item()
-                       for label in labels.unique().tolist()},
+            per_class=per_class,
             frechet=frechet,
             precision=precision,
             recall=recall,
             detail=fine_power(images) / self.power if self.power > 1e-12 else math.nan,
         )
+
 
 def frechet_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     """Squared Fréchet distance of two sets of vectors, each taken for a Gaussian (1706.08500).
@@ -749,9 +765,12 @@ def say_classes(sets: list[list[Quality]]) -> None:
     generated."""
     shares = {}
     for name in sets[0][0].per_class:
-        shares[name] = [np.mean([x.per_class[name] for x in qualities]) for qualities in sets]
+        shares[name] = []
+        for qualities in sets:
+            shares[name].append(np.mean([x.per_class[name] for x in qualities]))
     table = {"recognised": ("held-out", "reconstructed", "generated", "unfiltered")}
-    for name in sorted(shares, key=lambda name: shares[name][2])[:20]:
+    least = sorted(shares, key=lambda name: shares[name][2])[:20]
+    for name in least:
         table[f"  {name}"] = [f"{share:.1%}" for share in shares[name]]
     say_table(table)
 
@@ -866,8 +885,11 @@ def draw_many(run: Run, count: int) -> np.ndarray:
     tokens_NL = run.generate(labels, run.options.seed)
     if fraction < 1:
         likelihood_N = run.log_likelihood(tokens_NL, labels)
+        best = []
         by_class = zip(tokens_NL.split(drawn), likelihood_N.split(drawn), wanted)
-        tokens_NL = torch.cat([own_nL[own_n.topk(n).indices] for own_nL, own_n, n in by_class])
+        for tokens_nL, likelihood_n, count_of_class in by_class:
+            best.append(tokens_nL[likelihood_n.topk(count_of_class).indices])
+        tokens_NL = torch.cat(best)
     return run.decode_to_bytes(tokens_NL)
 
 
@@ -907,16 +929,14 @@ def save_film(path: Path, frames: list[Image.Image]) -> None:
     print(f"wrote {path}")
 
 
-def grid(
-    rows: Iterable[tuple[str, Sequence[np.ndarray | Tensor]]], cell: int = 64
-) -> Image.Image:
+def grid(rows: Iterable[tuple[str, Sequence[np.ndarray | Tensor]]]) -> Image.Image:
     """A labelled row of images (bytes [side, side, 1 or 3]) per entry; small ones enlarged."""
     import matplotlib   # which brings a font with Greek, Cyrillic, Hebrew and Arabic letters
     font_file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     font = ImageFont.truetype(font_file, 11)
     rows = [(in_short(label, 24), images) for label, images in rows]
     margin = 8 + math.ceil(max(font.getlength(label) for label, _ in rows))
-    cell = max(cell, *(len(pixels) for _, images in rows for pixels in images))
+    cell = max(64, *(len(pixels) for _, images in rows for pixels in images))
     step = cell + 2   # and a gap
     columns = max(len(images) for _, images in rows)
     canvas = Image.new("RGB", (margin + columns * step, len(rows) * step), "white")
@@ -973,8 +993,8 @@ def draw_curves(log: list[dict], scales: tuple[int, ...]):
     for axis, (title, yscale, stage, splits, names) in zip(axes.T.flat, panels):
         axis.set(title=title, yscale=yscale, xlabel="step")
         for split, name in itertools.product(splits, names):
-            lines = [line for line in log if (line["stage"], line["split"]) == (stage, split)]
-            lines = [line for line in lines if name in line]
+            lines = [line for line in log
+                     if line["stage"] == stage and line["split"] == split and name in line]
             label = split.replace("_", "-") if name == "loss" else name
             if name.endswith("per_scale"):
                 label = [f"{s}x{s}" for s in scales]
@@ -1269,9 +1289,8 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         self.asked = False
-        self.before = {}
-        for s in (signal.SIGINT, signal.SIGTERM):
-            self.before[s] = signal.signal(s, self.ask)
+        both = (signal.SIGINT, signal.SIGTERM)
+        self.before = {s: signal.signal(s, self.ask) for s in both}
         return self
 
     def ask(self, *_) -> None:
