@@ -133,9 +133,9 @@ class Run:
         """Latents [N, C, S, S] and tokens [N, L], on the CPU."""
         latents = []
         tokens = []
-        for rows in batches(len(images), at_a_time(images.shape[-1])):
+        for some in images.split(at_a_time(images.shape[-1])):
             with self.options.autocast():
-                f_BCSS = self.tokenizer.latent(images[rows].to(self.options.device))
+                f_BCSS = self.tokenizer.latent(some.to(self.options.device))
             latents.append(f_BCSS.cpu())
             tokens.append(self.tokenizer.quantizer.encode(f_BCSS).cpu())
         return torch.cat(latents), torch.cat(tokens)
@@ -157,13 +157,13 @@ class Run:
         """
         options = self.options
         size = min(len(tokens_NL), at_a_time(self.tokenizer.config.image_side))
-        for rows in batches(len(tokens_NL), size):
-            tokens_BL = tokens_NL[rows].to(options.device)
+        for tokens_BL in tokens_NL.split(size):
+            B = len(tokens_BL)
             if options.device.type == "cuda" or options.compile:
-                tokens_BL = F.pad(tokens_BL, (0, 0, 0, size - len(rows)))
+                tokens_BL = F.pad(tokens_BL, (0, 0, 0, size - B))
             with options.autocast():
-                images = self.tokenizer.decode(tokens_BL)
-            yield images[:len(rows)]
+                images = self.tokenizer.decode(tokens_BL.to(options.device))
+            yield images[:B]
 
     def after_each_scale(self, tokens_NL: Tensor) -> list[np.ndarray]:
         """What the first 1, 2, ... K scales decode to: bytes [N, side, side, channels] for each."""
@@ -194,24 +194,22 @@ def load(options: Namespace) -> Run:
     """Raises UserError where the tokenizer and the transformer do not belong together."""
     tokenizer_path = options.tokenizer or options.run / "tokenizer.pt"
     var_path = path_of_var(options)
-    if var_path.suffix == ".pth":
-        with blaming(var_path):
+    held_out = None
+    with blaming(var_path):
+        if var_path.suffix == ".pth":
             model = VAR.from_official(read_tensors(var_path, "published checkpoint"))
-        tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
-        classes = [str(label) for label in range(model.config.classes)]
-        held_out = None
-    else:
-        with blaming(var_path):
+            classes = [str(label) for label in range(model.config.classes)]
+            tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
+        else:
             content = load_checkpoint(var_path, "transformer")
             model = VAR(VARConfig(**content["config"]))
             model.load_state_dict(content["model"])
             classes = content["classes"]
-            taught_by = content["identity"]["tokenizer"]
-        tokenizer = load_tokenizer(tokenizer_path)
-        if tokenizer.fingerprint() != taught_by:
-            raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
-                            f"{tokenizer_path}")
-        held_out = load_held_out(var_path.parent)
+            tokenizer = load_tokenizer(tokenizer_path)
+            if tokenizer.fingerprint() != content["identity"]["tokenizer"]:
+                raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
+                                f"{tokenizer_path}")
+            held_out = load_held_out(var_path.parent)
     for name in ("scales", "vocabulary", "code_channels"):
         found = getattr(tokenizer.config, name)
         expected = getattr(model.config, name)
@@ -719,10 +717,11 @@ def fine_power(images: Tensor) -> float:
     fade = torch.hann_window(side, periodic=False)
     fade_HW = fade[:, None] * fade
     total = 0.0
-    for rows in batches(len(images), at_a_time(side)):
-        centred = images[rows] - images[rows].mean(dim=(2, 3), keepdim=True)
+    for some in images.split(at_a_time(side)):
+        centred = some - some.mean(dim=(2, 3), keepdim=True)
         spectrum = torch.fft.fft2(centred * fade_HW)
-        total += spectrum.abs().square()[..., fine_HW].sum(dtype=torch.float64).item()
+        power = spectrum.abs().square()[..., fine_HW]
+        total += power.sum(dtype=torch.float64).item()
     return total / images.numel()
 
 
@@ -736,9 +735,8 @@ def say_evaluation(found: Evaluation, run: Run) -> None:
         f"generated, {asked}": found.generated,
         "generated, no guidance, no filters": found.unfiltered,
     }
-    count = options.evaluate
-    print(f"{count} images of each kind; the classifier recognises {found.accuracy:.1%} of all "
-          f"held-out images")
+    print(f"{options.evaluate} images of each kind; the classifier recognises {found.accuracy:.1%} "
+          f"of all held-out images")
     table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}
     for name, qualities in sets.items():
         table[name] = (
@@ -806,8 +804,8 @@ def features_and_classes(classifier: Classifier, images: Tensor) -> tuple[np.nda
     """
     features = []
     taken_for = []
-    for rows in batches(len(images), at_a_time(images.shape[-1])):
-        some = images[rows].to(classifier.head.weight.device)
+    for some in images.split(at_a_time(images.shape[-1])):
+        some = some.to(classifier.head.weight.device)
         features_BD = classifier.features(some if some.is_floating_point() else to_float(some))
         features.append(features_BD.double().cpu())
         taken_for.append(classifier.head(features_BD).argmax(dim=1).cpu())
@@ -1082,12 +1080,10 @@ def load_checkpoint(path: Path, kind: str) -> dict:
 
 def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokenizer:
     """A tokenizer of ours, or a published one (a .pth), whose scales the caller may name."""
-    if path.suffix == ".pth":
-        state = read_tensors(path, "published checkpoint")
-        with blaming(path):
-            return Tokenizer.from_official(state, scales)
-    content = load_checkpoint(path, "tokenizer")
     with blaming(path):
+        if path.suffix == ".pth":
+            return Tokenizer.from_official(read_tensors(path, "published checkpoint"), scales)
+        content = load_checkpoint(path, "tokenizer")
         tokenizer = Tokenizer(TokenizerConfig(**content["config"]))
         tokenizer.load_state_dict(content["model"])
         return tokenizer.eval()
@@ -1096,8 +1092,8 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
 def load_held_out(folder: Path) -> TensorDataset:
     """The images that train.py kept in a run's folder."""
     path = folder / "held_out.pt"
-    content = load_checkpoint(path, "set of held-out images")
     with blaming(path):
+        content = load_checkpoint(path, "set of held-out images")
         return TensorDataset(content["images"], content["labels"])
 
 
@@ -1203,9 +1199,10 @@ def settle_device(options: Namespace) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device} cannot be used: {in_short(error)}")
+    fast = fast_bf16(device)
     if options.precision == "auto":   # small models are no faster in bf16 on a CPU
-        options.precision = "bf16" if device.type != "cpu" and fast_bf16(device) else "fp32"
-    elif options.precision == "bf16" and not fast_bf16(device):
+        options.precision = "bf16" if fast and device.type != "cpu" else "fp32"
+    elif options.precision == "bf16" and not fast:
         print("note: this device has no instructions for bf16 and emulates them; --precision fp32 "
               "is faster here")
     if device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
