@@ -13,7 +13,7 @@ from PIL import Image
 
 import sample
 from program import ran, refused
-from var import PackedLinear
+from var import VAR, PackedLinear
 
 GAP = 2
 CELL = 64
@@ -183,6 +183,21 @@ def test_pictures_that_explain(shapes, tmp_path):
     draw(shapes, tmp_path / "a.png", "--gif", tmp_path / "a.gif", "--per-class", 2)
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 3 and film.info["loop"] == 0
+
+
+def test_the_attention_drawn_is_that_of_the_cell(shapes, tmp_path, monkeypatch):
+    asked = []
+    attention_weights = VAR.attention_weights
+
+    def noted(model, labels_B, inputs, query):
+        asked.append((labels_B.tolist(), query))
+        return attention_weights(model, labels_B, inputs, query)
+
+    monkeypatch.setattr(VAR, "attention_weights", noted)
+    label = sample.load_held_out(shapes).tensors[1][3].item()
+    for classes in ([], ["--classes", "star"]):
+        draw(shapes, tmp_path / "a.png", "--attention", "data:3", "--cell", 0, 3, *classes)
+    assert asked == [([label], 1 + 4 + 3), ([4], 1 + 4 + 3)]
 
 
 def test_attention_weights_are_what_the_layer_computes(shapes):
