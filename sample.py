@@ -17,16 +17,17 @@ a program ends.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
 import signal
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -37,12 +38,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from kernels import NoLauncher
-from tokenizer import Tokenizer, TokenizerConfig, average_over_processes, psnr
+from tokenizer import Classifier, Tokenizer, TokenizerConfig, average_over_processes, psnr
 from var import VAR, Known, VARConfig
 
 # Guidance and filters that trade variety for clean shapes. (The published demonstration has cfg 4,
@@ -62,26 +63,27 @@ def main() -> None:
     run = load(options)
     plain = options.dtype == torch.float32 and not options.compile
     if options.device.type == "cpu" and plain:
-        pack(run.model)
+        run.model.pack()
     if options.evaluate:
         say_evaluation(evaluate(run, options.evaluate, options.seeds), run)
-        return
-    if options.reference:
-        save_npz(options.reference, run.held_out_images().permute(0, 2, 3, 1).numpy())
-    if options.npz:
-        save_npz(Path(options.npz[1]), draw_many(run, int(options.npz[0])))
-    if options.reference or options.npz:
-        return
-    drawings = [   # what is drawn, of which images, and how
-        ("attention", options.attention, draw_attention),
-        ("codes", options.codes, draw_codes),
-        ("teaching", options.teaching, draw_teaching),
-        (options.task, options.image, reconstruct if options.task == "reconstruct" else complete),
-    ]
-    for what, sources, draw in drawings:
-        if sources:
-            picture = draw(run, load_images(run, sources))
-            break
+    elif options.npz or options.reference:
+        save_sets(run)
+    else:
+        draw(run)
+
+
+def draw(run: Run) -> None:
+    """Write the picture that is asked for."""
+    options = run.options
+    pictures = {
+        "attention": draw_attention,
+        "codes": draw_codes,
+        "teaching": draw_teaching,
+        "reconstruct": reconstruct,
+    }
+    if options.task:
+        what = options.task
+        picture = pictures.get(what, complete)(run, load_images(run, options.image))
     else:
         what = "progress" if options.progress else "sample"
         picture = draw_samples(run)
@@ -101,7 +103,7 @@ class Run:
     model: VAR | None                   # None while the tokenizer trains
     classes: list[str]
     held_out: TensorDataset | None      # bytes [N, channels, side, side] and labels [N]
-    options: argparse.Namespace         # device, autocast, batch, cfg, top_k, top_p
+    options: Namespace                  # device, autocast, batch, cfg, top_k, top_p
 
     @torch.no_grad()
     def generate(
@@ -118,7 +120,7 @@ class Run:
             labels_B = torch.tensor(labels)[rows].to(options.device)
             # Guidance away from "any class" means nothing where no class is asked for.
             cfg = options.cfg if labels_B.min() < self.model.config.classes else 0.0
-            known_now = None if known is None else known(rows)
+            known_now = known and known(rows)
             with options.autocast():
                 tokens_BL = self.model.generate(
                     self.tokenizer, labels_B, cfg, options.top_k, options.top_p, generator,
@@ -131,9 +133,9 @@ class Run:
         """Latents [N, C, S, S] and tokens [N, L], on the CPU."""
         latents = []
         tokens = []
-        for rows in batches(len(images), at_a_time(images.shape[-1])):
+        for some in images.split(at_a_time(images.shape[-1])):
             with self.options.autocast():
-                f_BCSS = self.tokenizer.latent(images[rows].to(self.options.device))
+                f_BCSS = self.tokenizer.latent(some.to(self.options.device))
             latents.append(f_BCSS.cpu())
             tokens.append(self.tokenizer.quantizer.encode(f_BCSS).cpu())
         return torch.cat(latents), torch.cat(tokens)
@@ -155,27 +157,27 @@ class Run:
         """
         options = self.options
         size = min(len(tokens_NL), at_a_time(self.tokenizer.config.image_side))
-        for rows in batches(len(tokens_NL), size):
-            tokens_BL = tokens_NL[rows].to(options.device)
+        for tokens_BL in tokens_NL.split(size):
+            B = len(tokens_BL)
             if options.device.type == "cuda" or options.compile:
-                tokens_BL = F.pad(tokens_BL, (0, 0, 0, size - len(rows)))
+                tokens_BL = F.pad(tokens_BL, (0, 0, 0, size - B))
             with options.autocast():
-                images = self.tokenizer.decode(tokens_BL)
-            yield images[:len(rows)]
+                images = self.tokenizer.decode(tokens_BL.to(options.device))
+            yield images[:B]
 
     def after_each_scale(self, tokens_NL: Tensor) -> list[np.ndarray]:
         """What the first 1, 2, ... K scales decode to: bytes [N, side, side, channels] for each."""
-        ends = np.cumsum([s * s for s in self.tokenizer.config.scales])
-        return [self.decode_to_bytes(tokens_NL[:, :end]) for end in ends]
+        return [self.decode_to_bytes(tokens_NL[:, :span.stop]) for span in self.model.config.spans]
 
     @torch.no_grad()
     def log_likelihood(self, tokens_NL: Tensor, labels: list[int]) -> Tensor:
         """log p(tokens | class) [N], in nats, without guidance."""
+        options = self.options
         likelihoods = []
-        for rows in batches(len(labels), self.options.batch, "likelihood"):
-            tokens_BL = tokens_NL[rows].to(self.options.device)
-            labels_B = torch.tensor(labels)[rows].to(self.options.device)
-            with self.options.autocast():
+        for rows in batches(len(labels), options.batch, "likelihood"):
+            tokens_BL = tokens_NL[rows].to(options.device)
+            labels_B = torch.tensor(labels)[rows].to(options.device)
+            with options.autocast():
                 logits_BLV = self.model(labels_B, self.tokenizer.teacher_inputs(tokens_BL))
             logits_BVL = logits_BLV.float().transpose(1, 2)
             nats_BL = F.cross_entropy(logits_BVL, tokens_BL, reduction="none")
@@ -188,32 +190,28 @@ class Run:
         return self.held_out.tensors[0]
 
 
-def load(options: argparse.Namespace) -> Run:
+def load(options: Namespace) -> Run:
     """Raises UserError where the tokenizer and the transformer do not belong together."""
     tokenizer_path = options.tokenizer or options.run / "tokenizer.pt"
-    var_path = options.var or options.run / "var.pt"
+    var_path = path_of_var(options)
     held_out = None
-    if var_path.suffix == ".pth":
-        state = read_tensors(var_path, "published checkpoint")
-        with blaming(var_path):
-            model = VAR.from_official(state)
-        tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
-        classes = [str(label) for label in range(model.config.classes)]
-    else:
-        content = load_checkpoint(var_path, "transformer")
-        tokenizer = load_tokenizer(tokenizer_path)
-        with blaming(var_path):
+    with blaming(var_path):
+        if var_path.suffix == ".pth":
+            model = VAR.from_official(read_tensors(var_path, "published checkpoint"))
+            classes = [str(label) for label in range(model.config.classes)]
+            tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
+        else:
+            content = load_checkpoint(var_path, "transformer")
             model = VAR(VARConfig(**content["config"]))
             model.load_state_dict(content["model"])
             classes = content["classes"]
-            known = content["identity"]["tokenizer"]
-        if tokenizer.fingerprint() != known:
-            raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
-                            f"{tokenizer_path}")
-        held_out = load_held_out(run_folder(options))
-    ours = tokenizer.config
+            tokenizer = load_tokenizer(tokenizer_path)
+            if tokenizer.fingerprint() != content["identity"]["tokenizer"]:
+                raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
+                                f"{tokenizer_path}")
+            held_out = load_held_out(var_path.parent)
     for name in ("scales", "vocabulary", "code_channels"):
-        found = getattr(ours, name)
+        found = getattr(tokenizer.config, name)
         expected = getattr(model.config, name)
         if found != expected:
             raise UserError(f"{var_path} expects {name.replace('_', ' ')} {expected}, and "
@@ -222,7 +220,12 @@ def load(options: argparse.Namespace) -> Run:
     return Run(tokenizer, model, classes, held_out, options)
 
 
-def prepare(tokenizer: Tokenizer, model: VAR, options: argparse.Namespace) -> None:
+def path_of_var(options: Namespace) -> Path:
+    """The images that belong to a transformer lie beside it."""
+    return options.var or options.run / "var.pt"
+
+
+def prepare(tokenizer: Tokenizer, model: VAR, options: Namespace) -> None:
     """Both on the device, for drawing and not for training."""
     tokenizer.to(options.device)
     model.to(options.device).eval()
@@ -230,59 +233,18 @@ def prepare(tokenizer: Tokenizer, model: VAR, options: argparse.Namespace) -> No
         tokenizer.settle_decoder(options.dtype)
     if options.compile:
         check_compiler(options.device)
-        compile_parts(tokenizer, model)
-
-
-def compile_parts(tokenizer: Tokenizer, model: VAR) -> None:
-    """The decoder, and the transformer's layers: for every scale one graph of the first layer and
-    one of all others, whatever the depth."""
-    torch._dynamo.config.recompile_limit = 8 * len(model.config.scales)   # for up to four batches
-    for span in model.config.spans:   # tables of the mask are there before torch.compile looks
-        model.ranges.rows(span.start, span.stop).prepare(model.level_L.device)
-    for part in (tokenizer.decoder, *model.blocks):
-        part.compile(dynamic=False)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for drawing on a CPU, by oneDNN's product instead of MKL's.
-
-    MKL rearranges the weights at every call, which for the few tokens of the coarse scales takes
-    longer than to multiply; oneDNN reads them as they are, and knows more CPUs' widest instructions.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = linear.weight.detach().to_mkldnn()
-        self.bias = None if linear.bias is None else linear.bias.detach().to_mkldnn()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.aten.mkldnn_linear(x.to_mkldnn(), self.weight, self.bias)
-        return y.to_dense()
-
-
-def pack(model: nn.Module) -> None:
-    """All linear layers, in place, where PyTorch has oneDNN."""
-    if not torch.backends.mkldnn.is_available():
-        return
-    for name, child in model.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(model, name, PackedLinear(child))
-        else:
-            pack(child)
-
-
-def run_folder(options: argparse.Namespace) -> Path:
-    """Where the images are that belong to the transformer."""
-    return options.var.parent if options.var else options.run
+        tokenizer.decoder.compile(dynamic=False)
+        model.compile_layers()
 
 
 def class_indices(names: list[str] | None, classes: list[str]) -> list[int]:
     """Of the classes named, or of the first twenty."""
-    for name in names or []:
+    names = names or classes[:20]
+    for name in names:
         if name not in classes:
             known = ", ".join(classes) if len(classes) <= 20 else f"{classes[0]} to {classes[-1]}"
             raise UserError(f"there is no class {name}; there are {known}")
-    return [classes.index(name) for name in names or classes[:20]]
+    return list(map(classes.index, names))
 
 
 def asked_class(run: Run) -> int:
@@ -297,20 +259,16 @@ def draw_samples(run: Run) -> Image.Image:
     """A row per class; with --progress a row per image, after each scale; --gif makes it a film."""
     options = run.options
     chosen = class_indices(options.classes, run.classes)
-    labels = [label for label in chosen for _ in range(options.per_class)]
-    tokens_NL = run.generate(labels, options.seed)
+    names = [run.classes[label] for label in chosen]
+    tokens_NL = run.generate(np.repeat(chosen, options.per_class).tolist(), options.seed)
     if options.progress or options.gif:
         frames_KN = run.after_each_scale(tokens_NL)
     else:
         frames_KN = [run.decode_to_bytes(tokens_NL)]
-    names = [run.classes[label] for label in chosen]
     if options.gif:
         save_film(options.gif, [grid_of_classes(names, images) for images in frames_KN])
     if options.progress:
-        rows = []
-        for label, *frames in zip(labels, *frames_KN):
-            rows.append((run.classes[label], frames))
-        return grid(rows)
+        return grid(zip(np.repeat(names, options.per_class), zip(*frames_KN)))
     return grid_of_classes(names, frames_KN[-1])
 
 
@@ -328,32 +286,25 @@ class Given:
 
 def load_images(run: Run, sources: list[str]) -> Given:
     """Files, folders of them, and `data:17`, number 17 of the run's held-out images (from 0)."""
+    found = [image for source in sources for image in images_at(run, source)]
+    pixels, names, labels = zip(*found)
+    return Given(to_float(torch.stack(pixels)), list(names), list(labels))
+
+
+def images_at(run: Run, source: str) -> Iterator[tuple[Tensor, str, int | None]]:
+    """Bytes, name and label of each."""
+    if source.startswith("data:"):
+        row = source.removeprefix("data:")
+        last = len(run.held_out_images()) - 1
+        if not row.isdecimal() or int(row) > last:
+            raise UserError(f"{source}: the held-out images are data:0 to data:{last}")
+        image, label = run.held_out[int(row)]
+        yield image, f"{run.classes[label]} {int(row)}", int(label)
+        return
     config = run.tokenizer.config
-    pixels = []
-    names = []
-    labels = []
-    for source in sources:
-        if source.startswith("data:"):
-            row = held_out_row(run, source)
-            image, label = run.held_out[row]
-            pixels.append(image)
-            names.append(f"{run.classes[label]} {row}")
-            labels.append(int(label))
-            continue
-        for path in image_files(Path(source)):
-            image = read_image(path, config.image_side, config.image_channels)
-            pixels.append(torch.from_numpy(image))
-            names.append(path.stem)
-            labels.append(None)
-    return Given(to_float(torch.stack(pixels)), names, labels)
-
-
-def held_out_row(run: Run, source: str) -> int:
-    text = source.removeprefix("data:")
-    last = len(run.held_out_images()) - 1
-    if not text.isdecimal() or int(text) > last:
-        raise UserError(f"{source}: the held-out images are data:0 to data:{last}")
-    return int(text)
+    for path in image_files(Path(source)):
+        pixels = read_image(path, config.image_side, config.image_channels)
+        yield torch.from_numpy(pixels), path.stem, None
 
 
 def image_files(path: Path) -> list[Path]:
@@ -378,50 +329,45 @@ def reconstruct(run: Run, given: Given) -> Image.Image:
 def complete(run: Run, given: Given) -> Image.Image:
     """In-painting and its kin (paper: Sec. 5.3): itself, what is known, and a result per seed."""
     options = run.options
-    config = run.tokenizer.config
+    images = given.images
     if options.task == "upscale":
-        side = small_side(run)
-        small = F.interpolate(given.images, size=(side, side), mode="area")
-        large = F.interpolate(small, size=given.images.shape[2:], mode="bicubic")
-        filled = large.clamp(-1, 1)
+        known_HW = torch.ones(images.shape[2:])
+        filled, scales = from_small(run, images)
         shown = filled
-        known_HW = torch.ones(given.images.shape[2:])
-        sides = [s * config.downsampling for s in config.scales]   # that a scale stands for
-        scales = max(1, sum(s <= side for s in sides))
     else:
         known_HW = known_pixels(run)
-        shown = given.images * known_HW
-        filled = fill_holes(given.images, known_HW)
-        scales = len(config.scales)
-    labels = [asked_class(run)] * len(given.images)
+        filled = fill_holes(images, known_HW)
+        scales = len(run.tokenizer.config.scales)
+        shown = images * known_HW
+    labels = [asked_class(run)] * len(images)
     latent_NCSS, tokens_NL = run.encode(filled)
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
+    where_11SS = where_11SS.to(options.device)
 
     def known(rows: range) -> Known:
-        latent_BCSS = latent_NCSS[rows].to(options.device)
-        where_B1SS = where_11SS.expand(len(rows), -1, -1, -1).to(options.device)
         own_tokens_BL = tokens_NL[rows].to(options.device) if options.open_loop else None
-        return Known(latent_BCSS, where_B1SS, scales, own_tokens_BL)
+        return Known(latent_NCSS[rows].to(options.device), where_11SS, scales, own_tokens_BL)
 
-    results = []
-    for seed in options.seeds:
-        result = run.decode(run.generate(labels, seed, known))
-        if options.paste:
-            result = torch.where(known_HW > 0, given.images, result)
-        results.append(result)
+    results = [run.decode(run.generate(labels, seed, known)) for seed in options.seeds]
+    if options.paste:
+        results = [torch.where(known_HW > 0, images, result) for result in results]
     if options.task != "upscale":
-        report(results, given.images, known_HW)
-    columns = [to_bytes(column) for column in (given.images, shown, *results)]
-    return grid(list(zip(given.names, np.stack(columns, axis=1))))
+        report(results, images, known_HW)
+    columns = map(to_bytes, (images, shown, *results))
+    return grid(zip(given.names, zip(*columns)))
 
 
-def small_side(run: Run) -> int:
-    """Of the small images that upscaling starts from."""
-    side = run.tokenizer.config.image_side
-    small = run.options.small or side // 2
-    if small >= side:
-        raise UserError(f"--small {small} must be less than the side of the images, {side}")
-    return small
+def from_small(run: Run, images: Tensor) -> tuple[Tensor, int]:
+    """What upscaling starts from: small images, enlarged; and how many scales they are."""
+    config = run.tokenizer.config
+    side = run.options.small or config.image_side // 2
+    if side >= config.image_side:
+        raise UserError(f"--small {side} must be less than the side of the images, "
+                        f"{config.image_side}")
+    small = F.interpolate(images, size=(side, side), mode="area")
+    large = F.interpolate(small, size=images.shape[2:], mode="bicubic")
+    scales = sum(s * config.downsampling <= side for s in config.scales)
+    return large.clamp(-1, 1), max(1, scales)
 
 
 def known_pixels(run: Run) -> Tensor:
@@ -455,14 +401,12 @@ def fill_holes(images: Tensor, known_HW: Tensor) -> Tensor:
 
 def report(results: list[Tensor], images: Tensor, known_HW: Tensor) -> None:
     """How far the known part drifted, and whether the border of the hole shows, on average."""
-    pixels = max(known_HW.sum().item(), 1) * images.shape[:2].numel()
-    errors = []
-    for result in results:
-        difference = (result - images) * known_HW / 2
-        errors.append(difference.square().sum().item() / pixels)
+    results = torch.stack(results)   # [seeds, N, channels, side, side]
+    drift = (results - images) * known_HW / 2
+    error = drift.square().mean().item() / max(known_HW.mean().item(), 1e-6)
     own = seam(images, known_HW)
-    seen = np.mean([seam(result, known_HW) for result in results])
-    print(f"known part: mean squared error {np.mean(errors):.5f} (pixels in [0, 1]); "
+    seen = seam(results.flatten(0, 1), known_HW)
+    print(f"known part: mean squared error {error:.5f} (pixels in [0, 1]); "
           f"border: mean step {seen:.4f}, {seen / own if own else math.nan:.2f} of the image's own")
 
 
@@ -471,13 +415,13 @@ def seam(images: Tensor, known_HW: Tensor) -> float:
 
     0 if there are none.
     """
-    total = 0.0
-    pairs = 0.0
+    steps = []
     for axis in (-1, -2):
-        across_HW = known_HW.diff(dim=axis).abs()
-        total += (images.diff(dim=axis).abs() * across_HW).sum().item() / 2
-        pairs += across_HW.sum().item() * images.shape[:2].numel()
-    return total / max(pairs, 1)
+        across_HW = known_HW.diff(dim=axis) != 0
+        step = images.diff(dim=axis)[..., across_HW] / 2
+        steps.append(step.abs().flatten())
+    steps = torch.cat(steps)
+    return steps.mean().item() if len(steps) else 0.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -491,51 +435,46 @@ def draw_codes(run: Run, given: Given) -> Image.Image:
     codes, like colours.
     """
     quantizer = run.tokenizer.quantizer
-    scales = run.tokenizer.config.scales
     f_NCSS, tokens_NL = run.encode(given.images)
     f_NCSS = f_NCSS.to(run.options.device)
-    tokens_NL = tokens_NL.to(run.options.device)
-    colours_V3 = code_colours(run.tokenizer)
     left = []
-    maps = []
     f_hat_NCSS = quantizer.empty(len(f_NCSS))
-    for k, tokens_Nl in enumerate(quantizer.split(tokens_NL)):
-        s = scales[k]
-        size_Nl = quantizer.read(f_NCSS - f_hat_NCSS, k).norm(dim=-1)
-        left.append(heat(size_Nl.view(-1, s, s)))
-        maps.append(colours_V3[tokens_Nl.cpu()].view(-1, s, s, 3))
+    for k, tokens_Nl in enumerate(quantizer.split(tokens_NL.to(run.options.device))):
+        left.append(heat(quantizer.read(f_NCSS - f_hat_NCSS, k).norm(dim=-1)))
         f_hat_NCSS = quantizer.accumulate(f_hat_NCSS, tokens_Nl, k)
-    frames = run.after_each_scale(tokens_NL.cpu())
+    left_NL1 = torch.cat(left, dim=1)
+    codes_NL3 = code_colours(run.tokenizer)[tokens_NL]
+    frames_NK = zip(*run.after_each_scale(tokens_NL))
     rows = []
-    for n, name in enumerate(given.names):
-        rows.append((f"{name}: left over", [x[n] for x in left]))
-        rows.append(("its codes", [x[n] for x in maps]))
-        rows.append(("image so far", [x[n] for x in frames]))
-    return grid(rows, cell=max(64, run.tokenizer.config.image_side))
+    for name, left_L1, codes_L3, frames_K in zip(given.names, left_NL1, codes_NL3, frames_NK):
+        rows.append((f"{name}: left over", as_maps(left_L1, run)))
+        rows.append(("its codes", as_maps(codes_L3, run)))
+        rows.append(("image so far", frames_K))
+    return grid(rows)
 
 
 def draw_teaching(run: Run, given: Given) -> Image.Image:
     """Teacher forcing: what the transformer reads for each scale, above what it has to predict."""
-    tokenizer = run.tokenizer
-    quantizer = tokenizer.quantizer
     _, tokens_1L = run.encode(given.images[:1])
-    tokens_1L = tokens_1L.to(run.options.device)
-    size_1L = tokenizer.teacher_inputs(tokens_1L).norm(dim=-1)
-    size_1L = F.pad(size_1L, (1, 0), value=size_1L.max())   # the first scale reads the class
-    rows = []
-    for name, pixels_1L3 in (
-            ("reads (first: the class)", heat(size_1L)),
-            ("has to predict", code_colours(tokenizer)[tokens_1L.cpu()])):
-        maps = zip(quantizer.scales, quantizer.split(pixels_1L3))
-        rows.append((name, [map_1l3.view(s, s, 3) for s, map_1l3 in maps]))
-    return grid(rows)
+    inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.options.device))
+    size_L = inputs[0].norm(dim=-1)
+    size_L = F.pad(size_L, (1, 0), value=size_L.max())   # the first scale reads the class
+    codes_L3 = code_colours(run.tokenizer)[tokens_1L[0]]
+    return grid([("reads (first: the class)", as_maps(heat(size_L), run)),
+                 ("has to predict", as_maps(codes_L3, run))])
+
+
+def as_maps(x_L: Tensor, run: Run) -> list[Tensor]:
+    """Something of every token, [L, ...], as a map [s, s, ...] for each scale."""
+    scales = run.tokenizer.config.scales
+    parts = x_L.split([s * s for s in scales])
+    return [x_l.unflatten(0, (s, s)) for x_l, s in zip(parts, scales)]
 
 
 def heat(x: Tensor) -> Tensor:
-    """Sizes as shades of grey, black for none: bytes [..., 3]."""
+    """Sizes as shades of grey, black for none: bytes [..., 1]."""
     largest = x.amax().clamp(min=1e-6)
-    shade = (255 * x / largest).byte().cpu()
-    return shade[..., None].expand(*shade.shape, 3)
+    return (255 * x / largest).byte().cpu()[..., None]
 
 
 def code_colours(tokenizer: Tokenizer) -> Tensor:
@@ -549,61 +488,45 @@ def code_colours(tokenizer: Tokenizer) -> Tensor:
     return F.pad(colours_V3, (0, 3 - colours_V3.shape[1]))   # codes of one or two channels
 
 
-@torch.no_grad()
 def draw_attention(run: Run, given: Given) -> Image.Image:
     """What a cell of the last scale attends to: a row per layer, over heads, a column per scale.
 
     Maps are as bright as their largest weight; the share that each scale gets is printed.
     """
-    model = run.model
-    scales = model.config.scales
-    side = scales[-1]
+    config = run.model.config
+    side = config.scales[-1]
     y, x = run.options.cell or (side // 2, side // 2)
-    if not (0 <= y < side and 0 <= x < side):
+    if max(y, x) >= side:
         raise UserError(f"--cell {y} {x} must lie within the last map, 0 to {side - 1}")
-    query = model.config.length - side * side + y * side + x
     label = given.labels[0]
     if run.options.classes or label is None:
         label = asked_class(run)
     labels_B = torch.tensor([label], device=run.options.device)
     _, tokens_1L = run.encode(given.images[:1])
     inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.options.device))
-    layers = attention_of(model, labels_B, inputs, query)
-    size = run.tokenizer.config.downsampling
-    marked = Image.fromarray(in_colour(to_bytes(given.images[:1])[0]))
-    corners = (x * size, y * size, (x + 1) * size - 1, (y + 1) * size - 1)
-    ImageDraw.Draw(marked).rectangle(corners, outline="red")
+    query = config.spans[-1].start + y * side + x
+    layers = run.model.attention_weights(labels_B, inputs, query)
+    marked = outlined(given.images, y, x, run.tokenizer.config.downsampling)
     rows = []
-    table = {"attention to": [f"{s}x{s}" for s in scales]}
-    for layer in np.linspace(0, len(layers) - 1, min(8, len(layers))).round().astype(int):
+    table = {"attention to": [f"{s}x{s}" for s in config.scales]}
+    shown = np.linspace(0, config.depth - 1, min(8, config.depth))
+    for layer in shown.round().astype(int):
         name = f"layer {layer + 1}"
-        maps = layers[layer].split([s * s for s in scales])
-        shades = [heat(weights_l.view(s, s)) for s, weights_l in zip(scales, maps)]
-        rows.append((name, [np.asarray(marked), *shades]))
-        table[name] = [f"{weights_l.sum():.0%}" for weights_l in maps]
+        maps = as_maps(layers[layer], run)
+        rows.append((name, [marked, *map(heat, maps)]))
+        table[name] = [f"{weights_ss.sum():.0%}" for weights_ss in maps]
     say_table(table)
     return grid(rows)
 
 
-def attention_of(model: VAR, labels_B: Tensor, inputs: Tensor, query: int) -> list[Tensor]:
-    """Attention weights [L] of one query in every layer, averaged over heads."""
-    seen: list[Tensor] = []
-    hooks = []
-    for block in model.blocks:
-        hooks.append(block.attention.register_forward_pre_hook(
-            lambda module, arguments: seen.append(arguments[0])))
-    model(labels_B, inputs)
-    for hook in hooks:
-        hook.remove()
-    visible_L = model.ranges.dense()[query].to(inputs.device)
-    layers = []
-    for block, x_BLW in zip(model.blocks, seen):
-        q_BHLD, k_BHLD, _, scale = block.attention.project(x_BLW)
-        q_HD1 = q_BHLD[0, :, query, :, None]
-        scores_HL = scale * (k_BHLD[0] @ q_HD1).squeeze(-1).float()
-        weights_HL = scores_HL.masked_fill(~visible_L, -torch.inf).softmax(dim=-1)
-        layers.append(weights_HL.mean(dim=0).cpu())
-    return layers
+def outlined(images: Tensor, y: int, x: int, size: int) -> np.ndarray:
+    """The first image as bytes [side, side, 3], with a frame around the cell (y, x)."""
+    image = Image.fromarray(in_colour(to_bytes(images[:1])[0]))
+    left = x * size
+    top = y * size
+    corners = (left, top, left + size - 1, top + size - 1)
+    ImageDraw.Draw(image).rectangle(corners, outline="red")
+    return np.asarray(image)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -646,7 +569,7 @@ class Quality:
 @dataclass
 class Evaluation:
     accuracy: float               # share of all held-out images that the classifier recognises
-    held_out: Quality             # of one half of the held-out images against the other: a ceiling
+    originals: Quality            # of one half of the held-out images against the other: a ceiling
     reconstructions: Quality      # of the held-out images, against themselves
     psnr: float                   # of the reconstructions, in dB
     nats_per_image: float         # -log p(tokens | class) of the held-out images: exact, and
@@ -663,11 +586,11 @@ def evaluate(run: Run, count: int, seeds: Sequence[int]) -> Evaluation:
     """
     originals, labels = evaluated_images(run, count)
     judge = Judge(kept_classifier(run), originals, run.classes)
-    accuracy = judge.accuracy(run.held_out)
+    all_images, all_labels_N = run.held_out.tensors
+    _, taken_for_N = features_and_classes(judge.classifier, all_images)
     other_half = torch.arange(count) ^ 1   # neighbours swapped
-    tokens_NL = run.encode(originals)[1]
+    _, tokens_NL = run.encode(originals)
     reconstructions = run.decode(tokens_NL)
-    mse = (reconstructions - originals).square().mean().item()
     nats = -run.log_likelihood(tokens_NL, labels.tolist()).mean().item()
 
     def generated(run: Run) -> list[Quality]:
@@ -677,12 +600,12 @@ def evaluate(run: Run, count: int, seeds: Sequence[int]) -> Evaluation:
             qualities.append(judge(images, labels))
         return qualities
 
-    without = argparse.Namespace(**{**vars(run.options), **NO_FILTERS})
+    without = Namespace(**{**vars(run.options), **NO_FILTERS})
     return Evaluation(
-        accuracy=accuracy,
-        held_out=judge(originals[other_half], labels[other_half]),
+        accuracy=(taken_for_N == all_labels_N).double().mean().item(),
+        originals=judge(originals[other_half], labels[other_half]),
         reconstructions=judge(reconstructions, labels),
-        psnr=psnr(mse),
+        psnr=psnr(F.mse_loss(reconstructions, originals).item()),
         nats_per_image=nats,
         nats_per_token=nats / tokens_NL.shape[1],
         generated=generated(run),
@@ -700,8 +623,8 @@ def evaluated_images(run: Run, count: int) -> tuple[Tensor, Tensor]:
         raise UserError(f"--evaluate {count}: there are {total} held-out images")
     order_N = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     images, labels_N = run.held_out[order_N[:count]]
-    by_label_N = labels_N.argsort(stable=True)
-    return to_float(images[by_label_N]), labels_N[by_label_N]
+    labels_N, by_label_N = labels_N.sort(stable=True)
+    return to_float(images[by_label_N]), labels_N
 
 
 class Judge:
@@ -713,7 +636,7 @@ class Judge:
     def __init__(self, classifier: Classifier, originals: Tensor, classes: list[str]):
         self.classifier = classifier
         self.classes = classes
-        self.features_ND = classifier.look(originals)[0]
+        self.features_ND = features_and_classes(classifier, originals)[0]
         self.power = fine_power(originals)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Quality:
@@ -721,33 +644,26 @@ class Judge:
         if not images.isfinite().all():
             raise UserError("the images to judge hold numbers that are not finite: the model that "
                             "made them is broken")
-        features_ND, taken_for_N = self.classifier.look(images)
+        features_ND, taken_for_N = features_and_classes(self.classifier, images)
         hit_N = (taken_for_N == labels).double()
+        per_class = {}
+        for label in labels.unique().tolist():
+            per_class[self.classes[label]] = hit_N[labels == label].mean().item()
         measured = []
-        for half in (np.s_[0::2], np.s_[1::2]):
-            made_ND = features_ND[half]
-            real_ND = self.features_ND[half]
+        for first in (0, 1):
+            made_ND = features_ND[first::2]
+            real_ND = self.features_ND[first::2]
             frechet = frechet_distance(made_ND, real_ND)
             measured.append((frechet, *precision_recall(made_ND, real_ND)))
         frechet, precision, recall = np.mean(measured, axis=0).tolist()
         return Quality(
             recognised=hit_N.mean().item(),
-            per_class={self.classes[label]: hit_N[labels == label].mean().item()
-                       for label in labels.unique().tolist()},
+            per_class=per_class,
             frechet=frechet,
             precision=precision,
             recall=recall,
             detail=fine_power(images) / self.power if self.power > 1e-12 else math.nan,
         )
-
-    def accuracy(self, held_out: TensorDataset) -> float:
-        """Share of images that are recognised."""
-        images, labels_N = held_out.tensors
-        hits = 0
-        for rows in batches(len(labels_N), 1000):
-            taken_for_N = self.classifier.look(to_float(images[rows]))[1]
-            hits += (taken_for_N == labels_N[rows]).sum().item()
-        return hits / len(labels_N)
 
 
 def frechet_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
@@ -773,17 +689,15 @@ NEIGHBOURS = 3   # as in the paper
 
 
 def precision_recall(made_ND: np.ndarray, real_MD: np.ndarray) -> tuple[float, float]:
-    """Of the vectors made, the share among the real ones, and the reverse (1904.06991, Eq. 1).
+    """Of the vectors made, the share among the real ones, and the reverse (1904.06991, Eq. 1)."""
+    return share_among(made_ND, real_MD), share_among(real_MD, made_ND)
 
-    A vector is among those of a set if it is as near to any of them as that one's third neighbour
-    in the set is.
-    """
-    between_NM = distances(made_ND, real_MD)
-    reach_N = np.sort(distances(made_ND, made_ND), axis=1)[:, NEIGHBOURS]   # 0 is the vector itself
-    reach_M = np.sort(distances(real_MD, real_MD), axis=1)[:, NEIGHBOURS]
-    precision = (between_NM <= reach_M).any(axis=1).mean()
-    recall = (between_NM.T <= reach_N).any(axis=1).mean()
-    return float(precision), float(recall)
+
+def share_among(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
+    """A vector is among those of a set if it is as near to any of them as that one's third
+    neighbour in the set is."""
+    reach_M = np.sort(distances(b_MD, b_MD), axis=1)[:, NEIGHBOURS]   # 0 is the vector itself
+    return float((distances(a_ND, b_MD) <= reach_M).any(axis=1).mean())
 
 
 def distances(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
@@ -803,10 +717,11 @@ def fine_power(images: Tensor) -> float:
     fade = torch.hann_window(side, periodic=False)
     fade_HW = fade[:, None] * fade
     total = 0.0
-    for rows in batches(len(images), at_a_time(side)):
-        centred = images[rows] - images[rows].mean(dim=(2, 3), keepdim=True)
+    for some in images.split(at_a_time(side)):
+        centred = some - some.mean(dim=(2, 3), keepdim=True)
         spectrum = torch.fft.fft2(centred * fade_HW)
-        total += spectrum.abs().square()[..., fine_HW].sum(dtype=torch.float64).item()
+        power = spectrum.abs().square()[..., fine_HW]
+        total += power.sum(dtype=torch.float64).item()
     return total / images.numel()
 
 
@@ -815,14 +730,13 @@ def say_evaluation(found: Evaluation, run: Run) -> None:
     options = run.options
     asked = f"cfg {options.cfg:g}, top-k {options.top_k}, top-p {options.top_p:g}"
     sets = {
-        "held-out, half against half": [found.held_out],
+        "held-out, half against half": [found.originals],
         "reconstructions": [found.reconstructions],
         f"generated, {asked}": found.generated,
         "generated, no guidance, no filters": found.unfiltered,
     }
-    count = options.evaluate
-    print(f"{count} images of each kind; the classifier recognises {found.accuracy:.1%} of all "
-          f"held-out images")
+    print(f"{options.evaluate} images of each kind; the classifier recognises {found.accuracy:.1%} "
+          f"of all held-out images")
     table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}
     for name, qualities in sets.items():
         table[name] = (
@@ -849,9 +763,12 @@ def say_classes(sets: list[list[Quality]]) -> None:
     generated."""
     shares = {}
     for name in sets[0][0].per_class:
-        shares[name] = [np.mean([x.per_class[name] for x in qualities]) for qualities in sets]
+        shares[name] = []
+        for qualities in sets:
+            shares[name].append(np.mean([x.per_class[name] for x in qualities]))
     table = {"recognised": ("held-out", "reconstructed", "generated", "unfiltered")}
-    for name in sorted(shares, key=lambda name: shares[name][2])[:20]:
+    least = sorted(shares, key=lambda name: shares[name][2])[:20]
+    for name in least:
         table[f"  {name}"] = [f"{share:.1%}" for share in shares[name]]
     say_table(table)
 
@@ -872,67 +789,27 @@ def in_words(values: list[float], digits: int, unit: str = "") -> str:
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}{unit}"
 
 
-# The classifier. It is small, since it has to be trained within half a minute on two cores.
+# The classifier
 
-JUDGED_SIDE = 64              # larger images are averaged down to this side before it sees them
-CLASSIFIER_IMAGES = 20_000    # train.py keeps at most so many images of this side for its training
+CLASSIFIER_IMAGES = 20_000    # train.py keeps at most so many, averaged down, for its training
 CLASSIFIER_STEPS = 800
 CLASSIFIER_BATCH = 64
 
 
-class Classifier(nn.Module):
-    """Four convolutions, each but the first halving the side; the last one's map is averaged over
-    places and normalised: these are the features. A linear layer makes logits of them."""
+@torch.no_grad()
+def features_and_classes(classifier: Classifier, images: Tensor) -> tuple[np.ndarray, Tensor]:
+    """Features, float64 [N, D], and the classes [N] that images are taken for.
 
-    def __init__(self, channels: int, side: int, classes: int):
-        """side: of the images before they are averaged down."""
-        super().__init__()
-        widths = (channels, 32, 64, 128, 128)
-        strides = (1 if side <= JUDGED_SIDE // 2 else 2, 2, 2, 2)
-        self.levels = nn.ModuleList()
-        for width_in, width, stride in zip(widths, widths[1:], strides):
-            self.levels.append(nn.Sequential(
-                nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU()))
-        self.normalise = nn.BatchNorm1d(widths[-1], affine=False)   # to mean 0 and variance 1
-        self.head = nn.Linear(widths[-1], classes)
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """What every level makes of images [B, channels, side, side], of any side."""
-        maps = []
-        for level in self.levels:
-            images = level(images)
-            maps.append(images)
-        return maps
-
-    def features(self, images: Tensor) -> Tensor:
-        """[B, D]."""
-        last_BDss = self.maps(averaged_down(images))[-1]
-        return self.normalise(last_BDss.mean(dim=(2, 3)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes]."""
-        return self.head(self.features(images))
-
-    @torch.no_grad()
-    def look(self, images: Tensor) -> tuple[np.ndarray, Tensor]:
-        """Features, float64 [N, D], and the classes [N] that images on the CPU are taken for."""
-        device = self.head.weight.device
-        features = []
-        taken_for = []
-        for rows in batches(len(images), at_a_time(images.shape[-1])):
-            features_BD = self.features(images[rows].to(device))
-            features.append(features_BD.double().cpu())
-            taken_for.append(self.head(features_BD).argmax(dim=1).cpu())
-        return torch.cat(features).numpy(), torch.cat(taken_for)
-
-
-def averaged_down(images: Tensor) -> Tensor:
-    """Float images as the classifier sees them: their side is JUDGED_SIDE at most."""
-    if images.shape[-1] <= JUDGED_SIDE:
-        return images
-    return F.interpolate(images, size=(JUDGED_SIDE, JUDGED_SIDE), mode="area")
+    images: on the CPU, bytes or in [-1, 1].
+    """
+    features = []
+    taken_for = []
+    for some in images.split(at_a_time(images.shape[-1])):
+        some = some.to(classifier.head.weight.device)
+        features_BD = classifier.features(some if some.is_floating_point() else to_float(some))
+        features.append(features_BD.double().cpu())
+        taken_for.append(classifier.head(features_BD).argmax(dim=1).cpu())
+    return torch.cat(features).numpy(), torch.cat(taken_for)
 
 
 def train_classifier(
@@ -964,19 +841,19 @@ def kept_classifier(run: Run) -> Classifier:
     if classes == 1:
         raise UserError("--evaluate judges by a classifier, to which one class gives nothing to "
                         "learn")
-    folder = run_folder(run.options)
+    folder = path_of_var(run.options).parent
     device = run.options.device
     images_path = folder / "train_images.pt"
-    content = load_checkpoint(images_path, "set of training images")
     with blaming(images_path):
+        content = load_checkpoint(images_path, "set of training images")
         images = content["images"]
         labels = content["labels"]
         data_set = content["data_set"]
         shape = {"channels": images.shape[1], "side": content["side"], "classes": classes}
     path = folder / "classifier.pt"
     if path.exists():
-        kept = load_checkpoint(path, "classifier")
         with blaming(path):
+            kept = load_checkpoint(path, "classifier")
             if kept["data_set"] == data_set:
                 classifier = Classifier(**kept["shape"])
                 classifier.load_state_dict(kept["model"])
@@ -1001,17 +878,27 @@ def draw_many(run: Run, count: int) -> np.ndarray:
     fraction = run.options.rejection
     classes = len(run.classes)
     wanted = [len(range(label, count, classes)) for label in range(classes)]
-    drawn = [math.ceil(count_of_class / fraction) for count_of_class in wanted]
+    drawn = [math.ceil(n / fraction) for n in wanted]
     labels = np.repeat(range(classes), drawn).tolist()
     tokens_NL = run.generate(labels, run.options.seed)
     if fraction < 1:
         likelihood_N = run.log_likelihood(tokens_NL, labels)
         best = []
         by_class = zip(tokens_NL.split(drawn), likelihood_N.split(drawn), wanted)
-        for own_tokens_NL, own_likelihood_N, count_of_class in by_class:
-            best.append(own_tokens_NL[own_likelihood_N.topk(count_of_class).indices])
+        for tokens_nL, likelihood_n, count_of_class in by_class:
+            best.append(tokens_nL[likelihood_n.topk(count_of_class).indices])
         tokens_NL = torch.cat(best)
     return run.decode_to_bytes(tokens_NL)
+
+
+def save_sets(run: Run) -> None:
+    """Held-out images, samples, or both."""
+    options = run.options
+    if options.reference:
+        save_npz(options.reference, run.held_out_images().permute(0, 2, 3, 1).numpy())
+    if options.npz:
+        count, path = options.npz
+        save_npz(Path(path), draw_many(run, int(count)))
 
 
 def save_npz(path: Path, images: np.ndarray) -> None:
@@ -1024,21 +911,12 @@ def save_npz(path: Path, images: np.ndarray) -> None:
 # Pictures
 
 
-def pyplot():
-    """matplotlib, where it is needed: importing it takes as long as many a command."""
-    import matplotlib
-    matplotlib.use("Agg")   # pictures go to files: no window system is needed
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
 def save_picture(path: Path, picture) -> None:
     """A Pillow image or a matplotlib figure, as PNG."""
     if isinstance(picture, Image.Image):
-        save_whole(path, lambda file: picture.save(file, format="PNG"))
+        save_whole(path, lambda file: picture.save(file, "PNG"))
     else:
         save_whole(path, lambda file: picture.savefig(file, format="png", dpi=90))
-        pyplot().close(picture)
 
 
 def save_film(path: Path, frames: list[Image.Image]) -> None:
@@ -1049,81 +927,75 @@ def save_film(path: Path, frames: list[Image.Image]) -> None:
     print(f"wrote {path}")
 
 
-def grid(
-    rows: list[tuple[str, Sequence[np.ndarray | Tensor]]], cell: int = 64, gap: int = 2
-) -> Image.Image:
-    """A labelled row of images (bytes [side, side, channels]) per entry; small ones enlarged."""
+def grid(rows: Iterable[tuple[str, Sequence[np.ndarray | Tensor]]]) -> Image.Image:
+    """A labelled row of images (bytes [side, side, 1 or 3]) per entry; small ones enlarged."""
     import matplotlib   # which brings a font with Greek, Cyrillic, Hebrew and Arabic letters
     font_file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     font = ImageFont.truetype(font_file, 11)
-    labels = [" ".join(label.split()) for label, _ in rows]   # in one line
-    labels = [label if len(label) <= 24 else label[:23] + "…" for label in labels]
-    margin = 8 + math.ceil(max(font.getlength(label) for label in labels))
-    cell = max(cell, *(len(pixels) for _, images in rows for pixels in images))
+    rows = [(in_short(label, 24), images) for label, images in rows]
+    margin = 8 + math.ceil(max(font.getlength(label) for label, _ in rows))
+    cell = max(64, *(len(pixels) for _, images in rows for pixels in images))
+    step = cell + 2   # and a gap
     columns = max(len(images) for _, images in rows)
-    size = (margin + columns * (cell + gap), len(rows) * (cell + gap))
-    canvas = Image.new("RGB", size, "white")
+    canvas = Image.new("RGB", (margin + columns * step, len(rows) * step), "white")
     draw = ImageDraw.Draw(canvas)
-    for r, (_, images) in enumerate(rows):
-        top = r * (cell + gap)
-        draw.text((4, top + cell // 2), labels[r], fill="black", font=font, anchor="lm")
+    for r, (label, images) in enumerate(rows):
+        draw.text((4, r * step + cell // 2), label, fill="black", font=font, anchor="lm")
         for c, pixels in enumerate(images):
             image = Image.fromarray(in_colour(np.asarray(pixels)))
             image = image.resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(image, (margin + c * (cell + gap), top))
+            canvas.paste(image, (margin + c * step, r * step))
     return canvas
 
 
 def in_colour(images: np.ndarray) -> np.ndarray:
     """Bytes [..., side, side, 1 or 3] as [..., side, side, 3]."""
-    return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:-1], 3)))
+    return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 
 def grid_of_classes(names: list[str], images: np.ndarray) -> Image.Image:
     """A row per class of images that are sorted by class, as many of each."""
-    rows = np.split(images, len(names))
-    return grid(list(zip(names, rows)))
+    return grid(zip(names, np.split(images, len(names))))
 
 
 def grid_of_pairs(originals: Tensor, results: Tensor) -> Image.Image:
     """Originals above what became of them, twelve in a row."""
     rows = []
-    for begin in range(0, len(originals), 12):
-        part = slice(begin, begin + 12)
-        rows.append(("original", to_bytes(originals[part])))
-        rows.append(("reconstruction", to_bytes(results[part])))
+    for some, same in zip(originals.split(12), results.split(12)):
+        rows.append(("original", to_bytes(some)))
+        rows.append(("reconstruction", to_bytes(same)))
     return grid(rows)
 
 
 def draw_curves(log: list[dict], scales: tuple[int, ...]):
     """Both losses, and the transformer's loss and accuracy per scale, against the step; and how the
     discriminator does, if there is one."""
-    def training(*names: str) -> list[tuple]:
-        return [("tokenizer", "train", name, name) for name in names]
-
-    sides = [f"{s}x{s}" for s in scales]
-    both = [("var", "train", "loss", "train"), ("var", "held_out", "loss", "held-out")]
-    # Title, scale of the axis, and curves: their stage, split, name in the log, and label.
-    panels = [
-        ("tokenizer: training losses", "log", training("mse", "codebook", "perceptual")),
-        ("transformer: held-out loss per scale", "linear",
-         [("var", "held_out", "loss_per_scale", sides)]),
-        ("transformer: loss (nats per token)", "linear", both),
-        ("transformer: held-out accuracy per scale", "linear",
-         [("var", "held_out", "accuracy_per_scale", sides)]),
+    from matplotlib.figure import Figure   # importing it takes as long as many a command
+    panels = [   # title, scale of the axis, and which lines of the log: stage, splits, and names
+        ("tokenizer: training losses", "log", "tokenizer", ["train"],
+         ["mse", "codebook", "perceptual"]),
+        ("transformer: held-out loss per scale", "linear", "var", ["held_out"],
+         ["loss_per_scale"]),
+        ("transformer: loss (nats per token)", "linear", "var", ["train", "held_out"], ["loss"]),
+        ("transformer: held-out accuracy per scale", "linear", "var", ["held_out"],
+         ["accuracy_per_scale"]),
+        ("discriminator: loss, share of patches right", "linear", "tokenizer", ["train"],
+         ["discriminator", "discriminator_right"]),
+        ("weight of the adversarial loss", "log", "tokenizer", ["train"], ["balance"]),
     ]
-    if any("balance" in line for line in log):
-        panels.append(("discriminator: loss, share of patches right", "linear",
-                       training("discriminator", "discriminator_right")))
-        panels.append(("weight of the adversarial loss", "log", training("balance")))
+    if not any("balance" in line for line in log):
+        panels = panels[:4]
     columns = len(panels) // 2
-    figure, axes = pyplot().subplots(
-        2, columns, figsize=(5.5 * columns, 7), layout="constrained")
-    for axis, (title, yscale, curves) in zip(axes.T.flat, panels):
+    figure = Figure(figsize=(5.5 * columns, 7), layout="constrained")
+    axes = figure.subplots(2, columns)
+    for axis, (title, yscale, stage, splits, names) in zip(axes.T.flat, panels):
         axis.set(title=title, yscale=yscale, xlabel="step")
-        for stage, split, name, label in curves:
-            lines = [line for line in log if line["stage"] == stage and line["split"] == split]
-            lines = [line for line in lines if name in line]
+        for split, name in itertools.product(splits, names):
+            lines = [line for line in log
+                     if line["stage"] == stage and line["split"] == split and name in line]
+            label = split.replace("_", "-") if name == "loss" else name
+            if name.endswith("per_scale"):
+                label = [f"{s}x{s}" for s in scales]
             if lines:
                 axis.plot([line["step"] for line in lines], [line[name] for line in lines],
                           label=label, marker="." if split == "held_out" else None)
@@ -1208,12 +1080,10 @@ def load_checkpoint(path: Path, kind: str) -> dict:
 
 def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokenizer:
     """A tokenizer of ours, or a published one (a .pth), whose scales the caller may name."""
-    if path.suffix == ".pth":
-        state = read_tensors(path, "published checkpoint")
-        with blaming(path):
-            return Tokenizer.from_official(state, scales)
-    content = load_checkpoint(path, "tokenizer")
     with blaming(path):
+        if path.suffix == ".pth":
+            return Tokenizer.from_official(read_tensors(path, "published checkpoint"), scales)
+        content = load_checkpoint(path, "tokenizer")
         tokenizer = Tokenizer(TokenizerConfig(**content["config"]))
         tokenizer.load_state_dict(content["model"])
         return tokenizer.eval()
@@ -1222,8 +1092,8 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
 def load_held_out(folder: Path) -> TensorDataset:
     """The images that train.py kept in a run's folder."""
     path = folder / "held_out.pt"
-    content = load_checkpoint(path, "set of held-out images")
     with blaming(path):
+        content = load_checkpoint(path, "set of held-out images")
         return TensorDataset(content["images"], content["labels"])
 
 
@@ -1237,12 +1107,12 @@ class Log:
         self.stage = stage
         if rank_and_ranks()[0] > 0:
             return
-        lines = []
+        text = ""
         for line in read_log(path):
             before = line["step"] <= done and line["split"] != "health"
             if line["stage"] != stage or before:
-                lines.append(json.dumps(line) + "\n")
-        save_whole(path, lambda file: file.write("".join(lines).encode()))
+                text += json.dumps(line) + "\n"
+        save_whole(path, lambda file: file.write(text.encode()))
 
     def write(self, step: int, split: str, **values) -> None:
         if rank_and_ranks()[0] > 0:
@@ -1288,7 +1158,7 @@ def read_image(path: Path, side: int, channels: int) -> np.ndarray:
             pixels = np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
     except Exception as error:   # damaged files make Pillow raise nearly anything
         raise UserError(f"{path} cannot be read as an image: {in_short(error)}")
-    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
+    return np.atleast_3d(pixels).transpose(2, 0, 1)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -1319,7 +1189,7 @@ def batches(count: int, size: int, what: str | None = None) -> Iterator[range]:
 # Devices and processes
 
 
-def settle_device(options: argparse.Namespace) -> None:
+def settle_device(options: Namespace) -> None:
     """The device, its precision, and what to run a model under: `with options.autocast():`.
 
     Raises UserError for a device that is not there.
@@ -1329,9 +1199,10 @@ def settle_device(options: argparse.Namespace) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device} cannot be used: {in_short(error)}")
+    fast = fast_bf16(device)
     if options.precision == "auto":   # small models are no faster in bf16 on a CPU
-        options.precision = "bf16" if device.type != "cpu" and fast_bf16(device) else "fp32"
-    elif options.precision == "bf16" and not fast_bf16(device):
+        options.precision = "bf16" if fast and device.type != "cpu" else "fp32"
+    elif options.precision == "bf16" and not fast:
         print("note: this device has no instructions for bf16 and emulates them; --precision fp32 "
               "is faster here")
     if device.type == "cpu" and torch.get_num_threads() == 1 < (os.cpu_count() or 1):
@@ -1415,9 +1286,8 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         self.asked = False
-        self.before = {}
-        for s in (signal.SIGINT, signal.SIGTERM):
-            self.before[s] = signal.signal(s, self.ask)
+        both = (signal.SIGINT, signal.SIGTERM)
+        self.before = {s: signal.signal(s, self.ask) for s in both}
         return self
 
     def ask(self, *_) -> None:
@@ -1436,27 +1306,25 @@ def run_program(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-    except (UserError, NoLauncher) as error:
+    except (UserError, NoLauncher, OSError) as error:   # a folder where a file should be, say
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:   # a folder where a file should be, a full disk
-        print(f"error: {in_short(error)}", file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as stopped:
         print(str(stopped) or "stopped")
         sys.exit(130)
 
 
-def in_short(error: Exception) -> str:
-    """The beginning of what an error says, in one line."""
-    return " ".join(str(error).split())[:200]
+def in_short(text: Any, most: int = 200) -> str:
+    """The beginning of what an error, say, says: one line of at most so many letters."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= most else text[:most - 1] + "…"
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """Tells mistakes as everything else here does."""
 
     def error(self, message: str):
@@ -1481,20 +1349,36 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
         if not low <= value <= high or value == math.inf:
             limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
             whole = "a whole number, " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text} must be {whole}{limits}")
+            raise ArgumentTypeError(f"{text} must be {whole}{limits}")
         return value
     return checked
 
 
+COUNT = number(int, 1)
 SEED = number(int, 0, 2**31 - 1)
 SHARE = number(float, 1e-6, 1)   # over 0, at most 1
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> Namespace:
     parser = Parser(description="Draw images with a trained VAR.")
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("out/shapes"),
-        help="folder that train.py wrote (default: %(default)s)")
+    add_general(parser.add_argument)
+    parser.add_computer()
+    wishes = parser.add_argument_group("one of these, or a grid of images is drawn")
+    add_wishes(wishes.add_mutually_exclusive_group().add_argument)
+    add_details(parser.add_argument_group("how they are done").add_argument)
+    parser.set_defaults(**FILTERS)
+    options = parser.parse_args(arguments)
+    check(options)
+    for task in ("codes", "teaching", "attention"):   # a flag instead of --task and --image
+        if images := getattr(options, task):
+            options.task = task
+            options.image = images
+    return options
+
+
+def add_general(add: Callable) -> None:
+    add("--run", type=Path, default=Path("out/shapes"), metavar="FOLDER",
+        help="what train.py wrote (default: %(default)s)")
     add("--tokenizer", type=Path, metavar="FILE",
         help="another tokenizer than the run's: a .pt of train.py or a published .pth")
     add("--var", type=Path, metavar="FILE",
@@ -1503,104 +1387,103 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the PNG to write; if not given, it is named for what it shows, in the run's folder")
     add("--classes", nargs="+", metavar="NAME",
         help="names of classes, numbers for a published model; if not given, all, but at most 20")
-    add("--per-class", type=number(int, 1), default=8, metavar="N",
+    add("--per-class", type=COUNT, default=8, metavar="N",
         help="images per class (default: %(default)s)")
-    add("--cfg", type=number(float, 0), default=FILTERS["cfg"],
+    add("--cfg", type=number(float, 0),
         help="strength of classifier-free guidance at the last scale; 0 is none "
              "(default: %(default)s)")
-    add("--top-k", type=number(int, 0), default=FILTERS["top_k"],
+    add("--top-k", type=number(int, 0),
         help="draw from the k most likely tokens; 0 is no limit (default: %(default)s)")
-    add("--top-p", type=SHARE, default=FILTERS["top_p"],
+    add("--top-p", type=SHARE,
         help="draw from the most likely tokens that hold this much probability "
              "(default: %(default)s)")
     add("--seed", type=SEED, default=0,
         help="the same seed and --batch give the same picture (default: %(default)s)")
-    add("--batch", type=number(int, 1), default=100,
+    add("--batch", type=COUNT, default=100,
         help="images generated at a time (default: %(default)s)")
     add("--progress", action="store_true",
         help="one row per image: the image after each scale, coarse to fine")
     add("--gif", type=Path, metavar="FILE",
         help="also the images forming, scale by scale, as a film")
-    parser.add_computer()
     add("--compile", action="store_true",
         help="torch.compile the transformer's layers and the decoder: for many images")
 
-    add = parser.add_argument_group("with images of one's own").add_argument
+
+def add_wishes(add: Callable) -> None:
     add("--task", choices=TASKS,
         help="inpaint: a box is generated, the rest known; outpaint: the other way round; edit: "
              "inpaint towards --classes NAME; upscale: fine scales are generated, coarse ones "
              "known; reconstruct: encode and decode")
-    add("--image", nargs="+", metavar="IMAGE",
-        help="files, folders, or data:17 for a held-out image of the run's data")
-    add("--box", nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
-        metavar=("Y0", "X0", "Y1", "X1"), help="the box, in fractions of the side")
-    add("--mask", type=Path, metavar="FILE",
-        help="an image instead of a box: what is white in it is generated, in outpaint, too")
-    add("--seeds", nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
-        help="one result for each; with --evaluate, one set of generated images for each")
-    add("--small", type=number(int, 1), metavar="SIDE",
-        help="upscale: side of the small images; if not given, half of the run's")
-    add("--paste", action="store_true", help="put the known pixels over the result at the end")
-    add("--open-loop", action="store_true",
-        help="put the image's own tokens, as published, for comparison")
     add("--codes", nargs="+", metavar="IMAGE",
         help="draw what each scale finds left over, its codes, and the image so far")
     add("--teaching", nargs=1, metavar="IMAGE",
         help="draw what the transformer reads in training, above what it has to predict")
     add("--attention", nargs=1, metavar="IMAGE",
         help="draw what a cell of the last scale attends to, in every layer")
-    add("--cell", nargs=2, type=number(int, 0), metavar=("Y", "X"),
-        help="attention: which cell, if not the middle")
-
-    add = parser.add_argument_group("for evaluation").add_argument
     add("--evaluate", type=number(int, 8), metavar="N",
         help="print how good N images are, an even number: generated ones for each of --seeds, "
              "reconstructions, and held-out ones")
     add("--npz", nargs=2, metavar=("N", "FILE"),
         help="write N samples, balanced over the classes, as ADM's evaluation reads them")
+
+
+def add_details(add: Callable) -> None:
+    add("--image", nargs="+", metavar="IMAGE",
+        help="task: files, folders, or data:17 for a held-out image of the run's data")
+    add("--box", nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
+        metavar=("Y0", "X0", "Y1", "X1"), help="the box, in fractions of the side")
+    add("--mask", type=Path, metavar="FILE",
+        help="an image instead of a box: what is white in it is generated, in outpaint, too")
+    add("--seeds", nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
+        help="one result for each; with --evaluate, one set of generated images for each")
+    add("--small", type=COUNT, metavar="SIDE",
+        help="upscale: side of the small images; if not given, half of the run's")
+    add("--paste", action="store_true", help="put the known pixels over the result at the end")
+    add("--open-loop", action="store_true",
+        help="put the image's own tokens, as published, for comparison")
+    add("--cell", nargs=2, type=number(int, 0), metavar=("Y", "X"),
+        help="attention: which cell, if not the middle")
     add("--reference", type=Path, metavar="FILE",
-        help="write the held-out images in the same form")
+        help="write the held-out images as --npz does samples, with it or alone")
     add("--rejection", type=SHARE, default=1.0, metavar="FRACTION",
         help="npz: keep this share of what is drawn, the most likely")
-    options = parser.parse_args(arguments)
-    check(options)
-    return options
 
 
-def check(options: argparse.Namespace) -> None:
+def check(options: Namespace) -> None:
     """Raises UserError for flags that do not go together."""
-    modes = ("task", "codes", "teaching", "attention", "npz", "evaluate")
-    asked = [f"--{name}" for name in modes if getattr(options, name)]
-    if len(asked) > 1:
-        raise UserError(f"one thing at a time: {' or '.join(asked)}")
-    if options.npz and (not options.npz[0].isdecimal() or int(options.npz[0]) == 0):
-        raise UserError(f"--npz {options.npz[0]} must be a number of images, 1 or more, and a file")
+    classes = options.classes or []
+    samples = None
+    if options.npz:
+        count, path = options.npz
+        samples = Path(path)
+        if not count.isdecimal() or int(count) == 0:
+            raise UserError(f"--npz {count} must be a number of images, 1 or more, and a file")
     if options.rejection < 1 and not options.npz:
         raise UserError("--rejection is for --npz")
     if options.evaluate and options.evaluate % 2:
         raise UserError(f"--evaluate {options.evaluate} must be even: two halves are compared")
-    if options.classes and (options.evaluate or options.npz):
-        raise UserError(f"{asked[0]} is about all classes and takes no --classes")
+    if classes and (options.evaluate or options.npz):
+        raise UserError("--evaluate and --npz are about all classes, and take no --classes")
     written = [(options.out, ".png"), (options.gif, ".gif"), (options.reference, ".npz"),
-               (options.npz and Path(options.npz[1]), ".npz")]
+               (samples, ".npz")]
     for path, ending in written:
         if path and path.is_dir():
             raise UserError(f"{path} is a folder; name a file to write")
         if path and path.suffix.lower() not in ("", ending):
             raise UserError(f"{path} would be a {ending} file; name it so")
-    if options.npz and options.reference and options.reference == Path(options.npz[1]):
-        raise UserError(f"{options.reference} cannot hold both samples and references")
+    if samples and samples == options.reference:
+        raise UserError(f"{samples} cannot hold both samples and references")
     if options.task and not options.image:
         raise UserError(f"--task {options.task} needs --image: a file, a folder, or data:17")
     if options.image and not options.task:
         raise UserError(f"--image needs --task: one of {', '.join(TASKS)}")
     if options.task == "upscale" and options.paste:
         raise UserError("--paste has no known pixels to put over an upscaled image")
-    if options.task == "edit" and not options.classes:
+    if options.task == "edit" and not classes:
         raise UserError("--task edit needs --classes NAME: what to edit towards")
-    if (options.task or options.attention) and len(options.classes or []) > 1:
-        raise UserError(f"one class here, please: --classes {' '.join(options.classes)} are "
-                        f"{len(options.classes)}")
+    if (options.task or options.attention) and len(classes) > 1:
+        raise UserError(f"one class here, please: --classes {' '.join(classes)} are "
+                        f"{len(classes)}")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ COMMITMENT = 0.25     # weight of moving the latent to its codes, against 1 for 
 L1_WEIGHT = 0.2       # beside the squared error: keeps edges sharp where that is small already
 HITS_MEMORY = 0.99    # how much of a code's hit count is carried over from one step to the next
 DEAD_BELOW = 0.05     # a code that is hit less than this share of the average is dead
+JUDGED_SIDE = 64      # a classifier sees larger images averaged down to this side
 
 
 @dataclass(frozen=True)
@@ -536,6 +537,53 @@ class Discriminator(nn.Module):
         loss = -self(reconstructions).mean()
         self.requires_grad_(True)
         return loss
+
+
+class Classifier(nn.Module):
+    """A network that knows a run's images, for a perceptual distance and for `sample.Judge`.
+
+    Four convolutions, each but the first halving the side; the last one's map is averaged over
+    places and normalised: these are the features. A linear layer makes logits of them. It is small,
+    since it has to be trained within half a minute on two cores.
+    """
+
+    def __init__(self, channels: int, side: int, classes: int):
+        """side: of the images before they are averaged down."""
+        super().__init__()
+        widths = (channels, 32, 64, 128, 128)
+        strides = (1 if side <= JUDGED_SIDE // 2 else 2, 2, 2, 2)
+        self.levels = nn.ModuleList()
+        for width_in, width, stride in zip(widths, widths[1:], strides):
+            self.levels.append(nn.Sequential(
+                nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU()))
+        self.normalise = nn.BatchNorm1d(widths[-1], affine=False)   # to mean 0 and variance 1
+        self.head = nn.Linear(widths[-1], classes)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """What every level makes of images [B, channels, side, side], of any side."""
+        maps = []
+        for level in self.levels:
+            images = level(images)
+            maps.append(images)
+        return maps
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, D]."""
+        last_BDss = self.maps(averaged_down(images))[-1]
+        return self.normalise(last_BDss.mean(dim=(2, 3)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes]."""
+        return self.head(self.features(images))
+
+
+def averaged_down(images: Tensor) -> Tensor:
+    """Float images as the classifier sees them: their side is JUDGED_SIDE at most."""
+    if images.shape[-1] <= JUDGED_SIDE:
+        return images
+    return F.interpolate(images, size=(JUDGED_SIDE, JUDGED_SIDE), mode="area")
 
 
 def balance(likeness: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:

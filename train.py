@@ -51,15 +51,16 @@ from tqdm import tqdm
 
 from kernels import forward_flops, peak_flops
 from sample import (
-    CLASSIFIER_IMAGES, FILTERS, IMAGE_ENDINGS, SEED, Classifier, Interrupt, Log, Parser, Run,
-    Stopped, UserError, at_a_time, averaged_down, batches, blaming, check_compiler, draw_curves,
-    grid_of_classes, grid_of_pairs, in_short, join_processes, load_checkpoint, load_tokenizer,
-    mean_over_processes, number, own_part, rank_and_ranks, read_image, read_log, run_program,
-    save_checkpoint, save_picture, say, settle_device, to_bytes, to_float, train_classifier,
+    CLASSIFIER_IMAGES, FILTERS, IMAGE_ENDINGS, SEED, Interrupt, Log, Parser, Run, Stopped,
+    UserError, at_a_time, batches, blaming, check_compiler, draw_curves, grid_of_classes,
+    grid_of_pairs, in_short, join_processes, load_checkpoint, load_tokenizer, mean_over_processes,
+    number, own_part, rank_and_ranks, read_image, read_log, run_program, save_checkpoint,
+    save_picture, say, settle_device, to_bytes, to_float, train_classifier,
 )
 from tokenizer import (
-    PUBLISHED_SCALES, Decoder, Discriminator, Encoder, PixelAttention, ResidualBlock, Tokenizer,
-    TokenizerConfig, average_over_processes, balance, perceptual_distance, psnr,
+    PUBLISHED_SCALES, Classifier, Decoder, Discriminator, Encoder, PixelAttention, ResidualBlock,
+    Tokenizer, TokenizerConfig, average_over_processes, averaged_down, balance,
+    perceptual_distance, psnr,
 )
 from var import VAR, Block, VARConfig, adamw_and_muon
 

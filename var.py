@@ -409,6 +409,46 @@ class VAR(nn.Module):
         self.head_modulation.weight.mul_(0.5)
         self.head.weight.mul_(0.02)
 
+    def compile_layers(self) -> None:
+        """For drawing: for every scale one graph of the first layer and one of all others,
+        whatever the depth."""
+        torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # up to four batches
+        for span in self.config.spans:   # tables of the mask are there before torch.compile looks
+            self.ranges.rows(span.start, span.stop).prepare(self.level_L.device)
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def pack(self) -> None:
+        """For drawing on a CPU: all linear layers, in place, where PyTorch has oneDNN."""
+        if not torch.backends.mkldnn.is_available():
+            return
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, PackedLinear(child))
+
+    @torch.no_grad()
+    def attention_weights(self, labels_B: Tensor, inputs: Tensor, query: int) -> list[Tensor]:
+        """What one token attends to in each layer: weights [L], averaged over heads, on the CPU.
+
+        labels_B, inputs: of one image, as in `forward`.
+        """
+        visible_L = self.ranges.dense()[query].to(inputs.device)
+        layers = []
+
+        def note(attention: Attention, arguments: tuple) -> None:
+            q_BHLD, k_BHLD, _, scale = attention.project(arguments[0])
+            q_HD1 = q_BHLD[0, :, query, :, None]
+            scores_HL = scale * (k_BHLD[0] @ q_HD1).squeeze(-1).float()
+            weights_HL = scores_HL.masked_fill(~visible_L, -torch.inf).softmax(dim=-1)
+            layers.append(weights_HL.mean(dim=0).cpu())
+
+        hooks = [block.attention.register_forward_pre_hook(note) for block in self.blocks]
+        self(labels_B, inputs)
+        for hook in hooks:
+            hook.remove()
+        return layers
+
     def optimizers(self, lr: float, weight_decay: float, muon: bool,
                    dtype: torch.dtype = torch.float32) -> list[Optimizer]:
         """See `adamw_and_muon`: modulations, embeddings and the head are AdamW's in any case."""
@@ -455,6 +495,24 @@ class VAR(nn.Module):
         ))
         model.load_state_dict(state)
         return model.eval()
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for drawing on a CPU, by oneDNN's product instead of MKL's.
+
+    MKL rearranges the weights at every call, which for the few tokens of the coarse scales takes
+    longer than to multiply; oneDNN reads them as they are, and knows more CPUs' widest
+    instructions.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight.detach().to_mkldnn()
+        self.bias = None if linear.bias is None else linear.bias.detach().to_mkldnn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.aten.mkldnn_linear(x.to_mkldnn(), self.weight, self.bias)
+        return y.to_dense()
 
 
 OFFICIAL_NAMES = [   # published name -> ours, applied in this order

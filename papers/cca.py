@@ -25,11 +25,12 @@ from math import inf
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from papers import Claim, figures_of, open_runs, parser_of, say_figures, say_verdicts
 from papers.tuning import Tuning
-from sample import NO_FILTERS, Run, evaluate, pyplot, run_program, save_picture
+from sample import NO_FILTERS, Run, evaluate, run_program, save_picture
 from train import COUNT, RATE, WEIGHT, several
 from var import VAR
 
@@ -138,7 +139,8 @@ def main() -> None:
     tuned_R = figures[f"CCA, lambda {options.weights[-1]:g}"][1]
     differences = [tuned_R - figures[f"plain, cfg {cfg}"][1] for cfg in (0, 2)]
     say_verdicts(CLAIMS, [*differences, list(map(recall_beside, by_run))], options.started)
-    figure, axis = pyplot().subplots(figsize=(5, 4), layout="constrained")
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axis = figure.subplots()
     for name in ("plain, cfg", "CCA, lambda"):
         axis.plot(*curve(figures, name).mean(axis=2), marker="o", label=name)
     axis.set(xlabel="recognised, %", ylabel="recall, %")

@@ -4,8 +4,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-
-from sample import pyplot
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def line_of(x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float, float]:
@@ -27,15 +27,15 @@ def law_of(x_D: np.ndarray, y_D: np.ndarray) -> list[float]:
 
 def draw(x_names: Sequence[str], x_AD: np.ndarray, y_names: Sequence[str], y_MD: np.ndarray):
     """A figure, in which each y is drawn against each x, with its line. The last points are red."""
-    plot = pyplot()
     size = 4.5 * len(x_AD), 3.5 * len(y_MD)
-    figure, axes = plot.subplots(len(y_MD), len(x_AD), figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(y_MD), len(x_AD))
     for row, y_name, y_D in zip(axes, y_names, y_MD):
         for axis, x_name, x_D in zip(row, x_names, x_AD):
             draw_line(axis, x_D, y_D)
             axis.set_xlabel(x_name)
             axis.set_ylabel(y_name)
-            axis.yaxis.set_major_locator(plot.MaxNLocator(6))   # of less than a decade
+            axis.yaxis.set_major_locator(MaxNLocator(6))   # of less than a decade
             axis.yaxis.set_major_formatter("{x:.2f}")
             axis.yaxis.set_minor_formatter("")
     return figure

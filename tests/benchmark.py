@@ -290,7 +290,8 @@ def count_graphs(geometry: Geometry) -> dict[str, int]:
     torch._dynamo.utils.counters.clear()
     with (mock.patch.object(kernels, "FACE", "triton"), mock.patch.object(kernels, "start", start),
           mock.patch.object(nn.Module, "compile", counting_compile)):
-        sample.compile_parts(tokenizer, model)
+        tokenizer.decoder.compile(dynamic=False)
+        model.compile_layers()
         for _ in range(2):
             tokenizer.decode(model.generate(tokenizer, torch.zeros(1, dtype=torch.int64)))
         sampling = len(graphs)
@@ -523,7 +524,7 @@ def sampling_run(geometry: Geometry, device: torch.device, *flags: str) -> sampl
     tokenizer, model = random_models(geometry)
     sample.prepare(tokenizer, model, options)
     if device.type == "cpu":
-        sample.pack(model)
+        model.pack()
     classes = [str(label) for label in range(model.config.classes)]
     return sample.Run(tokenizer, model, classes, None, options)
 

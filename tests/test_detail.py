@@ -304,6 +304,9 @@ def test_what_is_logged_and_drawn(whole):
     drawn = {line.get_label(): line.get_ydata() for axis in figure.axes for line in axis.lines}
     assert drawn["balance"] == [lines[1]["balance"]]   # the first line has none
     assert drawn["perceptual"][0] == lines[0]["perceptual"]
+    both = [dict(line, stage="var", loss=2.0) for line in log if line["split"] != "health"]
+    axis = sample.draw_curves(both, (1, 2, 4)).axes[1]
+    assert [line.get_label() for line in axis.lines] == ["train", "held-out"]
     plain = [line for line in log if line["split"] != "train"]
     assert len(sample.draw_curves(plain, (1, 2, 4)).axes) == 4
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sample
+import tokenizer
 import train
 from program import TINY, ran, refused
 
@@ -121,20 +122,23 @@ def test_the_classifier_takes_images_of_any_side(side, channels, monkeypatch):
     images = pixels.byte()
     shape = {"channels": channels, "side": side, "classes": 2}
     classifier = sample.train_classifier(images, labels, shape, 0, torch.device("cpu"))
-    features_ND, taken_for_N = classifier.look(sample.to_float(images))
+    features_ND, taken_for_N = sample.features_and_classes(classifier, sample.to_float(images))
     assert torch.equal(taken_for_N, labels)
     assert features_ND.shape == (40, 128) and features_ND.dtype == np.float64
-    small = sample.averaged_down(sample.to_float(images))
+    small = tokenizer.averaged_down(sample.to_float(images))
     assert small.shape[-1] == min(side, 64)
-    assert np.allclose(classifier.look(small)[0], features_ND, atol=1e-5)
+    assert np.allclose(sample.features_and_classes(classifier, small)[0], features_ND, atol=1e-5)
     assert [x.shape[-1] for x in classifier.maps(small[:1])][0] == (32 if side > 32 else side)
 
 
 class Looks:
     """A classifier whose features are the first pixels; a bright first one is class 1."""
 
-    def look(self, images: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
-        return images[:, 0, 0, :4].double().numpy(), (images[:, 0, 0, 0] > 0).long()
+    head = torch.nn.Linear(4, 2, bias=False)
+    head.weight.data = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]])
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, 0, 0, :4]
 
 
 def test_a_judge_compares_half_by_half():
@@ -219,21 +223,21 @@ def test_the_figures_are_those_of_the_images(shapes, judged):
     assert found.nats_per_token == pytest.approx(nats.item(), rel=1e-4)
     assert found.nats_per_image == pytest.approx(21 * nats.item(), rel=1e-4)
     images, all_labels = run.held_out.tensors
-    assert found.accuracy == pytest.approx(
-        (classifier.look(sample.to_float(images))[1] == all_labels).double().mean().item())
+    taken_for_N = sample.features_and_classes(classifier, sample.to_float(images))[1]
+    assert found.accuracy == pytest.approx((taken_for_N == all_labels).double().mean().item())
     assert found.accuracy > 0.5
-    for images, quality in ((results, found.reconstructions), (originals, found.held_out)):
-        hits = (classifier.look(images)[1] == labels).double()
+    for images, quality in ((results, found.reconstructions), (originals, found.originals)):
+        hits = (sample.features_and_classes(classifier, images)[1] == labels).double()
         assert quality.recognised == pytest.approx(hits.mean().item())
         assert quality.per_class["star"] == pytest.approx(hits[labels == 4].mean().item())
-    halves_ND = [classifier.look(originals[half::2])[0] for half in (0, 1)]
-    assert found.held_out.frechet == pytest.approx(sample.frechet_distance(*halves_ND), rel=1e-6)
+    halves_ND = [sample.features_and_classes(classifier, originals[half::2])[0] for half in (0, 1)]
+    assert found.originals.frechet == pytest.approx(sample.frechet_distance(*halves_ND), rel=1e-6)
     shares = sample.precision_recall(*halves_ND)
-    assert found.held_out.precision == found.held_out.recall == pytest.approx(np.mean(shares))
+    assert found.originals.precision == found.originals.recall == pytest.approx(np.mean(shares))
     assert found.reconstructions.frechet > 0 and found.reconstructions.detail < 1
     assert len(found.generated) == len(found.unfiltered) == 2
     assert found.generated[0] != found.generated[1]
-    assert found.held_out.recognised > found.unfiltered[0].recognised
+    assert found.originals.recognised > found.unfiltered[0].recognised
 
 
 def test_the_table(shapes, judged):
@@ -245,7 +249,7 @@ def test_the_table(shapes, judged):
     for line, name, (quality, *more) in zip(
             lines[2:6], ("held-out", "reconstructions", "generated, cfg 2, top-k 900, top-p 0.6",
                          "generated, no guidance"),
-            ([found.held_out], [found.reconstructions], found.generated, found.unfiltered)):
+            ([found.originals], [found.reconstructions], found.generated, found.unfiltered)):
         assert line.startswith(name)
         for value, digits in ((quality.frechet, 2), (100 * quality.recall, 1)):
             if not more:
@@ -256,7 +260,7 @@ def test_the_table(shapes, judged):
             assert f" {(value + other) / 2:.{digits}f} ± {spread:.{digits}f}" in line
     assert f"{found.psnr:.2f} dB" in said and f"{found.nats_per_image:.2f} nats each" in said
     star = next(line for line in lines if line.startswith("  star"))
-    expected = [found.held_out.per_class["star"], found.reconstructions.per_class["star"]]
+    expected = [found.originals.per_class["star"], found.reconstructions.per_class["star"]]
     expected += [np.mean([quality.per_class["star"] for quality in qualities])
                  for qualities in (found.generated, found.unfiltered)]
     assert star.split()[1:] == [f"{share:.1%}" for share in expected]
@@ -298,7 +302,7 @@ def test_a_classifier_is_trained_once(shapes, judged, tmp_path, monkeypatch, cap
 def test_training_images_are_kept(folder, tmp_path, monkeypatch):
     """Of a folder: those that can be read, averaged down, and no more than the bound."""
     monkeypatch.setattr(train, "CLASSIFIER_IMAGES", 15)
-    monkeypatch.setattr(sample, "JUDGED_SIDE", 4)
+    monkeypatch.setattr(tokenizer, "JUDGED_SIDE", 4)
     options = train.parse(["--data", str(folder), "--out", str(tmp_path), *TINY])
     train.settle(options)
     data = train.load_data(options)
@@ -330,8 +334,8 @@ def test_mistakes_in_evaluating(shapes, finished, tmp_path, monkeypatch):
     assert "there are 2 held-out" in refusal("--evaluate", 8, run=finished)
     assert "must be a whole number, 8 or more" in refusal("--evaluate", 6)
     assert "must be even" in refusal("--evaluate", 9)
-    assert "takes no --classes" in refusal("--evaluate", 8, "--classes", "star")
-    assert "one thing at a time" in refusal("--evaluate", 8, "--codes", "data:1")
+    assert "take no --classes" in refusal("--evaluate", 8, "--classes", "star")
+    assert "not allowed with argument --evaluate" in refusal("--evaluate", 8, "--codes", "data:1")
     out = shutil.copytree(shapes, tmp_path / "run")
     (out / "train_images.pt").unlink()
     assert "no set of training images" in refusal("--evaluate", 8, run=out)
@@ -347,6 +351,6 @@ def test_mistakes_in_evaluating(shapes, finished, tmp_path, monkeypatch):
 
 def test_another_transformer_is_judged_by_its_own_folder(shapes):
     options = argparse.Namespace(run=Path("elsewhere"), var=shapes / "var.pt")
-    assert sample.run_folder(options) == shapes
+    assert sample.path_of_var(options) == shapes / "var.pt"
     options.var = None
-    assert sample.run_folder(options) == Path("elsewhere")
+    assert sample.path_of_var(options) == Path("elsewhere/var.pt")

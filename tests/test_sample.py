@@ -13,6 +13,7 @@ from PIL import Image
 
 import sample
 from program import ran, refused
+from var import VAR, PackedLinear
 
 GAP = 2
 CELL = 64
@@ -184,6 +185,21 @@ def test_pictures_that_explain(shapes, tmp_path):
         assert film.n_frames == 3 and film.info["loop"] == 0
 
 
+def test_the_attention_drawn_is_that_of_the_cell(shapes, tmp_path, monkeypatch):
+    asked = []
+    attention_weights = VAR.attention_weights
+
+    def noted(model, labels_B, inputs, query):
+        asked.append((labels_B.tolist(), query))
+        return attention_weights(model, labels_B, inputs, query)
+
+    monkeypatch.setattr(VAR, "attention_weights", noted)
+    label = sample.load_held_out(shapes).tensors[1][3].item()
+    for classes in ([], ["--classes", "star"]):
+        draw(shapes, tmp_path / "a.png", "--attention", "data:3", "--cell", 0, 3, *classes)
+    assert asked == [([label], 1 + 4 + 3), ([4], 1 + 4 + 3)]
+
+
 def test_attention_weights_are_what_the_layer_computes(shapes):
     run, given = opened(shapes)
     model = run.model
@@ -193,7 +209,7 @@ def test_attention_weights_are_what_the_layer_computes(shapes):
     hook = block.register_forward_hook(
         lambda module, arguments, result: seen.update(x=arguments[0], o=result))
     with torch.no_grad():
-        weights_L = sample.attention_of(model, torch.tensor([2]), inputs, query=4)[0]
+        weights_L = model.attention_weights(torch.tensor([2]), inputs, query=4)[0]
         hook.remove()
         assert abs(weights_L.sum() - 1) < 1e-5
         assert weights_L[5:].abs().max() == 0   # scales 1x1 and 2x2 alone
@@ -353,7 +369,7 @@ def test_mistakes(shapes, tmp_path):
     assert "cannot be read" in refusal("--codes", tmp_path / "missing.png")
     assert "cannot be read" in refusal(*ask, "inpaint", "--mask", tmp_path / "missing.png")
     assert "holds no images" in refusal("--codes", tmp_path)
-    assert "one thing at a time" in refusal("--codes", "data:1", "--attention", "data:1")
+    assert "not allowed with argument --codes" in refusal("--codes", "data:1", "--attention", "data:1")
     assert "one class here" in refusal(*ask, "edit", "--classes", "star", "heart")
     assert "is for --npz" in refusal("--rejection", 0.5)
     assert "no --classes" in refusal("--npz", 3, tmp_path / "a.npz", "--classes", "star")
@@ -372,8 +388,8 @@ def test_packed_products_are_the_same(finished):
     before = copy.deepcopy(run.model)
     tokens_NL = run.generate([0, 1, 0], 0)
     likelihoods = run.log_likelihood(tokens_NL, [0, 1, 0])
-    sample.pack(run.model)
-    packed = [module for module in run.model.modules() if isinstance(module, sample.PackedLinear)]
+    run.model.pack()
+    packed = [module for module in run.model.modules() if isinstance(module, PackedLinear)]
     plain = [module for module in before.modules() if isinstance(module, torch.nn.Linear)]
     assert len(packed) == len(plain) > 5
     assert any(module.bias is None for module in packed)   # queries, keys and values
