@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import sample
-from sample import Evaluation, Parser, Run, UserError, in_words, load_checkpoint
+from sample import Evaluation, Parser, Run, UserError, in_words, load_checkpoint, say_table
 from train import Preset
 
 
@@ -122,19 +122,12 @@ def say_verdicts(claims: Sequence[Claim], figures: Sequence[list[float]], starte
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
 
 
-def say_table(heads: Sequence[str], rows: dict[str, Sequence[str]]) -> None:
-    """The first head is that of the rows' names."""
-    width = max(map(len, [heads[0], *rows]))
-    for name, cells in {heads[0]: heads[1:], **rows}.items():
-        print(f"{name:{width}}" + "".join(f"{cell:>18}" for cell in cells))
-
-
 def say_figures(heads: Sequence[str], by_run: Sequence[dict[str, Sequence[float]]], digits: int,
                 base: str | None = None) -> dict[str, np.ndarray]:
     """Print a table that each run has given, as means and spreads, and how its rows differ from
     that of the name `base`, starred where it is an effect; returns [cells, runs] by row."""
     figures = {name: np.transpose([rows[name] for rows in by_run]) for name in by_run[0]}
-    said = {}
+    said = {heads[0]: heads[1:]}
     for name, figure in figures.items():
         said[name] = [in_words(list(cell), digits) for cell in figure]
     if base:
@@ -142,7 +135,7 @@ def say_figures(heads: Sequence[str], by_run: Sequence[dict[str, Sequence[float]
             if name != base:
                 differences = figure - figures[base]
                 said[f"{name}: difference"] = [in_difference(list(x), digits) for x in differences]
-    say_table(heads, said)
+    say_table(said)
     return figures
 
 

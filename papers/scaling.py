@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from kernels import forward_flops
-from papers import Claim, open_runs, parser_of, say_table, say_verdicts
+from papers import Claim, open_runs, parser_of, say_verdicts
 from papers.power_law import draw, law_of
 from papers.tuning import Tuning
-from sample import Run, UserError, batches, evaluated_images, in_words, run_program, save_picture
+from sample import (
+    Run, UserError, batches, evaluated_images, in_words, run_program, save_picture, say_table,
+)
 from train import COUNT, several
 from var import VAR
 
@@ -95,17 +97,17 @@ def main() -> None:
     for run in open_runs(options):
         found_RD4.append([measure(run, depth) for depth in depths])
     found_R4D = np.swapaxes(found_RD4, 1, 2)
-    rows = {}
+    rows = {"": (*AXES, *MEASURES)}
     for depth, (sizes_R, flops_R, *measured) in zip(depths, found_R4D.T):
         cells = [f"{sizes_R[0]:,.0f}", f"{flops_R[0]:.2e}"]
         cells += [in_words(list(x_R), 4) for x_R in measured]
         rows[f"depth {depth}"] = cells
-    say_table(("", *AXES, *MEASURES), rows)
+    say_table(rows)
     laws = laws_of(found_R4D)
-    said = {}
+    said = {"": ("exponent", "correlation", "held-out, % above")}
     for name, law_3R in laws.items():
         said[name] = [in_words(list(x_R), 4) for x_R in law_3R]
-    say_table(("", "exponent", "correlation", "held-out, % above"), said)
+    say_table(said)
     path = options.run[0] / "papers" / "scaling.png"
     x_AD, y_MD = np.split(found_R4D.mean(axis=0), 2)
     save_picture(path, draw(AXES, x_AD, MEASURES, y_MD))
