@@ -135,7 +135,7 @@ def main() -> None:
     layers, correlations, costs = zip(*by_run)
     say_figures(("", "ASI", "variance", "on the past", "nats/image"), layers, 3)
     ranks = say_figures(("Spearman's", "over layers", "over heads"), correlations, 2)
-    cost = say_figures(("past kept by", "nats/token", "kB/image", "at d16: MB"), costs, 4, "all")
+    cost = say_figures(("past kept by", "nats/token", "kB/image", "at d16: MB"), costs, 4)
     more_R = cost["by variance"][0]
     say_verdicts(CLAIMS, [
         ranks["- ASI"][0],
