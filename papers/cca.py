@@ -12,8 +12,7 @@ all tokens. L is least where p_theta is p_ref (p(x | c) / p(x))^(1 / beta) but f
 short tuning goes some way there: the further, the larger lambda. One image in ten loses both its
 classes and is no contrast, but a right image of the null class, so that guidance works as before.
 
-The rival is guidance itself, which buys recognition with variety: recall is compared with that of
-guidance which is recognised as well.
+The rival, guidance, buys recognition with variety: recall is compared where it is recognised alike.
 """
 from __future__ import annotations
 
@@ -139,13 +138,12 @@ def main() -> None:
     tuned_R = figures[f"CCA, lambda {options.weights[-1]:g}"][1]
     differences = [tuned_R - figures[f"plain, cfg {cfg}"][1] for cfg in (0, 2)]
     say_verdicts(CLAIMS, [*differences, list(map(recall_beside, by_run))], options.started)
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axis = figure.subplots()
+    axis = Figure(figsize=(5, 4), layout="constrained").subplots()
     for name in ("plain, cfg", "CCA, lambda"):
         axis.plot(*curve(figures, name).mean(axis=2), marker="o", label=name)
     axis.set(xlabel="recognised, %", ylabel="recall, %")
     axis.legend()
-    save_picture(options.run[0] / "papers" / "cca.png", figure)
+    save_picture(options.run[0] / "papers" / "cca.png", axis.figure)
 
 
 if __name__ == "__main__":
