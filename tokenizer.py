@@ -640,7 +640,7 @@ class Tokenizer(nn.Module):
         """A latent as images, not clamped."""
         dtype = self.from_latent.weight.dtype
         device = f_BCSS.device.type
-        # Autocast, which computes norms in fp32, is not asked once the decoder is in half precision.
+        # In half precision autocast is not asked: it would compute norms in fp32.
         settled = dtype != torch.float32
         with torch.autocast(device, enabled=False) if settled else nullcontext():
             return self.decoder(self.from_latent(f_BCSS.to(dtype))).float()
