@@ -1458,6 +1458,9 @@ def check(options: Namespace) -> None:
         samples = Path(path)
         if not count.isdecimal() or int(count) == 0:
             raise UserError(f"--npz {count} must be a number of images, 1 or more, and a file")
+    if options.reference and (options.task or options.codes or options.teaching
+                              or options.attention or options.evaluate):
+        raise UserError("--reference writes the held-out images with --npz or alone")
     if options.rejection < 1 and not options.npz:
         raise UserError("--rejection is for --npz")
     if options.evaluate and options.evaluate % 2:

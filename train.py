@@ -28,6 +28,7 @@ import io
 import math
 import os
 import shutil
+import signal
 import socket
 import sys
 import tarfile
@@ -36,6 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +66,22 @@ from tokenizer import (
 )
 from var import VAR, Block, VARConfig, adamw_and_muon
 
+try:
+    import fcntl
+except ImportError:   # on Windows
+    fcntl = None
+
 
 def main() -> None:
     options = parse()
     settle(options)
+    with alone_in(options.out):
+        train(options)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def train(options: argparse.Namespace) -> None:
     data = load_data(options)
     if "tokenizer" in options.stages:
         stage = TokenizerStage(data, options)
@@ -84,15 +98,37 @@ def main() -> None:
         images, labels = some_images(data, options)
         save_checkpoint(options.out / "train_images.pt", "set of training images", images=images,
                         labels=labels, side=options.preset.image_size, data_set=data.key)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Two trainings would write over each other's files. The lock is gone with the process, however
+    that ends; Windows has none, nor have some network disks."""
+    if fcntl is None or rank_and_ranks()[0] > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"another training is writing to {folder}; name another --out")
+    except OSError:   # a disk without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(lock)
+        with contextlib.suppress(OSError):   # it is not empty, unless nothing came of the training
+            folder.rmdir()
 
 
 def forget_old_training(options: argparse.Namespace) -> None:
     """With --overwrite, once nothing is left to refuse: all stages at once, as --resume must not
     find a part of the old training."""
     if options.overwrite and rank_and_ranks()[0] == 0:
-        for name in options.stages:
+        for name in (*options.stages, "train_images"):
             (options.out / f"{name}.pt").unlink(missing_ok=True)
 
 
@@ -398,9 +434,11 @@ class Stage:
                 continue
             values = f": {before}, not {now}" if len(str(now)) < 64 else ""   # or a digest
             raise UserError(f"{self.path} does not go on: it was begun with another {name}{values}")
-        if rates != self.peaks:
-            say(f"{self.path} has a peak learning rate of {rates[0][0]} so far, and "
-                f"{self.peaks[0][0]} is asked for")
+        for before, now in zip(chain(*rates), chain(*self.peaks)):
+            if before != now:
+                say(f"{self.path} has a peak learning rate of {before} so far, and {now} is asked "
+                    f"for")
+                break
 
 
 @dataclass
@@ -463,7 +501,15 @@ def read_ahead(data: Dataset, rows: Iterable[list[int]], options: argparse.Names
         num_workers=options.workers if isinstance(data, FolderImages) else 0,
         pin_memory=options.device.type == "cuda",
         generator=torch.Generator(),   # so the loader leaves the run's random state alone
+        worker_init_fn=leave_signals,
     )
+
+
+def leave_signals(_: int) -> None:
+    """In a process that reads images: Ctrl-C and SIGTERM, which all processes of a program may get,
+    are for the one that trains. It ends the others when it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def change_parts(model: nn.Module, options: argparse.Namespace) -> None:

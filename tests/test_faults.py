@@ -3,6 +3,8 @@ and nothing is let in."""
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import pickle
 import random
 import resource
@@ -467,3 +469,28 @@ def test_an_entry_that_claims_to_be_a_folder_is_read_all_the_same(finished, tmp_
         place = archive.find(b"PK\x01\x02", place + 4)
     path.write_bytes(archive)
     assert same_content(loads(path), content)
+
+
+@pytest.mark.skipif(train.fcntl is None, reason="no such lock on Windows")
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    out = tmp_path / "out"
+    with train.alone_in(out):
+        assert f"another training is writing to {out}" in refused("train.py", "--out", out, *TINY)
+        (out / "log.jsonl").touch()
+    with train.alone_in(out):   # free again
+        (out / "log.jsonl").unlink()
+    assert not out.exists()   # of a training of which nothing came
+
+
+def test_processes_that_read_images_leave_signals_to_the_training(folder, monkeypatch):
+    """SIGTERM reaches all processes of a program that a time limit or a scheduler ends."""
+    options = train.parse(["--workers", "1"])
+    options.device = torch.device("cpu")
+    files = [(0, path) for path in sorted((folder / "cat").iterdir())[:4]]
+    images = train.FolderImages(folder, files, 8, 3)
+    rows = iter(train.read_ahead(images, [[0], [1], [2], [3]], options))
+    next(rows)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGTERM)
+    os.kill(worker.pid, signal.SIGINT)
+    assert len(list(rows)) == 3

@@ -395,3 +395,9 @@ def test_packed_products_are_the_same(finished):
     assert any(module.bias is None for module in packed)   # queries, keys and values
     assert torch.equal(run.generate([0, 1, 0], 0), tokens_NL)
     assert torch.allclose(run.log_likelihood(tokens_NL, [0, 1, 0]), likelihoods, atol=1e-3)
+
+
+def test_references_are_written_with_samples_or_alone(finished, tmp_path):
+    for flags in (["--evaluate", 8], ["--codes", "data:0"]):
+        assert "--reference writes" in refused(
+            "sample.py", "--run", finished, *flags, "--reference", tmp_path / "r.npz")
