@@ -120,7 +120,7 @@ class Run:
             labels_B = torch.tensor(labels)[rows].to(options.device)
             # Guidance away from "any class" means nothing where no class is asked for.
             cfg = options.cfg if labels_B.min() < self.model.config.classes else 0.0
-            known_now = known and known(rows)
+            known_now = None if known is None else known(rows)
             with options.autocast():
                 tokens_BL = self.model.generate(
                     self.tokenizer, labels_B, cfg, options.top_k, options.top_p, generator,
@@ -1458,8 +1458,8 @@ def check(options: Namespace) -> None:
         samples = Path(path)
         if not count.isdecimal() or int(count) == 0:
             raise UserError(f"--npz {count} must be a number of images, 1 or more, and a file")
-    if options.reference and (options.task or options.codes or options.teaching
-                              or options.attention or options.evaluate):
+    others = (options.task, options.codes, options.teaching, options.attention, options.evaluate)
+    if options.reference and any(others):
         raise UserError("--reference writes the held-out images with --npz or alone")
     if options.rejection < 1 and not options.npz:
         raise UserError("--rejection is for --npz")

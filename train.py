@@ -2,7 +2,7 @@
 
 Stage one (`TokenizerStage`) teaches the tokenizer to write images as tokens; stage two (`VARStage`)
 writes every image as tokens once, and teaches the transformer to predict them. Both go through the
-same loop, `Stage.run`. Read `main`, then `Stage`, then the two stages: that is how VAR is trained.
+same loop, `Stage.run`. Read `train`, then `Stage`, then the two stages: that is how VAR is trained.
 Below is what they need: tokens, data sets, several processes, presets and flags.
 
 A run is a folder. It ends up holding
@@ -82,6 +82,7 @@ def main() -> None:
 
 
 def train(options: argparse.Namespace) -> None:
+    """What --stage asks for, and what a run keeps beside the two models."""
     data = load_data(options)
     if "tokenizer" in options.stages:
         stage = TokenizerStage(data, options)
@@ -98,30 +99,6 @@ def train(options: argparse.Namespace) -> None:
         images, labels = some_images(data, options)
         save_checkpoint(options.out / "train_images.pt", "set of training images", images=images,
                         labels=labels, side=options.preset.image_size, data_set=data.key)
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Two trainings would write over each other's files. The lock is gone with the process, however
-    that ends; Windows has none, nor have some network disks."""
-    if fcntl is None or rank_and_ranks()[0] > 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(f"another training is writing to {folder}; name another --out")
-    except OSError:   # a disk without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(lock)
-        with contextlib.suppress(OSError):   # it is not empty, unless nothing came of the training
-            folder.rmdir()
 
 
 def forget_old_training(options: argparse.Namespace) -> None:
@@ -1332,7 +1309,8 @@ def decode_all(
     """Fill the records that are not filled yet, in several processes."""
     rows = np.flatnonzero(records_NR[:, 0] == UNSEEN).tolist()
     images = DataLoader(files.paths, batch_size=None, sampler=rows, num_workers=options.workers,
-                        collate_fn=partial(try_to_read, shape=files.shape))
+                        collate_fn=partial(try_to_read, shape=files.shape),
+                        worker_init_fn=leave_signals)
     for row, image in zip(tqdm(rows, desc=f"decode {name}", unit="image"), images):
         if image is not None:
             records_NR[row, 1:] = image.reshape(-1)
@@ -1591,6 +1569,30 @@ def settle_preset(options: argparse.Namespace) -> Preset:
         raise UserError(f"--width {preset.width} over --heads {preset.heads} must be 16 to 128 on "
                         f"a GPU")
     return preset
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Two trainings would write over each other's files. The lock is gone with the process, however
+    that ends; Windows has none, nor have some network disks."""
+    if fcntl is None or rank_and_ranks()[0] > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"another training is writing to {folder}; name another --out")
+    except OSError:   # a disk without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(lock)
+        with contextlib.suppress(OSError):   # it is not empty, unless nothing came of the training
+            folder.rmdir()
 
 
 if __name__ == "__main__":
