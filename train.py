@@ -1213,15 +1213,13 @@ def try_to_read(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
         return None
 
 
-UNSEEN, READ, UNREADABLE = range(3)   # the first byte of a record; the others are pixels
-
-
 class DecodedImages(Dataset):
-    """The images of a folder, from a file of records which is mapped into memory."""
+    """The images of a folder, from a file that is mapped into memory. It holds a record for each:
+    whether the image could be read, a byte, and its pixels."""
 
     def __init__(self, records_NR: np.ndarray, files: FolderImages):
         self.records_NR = records_NR
-        self.rows = np.flatnonzero(records_NR[:, 0] == READ)
+        self.rows = np.flatnonzero(records_NR[:, 0])
         self.labels = files.labels[self.rows]
         self.shape = files.shape
 
@@ -1256,8 +1254,11 @@ def load_folder(root: Path, options: argparse.Namespace) -> Data:
     else:
         say(f"{root} would take {gigabytes:.0f} GB decoded, over {DISK_SHARE:.0%} of the "
             f"{free:.0f} GB that are free: its images are read as training goes")
-    if not len(kept) or not len(images):
-        raise UserError(f"{root} has no images left to {'train on' if len(kept) else 'hold out'}")
+    if not len(kept):
+        raise UserError(f"{root} has no image left to hold out")
+    lost = set(range(len(classes))) - set(images.labels.tolist())
+    if lost:
+        raise UserError(f"{root / classes[min(lost)]} has no image left to train on")
     key = f"{held_out.key} {len(kept)} {train.key} {len(images)}"
     return Data(images, TensorDataset(*kept[range(len(kept))]), classes, key)
 
@@ -1288,36 +1289,30 @@ def decoded_file(files: FolderImages, name: str, options: argparse.Namespace) ->
 def decoded(files: FolderImages, name: str, options: argparse.Namespace) -> DecodedImages:
     """The images of a folder, from the file in which an earlier run left them, or decoded now.
 
-    Until all are there the file has another name; a run that is stopped goes on with it.
+    The file grows by a record after the other, so a run that was stopped goes on at its end.
     """
-    shape = (len(files), 1 + math.prod(files.shape))
     path = decoded_file(files, name, options)
-    partial_path = path.with_suffix(".partial")
-    if not path.exists():
-        options.out.mkdir(parents=True, exist_ok=True)
-        begun = partial_path.exists() and partial_path.stat().st_size == math.prod(shape)
-        records_NR = np.memmap(partial_path, np.uint8, "r+" if begun else "w+", shape=shape)
-        decode_all(files, records_NR, name, options)
-        records_NR.flush()
-        os.replace(partial_path, path)
-    return DecodedImages(np.memmap(path, np.uint8, "r", shape=shape), files)
-
-
-def decode_all(
-    files: FolderImages, records_NR: np.ndarray, name: str, options: argparse.Namespace
-) -> None:
-    """Fill the records that are not filled yet, in several processes."""
-    rows = np.flatnonzero(records_NR[:, 0] == UNSEEN).tolist()
-    images = DataLoader(files.paths, batch_size=None, sampler=rows, num_workers=options.workers,
-                        collate_fn=partial(try_to_read, shape=files.shape),
-                        worker_init_fn=leave_signals)
-    for row, image in zip(tqdm(rows, desc=f"decode {name}", unit="image"), images):
-        if image is not None:
-            records_NR[row, 1:] = image.reshape(-1)
-        records_NR[row, 0] = UNREADABLE if image is None else READ   # last: now it is whole
-    skipped = int((records_NR[:, 0] == UNREADABLE).sum())
-    if skipped:
-        say(f"{skipped} of {len(files)} {name} images cannot be read and are left out")
+    for other in options.out.glob(f"{name}-*.images"):
+        if other != path:   # of another folder, or of this one before it changed
+            other.unlink()
+    options.out.mkdir(parents=True, exist_ok=True)
+    size = 1 + math.prod(files.shape)
+    with open(path, "ab") as file:
+        done = file.tell() // size
+        file.truncate(done * size)   # a part of a record
+        rows = range(done, len(files))
+        images = DataLoader(files.paths, batch_size=None, sampler=rows,
+                            num_workers=min(options.workers, len(rows)),
+                            collate_fn=partial(try_to_read, shape=files.shape),
+                            worker_init_fn=leave_signals)
+        for image in tqdm(images, desc=f"decode {name}", unit="image", disable=not rows):
+            file.write(bytes(size) if image is None else b"\1" + image.tobytes())
+    images = DecodedImages(np.memmap(path, np.uint8, "r", shape=(len(files), size)), files)
+    missing = len(files) - len(images)
+    if missing:
+        say(f"{missing} of {len(files)} {name} images could not be read and are left out; remove "
+            f"{path} to try again")
+    return images
 
 
 # --------------------------------------------------------------------------------------------------

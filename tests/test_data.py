@@ -23,7 +23,7 @@ from PIL import Image
 
 import sample
 import train
-from program import TINY, damaged, draws, ran, read_or_refused
+from program import TINY, damaged, draws, ran, read_or_refused, refused
 
 
 def settled(*arguments) -> argparse.Namespace:
@@ -215,12 +215,55 @@ def test_decoding_that_is_stopped_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "read_image", read_image)
     with pytest.raises(KeyboardInterrupt):
         train.decoded(files, "train", options)
-    assert [path.suffix for path in options.out.iterdir()] == [".partial"]
+    (path,) = options.out.iterdir()
+    with open(path, "ab") as file:
+        file.write(b"\1 half a record")
     images = train.decoded(files, "train", options)
     names = [path.name for path in files.paths]
     assert read == [*names[:7], "stopped", *names[7:]]
-    assert [path.suffix for path in options.out.iterdir()] == [".images"]
-    assert np.array_equal(images[[11]][0][0], sample.read_image(files.paths[11], 8, 3))
+    pixels, _ = images[list(range(12))]
+    whole = path.read_bytes()
+    assert np.array_equal(pixels, [sample.read_image(path, 8, 3) for path in files.paths])
+    path.write_bytes(whole[:1000])   # cut short by something else: the rest is decoded again
+    images = train.decoded(files, "train", options)
+    assert path.read_bytes() == whole and torch.equal(images[list(range(12))][0], pixels)
+
+
+def test_images_that_cannot_be_read_are_named_each_time(tmp_path, capsys):
+    root = draw_folder(tmp_path / "data", {"a": 4, "b": 3})
+    (root / "a" / "002.png").write_bytes(b"no image")
+    for _ in range(2):
+        load("--data", root, "--out", tmp_path / "out")
+        said = capsys.readouterr().out
+        assert "1 of 5 train images could not be read" in said and "remove" in said
+    for name in ("001.png", "002.png"):
+        (root / "b" / name).write_bytes(b"no image")
+    told = refused("train.py", "--data", root, "--out", tmp_path / "out", *TINY)
+    assert str(root / "b") in told and "to train on" in told
+    (root / "b" / "000.png").write_bytes(b"no image")
+    (root / "a" / "000.png").write_bytes(b"no image")
+    assert "to hold out" in refused("train.py", "--data", root, "--out", tmp_path / "out", *TINY)
+
+
+def test_only_one_decoded_data_set_is_kept(tmp_path):
+    for name, count in (("one", 3), ("two", 4)):
+        root = draw_folder(tmp_path / name, {"a": count})
+        load("--data", root, "--out", tmp_path / "out")
+        kept = sorted(path.name.split("-")[0] for path in (tmp_path / "out").iterdir())
+        assert kept == ["held_out", "train"]
+
+
+def test_a_full_disk_ends_in_a_sentence(tmp_path):
+    """As far as a program sees it: a file that may not grow."""
+    resource = pytest.importorskip("resource")
+    root = draw_folder(tmp_path / "data", {"a": 3})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        told = refused("train.py", "--data", root, "--out", tmp_path / "out", *TINY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "too large" in told
 
 
 def test_a_folder_too_large_to_be_kept_is_read_as_training_goes(tmp_path, monkeypatch, capsys):
@@ -267,7 +310,12 @@ def test_images_are_laid_on_white(tmp_path):
     image.save(tmp_path / "image.png")
     pixels = train.read_image(tmp_path / "image.png", 8, 3)
     assert pixels[:, 0, 0].tolist() == [0, 0, 255] and pixels[:, 0, 7].tolist() == [255] * 3
-    image.convert("P").save(tmp_path / "image.gif", transparency=0)
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.paste(0, (0, 0, 4, 8))
+    palette.save(tmp_path / "palette.png", transparency=0)   # red is
+    pixels = train.read_image(tmp_path / "palette.png", 8, 3)
+    assert pixels[:, 0, 0].tolist() == [255] * 3 and pixels[:, 0, 7].tolist() == [0, 255, 0]
 
 
 def test_images_are_cropped_in_the_middle(tmp_path):
