@@ -668,7 +668,8 @@ class Tokenizer(nn.Module):
     def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """One training pass: reconstructions, and the losses by name; `total` is to be minimised.
 
-            total = |x - y|^2 + 0.2 |x - y|_1 + L_vq       (means over pixels)
+            likeness = |x - y|^2 + 0.2 |x - y|_1       (means over pixels)
+            total = likeness + L_vq
 
         quantize: False trains the encoder and decoder alone.
         """
@@ -679,8 +680,14 @@ class Tokenizer(nn.Module):
         reconstruction = self.render(f_BCSS)                   # [B, channels, side, side]
         mse = F.mse_loss(reconstruction, images)
         l1 = F.l1_loss(reconstruction, images)
-        total = mse + L1_WEIGHT * l1 + codebook_loss
-        losses = {"total": total, "mse": mse, "l1": l1, "codebook": codebook_loss}
+        likeness = mse + L1_WEIGHT * l1
+        losses = {
+            "total": likeness + codebook_loss,
+            "likeness": likeness,
+            "mse": mse,
+            "l1": l1,
+            "codebook": codebook_loss,
+        }
         return reconstruction, losses
 
     @torch.no_grad()

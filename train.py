@@ -579,7 +579,7 @@ class TokenizerStage(Stage):
         quantize = self.step >= self.quantized_from
         originals = self.to_device(images)
         reconstructions, losses = self.replica(originals, quantize=quantize)
-        likeness = losses["total"] - losses["codebook"]
+        likeness = losses["likeness"]
         if self.distance:
             losses["perceptual"] = self.distance(originals, reconstructions)
             likeness = likeness + self.options.preset.perceptual_weight * losses["perceptual"]

@@ -6,6 +6,7 @@ import argparse
 import gzip
 import hashlib
 import io
+import math
 import os
 import shutil
 import struct
@@ -136,11 +137,47 @@ def test_downloads_are_checked_before_they_are_used(mnist, tmp_path, monkeypatch
         load_known("mnist", fetched, 32)
 
 
+def lens(a: float, b: float, distance: float) -> float:
+    """The area that two discs of radius a and b share."""
+    along = (distance**2 + a**2 - b**2) / (2 * distance)   # where their borders cross
+    half = math.sqrt(a**2 - along**2)
+    sectors = a**2 * math.atan2(half, along) + b**2 * math.atan2(half, distance - along)
+    return sectors - half * distance
+
+
 def test_the_built_in_shapes_are_deterministic_and_distinct():
     (one, labels), (again, _), (other, _) = (train.draw_shapes(30, 32, s).tensors for s in (3, 3, 4))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert labels.bincount().tolist() == [3] * 10
     assert one.flatten(1).float().std(dim=1).min() > 10   # no shape is hidden in its background
+
+
+@pytest.mark.parametrize("name, area", {
+    "circle": math.pi * 0.95**2,
+    "ring": math.pi * (0.95**2 - 0.5**2),
+    "square": 1.6**2,
+    "triangle": 1.9 * 1.75 / 2,
+    "star": 5 * 0.48 * math.sin(math.pi / 5),
+    "cross": 2 * 2 * 0.6 - 0.6**2,
+    "heart": 0.063**2 * 180 * math.pi,
+    "crescent": math.pi * 0.95**2 - lens(0.95, 0.75, 0.45),
+    "arrow": 1.7 * 0.95 / 2 + 0.64 * 1.05,
+    "bar": 2 * 0.6,
+}.items())
+@pytest.mark.parametrize("angle", [0.0, 0.3])
+def test_the_shapes_have_their_areas(name, area, angle):
+    cover = train.draw_shape(name, 0.35, angle, 0.45, 0.55, 128) / 255
+    assert cover.mean() == pytest.approx(area * 0.35**2, rel=0.03)
+    rows, columns = np.indices(cover.shape) / 128
+    if name in ("circle", "ring", "square", "star", "cross"):   # their middle is their centre
+        assert (cover * columns).sum() / cover.sum() == pytest.approx(0.45, abs=0.02)
+        assert (cover * rows).sum() / cover.sum() == pytest.approx(0.55, abs=0.02)
+
+
+def test_an_odd_border_is_wider_on_the_right_and_below():
+    image = np.full((1, 1, 3, 3), 9, np.uint8)
+    pixels = train.fit_side(image, np.zeros(1), 6).tensors[0]
+    assert pixels[0, 0].sum(dim=0).tolist() == pixels[0, 0].sum(dim=1).tolist() == [0, 27, 27, 27, 0, 0]
 
 
 # The order of training, and what stands for all
@@ -264,6 +301,24 @@ def test_a_full_disk_ends_in_a_sentence(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "too large" in told
+
+
+def test_an_image_that_stands_in_keeps_its_label(tmp_path):
+    root = draw_folder(tmp_path, {"a": 1, "b": 1})
+    files = [(label, root / name / "000.png") for label, name in enumerate("ab")]
+    files[0][1].write_bytes(b"no image")
+    images, labels = train.FolderImages(root, files, 8, 3)[[0, 1]]
+    assert labels.tolist() == [1, 1] and torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("channels, held_out", [(3, 2), (1, 3)])
+def test_no_more_is_held_out_than_is_to_be_kept(tmp_path, monkeypatch, channels, held_out):
+    """Of bytes; of every class in turn."""
+    root = draw_folder(tmp_path / "data", {name: 2 for name in "abcd"})
+    monkeypatch.setattr(train, "HELD_OUT_BYTES", 2 * 3 * 8 * 8)
+    monkeypatch.setattr(train, "HELD_OUT_IMAGES", 3)
+    data = load("--data", root, "--out", tmp_path / "out", "--channels", channels)
+    assert data.held_out.tensors[1].tolist() == list(range(held_out))
 
 
 def test_a_folder_too_large_to_be_kept_is_read_as_training_goes(tmp_path, monkeypatch, capsys):

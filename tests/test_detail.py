@@ -95,6 +95,29 @@ def test_the_hinge(logit, loss, right):
     assert discriminator.reward(y).item() == pytest.approx(-logit)
 
 
+def test_a_discriminator_is_numpys():
+    """On the smallest image: strided convolutions, norm over an image, a leak of 0.2."""
+    torch.manual_seed(0)
+    discriminator = Discriminator(1, 2)
+    image = torch.randn(1, 1, 8, 8)
+    x = image[0].double().numpy()
+    for layer in [*discriminator.layers, discriminator.conv_out]:
+        if isinstance(layer, nn.Conv2d):
+            weight, bias = (p.detach().double().numpy() for p in (layer.weight, layer.bias))
+            padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
+            size, stride = weight.shape[2], layer.stride[0]
+            side = (padded.shape[1] - size) // stride + 1
+            x = np.empty((len(weight), side, side))
+            for i, j in np.ndindex(side, side):
+                patch = padded[:, i * stride:i * stride + size, j * stride:j * stride + size]
+                x[:, i, j] = np.tensordot(weight, patch, 3) + bias
+        elif isinstance(layer, nn.GroupNorm):
+            x = (x - x.mean()) / np.sqrt(x.var() + layer.eps)
+        else:
+            x = np.where(x > 0, x, 0.2 * x)
+    assert discriminator(image).item() == pytest.approx(x.item(), rel=1e-4)
+
+
 def test_a_discriminator_learns_which_are_originals():
     torch.manual_seed(0)
     discriminator = Discriminator(1, 8)
@@ -162,6 +185,10 @@ def test_a_step_adds_the_losses_up(tmp_path):
     expected = likeness + losses["codebook"] + share * reward + own
     torch.testing.assert_close(total, expected)
     assert losses["total"] == total and losses["discriminator_right"] == right
+    codes = stage.model.quantizer.codebook_VC   # no other loss moves it
+    for gradients in zip(*(torch.autograd.grad(x, [codes], retain_graph=True)
+                           for x in (total, losses["codebook"]))):
+        torch.testing.assert_close(*gradients)
     torch.testing.assert_close(losses["balance"], share)
     torch.testing.assert_close(losses["discriminator"], own)
     stage.step -= 1

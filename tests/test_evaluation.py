@@ -105,6 +105,7 @@ def test_fine_detail_is_what_changes_faster_than_every_four_pixels():
     assert sample.fine_power(0.5 * wave(12) + 0.3) == pytest.approx(fast / 4, rel=1e-5)
     assert sample.fine_power(wave(12).repeat(3, 1, 1, 1)) == pytest.approx(fast, rel=1e-5)
     assert sample.fine_power(wave(5)) < 0.01 * fast
+    assert sample.fine_power(wave(7)) < 0.1 * fast   # the border lies at 8 waves in 32 pixels
     assert sample.fine_power(torch.ones(2, 1, 32, 32)) < 1e-9
     ramp = torch.linspace(-1, 1, 32).expand(2, 1, 32, 32)   # its borders do not meet
     assert sample.fine_power(ramp) < 1e-3 * fast

@@ -189,8 +189,8 @@ def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def tokenizer_stage(out: Path) -> train.TokenizerStage:
-    options = train.parse(["--out", str(out), *TINY])
+def tokenizer_stage(out: Path, *flags) -> train.TokenizerStage:
+    options = train.parse(["--out", str(out), *TINY, *map(str, flags)])
     train.settle(options)
     images = [train.draw_shapes(count, 8, seed) for seed, count in enumerate((20, 10))]
     return train.TokenizerStage(train.data_of(*images, train.SHAPES), options)
@@ -386,6 +386,41 @@ def test_a_checkpoint_that_would_run_code_does_not(finished, tmp_path):
     assert not trace.exists()
     pickle.loads((tmp_path / "var.pt").read_bytes())
     assert trace.exists()   # so it was a real one
+
+
+def test_a_log_goes_on_where_a_training_does(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = sample.Log(path, "tokenizer", 0)
+    for step, split in ((1, "train"), (2, "train"), (2, "held_out"), (2, "health")):
+        log.write(step, split)
+    sample.Log(path, "var", 0).write(2, "train")
+    sample.Log(path, "tokenizer", 1)
+    left = [(line["stage"], line["step"], line["split"]) for line in sample.read_log(path)]
+    assert left == [("tokenizer", 1, "train"), ("var", 2, "train")]
+    sample.Log(path, "tokenizer", 5).write(5, "health")
+    sample.Log(path, "tokenizer", 5)   # once more: its health is measured again
+    assert all(line["split"] != "health" for line in sample.read_log(path))
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: (done.append(name), real(*given)))
+    sample.save_whole(tmp_path / "file", lambda file: file.write(b"content"))
+    assert done == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_a_second_interrupt_ends_at_once():
+    with sample.Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.asked
+    with sample.Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.asked
+        signal.raise_signal(signal.SIGTERM)   # from a process manager, say: the step still ends
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_log_whose_last_line_was_cut_is_read(tmp_path):

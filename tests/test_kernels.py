@@ -444,6 +444,28 @@ def test_split_heads_and_its_gradients(face, data):
 
 
 @pytest.mark.parametrize("face", FACES)
+def test_the_learned_scale_is_free_up_to_its_bound(face):
+    """At the bound it is, too, as torch.clamp has it; above it, nothing moves it."""
+    largest = torch.tensor(kernels.LARGEST_LOG_SCALE)
+    log_scale_H = torch.stack([largest - 1, largest, largest + 1]).to(DEVICE).requires_grad_()
+    product = torch.randn(1, 4, 3 * 48, device=DEVICE)
+    bias = torch.zeros(48, device=DEVICE)
+    q_BHLD = face_of("split_heads", face)(product, bias, bias, log_scale_H, 3)[0]
+    q_BHLD.square().sum().backward()   # the square of the scale, four times
+    expected = [8 * math.exp(2 * (kernels.LARGEST_LOG_SCALE + change)) for change in (-1, 0)]
+    assert log_scale_H.grad.tolist() == pytest.approx([*expected, 0.0], rel=1e-3)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_however_short_a_row_is_it_becomes_a_unit(face):
+    product = 1e-6 * torch.randn(1, 2, 3 * 16, device=DEVICE)
+    bias = torch.zeros(16, device=DEVICE)
+    q_BHLD, k_BHLD, _ = face_of("split_heads", face)(product, bias, bias, torch.zeros(1, device=DEVICE), 1)
+    for x_BHLD in (q_BHLD, k_BHLD):
+        assert x_BHLD.norm(dim=-1).flatten().tolist() == pytest.approx([1.0, 1.0], rel=1e-4)
+
+
+@pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("normalised", [True, False])
 @torch.no_grad()
 def test_keys_and_values_go_where_there_is_room_and_nowhere_else(face, normalised):
@@ -545,6 +567,18 @@ def test_top_k_keeps_k_whatever_their_sign_and_their_ties(face, logits):
                                                 (4, 0.5, 2), (4, 0.51, 3), (6, 1.0, 6)])
 def test_top_p_keeps_what_holds_p_of_what_top_k_left(face, top_k, top_p, kept):
     assert last_kept(face, [-3.0] * 8, top_k, top_p) == kept - 1
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("rank, kept", [(400, True), (600, False)])
+def test_rare_tokens_count_for_top_p(face, rank, kept):
+    """1,023 tokens of 2^-32 make 2^-22, of which half is outside of a top-p of 1 - 2^-23."""
+    cond = torch.full((1, 1, 1024), -math.log(2.0**32), device=DEVICE)
+    cond[..., 0] = 0
+    noise = torch.ones_like(cond)
+    noise[..., rank] = 1e-30   # it is drawn if it is kept
+    token = face_of("sample_tokens", face)(cond, None, 0.0, 0, 1 - 2.0**-23, noise).item()
+    assert token == (rank if kept else 0)
 
 
 @pytest.mark.parametrize("face", FACES)

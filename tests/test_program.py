@@ -234,8 +234,22 @@ def test_bytes_that_the_backward_pass_finds(tmp_path):
     width, side = 8, 8
     convolutions = stage.bytes_for_backward()
     assert convolutions > 10 * width * side * side * 4   # of a dozen maps at full resolution
-    stage.model.encoder = torch.nn.Conv2d(3, 4, 1, stride=2)
-    assert stage.bytes_for_backward() < convolutions
+    stage.model = torch.nn.Linear(5, 7)   # it keeps its input, and for all images its weight
+    stage.example = lambda: (torch.zeros(1, 5, requires_grad=True),)
+    assert stage.bytes_for_backward() == 5 * 4
+
+
+def test_parts_follow_from_the_memory_that_is_free(tmp_path, monkeypatch, capsys):
+    """A fourth of an image's memory is for passing results; 16 bytes a weight for training it."""
+    stage = tokenizer_stage(tmp_path)
+    weights = sum(weight.numel() for weight in stage.model.parameters())
+    stage.options.device = SimpleNamespace(type="cuda")
+    stage.bytes_for_backward = lambda: 1000
+    for images, parts in ((8, 1), (7.9, 2), (4, 2), (2, 4), (0, 8)):
+        free = int(16 * weights + 1250 * images)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
+        assert stage.parts_that_fit() == parts
+        assert ("for memory" in capsys.readouterr().out) == (parts > 1)
 
 
 def test_model_flops():
@@ -292,8 +306,22 @@ def test_the_average_of_the_weights(tmp_path):
         expected = 1.0 if stage.step == 0 else 0.75 * expected + 0.25 * 2.0**stage.step
         assert average.tolist() == pytest.approx([expected] * 3)
     stage.ema = 0.0
+    stage.model.quantizer.hits_V += 3
     stage.update_average()
     assert torch.equal(average, weight)
+    assert torch.equal(stage.average.quantizer.hits_V, stage.model.quantizer.hits_V)
+
+
+@pytest.mark.parametrize("flags, revived", [([], [20]), (["--unquantized", 0.5], []),
+                                            (["--tokenizer-steps", 100], [20, 40, 60, 80])])
+def test_codes_are_revived_now_and_then_until_the_end_is_near(tmp_path, monkeypatch, flags, revived):
+    stage = tokenizer_stage(tmp_path, *flags)
+    found = []
+    monkeypatch.setattr(stage.model.quantizer, "remember", lambda: None)
+    monkeypatch.setattr(stage.model.quantizer, "revive", lambda optimizer: found.append(stage.step))
+    for stage.step in range(stage.steps):
+        stage.after_step()
+    assert found == revived
 
 
 def test_notes_on_what_would_be_faster(monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,13 @@ def test_upscaling_reads_the_small_image_alone(shapes, tmp_path):
                           "--image", tmp_path / f"{name}.png", "--seeds", 1)
         results.append(columns(picture, 1)[0])
     assert np.abs(results[0].astype(int) - results[1]).max() <= 8   # but for rounding to bytes
+
+
+@pytest.mark.parametrize("side, scales", [(15, 2), (8, 2), (7, 1), (4, 1), (1, 1)])
+def test_small_images_are_as_many_scales_as_they_have_pixels_for(shapes, side, scales):
+    """Of 16 pixels a side the scales are 1x1, 2x2 and 4x4, and a code is for 4 x 4 pixels."""
+    run, given = opened(shapes, "--small", side)
+    assert sample.from_small(run, given.images)[1] == scales
 
 
 def test_everything_known_is_the_reconstruction(shapes, tmp_path):
@@ -183,6 +191,11 @@ def test_pictures_that_explain(shapes, tmp_path):
     draw(shapes, tmp_path / "a.png", "--gif", tmp_path / "a.gif", "--per-class", 2)
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 3 and film.info["loop"] == 0
+        times = []
+        for frame in range(3):
+            film.seek(frame)
+            times.append(film.info["duration"])
+        assert times == [400, 400, 2000]   # the finished images stay for a while
 
 
 def test_the_attention_drawn_is_that_of_the_cell(shapes, tmp_path, monkeypatch):
@@ -200,9 +213,11 @@ def test_the_attention_drawn_is_that_of_the_cell(shapes, tmp_path, monkeypatch):
     assert asked == [([label], 1 + 4 + 3), ([4], 1 + 4 + 3)]
 
 
-def test_attention_weights_are_what_the_layer_computes(shapes):
+@pytest.mark.parametrize("normalise_qk", [True, False])
+def test_attention_weights_are_what_the_layer_computes(shapes, normalise_qk):
     run, given = opened(shapes)
-    model = run.model
+    torch.manual_seed(0)
+    model = VAR(replace(run.model.config, normalise_qk=normalise_qk)).eval()
     inputs = run.tokenizer.teacher_inputs(run.encode(given.images[:1])[1])
     seen = {}
     block = model.blocks[0].attention
