@@ -50,7 +50,9 @@ from var import VAR, Known, VARConfig
 # top_k 900, top_p 0.95; its FID is measured at cfg 1.5.)
 FILTERS = {"cfg": 2.0, "top_k": 900, "top_p": 0.6}
 NO_FILTERS = {"cfg": 0.0, "top_k": 0, "top_p": 1.0}   # the model's own distribution
-TASKS = ("inpaint", "outpaint", "edit", "upscale", "reconstruct")
+GENERATED = ("sample", "progress")
+COMPLETED = ("inpaint", "outpaint", "edit", "upscale")
+TASKS = (*COMPLETED, "reconstruct")
 
 
 class UserError(Exception):
@@ -64,9 +66,9 @@ def main() -> None:
     plain = options.dtype == torch.float32 and not options.compile
     if options.device.type == "cpu" and plain:
         run.model.pack()
-    if options.evaluate:
+    if options.wish == "evaluate":
         say_evaluation(evaluate(run, options.evaluate, options.seeds), run)
-    elif options.npz or options.reference:
+    elif options.wish in ("npz", "reference"):
         save_sets(run)
     else:
         draw(run)
@@ -75,19 +77,17 @@ def main() -> None:
 def draw(run: Run) -> None:
     """Write the picture that is asked for."""
     options = run.options
-    pictures = {
-        "attention": draw_attention,
-        "codes": draw_codes,
-        "teaching": draw_teaching,
-        "reconstruct": reconstruct,
-    }
-    if options.task:
-        what = options.task
-        picture = pictures.get(what, complete)(run, load_images(run, options.image))
-    else:
-        what = "progress" if options.progress else "sample"
+    if options.wish in GENERATED:
         picture = draw_samples(run)
-    path = options.out or options.run / f"{what}.png"
+    else:
+        pictures = {
+            "attention": draw_attention,
+            "codes": draw_codes,
+            "teaching": draw_teaching,
+            "reconstruct": reconstruct,
+        }
+        picture = pictures.get(options.wish, complete)(run, load_images(run, options.image))
+    path = options.out or options.run / f"{options.wish}.png"
     save_picture(path, picture)
     print(f"wrote {path}")
 
@@ -330,7 +330,7 @@ def complete(run: Run, given: Given) -> Image.Image:
     """In-painting and its kin (paper: Sec. 5.3): itself, what is known, and a result per seed."""
     options = run.options
     images = given.images
-    if options.task == "upscale":
+    if options.wish == "upscale":
         known_HW = torch.ones(images.shape[2:])
         filled, scales = from_small(run, images)
         shown = filled
@@ -351,7 +351,7 @@ def complete(run: Run, given: Given) -> Image.Image:
     results = [run.decode(run.generate(labels, seed, known)) for seed in options.seeds]
     if options.paste:
         results = [torch.where(known_HW > 0, images, result) for result in results]
-    if options.task != "upscale":
+    if options.wish != "upscale":
         report(results, images, known_HW)
     columns = map(to_bytes, (images, shown, *results))
     return grid(zip(given.names, zip(*columns)))
@@ -383,7 +383,7 @@ def known_pixels(run: Run) -> Tensor:
                         f"least a pixel of {side}")
     inside_HW = torch.zeros(side, side)
     inside_HW[y0:y1, x0:x1] = 1
-    return inside_HW if options.task == "outpaint" else 1 - inside_HW
+    return inside_HW if options.wish == "outpaint" else 1 - inside_HW
 
 
 def fill_holes(images: Tensor, known_HW: Tensor) -> Tensor:
@@ -860,8 +860,11 @@ def kept_classifier(run: Run) -> Classifier:
                 return classifier.eval().requires_grad_(False).to(device)
         print(f"{path} was trained on other images: another is trained")
     classifier = train_classifier(images, labels, shape, 0, device)
-    save_checkpoint(path, "classifier", shape=shape, model=classifier.state_dict(),
-                    data_set=data_set)
+    try:
+        save_checkpoint(path, "classifier", shape=shape, model=classifier.state_dict(),
+                        data_set=data_set)
+    except UserError as error:   # it serves all the same
+        print(f"the classifier is not kept: {error}")
     return classifier
 
 
@@ -1013,6 +1016,7 @@ def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
     At any instant, and when the disk is full, the old one or the new one is there.
     """
+    path = path.resolve()   # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
     try:
@@ -1128,8 +1132,9 @@ def read_log(path: Path) -> list[dict]:
         return []
     try:
         lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-        if not all(isinstance(line, dict) for line in lines):
-            raise ValueError("a line is no record")
+        known = {"stage", "step", "split"}
+        if not all(isinstance(line, dict) and known <= line.keys() for line in lines):
+            raise ValueError("a line is no record of ours")
         return lines
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); move it away to go on without it")
@@ -1304,10 +1309,18 @@ def run_program(main: Callable[[], None]) -> None:
     and SIGTERM with 130."""
     with contextlib.suppress(ValueError):   # only the main thread may
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")   # a terminal may not know the letters of a class
     try:
         main()
     except (UserError, NoLauncher, OSError) as error:   # a folder where a file should be, say
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):   # in all words for too little memory
+            raise
+        print(f"error: the memory is not enough for this: {in_short(error)}", file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as stopped:
         print(str(stopped) or "stopped")
@@ -1357,6 +1370,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
 COUNT = number(int, 1)
 SEED = number(int, 0, 2**31 - 1)
 SHARE = number(float, 1e-6, 1)   # over 0, at most 1
+MOST_SAMPLES = 1_000_000
 
 
 def parse(arguments: list[str] | None = None) -> Namespace:
@@ -1368,12 +1382,19 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add_details(parser.add_argument_group("how they are done").add_argument)
     parser.set_defaults(**FILTERS)
     options = parser.parse_args(arguments)
-    check(options)
-    for task in ("codes", "teaching", "attention"):   # a flag instead of --task and --image
-        if images := getattr(options, task):
-            options.task = task
-            options.image = images
+    options.wish = wish_of(options)
+    check(options, parser)
+    if options.wish in ("codes", "teaching", "attention"):
+        options.image = getattr(options, options.wish)
     return options
+
+
+def wish_of(options: Namespace) -> str:
+    """What is to be done, in a word."""
+    for wish in ("codes", "teaching", "attention", "evaluate", "npz", "reference", "progress"):
+        if getattr(options, wish):
+            return wish
+    return options.task or "sample"
 
 
 def add_general(add: Callable) -> None:
@@ -1449,42 +1470,59 @@ def add_details(add: Callable) -> None:
         help="npz: keep this share of what is drawn, the most likely")
 
 
-def check(options: Namespace) -> None:
+HOLES = ("inpaint", "outpaint", "edit")
+MEANT_FOR = {   # flags that would do nothing with any other wish
+    "classes": (*GENERATED, *COMPLETED, "attention"),
+    "per_class": GENERATED,
+    "seed": (*GENERATED, "npz"),
+    "seeds": (*COMPLETED, "evaluate"),
+    "gif": GENERATED,
+    "out": (*GENERATED, *TASKS, "codes", "teaching", "attention"),
+    "progress": ("progress",),
+    "image": TASKS,
+    "box": HOLES,
+    "mask": HOLES,
+    "paste": HOLES,
+    "small": ("upscale",),
+    "open_loop": COMPLETED,
+    "cell": ("attention",),
+    "reference": ("npz", "reference"),
+    "rejection": ("npz",),
+}
+
+
+def check(options: Namespace, parser: Parser) -> None:
     """Raises UserError for flags that do not go together."""
-    classes = options.classes or []
+    wish = options.wish
+    for name, wishes in MEANT_FOR.items():
+        given = getattr(options, name) != parser.get_default(name)
+        if given and wish not in wishes:
+            raise UserError(f"--{name.replace('_', '-')} does nothing for {wish}: it is for "
+                            f"{', '.join(wishes)}")
     samples = None
     if options.npz:
         count, path = options.npz
         samples = Path(path)
-        if not count.isdecimal() or int(count) == 0:
-            raise UserError(f"--npz {count} must be a number of images, 1 or more, and a file")
-    others = (options.task, options.codes, options.teaching, options.attention, options.evaluate)
-    if options.reference and any(others):
-        raise UserError("--reference writes the held-out images with --npz or alone")
-    if options.rejection < 1 and not options.npz:
-        raise UserError("--rejection is for --npz")
+        if not count.isdecimal() or not 1 <= int(count) <= MOST_SAMPLES:
+            raise UserError(f"--npz {count} must be a number of images, 1 to {MOST_SAMPLES}, and a "
+                            f"file")
     if options.evaluate and options.evaluate % 2:
         raise UserError(f"--evaluate {options.evaluate} must be even: two halves are compared")
-    if classes and (options.evaluate or options.npz):
-        raise UserError("--evaluate and --npz are about all classes, and take no --classes")
     written = [(options.out, ".png"), (options.gif, ".gif"), (options.reference, ".npz"),
                (samples, ".npz")]
     for path, ending in written:
-        if path and path.is_dir():
-            raise UserError(f"{path} is a folder; name a file to write")
+        if path and path.exists() and not path.is_file():
+            raise UserError(f"{path} is there and is no file; name a file to write")
         if path and path.suffix.lower() not in ("", ending):
             raise UserError(f"{path} would be a {ending} file; name it so")
     if samples and samples == options.reference:
         raise UserError(f"{samples} cannot hold both samples and references")
-    if options.task and not options.image:
-        raise UserError(f"--task {options.task} needs --image: a file, a folder, or data:17")
-    if options.image and not options.task:
-        raise UserError(f"--image needs --task: one of {', '.join(TASKS)}")
-    if options.task == "upscale" and options.paste:
-        raise UserError("--paste has no known pixels to put over an upscaled image")
-    if options.task == "edit" and not classes:
+    if wish in TASKS and not options.image:
+        raise UserError(f"--task {wish} needs --image: a file, a folder, or data:17")
+    classes = options.classes or []
+    if wish == "edit" and not classes:
         raise UserError("--task edit needs --classes NAME: what to edit towards")
-    if (options.task or options.attention) and len(classes) > 1:
+    if wish not in GENERATED and len(classes) > 1:
         raise UserError(f"one class here, please: --classes {' '.join(classes)} are "
                         f"{len(classes)}")
 

@@ -153,7 +153,7 @@ class Stage:
         self.data = data
         self.options = options
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
-        change_parts(model, options)
+        change_parts(model, options)   # compiled, say; the average takes batches of any size
         self.replica = model   # the model, its gradients averaged over the processes
         if dist.is_initialized():
             self.replica = nn.parallel.DistributedDataParallel(
@@ -183,36 +183,38 @@ class Stage:
     def run(self) -> nn.Module:
         """Train to the last step, from the checkpoint if asked to; returns the average."""
         options = self.options
-        if not (options.resume and self.path.exists()):
-            self.begin()
-        elif self.resume():
+        begun = options.resume and self.path.exists()
+        if begun and self.resume():
             say(f"{self.path} is finished")
             return self.average
         if rank_and_ranks()[0] == 0:
             images, labels = self.data.held_out.tensors
             save_checkpoint(options.out / "held_out.pt", "set of held-out images",
                             images=images, labels=labels)
+        if not begun:
+            self.begin()
         log = Log(options.out / "log.jsonl", self.name, self.step)
         steps = shuffled(len(self.rows), self.batch, options.seed, self.step, self.steps)
         bar = tqdm(initial=self.step, total=self.steps, desc=self.name, unit="step",
                    mininterval=0.5, disable=rank_and_ranks()[0] > 0)
-        reports: list[Report] = []
+        newest = None
         with Interrupt() as interrupt, bar:
             for tensors in read_ahead(self.rows, map(own_part, steps), options):
-                reports.append(self.advance(tensors, interrupt.asked))
+                before = newest
+                newest = self.advance(tensors, interrupt.asked)
                 last = self.step == self.steps
                 measured = last or self.step % max(1, self.steps // 8) == 0
                 saved = last or self.step % options.checkpoint_every == 0
-                # The newest report is left until the next step is on its way, so that nobody waits
-                # for a GPU; before anything is measured or saved, all are read.
-                stop = False
-                while len(reports) > (0 if stop or measured or saved else 1):
-                    stop = self.read(reports.pop(0), log, bar) or stop
+                # A report is read when the next step is on its way, so that nobody waits for a GPU;
+                # the newest, too, before anything is measured or saved.
+                stop = before is not None and self.read(before, log, bar)
                 if stop or measured or saved:
+                    stop = self.read(newest, log, bar) or stop
+                    newest = None
                     self.check_weights()
                 if measured:
                     log.write(self.step, "held_out", **self.validate(self.average))
-                if stop or saved:
+                if stop or saved:   # at the last step, too: should a picture fail, no step is lost
                     self.save(finished=False)
                 if stop:
                     raise Stopped(self.stopped())
@@ -1385,9 +1387,8 @@ class Preset:
     var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     muon: bool = option(
         True, YES_OR_NO, "Muon instead of AdamW for the matrices and convolutions inside layers")
-    weight_decay: float = option(0.05, number(float, 0), "of the transformer's matrices")
-    final_lr: float = option(
-        0.0, number(float, 0), "learning rate at the end, as a share of the peak")
+    weight_decay: float = option(0.05, WEIGHT, "of the transformer's matrices")
+    final_lr: float = option(0.0, PART, "learning rate at the end, as a share of the peak")
     warmup: int = option(30, STEPS, "steps of linear warm-up, in both stages")
     ema: float = option(
         0.95, BELOW_1,
@@ -1504,6 +1505,9 @@ def settle(options: argparse.Namespace) -> None:
     if options.stage == "tokenizer" and options.tokenizer:
         raise UserError("--tokenizer is for the transformer's training, and --stage tokenizer is "
                         "without it")
+    if options.channels != 3 and options.data in ("shapes", *PUBLISHED):
+        raise UserError(f"--channels is for a folder of images; {options.data} has channels of its "
+                        f"own")
     options.out = options.out or Path("out") / Path(options.data).resolve().name
     options.stages = ["tokenizer", "var"] if options.stage == "all" else [options.stage]
     if options.tokenizer:

@@ -324,6 +324,19 @@ def test_a_run_s_training_images(finished):
     assert content["data_set"] == identity["data set"]
 
 
+def test_a_run_that_cannot_be_written_to_is_judged_all_the_same(shapes, monkeypatch, tmp_path):
+    run = shutil.copytree(shapes, tmp_path / "run")
+    (run / "classifier.pt").unlink(missing_ok=True)
+
+    def full(*_):
+        raise OSError("Read-only file system")
+
+    monkeypatch.setattr(sample, "CLASSIFIER_STEPS", 3)
+    monkeypatch.setattr(sample, "save_whole", full)
+    said = ran("sample.py", "--run", run, "--evaluate", 8, "--seeds", 0)
+    assert "the classifier is not kept" in said and "Read-only" in said and "recognised" in said
+
+
 # Mistakes
 
 
@@ -335,7 +348,6 @@ def test_mistakes_in_evaluating(shapes, finished, tmp_path, monkeypatch):
     assert "there are 2 held-out" in refusal("--evaluate", 8, run=finished)
     assert "must be a whole number, 8 or more" in refusal("--evaluate", 6)
     assert "must be even" in refusal("--evaluate", 9)
-    assert "take no --classes" in refusal("--evaluate", 8, "--classes", "star")
     assert "not allowed with argument --evaluate" in refusal("--evaluate", 8, "--codes", "data:1")
     out = shutil.copytree(shapes, tmp_path / "run")
     (out / "train_images.pt").unlink()

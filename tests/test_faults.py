@@ -411,6 +411,14 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert done == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"content"
 
 
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere" / "file")
+    sample.save_whole(link, lambda file: file.write(b"content"))
+    assert link.is_symlink() and (tmp_path / "elsewhere" / "file").read_bytes() == b"content"
+
+
 def test_a_second_interrupt_ends_at_once():
     with sample.Interrupt() as interrupt:
         signal.raise_signal(signal.SIGTERM)
@@ -424,8 +432,14 @@ def test_a_second_interrupt_ends_at_once():
 
 
 def test_a_log_whose_last_line_was_cut_is_read(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"stage": "var", "step": 1}\n{"stage": "va')
-    assert sample.read_log(tmp_path / "log.jsonl") == [{"stage": "var", "step": 1}]
+    path = tmp_path / "log.jsonl"
+    line = '{"stage": "var", "step": 1, "split": "train"}\n'
+    path.write_text(line + '{"stage": "va')
+    assert sample.read_log(path) == [{"stage": "var", "step": 1, "split": "train"}]
+    for other in ('{"stage": "var"}', "[]", "3", "nothing"):
+        path.write_text(line + other + "\n")
+        with pytest.raises(sample.UserError, match="is damaged"):
+            sample.read_log(path)
 
 
 KINDS = {"tokenizer.pt": "tokenizer", "var.pt": "transformer", "tokens.pt": "set of tokens",

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -369,7 +370,7 @@ def test_mistakes_in_training(folder, tmp_path):
     assert "are images of 8" in refusal("--image-size", 9)
     wrong = {"--unquantized": 1, "--heads": 0, "--seed": -1, "--last-scales": 0, "--var-lr": "nan", "--tokenizer-lr": 1e39,
              "--tokenizer-batch": 0, "--multipliers": "1,0", "--grad-accumulation": 0,
-             "--scales": "1,b", "--ema": 1, "--label-dropout": 1.5, "--var-steps": 2.5}
+             "--scales": "1,b", "--ema": 1, "--label-dropout": 1.5, "--var-steps": 2.5, "--final-lr": 1.1}
     for flag, value in wrong.items():
         told = refusal(flag, value)
         assert f"{flag}: " in told and "must be" in told
@@ -377,6 +378,8 @@ def test_mistakes_in_training(folder, tmp_path):
         told = refusal("--grad-accumulation", 2, batch, 9)
         assert f"{batch} 9 does not divide into 2 parts" in told
     assert "one of them" in refusal("--resume", "--overwrite")
+    for name in ("shapes", "cifar10"):
+        assert f"{name} has channels of its own" in refusal("--channels", 1, data=name)
     assert "is without it" in refusal("--stage", "tokenizer", "--tokenizer", "x.pt")
     (tmp_path / "file").touch()
     assert "File exists" in refusal(out=tmp_path / "file") or "Not a directory" in refusal(
@@ -435,6 +438,25 @@ def test_a_mistake_ends_a_program_with_one_sentence(tmp_path):
     missing = tmp_path / "var.pt"
     assert result.returncode == 2
     assert result.stderr == f"error: there is no transformer checkpoint at {missing}\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 9 TiB"), RuntimeError(
+    "DefaultCPUAllocator: can't allocate memory"), RuntimeError("another")], ids=str)
+def test_too_little_memory_is_told_in_one_sentence(error, capsys):
+    def main():
+        raise error
+
+    enough = "another" in str(error)
+    with pytest.raises(RuntimeError if enough else SystemExit):
+        sample.run_program(main)
+    assert ("the memory is not enough" in capsys.readouterr().err) == (not enough)
+
+
+def test_a_terminal_that_does_not_know_a_letter():
+    program = "import sample; sample.run_program(lambda: print('Ελλάδα, Fréchet'))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
+                            env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=240)
+    assert result.stdout == "??????, Fr?chet\n", result.stderr
 
 
 def test_mistakes_in_sampling(finished, tmp_path):

@@ -49,9 +49,11 @@ def opened(shapes: Path, *arguments) -> tuple[sample.Run, sample.Given]:
 
 @pytest.mark.parametrize("task", ["inpaint", "outpaint", "edit", "upscale"])
 def test_completing_keeps_what_is_known(shapes, tmp_path, task):
-    flags = {"edit": ["--paste", "--classes", "star"], "upscale": []}.get(task, ["--paste"])
+    flags = [] if task == "upscale" else ["--paste", "--box", 0, 0, 0.5, 1]
+    if task == "edit":
+        flags += ["--classes", "star"]
     picture, said = draw(shapes, tmp_path / "a.png", "--task", task, "--image", "data:3", "data:5",
-                         "--seeds", 0, 1, "--box", 0, 0, 0.5, 1, *flags)
+                         "--seeds", 0, 1, *flags)
     assert picture.shape[0] == 2 * (CELL + GAP)
     original, shown, first, second = columns(picture, 4)
     assert not np.array_equal(first, second)   # two seeds
@@ -87,7 +89,8 @@ def test_upscaling_reads_the_small_image_alone(shapes, tmp_path):
 @pytest.mark.parametrize("side, scales", [(15, 2), (8, 2), (7, 1), (4, 1), (1, 1)])
 def test_small_images_are_as_many_scales_as_they_have_pixels_for(shapes, side, scales):
     """Of 16 pixels a side the scales are 1x1, 2x2 and 4x4, and a code is for 4 x 4 pixels."""
-    run, given = opened(shapes, "--small", side)
+    run, given = opened(shapes)
+    run.options.small = side
     assert sample.from_small(run, given.images)[1] == scales
 
 
@@ -372,12 +375,10 @@ def test_mistakes(shapes, tmp_path):
 
     ask = ("--image", "data:3", "--task")
     assert "needs --image" in refusal("--task", "inpaint")
-    assert "needs --task" in refusal("--image", "data:3")
     assert "needs --classes" in refusal(*ask, "edit")
     assert "--box: 1.5 must be from 0 to 1" in refusal(*ask, "inpaint", "--box", 0, 0, 1.5, 1)
     assert "nan must be from 0 to 1" in refusal(*ask, "inpaint", "--box", 0, 0, "nan", 1)
     assert "hold at least a pixel" in refusal(*ask, "inpaint", "--box", 0.5, 0, 0.5, 1)
-    assert "no known pixels" in refusal(*ask, "upscale", "--paste")
     assert "less than the side" in refusal(*ask, "upscale", "--small", 16)
     assert "--small: 0 must be" in refusal(*ask, "upscale", "--small", 0)
     assert "data:0 to data:999" in refusal("--codes", "data:1000")
@@ -386,12 +387,12 @@ def test_mistakes(shapes, tmp_path):
     assert "holds no images" in refusal("--codes", tmp_path)
     assert "not allowed with argument --codes" in refusal("--codes", "data:1", "--attention", "data:1")
     assert "one class here" in refusal(*ask, "edit", "--classes", "star", "heart")
-    assert "is for --npz" in refusal("--rejection", 0.5)
-    assert "no --classes" in refusal("--npz", 3, tmp_path / "a.npz", "--classes", "star")
-    assert "is a folder" in refusal("--out", tmp_path)
+    assert "is there and is no file" in refusal("--out", tmp_path)
+    assert "is there and is no file" in refusal("--out", "/dev/null")
     assert "must be a whole number, from 0" in refusal("--seed", 10**20)
     assert "within the last map" in refusal("--attention", "data:3", "--cell", 4, 0)
-    assert "a number of images" in refusal("--npz", "many", tmp_path / "a.npz")
+    for count in ("many", 0, 10**12):
+        assert "a number of images" in refusal("--npz", count, tmp_path / "a.npz")
     assert not list(tmp_path.iterdir())
 
 
@@ -412,7 +413,19 @@ def test_packed_products_are_the_same(finished):
     assert torch.allclose(run.log_likelihood(tokens_NL, [0, 1, 0]), likelihoods, atol=1e-3)
 
 
-def test_references_are_written_with_samples_or_alone(finished, tmp_path):
-    for flags in (["--evaluate", 8], ["--codes", "data:0"]):
-        assert "--reference writes" in refused(
-            "sample.py", "--run", finished, *flags, "--reference", tmp_path / "r.npz")
+@pytest.mark.parametrize("flags, told", [
+    ("--image data:3", "--image does nothing for sample: it is for inpaint"),
+    ("--task upscale --image data:3 --paste", "--paste does nothing for upscale"),
+    ("--task reconstruct --image data:3 --mask mask.png", "--mask does nothing for reconstruct"),
+    ("--rejection 0.5", "--rejection does nothing for sample: it is for npz"),
+    ("--npz 3 a.npz --classes star", "--classes does nothing for npz"),
+    ("--npz 3 a.npz --out a.png", "--out does nothing for npz"),
+    ("--evaluate 8 --reference r.npz", "--reference does nothing for evaluate"),
+    ("--evaluate 8 --gif a.gif", "--gif does nothing for evaluate"),
+    ("--codes data:0 --progress", "--progress does nothing for codes"),
+    ("--codes data:0 --seed 3", "--seed does nothing for codes"),
+    ("--progress --cell 0 0", "--cell does nothing for progress"),
+    ("--small 3", "--small does nothing for sample: it is for upscale"),
+])
+def test_a_flag_that_would_do_nothing_is_refused(shapes, flags, told):
+    assert told in refused("sample.py", "--run", shapes, *flags.split())
