@@ -1318,9 +1318,9 @@ def run_program(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if "allocate" not in str(error):   # in all words for too little memory
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
-        print(f"error: the memory is not enough for this: {in_short(error)}", file=sys.stderr)
+        print(f"error: not enough memory. {in_short(error)}", file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as stopped:
         print(str(stopped) or "stopped")
@@ -1410,7 +1410,7 @@ def add_general(add: Callable) -> None:
         help="names of classes, numbers for a published model; if not given, all, but at most 20")
     add("--per-class", type=COUNT, default=8, metavar="N",
         help="images per class (default: %(default)s)")
-    add("--cfg", type=number(float, 0),
+    add("--cfg", type=number(float, 0, 100),
         help="strength of classifier-free guidance at the last scale; 0 is none "
              "(default: %(default)s)")
     add("--top-k", type=number(int, 0),

@@ -1329,6 +1329,7 @@ def several(read: Callable) -> Callable:
 
 
 COUNT = number(int, 1)
+SIZE = number(int, 1, 2**16)
 STEPS = number(int, 0)
 RATE = number(float, 1e-12, 1e30)
 PART = number(float, 0, 1)
@@ -1344,21 +1345,21 @@ def option(default: Any, read: Callable | None, text: str):
 
 @dataclass(frozen=True)
 class Preset:
-    image_size: int = option(32, COUNT, "side of the images")
+    image_size: int = option(32, SIZE, "side of the images")
     scales: tuple[int, ...] | None = option(
-        None, several(COUNT),
+        None, several(SIZE),
         "sides of the token maps, from 1 to the latent's; if not given, 1, 2, 4, ... up to it")
-    vocabulary: int = option(256, COUNT, "codes in the codebook")
-    code_channels: int = option(8, COUNT, "channels of a code")
-    tokenizer_width: int = option(16, COUNT, "the tokenizer's channels at full resolution")
+    vocabulary: int = option(256, SIZE, "codes in the codebook")
+    code_channels: int = option(8, SIZE, "channels of a code")
+    tokenizer_width: int = option(16, SIZE, "the tokenizer's channels at full resolution")
     multipliers: tuple[int, ...] = option(
-        (1, 2, 4), several(COUNT),
+        (1, 2, 4), several(SIZE),
         "of that width, per resolution; each but the first halves the side")
-    blocks: int = option(1, COUNT, "residual blocks per resolution")
-    phis: int = option(4, COUNT, "distinct phi convolutions")
-    norm_groups: int = option(2, COUNT, "groups of the tokenizer's group norms")
+    blocks: int = option(1, SIZE, "residual blocks per resolution")
+    phis: int = option(4, SIZE, "distinct phi convolutions")
+    norm_groups: int = option(2, SIZE, "groups of the tokenizer's group norms")
     tokenizer_steps: int = option(1000, COUNT, "training steps of the tokenizer")
-    tokenizer_batch: int = option(8, COUNT, "images per step of the tokenizer")
+    tokenizer_batch: int = option(8, SIZE, "images per step of the tokenizer")
     tokenizer_lr: float = option(1.5e-3, RATE, "peak learning rate of the tokenizer")
     unquantized: float = option(
         0.1, BELOW_1, "share of the tokenizer's steps, at the start, without quantization")
@@ -1369,11 +1370,11 @@ class Preset:
         "last layer; 0 is without")
     adversarial_from: float = option(
         0.3, BELOW_1, "share of the tokenizer's steps, at the start, without the discriminator")
-    discriminator_width: int = option(32, COUNT, "the discriminator's channels at half resolution")
+    discriminator_width: int = option(32, SIZE, "the discriminator's channels at half resolution")
     discriminator_lr: float = option(2e-4, RATE, "peak learning rate of the discriminator")
-    depth: int = option(6, COUNT, "layers of the transformer")
-    width: int = option(64, COUNT, "width of the transformer")
-    heads: int = option(4, COUNT, "attention heads")
+    depth: int = option(6, SIZE, "layers of the transformer")
+    width: int = option(64, SIZE, "width of the transformer")
+    heads: int = option(4, SIZE, "attention heads")
     shared_adaln: bool = option(False, YES_OR_NO, "one AdaLN modulation shared by all layers")
     normalise_qk: bool = option(True, YES_OR_NO, "unit queries and keys with a learned scale")
     label_dropout: float = option(
@@ -1383,7 +1384,7 @@ class Preset:
     last_scales: int | None = option(
         None, COUNT, "how many scales a token sees, its own among them; if not given, all so far")
     var_steps: int = option(2000, COUNT, "training steps of the transformer")
-    var_batch: int = option(32, COUNT, "images per step of the transformer")
+    var_batch: int = option(32, SIZE, "images per step of the transformer")
     var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     muon: bool = option(
         True, YES_OR_NO, "Muon instead of AdamW for the matrices and convolutions inside layers")

@@ -370,7 +370,7 @@ def test_mistakes_in_training(folder, tmp_path):
     assert "are images of 8" in refusal("--image-size", 9)
     wrong = {"--unquantized": 1, "--heads": 0, "--seed": -1, "--last-scales": 0, "--var-lr": "nan", "--tokenizer-lr": 1e39,
              "--tokenizer-batch": 0, "--multipliers": "1,0", "--grad-accumulation": 0,
-             "--scales": "1,b", "--ema": 1, "--label-dropout": 1.5, "--var-steps": 2.5, "--final-lr": 1.1}
+             "--scales": "1,b", "--ema": 1, "--label-dropout": 1.5, "--var-steps": 2.5, "--final-lr": 1.1, "--depth": 10**9}
     for flag, value in wrong.items():
         told = refusal(flag, value)
         assert f"{flag}: " in told and "must be" in told
@@ -440,7 +440,7 @@ def test_a_mistake_ends_a_program_with_one_sentence(tmp_path):
     assert result.stderr == f"error: there is no transformer checkpoint at {missing}\n"
 
 
-@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 9 TiB"), RuntimeError(
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(
     "DefaultCPUAllocator: can't allocate memory"), RuntimeError("another")], ids=str)
 def test_too_little_memory_is_told_in_one_sentence(error, capsys):
     def main():
@@ -449,7 +449,7 @@ def test_too_little_memory_is_told_in_one_sentence(error, capsys):
     enough = "another" in str(error)
     with pytest.raises(RuntimeError if enough else SystemExit):
         sample.run_program(main)
-    assert ("the memory is not enough" in capsys.readouterr().err) == (not enough)
+    assert ("not enough memory" in capsys.readouterr().err) == (not enough)
 
 
 def test_a_terminal_that_does_not_know_a_letter():
