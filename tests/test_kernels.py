@@ -81,6 +81,44 @@ def double(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().double().cpu().numpy()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_outside_is_touched():
+    """In the interpreter all that a kernel loads and stores lies in an array that it was started on."""
+    if GPU or not kernels.HAS_TRITON:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+    arrays: list[tuple[int, int]] = []   # their first bytes, and the first ones after them
+    start, load, store = kernels.start, Builder.create_masked_load, Builder.create_masked_store
+
+    def noted(kernel, programs, tensors, *rest):
+        arrays.clear()
+        for x in tensors:
+            numbers = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+            arrays.append((x.data_ptr(), x.data_ptr() + numbers * x.element_size()))
+        start(kernel, programs, tensors, *rest)
+
+    def check(pointers, mask):
+        touched = pointers.data[mask.data]
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        if len(touched):
+            assert any(begin <= touched.min() and touched.max() + size <= end for begin, end in arrays)
+
+    def checked_load(builder, pointers, mask, *rest):
+        check(pointers, mask)
+        return load(builder, pointers, mask, *rest)
+
+    def checked_store(builder, pointers, value, mask, *rest):
+        check(pointers, mask)
+        return store(builder, pointers, value, mask, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "start", noted)
+        patch.setattr(Builder, "create_masked_load", checked_load)
+        patch.setattr(Builder, "create_masked_store", checked_store)
+        yield
+
+
 @contextlib.contextmanager
 def poisoned():
     """Memory that nothing was written to yet holds NaN, or the largest integer."""
