@@ -75,7 +75,7 @@ except ImportError:   # on Windows
 def main() -> None:
     options = parse()
     settle(options)
-    with alone_in(options.out):
+    with alone_in(options.out) as options.lock:
         train(options)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -480,15 +480,18 @@ def read_ahead(data: Dataset, rows: Iterable[list[int]], options: argparse.Names
         num_workers=options.workers if isinstance(data, FolderImages) else 0,
         pin_memory=options.device.type == "cuda",
         generator=torch.Generator(),   # so the loader leaves the run's random state alone
-        worker_init_fn=leave_signals,
+        worker_init_fn=partial(only_read, options.lock),
     )
 
 
-def leave_signals(_: int) -> None:
+def only_read(lock: int | None, _: int) -> None:
     """In a process that reads images: Ctrl-C and SIGTERM, which all processes of a program may get,
-    are for the one that trains. It ends the others when it has saved."""
+    are for the one that trains. It ends the others when it has saved. Should it be killed, the
+    folder is free at once, and not when the others notice."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if lock is not None:
+        os.close(lock)
 
 
 def change_parts(model: nn.Module, options: argparse.Namespace) -> None:
@@ -1306,7 +1309,7 @@ def decoded(files: FolderImages, name: str, options: argparse.Namespace) -> Deco
         images = DataLoader(files.paths, batch_size=None, sampler=rows,
                             num_workers=min(options.workers, len(rows)),
                             collate_fn=partial(try_to_read, shape=files.shape),
-                            worker_init_fn=leave_signals)
+                            worker_init_fn=partial(only_read, options.lock))
         for image in tqdm(images, desc=f"decode {name}", unit="image", disable=not rows):
             file.write(bytes(size) if image is None else b"\1" + image.tobytes())
     images = DecodedImages(np.memmap(path, np.uint8, "r", shape=(len(files), size)), files)
@@ -1493,6 +1496,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             group.add_argument(flag, type=value.metadata["read"], default=argparse.SUPPRESS,
                                help=text)
     parser.set_defaults(**FILTERS, batch=100)   # of the pictures that a run ends with
+    parser.set_defaults(lock=None)
     return parser.parse_args(arguments)
 
 
@@ -1572,11 +1576,11 @@ def settle_preset(options: argparse.Namespace) -> Preset:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[int | None]:
     """Two trainings would write over each other's files. The lock is gone with the process, however
     that ends; Windows has none, nor have some network disks."""
     if fcntl is None or rank_and_ranks()[0] > 0:
-        yield
+        yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -1588,7 +1592,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     except OSError:   # a disk without locks
         pass
     try:
-        yield
+        yield lock
     finally:
         os.close(lock)
         with contextlib.suppress(OSError):   # it is not empty, unless nothing came of the training

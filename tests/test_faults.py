@@ -531,6 +531,19 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
     assert not out.exists()   # of a training of which nothing came
 
 
+@pytest.mark.skipif(train.fcntl is None, reason="no such lock on Windows")
+def test_processes_that_read_images_do_not_hold_the_folder(folder, tmp_path):
+    """Else they would for seconds after the training that started them is killed."""
+    options = train.parse(["--workers", "1"])
+    options.device = torch.device("cpu")
+    images = train.FolderImages(folder, [(0, path) for path in (folder / "cat").iterdir()], 8, 3)
+    with train.alone_in(tmp_path) as options.lock:
+        rows = iter(train.read_ahead(images, [[0], [1], [2]], options))
+        next(rows)
+    with train.alone_in(tmp_path):   # free, while the reader lives
+        assert multiprocessing.active_children()
+
+
 def test_processes_that_read_images_leave_signals_to_the_training(folder, monkeypatch):
     """SIGTERM reaches all processes of a program that a time limit or a scheduler ends."""
     options = train.parse(["--workers", "1"])
