@@ -63,6 +63,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.types import Number
 
 try:
     import triton
@@ -83,7 +84,10 @@ def use_triton(tensor) -> bool:
 
 
 class Array(NamedTuple):
-    """A tensor as kernels get it: a pointer to its first number, and a stride for every axis."""
+    """A tensor as kernels get it: a pointer to its first number, and a stride for every axis.
+
+    Triton takes a tuple for an argument and leaves its parts their names: x.start, x.strides[0].
+    """
     start: Any
     strides: tuple[int, ...]
 
@@ -94,25 +98,24 @@ def as_arrays(tensors: Sequence[Tensor]) -> list[Array]:
 
 def launch(kernel: Callable, programs: int, read: list[Tensor], written: list[Tensor],
            *numbers: float, **constants: int) -> None:
-    """Start a kernel on the arrays it reads, the arrays it writes, and numbers, floats first.
+    """Start a kernel on the arrays it reads, the arrays it writes, and numbers.
 
     torch.compile cannot look into it. What it needs to know is what is written, so that there a
     launch is one operator of PyTorch's, for all kernels. Elsewhere it goes the short way: the
     operator takes longer to call than many a kernel to run.
     """
     if torch.compiler.is_compiling():
-        floats = [number for number in numbers if isinstance(number, float)]
-        launch_compiled(kernel.__name__, programs, read, written, floats,
-                        list(numbers[len(floats):]), ",".join(constants), list(constants.values()))
+        launch_compiled(kernel.__name__, programs, read, written, list(numbers),
+                        ",".join(constants), list(constants.values()))
     else:
         start(kernel, programs, read + written, numbers, constants)
 
 
 @torch.library.custom_op("var::launch", mutates_args=["written"])
 def launch_compiled(kernel: str, programs: int, read: list[Tensor], written: list[Tensor],
-                    floats: list[float], sizes: list[int], names: str, values: list[int]) -> None:
+                    numbers: list[Number], names: str, values: list[int]) -> None:
     constants = dict(zip(names.split(","), values))
-    start(globals()[kernel], programs, read + written, floats + sizes, constants)
+    start(globals()[kernel], programs, read + written, numbers, constants)
 
 
 @launch_compiled.register_fake
@@ -129,10 +132,8 @@ def start(kernel: Callable, programs: int, tensors: Sequence[Tensor], numbers: S
     with torch.cuda.device_of(tensors[0]):
         try:
             kernel[(programs,)](*as_arrays(tensors), *numbers, **constants)
-        except (subprocess.CalledProcessError, FileNotFoundError) as error:
-            raise NoLauncher from error
-        except RuntimeError as error:
-            if "C compiler" not in str(error):
+        except (subprocess.CalledProcessError, FileNotFoundError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "C compiler" not in str(error):
                 raise
             raise NoLauncher from error
 
@@ -351,7 +352,6 @@ class AdaLN(torch.autograd.Function):
         launch(adaln_forward, B * L, [x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W],
                [sum_BLW, y_BLW], L, W, **adaln_tiles(W))
         ctx.save_for_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W)
-        ctx.shift_dtype = shift_B1W.dtype
         return sum_BLW, y_BLW
 
     @staticmethod
@@ -366,9 +366,8 @@ class AdaLN(torch.autograd.Function):
         sums_3BPW = sum_BLW.new_empty(3, B, parts, W, dtype=torch.float32)
         launch(adaln_backward, B * parts, [sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW],
                [dx_BLW, dh_BLW, *sums_3BPW], L, W, TOKENS=TOKENS, **adaln_tiles(W))
-        dgate_B1W, dscale_B1W, dshift_B1W = sums_3BPW.sum(dim=2, keepdim=True)
-        return (dx_BLW, dh_BLW, dgate_B1W.to(gate_B1W.dtype), dscale_B1W.to(scale_B1W.dtype),
-                dshift_B1W.to(ctx.shift_dtype), None)
+        # dgate, dscale and dshift, which autograd brings to the dtypes of the inputs:
+        return dx_BLW, dh_BLW, *sums_3BPW.sum(dim=2, keepdim=True), None
 
 
 def adaln_triton(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
@@ -669,7 +668,7 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL, log_scale
     """
     program = tl.program_id(0)
     head = program // parts
-    part_1 = program % parts + tl.arange(0, 1)
+    part_1 = program % parts + tl.arange(0, 1)   # a tile of one row, for load_rows and store_rows
     tokens_T = part_1 * TILE_L + tl.arange(0, TILE_L)
     part = (head, H, part_1, parts)
     rows = (head, H, tokens_T, L)
@@ -711,42 +710,36 @@ def three_heads(product_BLX: Tensor, heads: int) -> list[Tensor]:
     return list(product_BLX.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4))
 
 
-def launch_split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
-                       log_scale_H: Tensor | None, *qkv: Tensor) -> Tensor:
-    """Fill q, k and v [B, H, L, D]; returns [2, B, H, L] of 1 / |x|, of queries and of keys."""
-    B, H, L, D = qkv[0].shape
+def launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
+    """q, k and v [B, H, L, D], k and v in `room` if there is one, and of q and k 1 / |x|."""
+    views = three_heads(product_BLX.contiguous(), heads)
+    B, H, L, D = views[0].shape
+    q_BHLD = product_BLX.new_empty(B, H, L, D)
+    k_BHLD, v_BHLD = room or (torch.empty_like(q_BHLD), torch.empty_like(q_BHLD))
     inverse_2BHL = product_BLX.new_empty(2, B, H, L, dtype=torch.float32)
     normalised = log_scale_H is not None
     scales = log_scale_H if normalised else q_bias_W   # of which nothing is read then
-    read = [*three_heads(product_BLX.contiguous(), H), q_bias_W, v_bias_W, scales]
     tiles = heads_tiles(L, D)
     launch(split_heads_forward, B * H * triton.cdiv(L, tiles["TILE_L"]),
-           read, [*qkv, *inverse_2BHL],
+           [*views, q_bias_W, v_bias_W, scales], [q_BHLD, k_BHLD, v_BHLD, *inverse_2BHL],
            LARGEST_LOG_SCALE, H, L, NORMALISED=normalised, **tiles)
-    return inverse_2BHL
-
-
-def new_heads(product_BLX: Tensor, heads: int) -> Tensor:
-    B, L, X = product_BLX.shape
-    return product_BLX.new_empty(B, heads, L, X // 3 // heads)
+    return q_BHLD, k_BHLD, v_BHLD, inverse_2BHL
 
 
 class SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, product_BLX, q_bias_W, v_bias_W, log_scale_H, heads):
-        q_BHLD, k_BHLD, v_BHLD = (new_heads(product_BLX, heads) for _ in range(3))
-        inverse_2BHL = launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H,
-                                          q_BHLD, k_BHLD, v_BHLD)
-        ctx.normalised = log_scale_H is not None
-        ctx.bias_dtype = q_bias_W.dtype
-        scales = log_scale_H if ctx.normalised else q_bias_W
-        ctx.save_for_backward(q_BHLD, k_BHLD, inverse_2BHL, scales)
+        q_BHLD, k_BHLD, v_BHLD, inverse_2BHL = launch_split_heads(
+            product_BLX, q_bias_W, v_bias_W, log_scale_H, heads)
+        ctx.save_for_backward(q_BHLD, k_BHLD, inverse_2BHL, log_scale_H)
         return q_BHLD, k_BHLD, v_BHLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_BHLD, dk_BHLD, dv_BHLD):
         q_BHLD, k_BHLD, inverse_2BHL, log_scale_H = ctx.saved_tensors
+        normalised = log_scale_H is not None
+        scales = log_scale_H if normalised else inverse_2BHL   # of which nothing is read then
         B, H, L, D = q_BHLD.shape
         tiles = heads_tiles(L, D)
         parts = triton.cdiv(L, tiles["TILE_L"])
@@ -754,16 +747,15 @@ class SplitHeads(torch.autograd.Function):
         dproduct_BLX = q_BHLD.new_empty(B, L, 3 * H * D)
         sums_3BHPD = q_BHLD.new_empty(3, B, H, parts, D, dtype=torch.float32)
         launch(split_heads_backward, B * H * parts,
-               [q_BHLD, k_BHLD, *inverse_2BHL, log_scale_H, *gradients],
+               [q_BHLD, k_BHLD, *inverse_2BHL, scales, *gradients],
                [*three_heads(dproduct_BLX, H), *sums_3BHPD], LARGEST_LOG_SCALE, H, L, parts,
-               NORMALISED=ctx.normalised, **tiles)
+               NORMALISED=normalised, **tiles)
         dq_bias_HD, dv_bias_HD, dlog_scale_HD = sums_3BHPD.sum(dim=(1, 3))
-        dbiases = [x.flatten().to(ctx.bias_dtype) for x in (dq_bias_HD, dv_bias_HD)]
         dlog_scale_H = None
-        if ctx.normalised:
+        if normalised:
             free_H = log_scale_H <= LARGEST_LOG_SCALE
-            dlog_scale_H = (dlog_scale_HD.sum(dim=1) * free_H).to(log_scale_H.dtype)
-        return dproduct_BLX, *dbiases, dlog_scale_H, None
+            dlog_scale_H = dlog_scale_HD.sum(dim=1) * free_H
+        return dproduct_BLX, dq_bias_HD.flatten(), dv_bias_HD.flatten(), dlog_scale_H, None
 
 
 def split_heads_triton(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
@@ -773,9 +765,7 @@ def split_heads_triton(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room
     if any(rows_first(x) is not x for x in room):
         raise ValueError("room must have unbroken rows, at multiples of 8 numbers if their width "
                          f"is one: its strides are {[x.stride() for x in room]}")
-    q_BHLD = new_heads(product_BLX, heads)
-    launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, q_BHLD, *room)
-    return q_BHLD, *room
+    return launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)[:3]
 
 
 def inverse_norm(x_BHLD):
@@ -1191,7 +1181,7 @@ def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
 
 class BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHLD, k_BHSD, v_BHSD, first_L, last_L, first_S, last_S, scale):
+    def forward(ctx, q_BHLD, k_BHSD, v_BHSD, ranges, scale):
         qkv = [rows_first(x) for x in (q_BHLD, k_BHSD, v_BHSD)]
         B, H, L, _ = q_BHLD.shape
         S = k_BHSD.shape[2]
@@ -1200,14 +1190,18 @@ class BlockAttention(torch.autograd.Function):
         ctx.sizes = scale / math.log(2), H, L, S
         tiles = attention_tiles("forward", q_BHLD)
         launch(attention_forward, B * H * triton.cdiv(L, tiles["TILE_L"]),
-               [*qkv, first_L, last_L], [o_BHLD, log2sum_BHL], *ctx.sizes, **tiles)
-        ctx.save_for_backward(*qkv, first_L, last_L, first_S, last_S, o_BHLD, log2sum_BHL)
+               [*qkv, *ranges.once(table, q_BHLD.device)], [o_BHLD, log2sum_BHL],
+               *ctx.sizes, **tiles)
+        ctx.ranges = ranges
+        ctx.save_for_backward(*qkv, o_BHLD, log2sum_BHL)
         return o_BHLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do_BHLD):
-        *qkv, first_L, last_L, first_S, last_S, o_BHLD, log2sum_BHL = ctx.saved_tensors
+        *qkv, o_BHLD, log2sum_BHL = ctx.saved_tensors
+        by_query = ctx.ranges.once(table, do_BHLD.device)
+        by_key = ctx.ranges.once(transposed_table, do_BHLD.device)
         do_BHLD = rows_first(do_BHLD)
         delta_BHL = torch.empty_like(log2sum_BHL)
         dq_BHLD, dk_BHSD, dv_BHSD = map(torch.empty_like, qkv)
@@ -1215,13 +1209,13 @@ class BlockAttention(torch.autograd.Function):
         heads = len(do_BHLD) * H
         tiles = attention_tiles("backward_q", do_BHLD)
         launch(attention_backward_q, heads * triton.cdiv(L, tiles["TILE_L"]),
-               [*qkv, first_L, last_L, o_BHLD, do_BHLD, log2sum_BHL], [delta_BHL, dq_BHLD],
+               [*qkv, *by_query, o_BHLD, do_BHLD, log2sum_BHL], [delta_BHL, dq_BHLD],
                *ctx.sizes, **tiles)
         tiles = attention_tiles("backward_kv", do_BHLD)
         launch(attention_backward_kv, heads * triton.cdiv(S, tiles["TILE_S"]),
-               [*qkv, first_S, last_S, do_BHLD, log2sum_BHL, delta_BHL], [dk_BHSD, dv_BHSD],
+               [*qkv, *by_key, do_BHLD, log2sum_BHL, delta_BHL], [dk_BHSD, dv_BHSD],
                *ctx.sizes, **tiles)
-        return dq_BHLD, dk_BHSD, dv_BHSD, None, None, None, None, None
+        return dq_BHLD, dk_BHSD, dv_BHSD, None, None
 
 
 def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
@@ -1234,10 +1228,8 @@ def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
                          f"q is {q_BHLD.dtype}")
     # Keys after those in sight may hold anything, as in a cache that is not yet full.
     seen = ranges.last[-1]
-    k_BHSD = k_BHSD[:, :, :seen]
-    v_BHSD = v_BHSD[:, :, :seen]
-    tables = ranges.once(table, q_BHLD.device) + ranges.once(transposed_table, q_BHLD.device)
-    return BlockAttention.apply(q_BHLD, k_BHSD, v_BHSD, *tables, float(scale))
+    return BlockAttention.apply(
+        q_BHLD, k_BHSD[:, :, :seen], v_BHSD[:, :, :seen], ranges, float(scale))
 
 
 class Call(NamedTuple):
@@ -1322,7 +1314,7 @@ def block_attention_torch(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
 
 
 def obvious_sampling(logits_BlV, noise_BlV):
-    """Top-k 900, top-p 0.96: the row is sorted, and moved some fifteen times."""
+    """Top-k 900, top-p 0.96: the row is sorted, and moved some twenty times."""
     ranked_BlV, order_BlV = logits_BlV.sort(dim=-1, descending=True)
     shares_BlV = ranked_BlV.softmax(dim=-1)
     dropped_BlV = shares_BlV.cumsum(dim=-1) - shares_BlV >= 0.96

@@ -12,14 +12,13 @@
 train.py writes a run's folder, out/shapes for one; a published pair of checkpoints does as well.
 Read `main`, then `Run`, then `complete`: in-painting, out-painting, editing and upscaling are one
 mechanism. `Quality` says what the figures of an evaluation mean. Below them is what train.py uses,
-too: pictures, files that are whole or not there, images from files, devices and processes, and how
-a program ends.
+too: pictures, files that are whole or not there, images from files, devices, and how a program
+ends; then what train.py alone uses, and the flags.
 """
 from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 import math
 import os
@@ -50,9 +49,13 @@ from var import VAR, Known, VARConfig
 # top_k 900, top_p 0.95; its FID is measured at cfg 1.5.)
 FILTERS = {"cfg": 2.0, "top_k": 900, "top_p": 0.6}
 NO_FILTERS = {"cfg": 0.0, "top_k": 0, "top_p": 1.0}   # the model's own distribution
+
+# What can be asked for, in a word: a grid of samples, samples scale by scale, and so on.
 GENERATED = ("sample", "progress")
-COMPLETED = ("inpaint", "outpaint", "edit", "upscale")
+HOLES = ("inpaint", "outpaint", "edit")
+COMPLETED = (*HOLES, "upscale")
 TASKS = (*COMPLETED, "reconstruct")
+LOOKED_INTO = ("codes", "teaching", "attention")
 
 
 class UserError(Exception):
@@ -66,7 +69,7 @@ def main() -> None:
     plain = options.dtype == torch.float32 and not options.compile
     if options.device.type == "cpu" and plain:
         run.model.pack()
-    if options.wish == "evaluate":
+    if options.wish == "evaluate":   # a word for what is asked for: see wish_of
         say_evaluation(evaluate(run, options.evaluate, options.seeds), run)
     elif options.wish in ("npz", "reference"):
         save_sets(run)
@@ -87,7 +90,7 @@ def draw(run: Run) -> None:
             "reconstruct": reconstruct,
         }
         picture = pictures.get(options.wish, complete)(run, load_images(run, options.image))
-    path = options.out or options.run / f"{options.wish}.png"
+    path = options.out or path_of_var(options).parent / f"{options.wish}.png"
     save_picture(path, picture)
     print(f"wrote {path}")
 
@@ -107,24 +110,25 @@ class Run:
 
     @torch.no_grad()
     def generate(
-        self, labels: list[int], seed: int, known: Callable[[range], Known] | None = None
+        self, labels: list[int], seed: int, known_of: Callable[[slice], Known] | None = None
     ) -> Tensor:
         """Tokens [N, L] of one image per label, on the CPU.
 
-        known: what is known of the images of a range of the N.
+        known_of: what is known of some of the N images.
         """
         options = self.options
         generator = torch.Generator(options.device).manual_seed(seed)
+        labels_N = torch.tensor(labels)
         tokens = []
         for rows in batches(len(labels), options.batch, "generate"):
-            labels_B = torch.tensor(labels)[rows].to(options.device)
+            labels_B = labels_N[rows].to(options.device)
             # Guidance away from "any class" means nothing where no class is asked for.
             cfg = options.cfg if labels_B.min() < self.model.config.classes else 0.0
-            known_now = None if known is None else known(rows)
+            known = None if known_of is None else known_of(rows)
             with options.autocast():
                 tokens_BL = self.model.generate(
                     self.tokenizer, labels_B, cfg, options.top_k, options.top_p, generator,
-                    known_now)
+                    known)
             tokens.append(tokens_BL.cpu())
         return torch.cat(tokens)
 
@@ -173,10 +177,11 @@ class Run:
     def log_likelihood(self, tokens_NL: Tensor, labels: list[int]) -> Tensor:
         """log p(tokens | class) [N], in nats, without guidance."""
         options = self.options
+        labels_N = torch.tensor(labels)
         likelihoods = []
         for rows in batches(len(labels), options.batch, "likelihood"):
             tokens_BL = tokens_NL[rows].to(options.device)
-            labels_B = torch.tensor(labels)[rows].to(options.device)
+            labels_B = labels_N[rows].to(options.device)
             with options.autocast():
                 logits_BLV = self.model(labels_B, self.tokenizer.teacher_inputs(tokens_BL))
             logits_BVL = logits_BLV.float().transpose(1, 2)
@@ -221,7 +226,7 @@ def load(options: Namespace) -> Run:
 
 
 def path_of_var(options: Namespace) -> Path:
-    """The images that belong to a transformer lie beside it."""
+    """The run's own transformer, or another one; its images and its classifier lie beside it."""
     return options.var or options.run / "var.pt"
 
 
@@ -237,9 +242,7 @@ def prepare(tokenizer: Tokenizer, model: VAR, options: Namespace) -> None:
         model.compile_layers()
 
 
-def class_indices(names: list[str] | None, classes: list[str]) -> list[int]:
-    """Of the classes named, or of the first twenty."""
-    names = names or classes[:20]
+def class_indices(names: list[str], classes: list[str]) -> list[int]:
     for name in names:
         if name not in classes:
             known = ", ".join(classes) if len(classes) <= 20 else f"{classes[0]} to {classes[-1]}"
@@ -258,8 +261,8 @@ def asked_class(run: Run) -> int:
 def draw_samples(run: Run) -> Image.Image:
     """A row per class; with --progress a row per image, after each scale; --gif makes it a film."""
     options = run.options
-    chosen = class_indices(options.classes, run.classes)
-    names = [run.classes[label] for label in chosen]
+    names = options.classes or run.classes[:20]
+    chosen = class_indices(names, run.classes)
     tokens_NL = run.generate(np.repeat(chosen, options.per_class).tolist(), options.seed)
     if options.progress or options.gif:
         frames_KN = run.after_each_scale(tokens_NL)
@@ -344,11 +347,11 @@ def complete(run: Run, given: Given) -> Image.Image:
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
     where_11SS = where_11SS.to(options.device)
 
-    def known(rows: range) -> Known:
+    def known_of(rows: slice) -> Known:
         own_tokens_BL = tokens_NL[rows].to(options.device) if options.open_loop else None
         return Known(latent_NCSS[rows].to(options.device), where_11SS, scales, own_tokens_BL)
 
-    results = [run.decode(run.generate(labels, seed, known)) for seed in options.seeds]
+    results = [run.decode(run.generate(labels, seed, known_of)) for seed in options.seeds]
     if options.paste:
         results = [torch.where(known_HW > 0, images, result) for result in results]
     if options.wish != "upscale":
@@ -466,9 +469,8 @@ def draw_teaching(run: Run, given: Given) -> Image.Image:
 
 def as_maps(x_L: Tensor, run: Run) -> list[Tensor]:
     """Something of every token, [L, ...], as a map [s, s, ...] for each scale."""
-    scales = run.tokenizer.config.scales
-    parts = x_L.split([s * s for s in scales])
-    return [x_l.unflatten(0, (s, s)) for x_l, s in zip(parts, scales)]
+    config = run.model.config
+    return [x_L[span].unflatten(0, (s, s)) for span, s in zip(config.spans, config.scales)]
 
 
 def heat(x: Tensor) -> Tensor:
@@ -588,7 +590,9 @@ def evaluate(run: Run, count: int, seeds: Sequence[int]) -> Evaluation:
     judge = Judge(kept_classifier(run), originals, run.classes)
     all_images, all_labels_N = run.held_out.tensors
     _, taken_for_N = features_and_classes(judge.classifier, all_images)
-    other_half = torch.arange(count) ^ 1   # neighbours swapped
+    # The judge holds even rows against even ones. So, with neighbours swapped, it holds odd
+    # originals against even ones: one half against the other.
+    other_half = torch.arange(count) ^ 1
     _, tokens_NL = run.encode(originals)
     reconstructions = run.decode(tokens_NL)
     nats = -run.log_likelihood(tokens_NL, labels.tolist()).mean().item()
@@ -763,12 +767,9 @@ def say_classes(sets: list[list[Quality]]) -> None:
     generated."""
     shares = {}
     for name in sets[0][0].per_class:
-        shares[name] = []
-        for qualities in sets:
-            shares[name].append(np.mean([x.per_class[name] for x in qualities]))
+        shares[name] = [np.mean([x.per_class[name] for x in qualities]) for qualities in sets]
     table = {"recognised": ("held-out", "reconstructed", "generated", "unfiltered")}
-    least = sorted(shares, key=lambda name: shares[name][2])[:20]
-    for name in least:
+    for name in sorted(shares, key=lambda name: shares[name][2])[:20]:
         table[f"  {name}"] = [f"{share:.1%}" for share in shares[name]]
     say_table(table)
 
@@ -970,43 +971,6 @@ def grid_of_pairs(originals: Tensor, results: Tensor) -> Image.Image:
     return grid(rows)
 
 
-def draw_curves(log: list[dict], scales: tuple[int, ...]):
-    """Both losses, and the transformer's loss and accuracy per scale, against the step; and how the
-    discriminator does, if there is one."""
-    from matplotlib.figure import Figure   # importing it takes as long as many a command
-    panels = [   # title, scale of the axis, and which lines of the log: stage, splits, and names
-        ("tokenizer: training losses", "log", "tokenizer", ["train"],
-         ["mse", "codebook", "perceptual"]),
-        ("transformer: held-out loss per scale", "linear", "var", ["held_out"],
-         ["loss_per_scale"]),
-        ("transformer: loss (nats per token)", "linear", "var", ["train", "held_out"], ["loss"]),
-        ("transformer: held-out accuracy per scale", "linear", "var", ["held_out"],
-         ["accuracy_per_scale"]),
-        ("discriminator: loss, share of patches right", "linear", "tokenizer", ["train"],
-         ["discriminator", "discriminator_right"]),
-        ("weight of the adversarial loss", "log", "tokenizer", ["train"], ["balance"]),
-    ]
-    if not any("balance" in line for line in log):
-        panels = panels[:4]
-    columns = len(panels) // 2
-    figure = Figure(figsize=(5.5 * columns, 7), layout="constrained")
-    axes = figure.subplots(2, columns)
-    for axis, (title, yscale, stage, splits, names) in zip(axes.T.flat, panels):
-        axis.set(title=title, yscale=yscale, xlabel="step")
-        for split, name in itertools.product(splits, names):
-            lines = [line for line in log
-                     if line["stage"] == stage and line["split"] == split and name in line]
-            label = split.replace("_", "-") if name == "loss" else name
-            if name.endswith("per_scale"):
-                label = [f"{s}x{s}" for s in scales]
-            if lines:
-                axis.plot([line["step"] for line in lines], [line[name] for line in lines],
-                          label=label, marker="." if split == "held_out" else None)
-        if axis.lines:
-            axis.legend(fontsize="small", ncols=2)
-    return figure
-
-
 # --------------------------------------------------------------------------------------------------
 # Files: written whole or not at all, and read as they were written or not at all
 
@@ -1048,6 +1012,8 @@ def blaming(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if lacks_memory(error):
+            raise
         raise UserError(f"{path} cannot be read, it is damaged or something else: "
                         f"{in_short(error)}")
 
@@ -1101,45 +1067,6 @@ def load_held_out(folder: Path) -> TensorDataset:
         return TensorDataset(content["images"], content["labels"])
 
 
-class Log:
-    """log.jsonl: one JSON object per line. Of several processes, the first one writes it."""
-
-    def __init__(self, path: Path, stage: str, done: int):
-        """Lines that an earlier try left are dropped: of this stage for steps after `done`, and on
-        its health, which is written at the end."""
-        self.path = path
-        self.stage = stage
-        if rank_and_ranks()[0] > 0:
-            return
-        text = ""
-        for line in read_log(path):
-            before = line["step"] <= done and line["split"] != "health"
-            if line["stage"] != stage or before:
-                text += json.dumps(line) + "\n"
-        save_whole(path, lambda file: file.write(text.encode()))
-
-    def write(self, step: int, split: str, **values) -> None:
-        if rank_and_ranks()[0] > 0:
-            return
-        line = {"stage": self.stage, "step": step, "split": split, **values}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log; one that a killed run did not finish is left out."""
-    if not path.exists():
-        return []
-    try:
-        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-        known = {"stage", "step", "split"}
-        if not all(isinstance(line, dict) and known <= line.keys() for line in lines):
-            raise ValueError("a line is no record of ours")
-        return lines
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); move it away to go on without it")
-
-
 # --------------------------------------------------------------------------------------------------
 # Images: bytes [channels, side, side] in files and data sets, [-1, 1] in models
 
@@ -1183,15 +1110,14 @@ def at_a_time(side: int) -> int:
     return max(1, 2**19 // side**2)
 
 
-def batches(count: int, size: int, what: str | None = None) -> Iterator[range]:
+def batches(count: int, size: int, what: str | None = None) -> Iterator[slice]:
     """Rows 0 .. count-1, `size` at a time; behind a progress bar if what is done has a name."""
-    rows = range(count)
-    some = [rows[begin:begin + size] for begin in rows[::size]]
+    some = [slice(begin, begin + size) for begin in range(0, count, size)]
     yield from tqdm(some, desc=what, unit="batch", disable=what is None or len(some) == 1)
 
 
 # --------------------------------------------------------------------------------------------------
-# Devices and processes
+# Devices
 
 
 def settle_device(options: Namespace) -> None:
@@ -1236,6 +1162,124 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"--compile does not work here: {in_short(error)}")
 
 
+# --------------------------------------------------------------------------------------------------
+# How a program ends
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run a program of ours: the user's mistakes end it with one sentence and exit code 2, Ctrl-C
+    and SIGTERM with 130."""
+    with contextlib.suppress(ValueError):   # only the main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")   # a terminal may not know the letters of a class
+    try:
+        main()
+    except (UserError, NoLauncher, OSError) as error:   # a folder where a file should be, say
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        print(f"error: not enough memory. {in_short(error)}", file=sys.stderr)
+        sys.exit(2)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(str(stopped) or "stopped")
+        sys.exit(130)
+
+
+def lacks_memory(error: Exception) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def in_short(text: Any, most: int = 200) -> str:
+    """The beginning of what an error, say, says: one line of at most so many letters."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= most else text[:most - 1] + "…"
+
+
+# --------------------------------------------------------------------------------------------------
+# What only a training uses: its log, its curves, its processes, and how it is stopped
+
+
+class Log:
+    """log.jsonl: one JSON object per line. Of several processes, the first one writes it."""
+
+    def __init__(self, path: Path, stage: str, done: int):
+        """Lines that an earlier try left are dropped: of this stage for steps after `done`, and on
+        its health, which is written at the end."""
+        self.path = path
+        self.stage = stage
+        if rank_and_ranks()[0] > 0:
+            return
+        text = ""
+        for line in read_log(path):
+            before = line["step"] <= done and line["split"] != "health"
+            if line["stage"] != stage or before:
+                text += json.dumps(line) + "\n"
+        save_whole(path, lambda file: file.write(text.encode()))
+
+    def write(self, step: int, split: str, **values) -> None:
+        if rank_and_ranks()[0] > 0:
+            return
+        line = {"stage": self.stage, "step": step, "split": split, **values}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; one that a killed run did not finish is left out."""
+    if not path.exists():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        known = {"stage", "step", "split"}
+        if not all(isinstance(line, dict) and known <= line.keys() for line in lines):
+            raise ValueError("a line is no record of ours")
+        return lines
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); move it away to go on without it")
+
+
+def draw_curves(log: list[dict], scales: tuple[int, ...]):
+    """Both losses, and the transformer's loss and accuracy per scale, against the step; and how the
+    discriminator does, if there is one."""
+    from matplotlib.figure import Figure   # importing it takes as long as many a command
+    panels = [   # title, scale of the axis, stage, and which curves: of a split, by its name
+        ("tokenizer: training losses", "log", "tokenizer",
+         ["train mse", "train codebook", "train perceptual"]),
+        ("transformer: held-out loss per scale", "linear", "var", ["held_out loss_per_scale"]),
+        ("transformer: loss (nats per token)", "linear", "var", ["train loss", "held_out loss"]),
+        ("transformer: held-out accuracy per scale", "linear", "var",
+         ["held_out accuracy_per_scale"]),
+        ("discriminator: loss, share of patches right", "linear", "tokenizer",
+         ["train discriminator", "train discriminator_right"]),
+        ("weight of the adversarial loss", "log", "tokenizer", ["train balance"]),
+    ]
+    if not any("balance" in line for line in log):
+        panels = panels[:4]
+    columns = len(panels) // 2
+    figure = Figure(figsize=(5.5 * columns, 7), layout="constrained")
+    axes = figure.subplots(2, columns)
+    for axis, (title, yscale, stage, curves) in zip(axes.T.flat, panels):
+        axis.set(title=title, yscale=yscale, xlabel="step")
+        for curve in curves:
+            split, name = curve.split()
+            lines = [line for line in log
+                     if line["stage"] == stage and line["split"] == split and name in line]
+            label = split.replace("_", "-") if name == "loss" else name
+            if name.endswith("per_scale"):
+                label = [f"{s}x{s}" for s in scales]
+            if lines:
+                axis.plot([line["step"] for line in lines], [line[name] for line in lines],
+                          label=label, marker="." if split == "held_out" else None)
+        if axis.lines:
+            axis.legend(fontsize="small", ncols=2)
+    return figure
+
+
 # torchrun starts a process for each GPU, and all of them run train.py.
 
 
@@ -1275,10 +1319,6 @@ def mean_over_processes(*numbers: float | Tensor, device: torch.device) -> Tenso
     return average_over_processes(values)
 
 
-# --------------------------------------------------------------------------------------------------
-# How a program ends
-
-
 class Stopped(Exception):
     """The user asked for it; everything is saved."""
 
@@ -1302,35 +1342,6 @@ class Interrupt:
     def __exit__(self, *_) -> None:
         for s, handler in self.before.items():
             signal.signal(s, handler)
-
-
-def run_program(main: Callable[[], None]) -> None:
-    """Run a program of ours: the user's mistakes end it with one sentence and exit code 2, Ctrl-C
-    and SIGTERM with 130."""
-    with contextlib.suppress(ValueError):   # only the main thread may
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")   # a terminal may not know the letters of a class
-    try:
-        main()
-    except (UserError, NoLauncher, OSError) as error:   # a folder where a file should be, say
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise
-        print(f"error: not enough memory. {in_short(error)}", file=sys.stderr)
-        sys.exit(2)
-    except (Stopped, KeyboardInterrupt) as stopped:
-        print(str(stopped) or "stopped")
-        sys.exit(130)
-
-
-def in_short(text: Any, most: int = 200) -> str:
-    """The beginning of what an error, say, says: one line of at most so many letters."""
-    text = " ".join(str(text).split())
-    return text if len(text) <= most else text[:most - 1] + "…"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1379,22 +1390,22 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_computer()
     wishes = parser.add_argument_group("one of these, or a grid of images is drawn")
     add_wishes(wishes.add_mutually_exclusive_group().add_argument)
-    add_details(parser.add_argument_group("how they are done").add_argument)
+    details = parser.add_argument_group("how they are done")
+    add_details(details.add_argument)
+    add_hole(details.add_mutually_exclusive_group().add_argument)
     parser.set_defaults(**FILTERS)
     options = parser.parse_args(arguments)
     options.wish = wish_of(options)
     check(options, parser)
-    if options.wish in ("codes", "teaching", "attention"):
+    if options.wish in LOOKED_INTO:
         options.image = getattr(options, options.wish)
     return options
 
 
 def wish_of(options: Namespace) -> str:
     """What is to be done, in a word."""
-    for wish in ("codes", "teaching", "attention", "evaluate", "npz", "reference", "progress"):
-        if getattr(options, wish):
-            return wish
-    return options.task or "sample"
+    wishes = (*LOOKED_INTO, "evaluate", "npz", "reference", "progress")
+    return options.task or next((wish for wish in wishes if getattr(options, wish)), "sample")
 
 
 def add_general(add: Callable) -> None:
@@ -1405,7 +1416,8 @@ def add_general(add: Callable) -> None:
     add("--var", type=Path, metavar="FILE",
         help="another transformer than the run's: a .pt of train.py or a published .pth")
     add("--out", type=Path, metavar="FILE",
-        help="the PNG to write; if not given, it is named for what it shows, in the run's folder")
+        help="the PNG to write; if not given, it is named for what it shows, and lies beside the "
+             "transformer")
     add("--classes", nargs="+", metavar="NAME",
         help="names of classes, numbers for a published model; if not given, all, but at most 20")
     add("--per-class", type=COUNT, default=8, metavar="N",
@@ -1422,8 +1434,6 @@ def add_general(add: Callable) -> None:
         help="the same seed and --batch give the same picture (default: %(default)s)")
     add("--batch", type=COUNT, default=100,
         help="images generated at a time (default: %(default)s)")
-    add("--progress", action="store_true",
-        help="one row per image: the image after each scale, coarse to fine")
     add("--gif", type=Path, metavar="FILE",
         help="also the images forming, scale by scale, as a film")
     add("--compile", action="store_true",
@@ -1431,6 +1441,8 @@ def add_general(add: Callable) -> None:
 
 
 def add_wishes(add: Callable) -> None:
+    add("--progress", action="store_true",
+        help="draw a row per image: the image after each scale, coarse to fine")
     add("--task", choices=TASKS,
         help="inpaint: a box is generated, the rest known; outpaint: the other way round; edit: "
              "inpaint towards --classes NAME; upscale: fine scales are generated, coarse ones "
@@ -1451,14 +1463,11 @@ def add_wishes(add: Callable) -> None:
 def add_details(add: Callable) -> None:
     add("--image", nargs="+", metavar="IMAGE",
         help="task: files, folders, or data:17 for a held-out image of the run's data")
-    add("--box", nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
-        metavar=("Y0", "X0", "Y1", "X1"), help="the box, in fractions of the side")
-    add("--mask", type=Path, metavar="FILE",
-        help="an image instead of a box: what is white in it is generated, in outpaint, too")
     add("--seeds", nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
         help="one result for each; with --evaluate, one set of generated images for each")
     add("--small", type=COUNT, metavar="SIDE",
-        help="upscale: side of the small images; if not given, half of the run's")
+        help="upscale: side to which images are averaged down at first; if not given, half of the "
+             "run's")
     add("--paste", action="store_true", help="put the known pixels over the result at the end")
     add("--open-loop", action="store_true",
         help="put the image's own tokens, as published, for comparison")
@@ -1470,15 +1479,25 @@ def add_details(add: Callable) -> None:
         help="npz: keep this share of what is drawn, the most likely")
 
 
-HOLES = ("inpaint", "outpaint", "edit")
+def add_hole(add: Callable) -> None:
+    add("--box", nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
+        metavar=("Y0", "X0", "Y1", "X1"), help="the box, in fractions of the side")
+    add("--mask", type=Path, metavar="FILE",
+        help="an image instead of a box: what is white in it is generated, in outpaint, too")
+
+
+SAMPLED = (*GENERATED, *COMPLETED, "evaluate", "npz")
 MEANT_FOR = {   # flags that would do nothing with any other wish
+    "cfg": SAMPLED,
+    "top_k": SAMPLED,
+    "top_p": SAMPLED,
+    "batch": SAMPLED,
     "classes": (*GENERATED, *COMPLETED, "attention"),
     "per_class": GENERATED,
     "seed": (*GENERATED, "npz"),
     "seeds": (*COMPLETED, "evaluate"),
     "gif": GENERATED,
-    "out": (*GENERATED, *TASKS, "codes", "teaching", "attention"),
-    "progress": ("progress",),
+    "out": (*GENERATED, *TASKS, *LOOKED_INTO),
     "image": TASKS,
     "box": HOLES,
     "mask": HOLES,
@@ -1515,8 +1534,9 @@ def check(options: Namespace, parser: Parser) -> None:
             raise UserError(f"{path} is there and is no file; name a file to write")
         if path and path.suffix.lower() not in ("", ending):
             raise UserError(f"{path} would be a {ending} file; name it so")
-    if samples and samples == options.reference:
-        raise UserError(f"{samples} cannot hold both samples and references")
+    paths = [path.resolve() for path, _ in written if path]
+    if len(set(paths)) < len(paths):
+        raise UserError(f"one file cannot hold both: {', '.join(map(str, paths))}")
     if wish in TASKS and not options.image:
         raise UserError(f"--task {wish} needs --image: a file, a folder, or data:17")
     classes = options.classes or []

@@ -572,7 +572,7 @@ class TokenizerStage(Stage):
         (rows,) = shuffled(len(self.rows), min(512, len(self.rows)), self.options.seed, 0, 1)
         latents = []
         for part in batches(len(rows), at_a_time(self.options.preset.image_size)):
-            images, _ = self.rows[[rows[i] for i in part]]
+            images, _ = self.rows[rows[part]]
             with self.options.autocast():
                 latents.append(self.average.latent(self.to_device(images)))
         self.model.quantizer.start_from(torch.cat(latents))
@@ -952,7 +952,7 @@ def some_images(data: Data, options: argparse.Namespace) -> tuple[Tensor, Tensor
     labels."""
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
     rows = order[:CLASSIFIER_IMAGES].sort().values.tolist()
-    parts = [rows[part.start:part.stop] for part in batches(len(rows), 256)]
+    parts = [rows[part] for part in batches(len(rows), 256)]
     images = []
     labels = []
     for pixels, labels_B in read_ahead(data.train, parts, options):

@@ -41,7 +41,7 @@ def parser_of(page: str, text: str) -> Parser:
     parser.set_defaults(   # what `Run` and `Stage` ask for beside
         **sample.FILTERS, seeds=(0,), batch=100, tokenizer=None, var=None,
         started=time.monotonic(), overwrite=False, checkpoint_every=1000, compile=False,
-        checkpoint_activations=False, grad_accumulation=None)
+        checkpoint_activations=False, grad_accumulation=None, lock=None)
     return parser
 
 

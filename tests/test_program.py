@@ -450,6 +450,9 @@ def test_too_little_memory_is_told_in_one_sentence(error, capsys):
     with pytest.raises(RuntimeError if enough else SystemExit):
         sample.run_program(main)
     assert ("not enough memory" in capsys.readouterr().err) == (not enough)
+    with pytest.raises(sample.UserError if enough else type(error)):   # no file's fault
+        with sample.blaming(ROOT):
+            raise error
 
 
 def test_a_terminal_that_does_not_know_a_letter():

@@ -413,6 +413,14 @@ def test_packed_products_are_the_same(finished):
     assert torch.allclose(run.log_likelihood(tokens_NL, [0, 1, 0]), likelihoods, atol=1e-3)
 
 
+def test_a_picture_lies_beside_the_transformer_it_is_of(finished, tmp_path):
+    for name in ("tokenizer.pt", "var.pt", "held_out.pt"):
+        shutil.copy(finished / name, tmp_path / name)
+    ran("sample.py", "--run", finished, "--tokenizer", tmp_path / "tokenizer.pt", "--var",
+        tmp_path / "var.pt", "--codes", "data:1")
+    assert (tmp_path / "codes.png").exists()
+
+
 @pytest.mark.parametrize("flags, told", [
     ("--image data:3", "--image does nothing for sample: it is for inpaint"),
     ("--task upscale --image data:3 --paste", "--paste does nothing for upscale"),
@@ -422,7 +430,14 @@ def test_packed_products_are_the_same(finished):
     ("--npz 3 a.npz --out a.png", "--out does nothing for npz"),
     ("--evaluate 8 --reference r.npz", "--reference does nothing for evaluate"),
     ("--evaluate 8 --gif a.gif", "--gif does nothing for evaluate"),
-    ("--codes data:0 --progress", "--progress does nothing for codes"),
+    ("--codes data:0 --progress", "--progress: not allowed with argument --codes"),
+    ("--task inpaint --progress", "--progress: not allowed with argument --task"),
+    ("--task reconstruct --image data:3 --reference r.npz", "--reference does nothing for reconst"),
+    ("--task inpaint --image data:3 --mask m.png --box 0 0 1 .5", "not allowed with argument --mask"),
+    ("--codes data:0 --cfg 3", "--cfg does nothing for codes"),
+    ("--reference r.npz --top-p 0.5", "--top-p does nothing for reference"),
+    ("--out same --gif same", "one file cannot hold both"),
+    ("--npz 3 x/../a.npz --reference a.npz", "one file cannot hold both"),
     ("--codes data:0 --seed 3", "--seed does nothing for codes"),
     ("--progress --cell 0 0", "--cell does nothing for progress"),
     ("--small 3", "--small does nothing for sample: it is for upscale"),
