@@ -222,6 +222,14 @@ def test_attention_at_the_length_of_the_published_models(face):
         check_block_attention(face, ranges, len(ranges), (2, 4, 64) if GPU else (1, 1, 64), dtype)
 
 
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("scale", [0.03, 1.0])
+def test_products_of_any_size_make_weights(face, scale):
+    """Of several hundred: what is taken off before 2^x is the largest score, and not the largest product."""
+    for dtype in dtypes(face):
+        check_block_attention(face, KeyRanges.from_scales((1, 2, 4)), 21, (1, 2, 64), dtype, scale, "large")
+
+
 @needs_triton
 def test_tiles_out_of_range_are_not_visited():
     """Were a weight of 0 multiplied with their values, NaN would come out."""
