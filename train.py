@@ -37,7 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,11 @@ from tqdm import tqdm
 
 from kernels import forward_flops, peak_flops
 from sample import (
-    CLASSIFIER_IMAGES, FILTERS, IMAGE_ENDINGS, SEED, Interrupt, Log, Parser, Run, Stopped,
-    UserError, at_a_time, batches, blaming, check_compiler, draw_curves, grid_of_classes,
-    grid_of_pairs, in_short, join_processes, load_checkpoint, load_tokenizer, mean_over_processes,
-    number, own_part, rank_and_ranks, read_image, read_log, run_program, save_checkpoint,
-    save_picture, say, settle_device, to_bytes, to_float, train_classifier,
+    CLASSIFIER_IMAGES, COUNT, FILTERS, IMAGE_ENDINGS, SEED, Interrupt, Log, Parser, Run,
+    Stopped, UserError, at_a_time, blaming, check_compiler, draw_curves, draw_samples,
+    grid_of_pairs, in_short, join_processes, load_checkpoint, load_tokenizer,
+    mean_over_processes, number, own_part, rank_and_ranks, read_image, read_log, run_program,
+    save_checkpoint, save_picture, say, settle_device, to_float, train_classifier,
 )
 from tokenizer import (
     PUBLISHED_SCALES, Classifier, Decoder, Discriminator, Encoder, PixelAttention, ResidualBlock,
@@ -85,12 +85,14 @@ def train(options: argparse.Namespace) -> None:
     """What --stage asks for, and what a run keeps beside the two models."""
     data = load_data(options)
     if "tokenizer" in options.stages:
-        stage = TokenizerStage(data, options)
-        forget_old_training(options)
-        tokenizer = stage.run()
+        first = TokenizerStage(data, options)
     else:
         tokenizer = chosen_tokenizer(data, options)
-        forget_old_training(options)
+    if options.overwrite and rank_and_ranks()[0] == 0:   # now that nothing is left to refuse
+        forget_old_training(data, options)
+    if "tokenizer" in options.stages:
+        tokenizer = first.run()
+        del first   # a GPU has its memory for the second
     if "var" in options.stages:
         VARStage(tokenizer, data, options).run()
     if rank_and_ranks()[0] == 0:
@@ -101,12 +103,13 @@ def train(options: argparse.Namespace) -> None:
                         labels=labels, side=options.preset.image_size, data_set=data.key)
 
 
-def forget_old_training(options: argparse.Namespace) -> None:
-    """With --overwrite, once nothing is left to refuse: all stages at once, as --resume must not
-    find a part of the old training."""
-    if options.overwrite and rank_and_ranks()[0] == 0:
-        for name in (*options.stages, "train_images"):
-            (options.out / f"{name}.pt").unlink(missing_ok=True)
+def forget_old_training(data: Data, options: argparse.Namespace) -> None:
+    """All stages at once, as --resume must not find a part of it, and its images."""
+    for name in (*options.stages, "train_images"):
+        (options.out / f"{name}.pt").unlink(missing_ok=True)
+    for path in options.out.glob("*.images"):
+        if path.stem.rpartition("-")[2] not in data.key:
+            path.unlink()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,6 +201,7 @@ class Stage:
         bar = tqdm(initial=self.step, total=self.steps, desc=self.name, unit="step",
                    mininterval=0.5, disable=rank_and_ranks()[0] > 0)
         newest = None
+        stop = False
         with Interrupt() as interrupt, bar:
             for tensors in read_ahead(self.rows, map(own_part, steps), options):
                 before = newest
@@ -217,10 +221,12 @@ class Stage:
                 if stop or saved:   # at the last step, too: should a picture fail, no step is lost
                     self.save(finished=False)
                 if stop:
-                    raise Stopped(self.stopped())
+                    break
             (asked,) = mean_over_processes(interrupt.asked, device=options.device).tolist()
-            if asked:   # during the last step
-                raise Stopped(self.stopped())
+            if stop or asked:   # in the last step, too
+                how = "--resume instead of --overwrite" if options.overwrite else "--resume"
+                raise Stopped(f"stopped after step {self.step} of {self.steps} and saved to "
+                              f"{options.out}; the same command with {how} goes on from there")
         if rank_and_ranks()[0] == 0:
             self.finish(self.average, log)
         self.save(finished=True)
@@ -280,6 +286,7 @@ class Stage:
         device = self.options.device
         if device.type != "cuda":
             return 1
+        torch.cuda.empty_cache()   # what an earlier stage had is free
         free, _ = torch.cuda.mem_get_info(device)
         weights = sum(weight.numel() for weight in self.model.parameters())
         free -= 16 * weights   # gradients, two moments, and what an optimizer computes with
@@ -309,10 +316,9 @@ class Stage:
     @torch.no_grad()
     def update_average(self) -> None:
         share = 1 - self.ema if self.step else 1.0   # the initial weights are no part of it
-        for average, weight in zip(self.average.parameters(), self.model.parameters()):
-            average.lerp_(weight, share)
-        for average, value in zip(self.average.buffers(), self.model.buffers()):
-            average.copy_(value)
+        averages = self.average.state_dict()
+        for name, value in self.model.state_dict().items():
+            averages[name].lerp_(value, share)
 
     def read(self, report: Report, log: Log, bar: tqdm) -> bool:
         """Show and log a step's report; returns whether any process was asked to stop.
@@ -358,11 +364,6 @@ class Stage:
         used = 3 * self.flops * images   # the backward pass is twice the forward
         return f"{text}, {used / (self.peak_flops * rank_and_ranks()[1]):.0%} of peak FLOP/s"
 
-    def stopped(self) -> str:
-        how = "--resume instead of --overwrite" if self.options.overwrite else "--resume"
-        return (f"stopped after step {self.step} of {self.steps} and saved to {self.options.out}; "
-                f"the same command with {how} goes on from there")
-
     def save(self, finished: bool) -> None:
         """Keep the average; until the end, what going on takes, too."""
         self.saved = self.step
@@ -372,7 +373,6 @@ class Stage:
                 "model": self.average.state_dict(),
                 "classes": self.data.classes,
                 "identity": self.identity,
-                "rates": self.peaks,
             }
             if not finished:
                 content["training"] = {
@@ -392,7 +392,7 @@ class Stage:
             raise UserError(f"{self.path} is a copy of {content['copied_from']}: "
                             f"--stage var goes on without training one")
         with blaming(self.path):
-            self.compare(content["identity"], content["rates"])
+            self.compare(content["identity"])
             self.average.load_state_dict(content["model"])
             if "training" not in content:
                 return True
@@ -405,19 +405,17 @@ class Stage:
         self.saved = self.step
         return False
 
-    def compare(self, begun: dict, rates: list[list[float]]) -> None:
+    def compare(self, begun: dict) -> None:
         """Raises UserError for a checkpoint of another training; another rate is only said."""
         for name, now in self.identity.items():
             before = begun.get(name)   # None, where an older checkpoint knows nothing of it
             if before == now:
                 continue
             values = f": {before}, not {now}" if len(str(now)) < 64 else ""   # or a digest
-            raise UserError(f"{self.path} does not go on: it was begun with another {name}{values}")
-        for before, now in zip(chain(*rates), chain(*self.peaks)):
-            if before != now:
-                say(f"{self.path} has a peak learning rate of {before} so far, and {now} is asked "
-                    f"for")
-                break
+            text = f"{self.path} was begun with another {name}{values}"
+            if not name.endswith("_lr"):
+                raise UserError(f"{text}; it does not go on")
+            say(text)
 
 
 @dataclass
@@ -443,9 +441,10 @@ def read_later(values: Tensor) -> Callable[[], list[float]]:
 
 
 def parts_for(images: int, bytes_each: int, free: int) -> int:
-    """The least number of equal parts of which each fits; a quarter more is for passing results."""
+    """The least number of equal parts of which each fits; half as much more is for the losses, and
+    for results that pass."""
     for parts in range(1, images):
-        if images % parts == 0 and images // parts * bytes_each * 1.25 <= free:
+        if images % parts == 0 and images // parts * bytes_each * 1.5 <= free:
             return parts
     return images
 
@@ -571,8 +570,8 @@ class TokenizerStage(Stage):
         # itself, but never compiled: these batches have other shapes.)
         (rows,) = shuffled(len(self.rows), min(512, len(self.rows)), self.options.seed, 0, 1)
         latents = []
-        for part in batches(len(rows), at_a_time(self.options.preset.image_size)):
-            images, _ = self.rows[rows[part]]
+        for part in torch.tensor(rows).split(at_a_time(self.options.preset.image_size)):
+            images, _ = self.rows[part.tolist()]
             with self.options.autocast():
                 latents.append(self.average.latent(self.to_device(images)))
         self.model.quantizer.start_from(torch.cat(latents))
@@ -595,10 +594,12 @@ class TokenizerStage(Stage):
             weight = balance(likeness, reward, self.model.decoder.conv_out.weight)
             weight = self.options.preset.adversarial_weight * weight
             own_loss, right = adversary.loss(originals, reconstructions)
-            losses["adversarial"] = reward
-            losses["balance"] = weight
-            losses["discriminator"] = own_loss
-            losses["discriminator_right"] = right
+            losses |= {
+                "adversarial": reward,
+                "balance": weight,
+                "discriminator": own_loss,
+                "discriminator_right": right,
+            }
             # One backward pass for both: neither loss has a gradient for the other's weights.
             total = total + weight * reward + own_loss
         losses["total"] = total
@@ -614,9 +615,8 @@ class TokenizerStage(Stage):
 
     def held_out_batches(self, count: int) -> Iterator[Tensor]:
         """At most `count` held-out images on the device, as many at a time as a pass takes."""
-        images = self.images[:count]
-        for part in batches(len(images), at_a_time(self.options.preset.image_size)):
-            yield images[part].to(self.options.device)
+        for images in self.images[:count].split(at_a_time(self.options.preset.image_size)):
+            yield images.to(self.options.device)
 
     @torch.no_grad()
     def validate(self, model: Tokenizer) -> dict:
@@ -656,9 +656,9 @@ def say_health(health: dict, config: TokenizerConfig) -> None:
 
 
 TOKENIZER_RECIPE = (
-    "tokenizer_steps", "tokenizer_batch", "muon", "unquantized", "final_lr", "warmup",
-    "perceptual_weight",
-    "adversarial_weight", "adversarial_from", "discriminator_width",
+    "tokenizer_steps", "tokenizer_batch", "tokenizer_lr", "muon", "unquantized", "final_lr",
+    "warmup", "perceptual_weight", "adversarial_weight", "adversarial_from", "discriminator_width",
+    "discriminator_lr",
 )
 
 
@@ -710,17 +710,18 @@ def chosen_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
                         f"{config.image_channels} channels, and these are {preset.image_size} with "
                         f"{data.channels}")
     for name, value in vars(config).items():
-        asked = getattr(options, name, value)
-        if name != "width" and asked != value:   # --width is the transformer's
-            raise UserError(f"--{name.replace('_', '-')} {asked} is not that of the tokenizer in "
+        flag = "tokenizer_width" if name == "width" else name   # --width is the transformer's
+        asked = getattr(options, flag, value)
+        if asked != value:
+            raise UserError(f"--{flag.replace('_', '-')} {asked} is not that of the tokenizer in "
                             f"{path}, which has {value}")
-    if options.tokenizer and own.exists():
-        if load_tokenizer(own).fingerprint() != tokenizer.fingerprint():
+    if not own.exists() or load_tokenizer(own).fingerprint() != tokenizer.fingerprint():
+        if own.exists() and not options.overwrite:
             raise UserError(f"{options.out} has a tokenizer.pt that is another than {path}; choose "
                             f"another --out")
-    if not own.exists() and rank_and_ranks()[0] == 0:
-        save_checkpoint(own, "tokenizer", config=asdict(config), model=tokenizer.state_dict(),
-                        copied_from=str(path))
+        if rank_and_ranks()[0] == 0:
+            save_checkpoint(own, "tokenizer", config=asdict(config), model=tokenizer.state_dict(),
+                            copied_from=str(path))
     return tokenizer.to(options.device)
 
 
@@ -742,8 +743,7 @@ class VARStage(Stage):
         model = VAR(config).to(options.device)
         optimizers = model.optimizers(
             preset.var_lr, preset.weight_decay, preset.muon, options.dtype)
-        names = ("var_steps", "var_batch", "muon", "weight_decay", "final_lr", "warmup", "ema")
-        recipe = {name: getattr(preset, name) for name in names}
+        recipe = {name: getattr(preset, name) for name in VAR_RECIPE}
         recipe["tokenizer"] = tokenizer.fingerprint()
         super().__init__(
             model, optimizers, tokens, preset.var_steps, preset.var_batch, preset.ema, recipe, data,
@@ -778,21 +778,27 @@ class VARStage(Stage):
     @torch.no_grad()
     def validate(self, model: VAR) -> dict:
         rows = self.held_out_rows[spread(self.held_out_rows, 256)]
-        with self.options.autocast():
-            loss, to_log = self.loss_of(model, *rows)
-        return {"loss": loss.item(), **{name: value.tolist() for name, value in to_log().items()}}
+        means = Counter()
+        for tokens_BL, labels_B in zip(*(x.chunk(self.parts) for x in rows)):
+            with self.options.autocast():
+                loss, to_log = self.loss_of(model, tokens_BL, labels_B)
+            share = len(labels_B) / len(rows[1])
+            for name, value in {"loss": loss, **to_log()}.items():
+                means[name] += share * value
+        return {name: value.tolist() for name, value in means.items()}
 
     def example(self) -> tuple[Tensor, ...]:
         tokens_BL, labels_B = self.held_out_rows[[0]]
         return labels_B, self.tokenizer.teacher_inputs(tokens_BL.to(self.options.device).long())
 
     def finish(self, model: VAR, log: Log) -> None:
-        """A row of generated images per class, for at most twenty classes."""
         run = Run(self.tokenizer, model, self.data.classes, self.data.held_out, self.options)
-        names = self.data.classes[:20]
-        labels = [label for label in range(len(names)) for _ in range(10)]
-        images = to_bytes(run.decode(run.generate(labels, self.options.seed)))
-        save_picture(self.options.out / "samples.png", grid_of_classes(names, images))
+        save_picture(self.options.out / "samples.png", draw_samples(run))
+
+
+VAR_RECIPE = (
+    "var_steps", "var_batch", "var_lr", "muon", "weight_decay", "final_lr", "warmup", "ema",
+)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -809,18 +815,14 @@ def tokens_of(
         "precision": options.precision,
         "images": data.key,
     }
-    rank, ranks = rank_and_ranks()
-    shared = [kept_tokens(path, made_with, options) if rank == 0 else None]
-    if ranks > 1:
-        dist.broadcast_object_list(shared, device=options.device)
-    found = shared[0]
+    found = kept_tokens(path, made_with)
     images = {"held_out": data.held_out, "train": data.train}
     missing = [name for name in images if tokenised(found[name]) < len(images[name])]
     try:
         for name in missing:
             tokenise(tokenizer, images[name], found[name], options, f"tokenise {name}")
     finally:   # Ctrl-C loses nothing of what is done
-        if missing and rank == 0:
+        if missing and rank_and_ranks()[0] == 0:
             keep_tokens(path, made_with, found)
     train = TensorDataset(*map(torch.cat, zip(*found["train"])))
     held_out = TensorDataset(*map(torch.cat, zip(*found["held_out"])))
@@ -831,29 +833,22 @@ def tokenised(parts: list[tuple[Tensor, Tensor]]) -> int:
     return sum(len(labels) for _, labels in parts)
 
 
-def kept_tokens(path: Path, made_with: dict[str, str], options: argparse.Namespace) -> dict:
-    """What an earlier training kept: for both sets parts of their tokens and labels, in order.
-
-    Raises UserError where --tokens names a file of anything else, which would be lost.
-    """
+def kept_tokens(path: Path, made_with: dict[str, str]) -> dict:
+    """What an earlier training kept: for both sets parts of their tokens and labels, in order."""
     nothing = {"held_out": [], "train": []}
     if not path.exists():
         return nothing
     try:
         content = load_checkpoint(path, "set of tokens")
         with blaming(path):
-            begun = content["made_with"]
+            for name, value in made_with.items():
+                if content["made_with"][name] != value:
+                    raise UserError(f"those in {path} were made with other {name}")
             found = {name: content[name] for name in nothing}
     except UserError as error:
-        if options.tokens:
-            raise
-        print(f"tokens are made anew: {error}")
+        say(f"tokens are made anew: {error}")
         return nothing
-    for name, value in made_with.items():
-        if begun.get(name) != value:
-            print(f"tokens are made anew: those in {path} were made with other {name}")
-            return nothing
-    print(f"tokens are those in {path}")
+    say(f"tokens are those in {path}")
     return found
 
 
@@ -873,8 +868,10 @@ def tokenise(
     small = torch.int16 if tokenizer.config.vocabulary <= 2**15 else torch.int32
     rank, ranks = rank_and_ranks()
     size = ranks * min(128, at_a_time(tokenizer.config.image_side))
-    parts = [list(range(begin, min(begin + size, len(images))))
-             for begin in range(tokenised(found), len(images), size)]
+    parts = []
+    for begin in range(tokenised(found), len(images), size):
+        rows = list(range(begin, min(begin + size, len(images))))
+        parts.append(rows + rows[-1:] * (ranks - len(rows)))   # one at least for every process
     loader = read_ahead(images, map(own_part, parts), options)
     for pixels, labels in tqdm(loader, total=len(parts), desc=what, unit="batch", disable=rank > 0):
         with options.autocast():
@@ -882,7 +879,9 @@ def tokenise(
         gathered = [(tokens, labels)] * ranks
         if ranks > 1:
             dist.all_gather_object(gathered, (tokens, labels))
-        found += gathered
+        for tokens, labels in gathered:
+            left = len(images) - tokenised(found)
+            found.append((tokens[:left], labels[:left]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -951,8 +950,8 @@ def some_images(data: Data, options: argparse.Namespace) -> tuple[Tensor, Tensor
     """Training images to learn a classifier on: as bytes, no larger than it sees them, and their
     labels."""
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    rows = order[:CLASSIFIER_IMAGES].sort().values.tolist()
-    parts = [rows[part] for part in batches(len(rows), 256)]
+    rows = order[:CLASSIFIER_IMAGES].sort().values
+    parts = [part.tolist() for part in rows.split(256)]
     images = []
     labels = []
     for pixels, labels_B in read_ahead(data.train, parts, options):
@@ -980,26 +979,24 @@ def draw_shapes(count: int, side: int, seed: int) -> TensorDataset:
 
     # One is light and the other dark, so that no shape is hidden; the background's two ends have
     # neighbouring hues.
-    def colours(saturation: tuple[float, float], value: tuple[float, float], hue_N: np.ndarray):
-        saturation_N = rng.uniform(*saturation, count)
-        value_N = rng.uniform(*value, count)
-        hsv_N3 = np.stack([hue_N % 1, saturation_N, value_N], axis=-1)
-        return 255 * hsv_to_rgb(hsv_N3).astype(np.float32)
-
     hue_2N = rng.random((2, count))
     shift_2N = rng.uniform(-0.12, 0.12, (2, count))
-    light = [colours((0.3, 0.65), (0.75, 0.95), hue_2N[0] + shift_N) for shift_N in shift_2N]
-    dark = [colours((0.4, 0.8), (0.28, 0.52), hue_2N[1] + shift_N) for shift_N in shift_2N]
-    flip_N1 = rng.random((count, 1)) < 0.5
-    shape_N3 = np.where(flip_N1, light[0], dark[0])
-    start_N3 = np.where(flip_N1, dark[0], light[0])
-    end_N3 = np.where(flip_N1, dark[1], light[1])
-    direction_N11 = rng.uniform(0, 2 * math.pi, (count, 1, 1))
-    rows_HW, columns_HW = (np.mgrid[:side, :side] + 0.5) / side - 0.5
-    along_NHW = np.cos(direction_N11) * columns_HW + np.sin(direction_N11) * rows_HW
-    blend_N1HW = 0.5 + 0.7 * along_NHW[:, None].astype(np.float32)
-    shape, start, end = (x[:, :, None, None] for x in (shape_N3, start_N3, end_N3))
-    background_N3HW = start + (end - start) * blend_N1HW
+
+    def two_colours(low: list, high: list, hue_N: np.ndarray) -> np.ndarray:
+        """[2, N, 3, 1, 1]. low, high: limits of saturation and value."""
+        saturation_2N, value_2N = rng.uniform(low, high, (2, 2, count)).swapaxes(0, 1)
+        hsv_2N3 = np.stack([(hue_N + shift_2N) % 1, saturation_2N, value_2N], axis=-1)
+        return 255 * hsv_to_rgb(hsv_2N3).astype(np.float32)[..., None, None]
+
+    light = two_colours([[0.3], [0.75]], [[0.65], [0.95]], hue_2N[0])
+    dark = two_colours([[0.4], [0.28]], [[0.8], [0.52]], hue_2N[1])
+    flip_N111 = rng.random((count, 1, 1, 1)) < 0.5
+    shape, _ = np.where(flip_N111, light, dark)
+    start, end = np.where(flip_N111, dark, light)
+    direction_N111 = rng.uniform(0, 2 * math.pi, (count, 1, 1, 1))
+    y_HW, x_HW = (np.mgrid[:side, :side] + 0.5) / side - 0.5
+    along_N1HW = np.cos(direction_N111) * x_HW + np.sin(direction_N111) * y_HW
+    background_N3HW = start + (end - start) * (0.5 + 0.7 * along_N1HW.astype(np.float32))
     images_N3HW = background_N3HW + (shape - background_N3HW) * cover_N1HW
     pixels = images_N3HW.clip(0, 255).round().astype(np.uint8)
     return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels_N))
@@ -1104,7 +1101,8 @@ SYSTEM_DATA = Path("/usr/share/datasets")   # where Debian's dataset-* packages 
 
 def known_file(name: str, file: str, data_dir: Path) -> bytes:
     """The content of a published file, found or downloaded. Raises UserError for any other."""
-    places = [folder / file for folder in (data_dir, data_dir / name, SYSTEM_DATA / name)]
+    # The data sets in MNIST's format have files of the same names.
+    places = [folder / file for folder in (data_dir / name, SYSTEM_DATA / name, data_dir)]
     path = next((place for place in places if place.exists()), data_dir / name / file)
     if not path.exists():
         download(PUBLISHED[name].url + file, path)
@@ -1238,27 +1236,16 @@ class DecodedImages(Dataset):
 
 def load_folder(root: Path, options: argparse.Namespace) -> Data:
     """One sub-folder per class, named for it; every twentieth image of a class is held out."""
-    if options.out.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--out {options.out} lies in --data {root}, and its pictures would be "
-                        f"taken for data; name a folder elsewhere")
     classes, files = list_folder(root)
-    held_out = [file for own in files for file in own[::20]]
     train = [file for own in files for i, file in enumerate(own) if i % 20]
+    rounds = chain.from_iterable(zip_longest(*(own[::20] for own in files)))
+    held_out = [file for file in rounds if file]   # the first of every class, then the second, ...
     side, channels = options.preset.image_size, options.channels
-    labels = torch.tensor([label for label, _ in held_out])
     bound = min(HELD_OUT_IMAGES, HELD_OUT_BYTES // (channels * side * side))
-    held_out = [held_out[row] for row in spread(TensorDataset(labels, labels), bound)]
-    held_out = FolderImages(root, held_out, side, channels)
     train = FolderImages(root, train, side, channels)
+    held_out = FolderImages(root, held_out[:bound], side, channels)
     kept = decoded(held_out, "held_out", options)
-    images = train
-    gigabytes = len(train) * channels * side * side / 1e9
-    free = shutil.disk_usage(options.out).free / 1e9
-    if decoded_file(train, "train", options).exists() or gigabytes <= DISK_SHARE * free:
-        images = decoded(train, "train", options)
-    else:
-        say(f"{root} would take {gigabytes:.0f} GB decoded, over {DISK_SHARE:.0%} of the "
-            f"{free:.0f} GB that are free: its images are read as training goes")
+    images = decoded(train, "train", options)
     if not len(kept):
         raise UserError(f"{root} has no image left to hold out")
     lost = set(range(len(classes))) - set(images.labels.tolist())
@@ -1287,21 +1274,23 @@ def list_folder(root: Path) -> tuple[list[str], list[list[tuple[int, Path]]]]:
     return classes, files
 
 
-def decoded_file(files: FolderImages, name: str, options: argparse.Namespace) -> Path:
-    return options.out / f"{name}-{files.key[:16]}.images"
-
-
-def decoded(files: FolderImages, name: str, options: argparse.Namespace) -> DecodedImages:
-    """The images of a folder, from the file in which an earlier run left them, or decoded now.
+def decoded(
+    files: FolderImages, name: str, options: argparse.Namespace
+) -> DecodedImages | FolderImages:
+    """The images of a folder, from the file in which an earlier run left them, or decoded now; the
+    files themselves, if decoded they would take too much of the disk.
 
     The file grows by a record after the other, so a run that was stopped goes on at its end.
     """
-    path = decoded_file(files, name, options)
-    for other in options.out.glob(f"{name}-*.images"):
-        if other != path:   # of another folder, or of this one before it changed
-            other.unlink()
     options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{name}-{files.key[:16]}.images"
     size = 1 + math.prod(files.shape)
+    gigabytes = len(files) * size / 1e9
+    free = shutil.disk_usage(options.out).free / 1e9
+    if not path.exists() and gigabytes > DISK_SHARE * free:
+        say(f"the {name} images would take {gigabytes:.0f} GB decoded, over {DISK_SHARE:.0%} of "
+            f"the {free:.0f} GB that are free: they are read as training goes")
+        return files
     with open(path, "ab") as file:
         done = file.tell() // size
         file.truncate(done * size)   # a part of a record
@@ -1331,7 +1320,6 @@ def several(read: Callable) -> Callable:
     return read_all
 
 
-COUNT = number(int, 1)
 SIZE = number(int, 1, 2**16)
 STEPS = number(int, 0)
 RATE = number(float, 1e-12, 1e30)
@@ -1465,9 +1453,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
              "same images")
     add("--tokens", type=Path, metavar="FILE",
         help="where the images' tokens are kept; if not given, tokens.pt in the run's folder")
-    add("--resume", action="store_true", help="go on from the checkpoints in the folder")
-    add("--overwrite", action="store_true",
-        help="start anew in a folder that holds a training, which is lost")
+    anew = parser.add_mutually_exclusive_group()
+    anew.add_argument("--resume", action="store_true",
+                      help="go on from the checkpoints in the folder")
+    anew.add_argument("--overwrite", action="store_true",
+                      help="start anew in a folder that holds a training, which is lost")
     add("--checkpoint-every", type=COUNT, default=1000, help="steps between checkpoints")
     add("--seed", type=SEED, default=0, help="of every random draw")
     parser.add_computer()
@@ -1489,13 +1479,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         text = value.metadata["help"]
         if value.default is not None:
             text += f" (default: {value.default})"
-        if value.metadata["read"] is YES_OR_NO:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction,
-                               default=argparse.SUPPRESS, help=text)
-        else:
-            group.add_argument(flag, type=value.metadata["read"], default=argparse.SUPPRESS,
-                               help=text)
-    parser.set_defaults(**FILTERS, batch=100)   # of the pictures that a run ends with
+        how = {"type": value.metadata["read"]}
+        if how["type"] is YES_OR_NO:
+            how = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(flag, **how, default=argparse.SUPPRESS, help=text)
+    parser.set_defaults(   # of the pictures that a run ends with
+        **FILTERS, batch=100, classes=None, per_class=10, progress=False, gif=None)
     parser.set_defaults(lock=None)
     return parser.parse_args(arguments)
 
@@ -1505,15 +1494,18 @@ def settle(options: argparse.Namespace) -> None:
 
     Raises UserError for what cannot be, or would go wrong later, perhaps after days of training.
     """
-    if options.resume and options.overwrite:
-        raise UserError("--resume goes on with a training and --overwrite starts anew: one of them")
     if options.stage == "tokenizer" and options.tokenizer:
         raise UserError("--tokenizer is for the transformer's training, and --stage tokenizer is "
                         "without it")
-    if options.channels != 3 and options.data in ("shapes", *PUBLISHED):
-        raise UserError(f"--channels is for a folder of images; {options.data} has channels of its "
-                        f"own")
-    options.out = options.out or Path("out") / Path(options.data).resolve().name
+    folder = Path(options.data).resolve()
+    options.out = options.out or Path("out") / folder.name
+    if options.data in ("shapes", *PUBLISHED):
+        if options.channels != 3:
+            raise UserError(f"--channels is for a folder of images; {options.data} has channels of "
+                            f"its own")
+    elif options.out.resolve().is_relative_to(folder):
+        raise UserError(f"--out {options.out} lies in --data {options.data}, and its pictures "
+                        f"would be taken for data; name a folder elsewhere")
     options.stages = ["tokenizer", "var"] if options.stage == "all" else [options.stage]
     if options.tokenizer:
         options.stages = ["var"]

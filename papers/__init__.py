@@ -77,8 +77,7 @@ def open_run(folder: Path, options: Namespace) -> Run:
             raise UserError(f"{folder} has one {name}, and the pages compare several")
     made_by = content["identity"]
     known = [field.name for field in fields(Preset) if field.name in made_by]
-    run.options.preset = Preset(
-        **{name: made_by[name] for name in known}, var_lr=content["rates"][0][0])
+    run.options.preset = Preset(**{name: made_by[name] for name in known})
     run.options.seed = made_by["seed"]
     return run
 

@@ -282,12 +282,16 @@ def test_images_that_cannot_be_read_are_named_each_time(tmp_path, capsys):
     assert "to hold out" in refused("train.py", "--data", root, "--out", tmp_path / "out", *TINY)
 
 
-def test_only_one_decoded_data_set_is_kept(tmp_path):
+def test_what_is_decoded_of_another_folder_is_lost_with_its_training(tmp_path):
+    out = tmp_path / "out"
     for name, count in (("one", 3), ("two", 4)):
         root = draw_folder(tmp_path / name, {"a": count})
-        load("--data", root, "--out", tmp_path / "out")
-        kept = sorted(path.name.split("-")[0] for path in (tmp_path / "out").iterdir())
-        assert kept == ["held_out", "train"]
+        ran("train.py", "--data", root, "--out", out, *TINY, "--tokenizer-steps", 2, "--var-steps", 1,
+            "--overwrite")
+        assert len(list(out.glob("train-*"))) == len(list(out.glob("held_out-*"))) == 1
+    assert "another data set" in refused("train.py", "--data", tmp_path / "one", "--out", out, *TINY,
+                                         "--tokenizer-steps", 2, "--resume")
+    assert len(list(out.glob("train-*"))) == 2   # nothing is lost by a mistake
 
 
 def test_a_full_disk_ends_in_a_sentence(tmp_path):

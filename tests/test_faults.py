@@ -246,7 +246,7 @@ def test_resuming_with_another_learning_rate_is_said(folder, tmp_path, monkeypat
         assert run("train.py", *flags).returncode == 130
     assert "not trained to its end" in refused("train.py", *flags[:-1], "var")
     said = ran("train.py", *flags, "--resume", "--tokenizer-lr", "0.0005")
-    assert "so far, and 0.0005 is asked for" in said
+    assert "was begun with another tokenizer_lr: 0.0015, not 0.0005" in said
 
 
 def test_a_training_is_not_overwritten_by_mistake(folder, finished, tmp_path, monkeypatch):

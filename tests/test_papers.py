@@ -47,7 +47,7 @@ def test_runs_differ_in_their_seed_alone(copies):
             "tokenizer")
     with pytest.raises(UserError, match="shapes-2 and .*shapes-0 differ in more than their seed"):
         opened(*copies)
-    changed(copies[1], lambda content: content.update(rates=[[0.5]]))
+    changed(copies[1], lambda content: content["identity"].update(var_lr=0.5))
     with pytest.raises(UserError, match="differ in more than their seed"):
         opened(*copies[:2])
 
