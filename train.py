@@ -20,12 +20,14 @@ A run is a folder. It ends up holding
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import copy
 import gzip
 import hashlib
 import io
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -491,6 +493,13 @@ def only_read(lock: int | None, _: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if lock is not None:
         os.close(lock)
+
+
+@atexit.register
+def end_readers() -> None:
+    """At the program's end, by whatever error: Python would send them SIGTERM, and wait."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def change_parts(model: nn.Module, options: argparse.Namespace) -> None:
@@ -1290,6 +1299,7 @@ def decoded(
     if not path.exists() and gigabytes > DISK_SHARE * free:
         say(f"the {name} images would take {gigabytes:.0f} GB decoded, over {DISK_SHARE:.0%} of "
             f"the {free:.0f} GB that are free: they are read as training goes")
+        files.first_readable(0)   # there is one, or this ends here
         return files
     with open(path, "ab") as file:
         done = file.tell() // size

@@ -24,7 +24,7 @@ from PIL import Image
 
 import sample
 import train
-from program import TINY, damaged, draws, ran, read_or_refused, refused
+from program import TINY, damaged, draws, ran, read_or_refused, refused, start
 
 
 def settled(*arguments) -> argparse.Namespace:
@@ -201,6 +201,21 @@ def test_a_few_images_stand_for_all_classes():
 # Folders of one's own
 
 
+def test_an_error_while_images_are_read_ends_the_program(folder):
+    """The processes that read them ignore SIGTERM, with which Python would end them."""
+    program = (
+        "import train, torch, pathlib\n"
+        "options = train.parse(['--workers', '1'])\n"
+        "options.device = torch.device('cpu')\n"
+        f"root = pathlib.Path({str(folder)!r})\n"
+        "files = train.FolderImages(root, [(0, path) for path in (root / 'cat').iterdir()], 8, 3)\n"
+        "rows = iter(train.read_ahead(files, [[0], [1], [2]] * 9, options))\n"
+        "next(rows)\n"
+        "raise ValueError('an error of any kind')\n")
+    result = start("-c", program)
+    assert result.returncode == 1 and "an error of any kind" in result.stderr
+
+
 def draw_folder(root: Path, classes: dict[str, int], side: int = 12) -> Path:
     rng = np.random.default_rng(0)
     for name, count in classes.items():
@@ -339,7 +354,9 @@ def test_a_folder_too_large_to_be_kept_is_read_as_training_goes(tmp_path, monkey
     assert torch.equal(pixels, decoded.train[[5, 6, 6]][0]) and labels.tolist() == [0] * 3
     assert len(data.train) == 22 and capsys.readouterr().err.count("007.png") == 1
     for path in root.rglob("*.png"):
-        path.write_bytes(b"no image")
+        if path.stem != "000":   # which are held out
+            path.write_bytes(b"no image")
+    assert "none of the" in refused("train.py", "--data", root, "--out", tmp_path / "three", *TINY)
     with pytest.raises(train.UserError, match="none of the 22 images can be read"):
         data.train.unreadable.clear()
         data.train[[0]]

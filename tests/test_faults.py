@@ -316,6 +316,26 @@ def test_tokens_are_made_once(tokens):
     assert "other tokenizer" in tokens.make("--tokens", elsewhere)[0]
 
 
+def test_more_processes_than_images_are_left(tmp_path, monkeypatch):
+    """Each has one to tokenise, and what is one too many is dropped."""
+    stage = tokenizer_stage(tmp_path)
+    images = torch.utils.data.TensorDataset(*stage.data.held_out[:5])
+    plain = []
+    train.tokenise(stage.model, images, plain, stage.options, "plainly")
+    for module in (train, sample):
+        monkeypatch.setattr(module, "rank_and_ranks", lambda: (7, 8))
+
+    def gather(gathered: list, mine: tuple) -> None:   # of eight processes: 5 rows, and one thrice
+        gathered[:] = [(tokens[None], label[None]) for tokens, label in zip(*plain[0])]
+        gathered += 3 * [mine]
+
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    found = []
+    train.tokenise(stage.model, images, found, stage.options, "in eight processes")
+    for one, other in zip(map(torch.cat, zip(*found)), map(torch.cat, zip(*plain))):
+        assert torch.equal(one, other)
+
+
 def test_a_file_of_tokens_that_is_none_is_left_alone(tokens, finished):
     tokens.make()
     kept = tokens.out / "tokens.pt"
