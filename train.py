@@ -121,6 +121,9 @@ def forget_old_training(data: Data, options: argparse.Namespace) -> None:
 class Stage:
     """A training: the loop, its log and its checkpoints. A subclass says what is trained, on what.
 
+    There are two of the model: `model` is trained, and `average`, of its weights, is what is
+    measured, shown and kept.
+
     name      of the stage: in flags, in the log, in the file's name
     kind      what its checkpoint is called
     spares    whether some steps leave parameters without a gradient, for which several processes
@@ -129,7 +132,7 @@ class Stage:
     loss(*tensors)         what to minimise for these rows of the data, and what to log: a function,
                            called if it is logged, that returns a dictionary of tensors
     validate(model)        a dictionary to log of held-out images
-    example()              what the model takes, for one image
+    example()              what the model takes, for one image; __init__ already asks for it
     finish(model, log)     what the run shows of the trained model
     """
     name: str
@@ -1500,7 +1503,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def settle(options: argparse.Namespace) -> None:
-    """Turn flags into the preset, the stages and the device they mean.
+    """Turn flags into what they mean: options.preset and options.device are names before and the
+    things themselves after.
 
     Raises UserError for what cannot be, or would go wrong later, perhaps after days of training.
     """
