@@ -174,8 +174,25 @@ def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
     told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--overwrite",
                    "--tokenizer", finished / "tokenizer.pt", "--vocabulary", 64)
     assert "--vocabulary 64 is not that of the tokenizer" in told and "which has 32" in told
+    told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--overwrite",
+                   "--tokenizer", finished / "tokenizer.pt", "--tokenizer-width", 16)
+    assert "--tokenizer-width 16 is not that of the tokenizer" in told and "which has 8" in told
     again = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")
     assert "is a copy of" in again
+
+
+def test_another_tokenizer_takes_the_place_of_a_run_s_own_if_that_may_be_lost(
+        folder, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    other = write_other_tokenizer(finished, tmp_path / "other.pt")
+    flags = ["--data", folder, "--out", out, *TINY, "--var-steps", 2, "--tokenizer", other]
+    (out / "var.pt").unlink()
+    assert "choose another --out" in refused("train.py", *flags)
+    assert (out / "tokenizer.pt").read_bytes() == (finished / "tokenizer.pt").read_bytes()
+    ran("train.py", *flags, "--overwrite")
+    now, asked = (sample.load_tokenizer(path).fingerprint() for path in (out / "tokenizer.pt", other))
+    assert now == asked
+    ran("sample.py", "--run", out, "--per-class", 1)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):
