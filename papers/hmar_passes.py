@@ -62,7 +62,7 @@ DRAWN = {
 
 
 def draw(
-    run: Run, labels: list[int], known: Callable[[range], Known] | None, filters: dict,
+    run: Run, labels: list[int], known: Callable[[slice], Known] | None, filters: dict,
     passes: list[int], surest: bool,
 ) -> Tensor:
     run.model.passes = passes
@@ -72,19 +72,19 @@ def draw(
     return run.decode(tokens_NL)
 
 
-def left_halves(run: Run, originals: Tensor) -> tuple[Tensor, Callable[[range], Known]]:
+def left_halves(run: Run, originals: Tensor) -> tuple[Tensor, Callable[[slice], Known]]:
     """Where images are known: float [side, side]; and what is known of them, to `generate`."""
     known_HW = torch.ones(originals.shape[2:])
     known_HW[:, originals.shape[3] // 2:] = 0
     filled = fill_holes(originals, known_HW)
     latent_NCSS, _ = run.encode(filled)
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
+    where_N1SS = where_11SS.expand(len(latent_NCSS), -1, -1, -1)
     scales = len(run.model.config.scales)
     device = run.options.device
 
-    def known(rows: range) -> Known:
-        where_B1SS = where_11SS.expand(len(rows), -1, -1, -1)
-        return Known(latent_NCSS[rows].to(device), where_B1SS.to(device), scales)
+    def known(rows: slice) -> Known:
+        return Known(latent_NCSS[rows].to(device), where_N1SS[rows].to(device), scales)
     return known_HW, known
 
 
