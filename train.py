@@ -1484,7 +1484,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
              "memory, more time")
     add("--workers", type=STEPS, default=min(8, os.cpu_count() or 1),
         help="processes that read the images of a folder")
-    add("--preset", choices=PRESETS, default="tiny",
+    add_preset(parser)
+    parser.set_defaults(   # of the pictures that a run ends with
+        **FILTERS, batch=100, classes=None, per_class=10, progress=False, gif=None)
+    parser.set_defaults(lock=None)
+    return parser.parse_args(arguments)
+
+
+def add_preset(parser: Parser) -> None:
+    """A flag for every value of a preset, too; those that are not given stay unset."""
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="tiny",
         help="a size of model and training; the flags below change single values of it")
     group = parser.add_argument_group("values of the preset (the defaults shown are those of tiny)")
     for value in fields(Preset):
@@ -1496,10 +1506,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if how["type"] is YES_OR_NO:
             how = {"action": argparse.BooleanOptionalAction}
         group.add_argument(flag, **how, default=argparse.SUPPRESS, help=text)
-    parser.set_defaults(   # of the pictures that a run ends with
-        **FILTERS, batch=100, classes=None, per_class=10, progress=False, gif=None)
-    parser.set_defaults(lock=None)
-    return parser.parse_args(arguments)
 
 
 def settle(options: argparse.Namespace) -> None:
