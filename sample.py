@@ -1190,6 +1190,7 @@ def run_program(main: Callable[[], None]) -> None:
 
 
 def lacks_memory(error: Exception) -> bool:
+    """Python, NumPy, PyTorch on a CPU and on a GPU each have their own words for it."""
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 

@@ -2,7 +2,7 @@
 
 Stage one (`TokenizerStage`) teaches the tokenizer to write images as tokens; stage two (`VARStage`)
 writes every image as tokens once, and teaches the transformer to predict them. Both go through the
-same loop, `Stage.run`. Read `train`, then `Stage`, then the two stages: that is how VAR is trained.
+same loop, `Stage.loop`. Read `train`, then `Stage`, then the two stages: that is how VAR is trained.
 Below is what they need: tokens, data sets, several processes, presets and flags.
 
 A run is a folder. It ends up holding
@@ -106,10 +106,11 @@ def train(options: argparse.Namespace) -> None:
 
 
 def forget_old_training(data: Data, options: argparse.Namespace) -> None:
-    """All stages at once, as --resume must not find a part of it, and its images."""
+    """The checkpoints of all stages at once, as --resume must not find a part of it; and what was
+    decoded of another folder."""
     for name in (*options.stages, "train_images"):
         (options.out / f"{name}.pt").unlink(missing_ok=True)
-    for path in options.out.glob("*.images"):
+    for path in options.out.glob(f"*-{16 * '[0-9a-f]'}.images"):
         if path.stem.rpartition("-")[2] not in data.key:
             path.unlink()
 
@@ -202,11 +203,23 @@ class Stage:
         if not begun:
             self.begin()
         log = Log(options.out / "log.jsonl", self.name, self.step)
+        if self.loop(log):
+            how = "--resume instead of --overwrite" if options.overwrite else "--resume"
+            raise Stopped(f"stopped after step {self.step} of {self.steps} and saved to "
+                          f"{options.out}; the same command with {how} goes on from there")
+        if rank_and_ranks()[0] == 0:
+            self.finish(self.average, log)
+        self.save(finished=True)
+        return self.average
+
+    def loop(self, log: Log) -> bool:
+        """To the last step, or until any process is asked to stop; returns whether one was. Either
+        way the last step is saved."""
+        options = self.options
         steps = shuffled(len(self.rows), self.batch, options.seed, self.step, self.steps)
         bar = tqdm(initial=self.step, total=self.steps, desc=self.name, unit="step",
                    mininterval=0.5, disable=rank_and_ranks()[0] > 0)
         newest = None
-        stop = False
         with Interrupt() as interrupt, bar:
             for tensors in read_ahead(self.rows, map(own_part, steps), options):
                 before = newest
@@ -226,16 +239,9 @@ class Stage:
                 if stop or saved:   # at the last step, too: should a picture fail, no step is lost
                     self.save(finished=False)
                 if stop:
-                    break
+                    return True
             (asked,) = mean_over_processes(interrupt.asked, device=options.device).tolist()
-            if stop or asked:   # in the last step, too
-                how = "--resume instead of --overwrite" if options.overwrite else "--resume"
-                raise Stopped(f"stopped after step {self.step} of {self.steps} and saved to "
-                              f"{options.out}; the same command with {how} goes on from there")
-        if rank_and_ranks()[0] == 0:
-            self.finish(self.average, log)
-        self.save(finished=True)
-        return self.average
+        return asked > 0   # during the last step
 
     def advance(self, tensors: list[Tensor], asked: bool) -> Report:
         """One step. asked: whether this process was asked to stop."""
@@ -500,7 +506,7 @@ def only_read(lock: int | None, _: int) -> None:
 
 @atexit.register
 def end_readers() -> None:
-    """At the program's end, by whatever error: Python would send them SIGTERM, and wait."""
+    """At the program's end, by whatever error: Python sends them SIGTERM, and waits for ever."""
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -727,6 +733,8 @@ def chosen_tokenizer(data: Data, options: argparse.Namespace) -> Tokenizer:
         if asked != value:
             raise UserError(f"--{flag.replace('_', '-')} {asked} is not that of the tokenizer in "
                             f"{path}, which has {value}")
+    if path == own:
+        return tokenizer.to(options.device)
     if not own.exists() or load_tokenizer(own).fingerprint() != tokenizer.fingerprint():
         if own.exists() and not options.overwrite:
             raise UserError(f"{options.out} has a tokenizer.pt that is another than {path}; choose "
@@ -827,7 +835,7 @@ def tokens_of(
         "precision": options.precision,
         "images": data.key,
     }
-    found = kept_tokens(path, made_with)
+    found = kept_tokens(path, made_with, options)
     images = {"held_out": data.held_out, "train": data.train}
     missing = [name for name in images if tokenised(found[name]) < len(images[name])]
     try:
@@ -845,21 +853,28 @@ def tokenised(parts: list[tuple[Tensor, Tensor]]) -> int:
     return sum(len(labels) for _, labels in parts)
 
 
-def kept_tokens(path: Path, made_with: dict[str, str]) -> dict:
-    """What an earlier training kept: for both sets parts of their tokens and labels, in order."""
+def kept_tokens(path: Path, made_with: dict[str, str], options: argparse.Namespace) -> dict:
+    """What an earlier training kept: for both sets parts of their tokens and labels, in order.
+
+    Raises UserError where --tokens names a file of anything else, which would be lost.
+    """
     nothing = {"held_out": [], "train": []}
     if not path.exists():
         return nothing
     try:
         content = load_checkpoint(path, "set of tokens")
         with blaming(path):
-            for name, value in made_with.items():
-                if content["made_with"][name] != value:
-                    raise UserError(f"those in {path} were made with other {name}")
+            begun = content["made_with"]
             found = {name: content[name] for name in nothing}
     except UserError as error:
+        if options.tokens:
+            raise
         say(f"tokens are made anew: {error}")
         return nothing
+    for name, value in made_with.items():
+        if begun.get(name) != value:
+            say(f"tokens are made anew: those in {path} were made with other {name}")
+            return nothing
     say(f"tokens are those in {path}")
     return found
 
@@ -1229,12 +1244,12 @@ def try_to_read(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
 
 
 class DecodedImages(Dataset):
-    """The images of a folder, from a file that is mapped into memory. It holds a record for each:
-    whether the image could be read, a byte, and its pixels."""
+    """The images of a folder, from a file that is mapped into memory. It holds a record for each: a
+    byte, 1 if the image could be read, and its pixels."""
 
     def __init__(self, records_NR: np.ndarray, files: FolderImages):
         self.records_NR = records_NR
-        self.rows = np.flatnonzero(records_NR[:, 0])
+        self.rows = np.flatnonzero(records_NR[:, 0] == 1)
         self.labels = files.labels[self.rows]
         self.shape = files.shape
 
@@ -1487,7 +1502,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_preset(parser)
     parser.set_defaults(   # of the pictures that a run ends with
         **FILTERS, batch=100, classes=None, per_class=10, progress=False, gif=None)
-    parser.set_defaults(lock=None)
+    parser.set_defaults(lock=None)   # `main` takes it
     return parser.parse_args(arguments)
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 import sample
 import train
-from program import TINY, damaged, draws, ran, read_or_refused, refused, start
+from program import TINY, damaged, draws, ran, read_or_refused, refused
 
 
 def settled(*arguments) -> argparse.Namespace:
@@ -201,21 +201,6 @@ def test_a_few_images_stand_for_all_classes():
 # Folders of one's own
 
 
-def test_an_error_while_images_are_read_ends_the_program(folder):
-    """The processes that read them ignore SIGTERM, with which Python would end them."""
-    program = (
-        "import train, torch, pathlib\n"
-        "options = train.parse(['--workers', '1'])\n"
-        "options.device = torch.device('cpu')\n"
-        f"root = pathlib.Path({str(folder)!r})\n"
-        "files = train.FolderImages(root, [(0, path) for path in (root / 'cat').iterdir()], 8, 3)\n"
-        "rows = iter(train.read_ahead(files, [[0], [1], [2]] * 9, options))\n"
-        "next(rows)\n"
-        "raise ValueError('an error of any kind')\n")
-    result = start("-c", program)
-    assert result.returncode == 1 and "an error of any kind" in result.stderr
-
-
 def draw_folder(root: Path, classes: dict[str, int], side: int = 12) -> Path:
     rng = np.random.default_rng(0)
     for name, count in classes.items():
@@ -281,7 +266,7 @@ def test_decoding_that_is_stopped_goes_on(tmp_path, monkeypatch):
     assert path.read_bytes() == whole and torch.equal(images[list(range(12))][0], pixels)
 
 
-def test_images_that_cannot_be_read_are_named_each_time(tmp_path, capsys):
+def test_images_that_cannot_be_read_are_counted_each_time(tmp_path, capsys):
     root = draw_folder(tmp_path / "data", {"a": 4, "b": 3})
     (root / "a" / "002.png").write_bytes(b"no image")
     for _ in range(2):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import sample
 import train
-from program import ROOT, TINY, damaged, draws, ran, read_or_refused, refused, run
+from program import ROOT, TINY, damaged, draws, ran, read_or_refused, refused, run, start
 
 
 def stop_training(stop: int, log: Path, done: str, *flags) -> subprocess.Popen:
@@ -370,6 +370,15 @@ def test_a_file_of_tokens_that_is_none_is_left_alone(tokens, finished):
     assert "tokens are those" in tokens.make()[0]
 
 
+def test_tokens_do_not_take_the_place_of_the_tokenizer(folder, tmp_path):
+    """Which is not there yet when the flags are read."""
+    path = tmp_path / "tokenizer.pt"
+    told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--tokenizer-steps", 2,
+                   "--tokens", path)
+    assert f"{path} is a checkpoint of a tokenizer" in told
+    sample.load_tokenizer(path)
+
+
 def test_tokens_that_cannot_be_kept_do_not_end_a_training(tokens):
     tokens.out.mkdir()
     (tokens.out / "file").touch()
@@ -593,3 +602,18 @@ def test_processes_that_read_images_leave_signals_to_the_training(folder, monkey
     os.kill(worker.pid, signal.SIGTERM)
     os.kill(worker.pid, signal.SIGINT)
     assert len(list(rows)) == 3
+
+
+def test_an_error_while_images_are_read_ends_the_program(folder):
+    """The processes that read them ignore SIGTERM, with which Python would end them."""
+    program = (
+        "import train, torch, pathlib\n"
+        "options = train.parse(['--workers', '1'])\n"
+        "options.device = torch.device('cpu')\n"
+        f"root = pathlib.Path({str(folder)!r})\n"
+        "files = train.FolderImages(root, [(0, path) for path in (root / 'cat').iterdir()], 8, 3)\n"
+        "rows = iter(train.read_ahead(files, [[0], [1], [2]] * 9, options))\n"
+        "next(rows)\n"
+        "raise ValueError('an error of any kind')\n")
+    result = start("-c", program)
+    assert result.returncode == 1 and "an error of any kind" in result.stderr
