@@ -1,0 +1,175 @@
+"""Files that are whole or not there, and that are read as they were written or not at all."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import socket
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from support.cli import UserError, in_short, lacks_memory
+from support.devices import rank_and_world
+
+
+def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file beside its place, then rename.
+
+    At any instant, and when the disk is full, the old one or the new one is there.
+    """
+    path = path.resolve()   # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())   # on the disk before it takes the name: a power cut may follow
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path: Path, kind: str, **content) -> None:
+    """Raises UserError where it cannot be written."""
+    try:
+        save_whole(path, lambda file: torch.save({"kind": kind, **content}, file))
+    except (OSError, RuntimeError) as error:   # torch.save may end with the second after the first
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(f"{path} cannot be written, and is what it was before: {in_short(reason)}")
+
+
+def load_checkpoint(path: Path, kind: str) -> dict:
+    """A checkpoint of ours, on the CPU. Raises UserError where it is none, or of another kind."""
+    content = read_tensors(path, f"{kind} checkpoint")
+    found = content.get("kind") if isinstance(content, dict) else None
+    if found != kind:
+        raise UserError(f"{path} is a checkpoint of a {found or 'something else'}, not of a {kind}")
+    return content
+
+
+def read_tensors(path: Path, what: str) -> Any:
+    """What torch.save or safetensors wrote, on the CPU; nothing in the file is run.
+
+    PyTorch's reader compares no checksums, and where one bit says that an entry is a folder it
+    returns memory that was never written. So Python's reader, which compares them, takes everything
+    out, and PyTorch's gets a new archive of it. Raises UserError for anything else.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no {what} at {path}")
+    with blaming(path):
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"
+        source = verified(path) if zipped else path   # before PyTorch 1.6 it was no archive
+        try:
+            return torch.load(source, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if "Unsupported" not in str(error):
+                raise
+            raise UserError(f"{path} holds more than tensors, a whole pickled module perhaps, and "
+                            f"to load it would run its code; save its state_dict() instead")
+
+
+def verified(path: Path) -> BinaryIO:
+    """A new archive of the entries of an archive, which agree with their checksums."""
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as target:
+        names = archive.namelist()
+        if len(set(names)) < len(names):
+            raise ValueError("an entry is there twice")
+        for name in names:
+            target.writestr(name, archive.read(name))
+    copy.seek(0)
+    return copy
+
+
+def read_safetensors(path: Path) -> dict:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path} takes one more package to read: pip install safetensors")
+    return load_file(path)
+
+
+@contextlib.contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """What goes wrong inside is the file's fault: torch, zip, pickle and our own configs each raise
+    their own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if lacks_memory(error):
+            raise
+        raise UserError(f"{path} cannot be read, it is damaged or something else: "
+                        f"{in_short(error)}")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of config and weights: a transformer names the tokenizer that it learned from."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def download(url: str, path: Path) -> None:
+    """Fetch a file, with a progress bar. Raises UserError where the network does not have it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(30)   # seconds without a byte
+    try:
+        torch.hub.download_url_to_file(url, str(path))
+    except OSError as error:
+        raise UserError(f"cannot download {url} ({error}); fetch it by other means, as {path}")
+
+
+class Log:
+    """log.jsonl: one JSON object per line. Of several processes, the first one writes it."""
+
+    def __init__(self, path: Path, stage: str, done: int):
+        """Lines that an earlier try left are dropped: of this stage for steps after `done`, and on
+        its health, which is written at the end."""
+        self.path = path
+        self.stage = stage
+        if rank_and_world()[0] > 0:
+            return
+        text = ""
+        for line in read_log(path):
+            before = line["step"] <= done and line["split"] != "health"
+            if line["stage"] != stage or before:
+                text += json.dumps(line) + "\n"
+        save_whole(path, lambda file: file.write(text.encode()))
+
+    def write(self, step: int, split: str, **values) -> None:
+        if rank_and_world()[0] > 0:
+            return
+        line = {"stage": self.stage, "step": step, "split": split, **values}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; one that a killed run did not finish is left out."""
+    if not path.exists():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        known = {"stage", "step", "split"}
+        if not all(isinstance(line, dict) and known <= line.keys() for line in lines):
+            raise ValueError("a line is no record of ours")
+        return lines
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); move it away to go on without it")

@@ -1,0 +1,134 @@
+"""How a program starts and ends: flags, mistakes told in one sentence, signals. Boilerplate."""
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import signal
+import sys
+import time
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one sentence; the program ends with exit code 2."""
+
+
+class Stopped(Exception):
+    """The user asked for it, and everything is saved; the program ends with exit code 130."""
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run a program: mistakes end it with one sentence and code 2, Ctrl-C and SIGTERM with 130."""
+    with contextlib.suppress(ValueError):   # only the main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")   # a terminal may lack the letters of a class
+    try:
+        main()
+    except (UserError, OSError) as error:   # a folder where a file should be, say
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        print(f"error: not enough memory ({in_short(error)}); --grad-accumulation and "
+              f"--checkpoint-activations make train.py need less, --batch sample.py",
+              file=sys.stderr)
+        sys.exit(2)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(str(stopped) or "stopped")
+        sys.exit(130)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Python, NumPy, PyTorch on a CPU and PyTorch on a GPU each have their own words for it."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def in_short(text: Any, most: int = 200) -> str:
+    """The beginning of what an error says: one line of at most so many letters."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= most else text[:most - 1] + "…"
+
+
+class Interrupt:
+    """The first Ctrl-C or SIGTERM sets `asked`, so that a training can save; a second one ends any
+    wait with KeyboardInterrupt.
+
+    A process manager and torchrun may both send one at once: within a second they are one. A signal
+    that the shell has the program ignore, as SIGINT in the background, stays ignored.
+    """
+
+    def __enter__(self) -> Interrupt:
+        self.asked_at = math.inf
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    @property
+    def asked(self) -> bool:
+        return self.asked_at < math.inf
+
+    def ask(self, *_) -> None:
+        now = time.monotonic()
+        if now > self.asked_at + 1:
+            raise KeyboardInterrupt
+        self.asked_at = min(self.asked_at, now)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Parser(ArgumentParser):
+    """Tells mistakes as everything else here does."""
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def add_device_flags(parser: ArgumentParser) -> None:
+    """The flags of which `devices.choose_machine` makes a Machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device,
+                        help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                        help="auto: bf16 on a GPU that is built for it, else fp32")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the models with torch.compile, which takes minutes at first")
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """The type of a flag that is an int or a float from `low` to `high`."""
+    def checked(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            whole = "a whole number, " if kind is int else ""
+            raise ArgumentTypeError(f"{text} must be {whole}{limits}")
+        return value
+    return checked
+
+
+def several(read: Callable) -> Callable:
+    """The type of a flag that is a list with commas, as 1,2,4."""
+    def read_all(text: str) -> tuple:
+        return tuple(read(entry) for entry in text.split(","))
+    return read_all
+
+
+COUNT = number(int, 1)
+SEED = number(int, 0, 2**31 - 1)
+SHARE = number(float, 1e-6, 1)   # over 0, at most 1

@@ -1,0 +1,207 @@
+"""What a model is computed on: the device, its precision, several processes, and what it can do."""
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from support.cli import UserError, in_short
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device, the dtype of matrix products on it, and whether models are compiled for it."""
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    compile: bool = False
+
+    def autocast(self) -> torch.autocast:
+        """The context to run a model in: `with machine.autocast():`."""
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
+
+
+def choose_machine(device: str, precision: str = "auto", compile: bool = False) -> Machine:
+    """The machine that the flags of `cli.add_device_flags` ask for, this process's GPU of several.
+
+    Raises UserError for a device that is not there, and for --compile without a compiler.
+    """
+    if device == "cuda" and dist.is_torchelastic_launched():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used: {in_short(error)}")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)   # events and streams belong to the current device
+    fast = has_fast_bf16(chosen)
+    half = precision == "bf16"
+    if precision == "auto":   # small models are no faster in bf16 on a CPU
+        half = fast and chosen.type != "cpu"
+    elif half and not fast:
+        print("note: this device has no instructions for bf16 and emulates them; --precision fp32 "
+              "is faster here")
+    if chosen.type == "cpu" and torch.get_num_threads() == 1 < own_cores():
+        print(f"note: one thread of {own_cores()} is used; OMP_NUM_THREADS says how many")
+    if not half:   # nor TF32, in which cuDNN convolves fp32 unless told otherwise
+        torch.backends.cudnn.allow_tf32 = False
+    if compile:
+        check_compiler(chosen)
+    return Machine(chosen, torch.bfloat16 if half else torch.float32, compile)
+
+
+def own_cores() -> int:
+    """The cores this process may use: under taskset, SLURM or in a container not all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1   # macOS and Windows
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 has its own instructions; emulated, it is many times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capable = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile does not work, as without a C++ compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:   # each back end has its own
+        raise UserError(f"--compile does not work here: {in_short(error)}")
+
+
+# Several processes: torchrun starts one for each GPU, and all of them run train.py.
+
+
+def join_processes() -> None:
+    """Meet the other processes that torchrun started."""
+    if dist.is_torchelastic_launched():
+        # NCCL between GPUs, gloo between CPUs. The others wait for process 0 as long as it takes:
+        # to decode a data set may be hours.
+        dist.init_process_group(timeout=timedelta(days=30))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the world size; 0 and 1 without torchrun."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def say(text: str) -> None:
+    """Print once, not in every process, and above a progress bar."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(text)
+
+
+def wait_for_others() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def own_part(rows: list[int]) -> list[int]:
+    """This process's share of the rows, in order; the shares of all processes are the rows."""
+    rank, world = rank_and_world()
+    return rows[len(rows) * rank // world:len(rows) * (rank + 1) // world]
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """In place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def average_over_processes(x: Tensor) -> Tensor:
+    """In place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def gather_over_processes(x_B: Tensor) -> Tensor:
+    """The rows of all processes, the same in each, which have equally many."""
+    if not dist.is_initialized():
+        return x_B
+    parts = [torch.empty_like(x_B) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x_B.contiguous())
+    return torch.cat(parts)
+
+
+# What a model needs, and what a GPU can do.
+
+
+PEAK_TFLOPS = {   # of dense bf16, from the data sheets; the first name that the card's contains
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+}
+
+
+def peak_flops(machine: Machine) -> float | None:
+    """FLOP/s of one GPU in bf16, if that is what is computed in on a card that we know."""
+    if machine.device.type != "cuda" or machine.dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(machine.device)
+    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+
+
+def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
+    """FLOP of a forward pass in evaluation mode, two for a multiplication and its addition.
+
+    The counter knows neither our kernels nor PyTorch's fused attention, so a copy of the model on
+    the CPU does the same in plain matrix products.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    twin = copy.deepcopy(model).cpu().eval()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        twin(*(x.cpu() for x in inputs))
+    return counter.get_total_flops()
+
+
+# Drawing on a CPU: oneDNN's matrix product.
+
+
+def pack(model: nn.Module) -> None:
+    """Replace the linear layers of a model that only draws on a CPU, where PyTorch has oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer by oneDNN's product instead of MKL's.
+
+    MKL rearranges the weights at every call, which for the few tokens of the coarse scales takes
+    longer than to multiply; oneDNN reads them as they are, and knows more CPUs' widest
+    instructions.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight.detach().to_mkldnn()
+        self.bias = None if linear.bias is None else linear.bias.detach().to_mkldnn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.aten.mkldnn_linear(x.to_mkldnn(), self.weight, self.bias)
+        return y.to_dense()

@@ -1,0 +1,152 @@
+"""The values of a training, the sizes they come in, and a flag for each."""
+from __future__ import annotations
+
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from support.cli import COUNT, number, several
+
+SIZE = number(int, 1, 2**16)
+STEPS = number(int, 0)
+RATE = number(float, 1e-12, 1e30)
+PART = number(float, 0, 1)
+WEIGHT = number(float, 0)
+BELOW_1 = number(float, 0, 0.999999)
+YES_OR_NO = None   # --flag and --no-flag
+
+
+def option(default: Any, read: Callable | None, text: str):
+    """A value and its flag: `read` makes it of the flag's text, or says what is wrong."""
+    return field(default=default, metadata={"read": read, "help": text})
+
+
+@dataclass(frozen=True)
+class BothPreset:
+    image_size: int = option(32, SIZE, "side of the images")
+    muon: bool = option(
+        True, YES_OR_NO, "Muon instead of AdamW for the matrices and convolutions inside layers")
+    warmup: int = option(30, STEPS, "steps of linear warm-up, in both stages")
+    final_lr: float = option(0.0, PART, "learning rate at the end, as a share of the peak")
+
+
+@dataclass(frozen=True)
+class TokenizerPreset(BothPreset):
+    scales: tuple[int, ...] | None = option(
+        None, several(SIZE),
+        "sides of the token maps, from 1 to the latent's, with commas; if not given, 1,2,4,... up "
+        "to it")
+    vocabulary: int = option(256, SIZE, "codes in the codebook")
+    code_channels: int = option(8, SIZE, "channels of a code")
+    tokenizer_width: int = option(16, SIZE, "the tokenizer's channels at full resolution")
+    multipliers: tuple[int, ...] = option(
+        (1, 2, 4), several(SIZE),
+        "of that width, per resolution, with commas; each but the first halves the side")
+    blocks: int = option(1, SIZE, "residual blocks per resolution")
+    phis: int = option(4, SIZE, "distinct phi convolutions")
+    norm_groups: int = option(2, SIZE, "groups of the tokenizer's group norms")
+    tokenizer_steps: int = option(1000, COUNT, "train steps of the tokenizer")
+    tokenizer_batch: int = option(8, SIZE, "images per train step of the tokenizer")
+    tokenizer_lr: float = option(1.5e-3, RATE, "peak learning rate of the tokenizer")
+    unquantized: float = option(
+        0.1, BELOW_1, "share of the tokenizer's steps, at first, without quantization")
+    perceptual_weight: float = option(
+        0.0, WEIGHT, "weight of the perceptual distance in the tokenizer's loss; 0 is without")
+    adversarial_weight: float = option(
+        0.0, WEIGHT, "weight of the discriminator against all else, as it pulls at the decoder's "
+        "last layer; 0 is without")
+    adversarial_from: float = option(
+        0.3, BELOW_1, "share of the tokenizer's steps, at first, without the discriminator")
+    discriminator_width: int = option(32, SIZE, "the discriminator's channels at half resolution")
+    discriminator_lr: float = option(2e-4, RATE, "peak learning rate of the discriminator")
+
+
+@dataclass(frozen=True)
+class VARPreset(BothPreset):
+    depth: int = option(6, SIZE, "layers of the transformer")
+    width: int = option(64, SIZE, "width of the transformer")
+    heads: int = option(4, SIZE, "attention heads")
+    shared_adaln: bool = option(False, YES_OR_NO, "one AdaLN modulation shared by all layers")
+    normalise_qk: bool = option(True, YES_OR_NO, "unit queries and keys with a learned scale")
+    label_dropout: float = option(0.1, PART, "share of train labels that become the null class")
+    drop_path: float = option(0.0, BELOW_1, "stochastic depth of the last layer; of the first, 0")
+    last_scales: int | None = option(
+        None, COUNT, "how many scales a token sees, its own among them; if not given, all so far")
+    var_steps: int = option(2000, COUNT, "train steps of the transformer")
+    var_batch: int = option(32, SIZE, "images per train step of the transformer")
+    var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
+    weight_decay: float = option(0.05, WEIGHT, "of the transformer's matrices")
+    ema: float = option(0.95, BELOW_1, "decay of the running average of the transformer's weights")
+
+
+@dataclass(frozen=True)
+class Preset(VARPreset, TokenizerPreset):
+    """All the values of a training; `of` has those that shape one stage."""
+
+    def of(self, stage: type[BothPreset]) -> dict[str, Any]:
+        return {value.name: getattr(self, value.name) for value in fields(stage)}
+
+
+PRESETS = {
+    "tiny": Preset(),
+    "cifar": Preset(
+        scales=(1, 2, 3, 4, 6, 8), vocabulary=1024, code_channels=32, tokenizer_width=96,
+        multipliers=(1, 2, 2), blocks=2, norm_groups=32, tokenizer_steps=20_000,
+        tokenizer_batch=256, tokenizer_lr=4e-4, depth=12, width=768, heads=12, drop_path=0.05,
+        var_steps=40_000, var_batch=256, var_lr=3e-4, muon=False, final_lr=0.05, warmup=1000,
+        ema=0.9995),
+    # Thousands of images, a folder of one's own say. On two CPU cores without AVX-512, by its first
+    # steps: 43 minutes for the tokenizer and 35 for the transformer.
+    "pixels64": Preset(
+        image_size=64, scales=(1, 2, 3, 4, 6, 8), vocabulary=512, code_channels=16,
+        multipliers=(1, 2, 4, 8), tokenizer_steps=3600, tokenizer_lr=1e-3, perceptual_weight=0.1,
+        adversarial_weight=0.1, depth=6, width=256, var_steps=1000, var_lr=7e-3,
+        warmup=100, ema=0.99),
+    # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
+    "imagenet256": Preset(
+        image_size=256, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocabulary=4096,
+        code_channels=32, tokenizer_width=160, multipliers=(1, 1, 2, 2, 4), blocks=2,
+        norm_groups=32, tokenizer_steps=400_000, tokenizer_batch=128, tokenizer_lr=1e-4,
+        perceptual_weight=1.0, adversarial_weight=0.4, discriminator_width=64, depth=16,
+        width=1024, heads=16, drop_path=0.1 * 16 / 24, var_steps=333_000, var_batch=768,
+        var_lr=3e-4, muon=False, final_lr=0.1, warmup=6000, ema=0.9999),
+}
+
+
+def add_preset_flags(parser: ArgumentParser) -> None:
+    """--preset, and a flag for every value of it; those that are not given stay unset."""
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="tiny",
+        help="a size of model and training; the flags below change single values of it")
+    group = parser.add_argument_group("values of the preset (the defaults shown are those of tiny)")
+    for value in fields(Preset):
+        flag = "--" + value.name.replace("_", "-")
+        text = value.metadata["help"]
+        if value.default is not None:
+            text += f" (default: {value.default})"
+        how = {"type": value.metadata["read"]}
+        if how["type"] is YES_OR_NO:
+            how = {"action": BooleanOptionalAction}
+        group.add_argument(flag, **how, default=SUPPRESS, help=text)
+
+
+def given_values(options: Namespace) -> dict[str, Any]:
+    """The values of the preset that were named on the command line."""
+    return {value.name: getattr(options, value.name) for value in fields(Preset)
+            if hasattr(options, value.name)}
+
+
+def chosen_preset(options: Namespace) -> Preset:
+    """The preset with the values that were given instead of its own; scales that were not given
+    follow from the side of the latent, where the preset's do not fit it."""
+    given = given_values(options)
+    preset = replace(PRESETS[options.preset], **given)
+    side = preset.image_size // 2 ** (len(preset.multipliers) - 1)   # of the latent
+    if preset.scales is None or ("scales" not in given and preset.scales[-1] != side):
+        doubling = [2**k for k in range(side.bit_length()) if 2**k < side]
+        preset = replace(preset, scales=(*doubling, max(1, side)))
+        if given.keys() & {"image_size", "multipliers"}:
+            print(f"images of side {preset.image_size} are tokenised at scales "
+                  f"{','.join(map(str, preset.scales))}")
+    return preset
