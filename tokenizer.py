@@ -31,28 +31,22 @@ K number of scales, k one of them, 0 the coarsest.
 """
 from __future__ import annotations
 
-import hashlib
 import math
-import re
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import full_precision, nearest_code
+from support.published import tokenizer_of
 
-PUBLISHED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # of the 256-pixel models
 PHI_STRENGTH = 0.5    # phi(h) = (1 - strength) h + strength conv(h), as published
 COMMITMENT = 0.25     # weight of moving the latent to its codes, against 1 for the codes to it
-L1_WEIGHT = 0.2       # beside the squared error: keeps edges sharp where that is small already
-HITS_MEMORY = 0.99    # how much of a code's hit count is carried over from one step to the next
-DEAD_BELOW = 0.05     # a code that is hit less than this share of the average is dead
-JUDGED_SIDE = 64      # a classifier sees larger images averaged down to this side
+HITS_DECAY = 0.99     # of the exponential moving average (EMA) of how often a code is hit
+DEAD_BELOW = 0.05     # a code that is hit less than this share of the mean is dead
 
 
 @dataclass(frozen=True)
@@ -118,10 +112,10 @@ class Quantizer(nn.Module):
         self.codebook_VC = nn.Parameter(torch.zeros(V, C))   # `start_from` fills it
         self.phis = nn.ModuleList(Phi(C) for _ in range(config.phis))
         self.phi_of_scale = choose_phis(len(config.scales), config.phis)
-        # What training remembers of the codebook's use, for `revive`:
-        self.register_buffer("hits_V", torch.ones(V))   # how often each code was hit of late
-        self.new_hits_V: Tensor | int = 0    # hits since the last `remember`
-        self.residuals: list[Tensor] = []    # of the last pass, one [B, l, C] for each scale
+        self.register_buffer("hits_V", torch.ones(V))   # EMA of each code's hits per train step
+        # What the last training pass leaves for the stage, which cares for the codebook:
+        self.last_tokens_BL: Tensor | None = None
+        self.last_residuals: list[Tensor] = []   # one [B, l, C] for each scale
 
     def empty(self, batch: int) -> Tensor:
         """f_hat before any scale: zeros [B, C, S, S]."""
@@ -212,7 +206,7 @@ class Quantizer(nn.Module):
             L_vq = 1/K sum_k [ |f_hat_k - sg f|^2 + 0.25 |sg f_hat_k - f|^2 ]     (means)
 
         Every scale's running sum is held to the latent, so coarse scales carry what they can. In
-        training mode the pass also counts which codes were hit, and keeps the residuals.
+        training mode the pass keeps its tokens and residuals.
         """
         f_hat_BCSS = self.empty(len(f_BCSS))
         loss = 0.0
@@ -229,23 +223,20 @@ class Quantizer(nn.Module):
             residuals.append(residual_BlC)
             tokens.append(tokens_Bl)
         if self.training:
-            tokens_N = torch.cat(tokens, dim=1).flatten()
-            # On a GPU bincount would wait for the largest token, to know how many counts to make.
-            counts_V = torch.zeros_like(self.hits_V, dtype=torch.int64)
-            counts_V.scatter_add_(0, tokens_N, torch.ones_like(tokens_N))
-            self.new_hits_V = self.new_hits_V + counts_V
-            self.residuals = residuals
+            self.last_tokens_BL = torch.cat(tokens, dim=1)
+            self.last_residuals = residuals
         # Straight-through: the value of f_hat, the gradient of f.
         straight_BCSS = f_BCSS + (f_hat_BCSS - f_BCSS).detach()             # [B, C, S, S]
         return straight_BCSS, loss / len(self.scales)
 
     # Codebook collapse: a code that is never the nearest gets no gradient, so it stays where it is
     # and will never be the nearest. A few codes that start well then take everything, for good.
-    # Against that, codes start where residuals are, and dead ones are moved there later.
+    # Against that, codes start where residuals are, and dead ones are moved there later. The stage
+    # in train.py calls what follows; it alone knows of micro-batches and of other processes.
 
     @torch.no_grad()
     def start_from(self, f_BCSS: Tensor) -> None:
-        """The first codebook: residuals of real latents, every scale giving an equal share.
+        """Fill the codebook with residuals of real latents, every scale giving an equal share.
 
         An equal share, because most residuals are those of the finest scales. Each scale leaves
         over what its codes and those of coarser scales, the only ones so far, cannot say.
@@ -262,44 +253,41 @@ class Quantizer(nn.Module):
             tokens_N = nearest_code(residual_NC, self.codebook_VC[:end])
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_N.view(len(f_BCSS), -1), k)
 
-    @torch.no_grad()
-    def remember(self) -> None:
-        """Count the hits of a whole step, however many parts and processes computed it."""
-        if dist.is_initialized():
-            dist.all_reduce(self.new_hits_V)
-        self.hits_V.lerp_(self.new_hits_V.to(self.hits_V), 1 - HITS_MEMORY)
-        self.new_hits_V = 0
+    def count(self, tokens: Tensor) -> Tensor:
+        """How often each code occurs among tokens of any shape: int64 [V]."""
+        # On a GPU bincount would wait for the largest token, to know how many counts to make.
+        tokens_N = tokens.flatten()
+        counts_V = torch.zeros_like(self.hits_V, dtype=torch.int64)
+        return counts_V.scatter_add_(0, tokens_N, torch.ones_like(tokens_N))
 
     @torch.no_grad()
-    def revive(self, optimizer: torch.optim.Optimizer) -> int:
-        """Move dead codes to where the residuals of the last pass are; returns how many there were.
+    def update_hits(self, counts_V: Tensor) -> None:
+        """Take one train step's counts, of all its images, into the EMA."""
+        self.hits_V.lerp_(counts_V.to(self.hits_V), 1 - HITS_DECAY)
+
+    @torch.no_grad()
+    def revive(self, residuals: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
+        """Move dead codes to where residuals are; returns how many there were.
+
+        residuals: [B, l, C] for each scale, as in `last_residuals`.
 
         The scale of a residual is drawn first, each as likely, and then its place. Of all
         residuals most are those of the finest two scales, and the coarse ones would starve. A
-        revived code starts with an average hit count, so it has time to find its place, and
-        without the optimizer's memory of the code that it replaces.
+        revived code starts with the mean hit count, so it has time to find its place, and without
+        the optimizer's moments of the code that it replaces.
         """
-        average = self.hits_V.mean()
-        dead_N = (self.hits_V < DEAD_BELOW * average).nonzero().flatten()
+        mean = self.hits_V.mean()
+        dead_N = (self.hits_V < DEAD_BELOW * mean).nonzero().flatten()
         scale_N = torch.randint(len(self.scales), dead_N.shape, device=dead_N.device)
-        for k, residual_BlC in enumerate(self.residuals):
-            residual_MC = over_processes(residual_BlC).flatten(0, 1)
+        for k, residual_BlC in enumerate(residuals):
+            residual_MC = residual_BlC.flatten(0, 1)
             code_n = dead_N[scale_N == k]
             place_n = torch.randint(len(residual_MC), code_n.shape, device=code_n.device)
             self.codebook_VC[code_n] = residual_MC[place_n]
-        self.hits_V[dead_N] = average
+        self.hits_V[dead_N] = mean
         for name in ("exp_avg", "exp_avg_sq"):
             optimizer.state[self.codebook_VC][name][dead_N] = 0
         return len(dead_N)
-
-
-def over_processes(x_B: Tensor) -> Tensor:
-    """The rows of all processes, the same in each: codebooks that draw from them stay alike."""
-    if not dist.is_initialized():
-        return x_B
-    parts = [torch.empty_like(x_B) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x_B.contiguous())
-    return torch.cat(parts)
 
 
 def choose_phis(scales: int, phis: int) -> list[int]:
@@ -468,149 +456,6 @@ class Decoder(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Losses that keep detail
-#
-# Where the latent does not tell what a patch of grass looks like in detail, the least squared error
-# is that of the average of all it could be: a blur. Two other losses ask for detail, if not for the
-# same. A perceptual distance compares what a network that knows images makes of the original and of
-# the reconstruction, edges and textures, and not pixel with pixel. And a discriminator, trained at
-# the same time, tells originals from reconstructions; the tokenizer is rewarded where it fails to.
-
-
-def perceptual_distance(maps_x: list[Tensor], maps_y: list[Tensor]) -> Tensor:
-    """How differently a network sees two batches of images (1801.03924, Eq. 1, all weights 1).
-
-        sum over levels of the mean over places of |x / |x| - y / |y||^2     (over channels)
-
-    maps: what each level makes of them, [B, channels, H, W].
-    """
-    total = 0.0
-    for x_BCHW, y_BCHW in zip(maps_x, maps_y):
-        difference_BCHW = unit(x_BCHW) - unit(y_BCHW)                       # [B, C, H, W]
-        total = total + difference_BCHW.square().sum(dim=1).mean()
-    return total
-
-
-def unit(x_BCHW: Tensor) -> Tensor:
-    """Every place's channels as a vector of length 1; near 0 where there is next to nothing."""
-    x_BCHW = x_BCHW.float()
-    return x_BCHW * (x_BCHW.square().sum(dim=1, keepdim=True) + 1e-6).rsqrt()
-
-
-class Discriminator(nn.Module):
-    """Which patches are of an original? PatchGAN (1611.07004): a logit for each of many overlapping
-    patches, 38 pixels wide, above 0 for an original. Texture can be judged by so much, and the
-    rest of the image is for the other losses."""
-
-    def __init__(self, image_channels: int, width: int):
-        super().__init__()
-        widths = (image_channels, width, 2 * width, 4 * width)
-        layers = []
-        for i, (width_in, width_out) in enumerate(zip(widths, widths[1:])):
-            layers.append(nn.Conv2d(width_in, width_out, 4, stride=2, padding=1))
-            if i > 0:
-                layers.append(nn.GroupNorm(1, width_out))   # no image sees another
-            layers.append(nn.LeakyReLU(0.2))
-        self.layers = nn.Sequential(*layers)
-        self.conv_out = nn.Conv2d(widths[-1], 1, 3, padding=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.layers(images)             # [B, 4 width, side / 8, side / 8]
-        return self.conv_out(x).float()     # [B, 1, side / 8, side / 8]
-
-    def loss(self, originals: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
-        """Its own loss, which leaves the tokenizer alone, and the share of patches it has right.
-
-            1/2 [max(0, 1 - D(x)) + max(0, 1 + D(y))]       the hinge: what is right by 1 is right
-        """
-        for_x = self(originals)
-        for_y = self(reconstructions.detach())
-        lost_x = F.relu(1 - for_x).mean()
-        lost_y = F.relu(1 + for_y).mean()
-        right_x = (for_x > 0).float().mean()
-        right_y = (for_y <= 0).float().mean()
-        return (lost_x + lost_y) / 2, (right_x + right_y) / 2
-
-    def reward(self, reconstructions: Tensor) -> Tensor:
-        """The tokenizer's adversarial loss, -D(y). It leaves the discriminator alone."""
-        self.requires_grad_(False)
-        loss = -self(reconstructions).mean()
-        self.requires_grad_(True)
-        return loss
-
-
-class Classifier(nn.Module):
-    """A network that knows a run's images, for a perceptual distance and for `sample.Judge`.
-
-    Four convolutions, each but the first halving the side; the last one's map is averaged over
-    places and normalised: these are the features. A linear layer makes logits of them. It is small,
-    since it has to be trained within half a minute on two cores.
-    """
-
-    def __init__(self, channels: int, side: int, classes: int):
-        """side: of the images before they are averaged down."""
-        super().__init__()
-        widths = (channels, 32, 64, 128, 128)
-        strides = (1 if side <= JUDGED_SIDE // 2 else 2, 2, 2, 2)
-        self.levels = nn.ModuleList()
-        for width_in, width, stride in zip(widths, widths[1:], strides):
-            self.levels.append(nn.Sequential(
-                nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU()))
-        self.normalise = nn.BatchNorm1d(widths[-1], affine=False)   # to mean 0 and variance 1
-        self.head = nn.Linear(widths[-1], classes)
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """What every level makes of images [B, channels, side, side], of any side."""
-        maps = []
-        for level in self.levels:
-            images = level(images)
-            maps.append(images)
-        return maps
-
-    def features(self, images: Tensor) -> Tensor:
-        """[B, D]."""
-        last_BDss = self.maps(averaged_down(images))[-1]
-        return self.normalise(last_BDss.mean(dim=(2, 3)))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes]."""
-        return self.head(self.features(images))
-
-
-def averaged_down(images: Tensor) -> Tensor:
-    """Float images as the classifier sees them: their side is JUDGED_SIDE at most."""
-    if images.shape[-1] <= JUDGED_SIDE:
-        return images
-    return F.interpolate(images, size=(JUDGED_SIDE, JUDGED_SIDE), mode="area")
-
-
-def balance(likeness: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """What to multiply the adversarial loss with, so that it pulls as much as the others do at the
-    decoder's last layer (VQGAN, 2012.09841, Eq. 7). A tensor: nobody waits for its value.
-
-        |gradient of likeness| / (|gradient of adversarial| + 1e-6)
-
-    A discriminator that is sure has small gradients: 10,000 is the most. Several processes take
-    the gradients of all their images; parts of a step each take their own.
-    """
-    norms = []
-    for loss in (likeness, adversarial):
-        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
-        norms.append(average_over_processes(gradient).norm())
-    return (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
-
-
-def average_over_processes(x: Tensor) -> Tensor:
-    """In place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
-
-
-# -------------------------------------------------------------------------------------------------
 # The tokenizer
 
 
@@ -639,13 +484,12 @@ class Tokenizer(nn.Module):
     def render(self, f_BCSS: Tensor) -> Tensor:
         """A latent as images, not clamped."""
         dtype = self.from_latent.weight.dtype
-        device = f_BCSS.device.type
-        # In half precision autocast is not asked: it would compute norms in fp32.
-        settled = dtype != torch.float32
-        with torch.autocast(device, enabled=False) if settled else nullcontext():
+        # A decoder in half precision does without autocast, which would compute norms in fp32.
+        half = dtype != torch.float32
+        with torch.autocast(f_BCSS.device.type, enabled=False) if half else nullcontext():
             return self.decoder(self.from_latent(f_BCSS.to(dtype))).float()
 
-    def settle_decoder(self, dtype: torch.dtype) -> None:
+    def cast_decoder(self, dtype: torch.dtype) -> None:
         """Decode in this dtype from now on, with the channels of a pixel side by side, as a GPU's
         convolutions want them. There is no way back, and no training, from half precision."""
         for part in (self.from_latent, self.decoder):
@@ -666,10 +510,7 @@ class Tokenizer(nn.Module):
         return self.quantizer.teacher_inputs(tokens_BL)
 
     def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-        """One training pass: reconstructions, and the losses by name; `total` is to be minimised.
-
-            likeness = |x - y|^2 + 0.2 |x - y|_1       (means over pixels)
-            total = likeness + L_vq
+        """One training pass: reconstructions, and the losses by name, which the stage adds up.
 
         quantize: False trains the encoder and decoder alone.
         """
@@ -678,14 +519,9 @@ class Tokenizer(nn.Module):
         if quantize:
             f_BCSS, codebook_loss = self.quantizer(f_BCSS)     # [B, C, S, S]
         reconstruction = self.render(f_BCSS)                   # [B, channels, side, side]
-        mse = F.mse_loss(reconstruction, images)
-        l1 = F.l1_loss(reconstruction, images)
-        likeness = mse + L1_WEIGHT * l1
         losses = {
-            "total": likeness + codebook_loss,
-            "likeness": likeness,
-            "mse": mse,
-            "l1": l1,
+            "mse": F.mse_loss(reconstruction, images),
+            "l1": F.l1_loss(reconstruction, images),
             "codebook": codebook_loss,
         }
         return reconstruction, losses
@@ -710,120 +546,14 @@ class Tokenizer(nn.Module):
             if isinstance(module, Phi):
                 nn.init.dirac_(module.weight)
 
-    @torch.no_grad()
-    def health(self, batches: Iterable[Tensor]) -> dict:
-        """Is the codebook alive? A list over the scales for each of these, and one number:
-
-            psnr_per_scale         dB, of the images decoded from the scales up to this one
-            codes_per_scale        how many codes the scale uses
-            usage_per_scale        the same as a share of what it could use, min(V, its tokens)
-            perplexity_per_scale   exp(entropy) of its codes: how many, if all were used alike
-            codes_used             share of the codebook that is used by any scale
-
-        batches: images on the tokenizer's device.
-        """
-        V = self.config.vocabulary
-        K = len(self.config.scales)
-        counts_KV = torch.zeros(K, V)
-        errors_K = [0.0] * K
-        pixels = 0
-        for images in batches:
-            f_hat_BCSS = self.quantizer.empty(len(images))
-            tokens_BL = self.encode(images)
-            for k, tokens_Bl in enumerate(self.quantizer.split(tokens_BL)):
-                f_hat_BCSS = self.quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)
-                so_far = self.render(f_hat_BCSS).clamp(-1, 1)
-                errors_K[k] += F.mse_loss(so_far, images, reduction="sum").item()
-                counts_KV[k] += tokens_Bl.flatten().bincount(minlength=V).cpu()
-            pixels += images.numel()
-        codes_K = (counts_KV > 0).sum(dim=1)
-        tokens_K1 = counts_KV.sum(dim=1, keepdim=True)
-        most_K = tokens_K1.flatten().clamp(max=V)
-        entropy_K = torch.special.entr(counts_KV / tokens_K1).sum(dim=1)
-        return {
-            "psnr_per_scale": [psnr(error / pixels) for error in errors_K],
-            "codes_per_scale": codes_K.tolist(),
-            "usage_per_scale": (codes_K / most_K).tolist(),
-            "perplexity_per_scale": entropy_K.exp().tolist(),
-            "codes_used": counts_KV.any(dim=0).sum().item() / V,
-        }
-
-    def fingerprint(self) -> str:
-        """SHA-256 of config and weights: a transformer names the tokenizer that it learned from."""
-        digest = hashlib.sha256(repr(self.config).encode())
-        for name, tensor in sorted(self.named_parameters()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().numpy().tobytes())
-        return digest.hexdigest()
-
     @classmethod
-    def from_official(cls, state_dict: dict[str, Tensor],
-                      scales: tuple[int, ...] | None = None) -> Tokenizer:
-        """The published tokenizer, from its state dict as downloaded.
+    def from_official(cls, state_dict: dict, scales: tuple[int, ...] | None = None) -> Tokenizer:
+        """The published tokenizer, from what its file holds: see support/published.py.
 
-        Its shape is read off the tensors. They tell how many scales there are but not their sides:
-        ten are taken for those of the 256-pixel models, any other number K for 1..K; otherwise
-        name them. Raises ValueError for a state dict of anything else.
+        scales: the sides of the token maps, where they are not those of the published models.
+        Raises ValueError for a file of anything else.
         """
-        if "quantize.embedding.weight" not in state_dict:
-            raise ValueError("not a published VAR tokenizer: it has no quantize.embedding.weight")
-        state = {rename(name): tensor for name, tensor in state_dict.items()}
-        V, C = state["quantizer.codebook_VC"].shape
-        hits_KV = state.pop("quantize.ema_vocab_hit_SV")   # of its training: only K is of use
-        state["quantizer.hits_V"] = torch.ones(V)
-        if scales is None and len(hits_KV) == len(PUBLISHED_SCALES):
-            scales = PUBLISHED_SCALES
-        elif scales is None:
-            scales = range(1, len(hits_KV) + 1)
-        width, image_channels = state["encoder.conv_in.weight"].shape[:2]
-        levels = range(count(state, "encoder.levels"))
-        widths = [len(state[f"encoder.levels.{i}.blocks.0.conv1.bias"]) for i in levels]
-        tokenizer = cls(TokenizerConfig(
-            scales=tuple(scales),
-            vocabulary=V,
-            code_channels=C,
-            image_channels=image_channels,
-            width=width,
-            multipliers=tuple(w // width for w in widths),
-            blocks=count(state, "encoder.levels.0.blocks"),
-            phis=count(state, "quantizer.phis"),
-            norm_groups=32,
-        ))
+        values, state = tokenizer_of(state_dict, scales)
+        tokenizer = cls(TokenizerConfig(**values))
         tokenizer.load_state_dict(state)
         return tokenizer.eval()
-
-
-def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB, of a mean squared error between images in [-1, 1]."""
-    return 10 * math.log10(4 / max(mse, 1e-10))
-
-
-def count(state: dict[str, Tensor], prefix: str) -> int:
-    """How many numbered modules a state dict has under a name."""
-    start = prefix + "."
-    under = [name.removeprefix(start) for name in state if name.startswith(start)]
-    return len({name.split(".")[0] for name in under})
-
-
-OFFICIAL_NAMES = [   # published name -> ours, applied in this order
-    (r"\.(down|up)\.(\d+)\.(downsample|upsample)\.conv\.", r".levels.\2.resample."),
-    (r"\.(down|up)\.(\d+)\.block\.", r".levels.\2.blocks."),
-    (r"\.(down|up)\.(\d+)\.attn\.", r".levels.\2.attentions."),
-    (r"\.mid\.block_1\.", ".middle.0."),
-    (r"\.mid\.attn_1\.", ".middle.1."),
-    (r"\.mid\.block_2\.", ".middle.2."),
-    (r"\.nin_shortcut\.", ".shortcut."),
-    (r"\.proj_out\.", ".out."),
-    (r"^quant_conv\.", "to_latent."),
-    (r"^post_quant_conv\.", "from_latent."),
-    (r"^quantize\.embedding\.weight$", "quantizer.codebook_VC"),
-    (r"^quantize\.quant_resi\.qresi_ls\.", "quantizer.phis."),   # several, of neighbouring scales
-    (r"^quantize\.quant_resi\.qresi\.", "quantizer.phis.0."),    # one for all scales
-    (r"^quantize\.quant_resi\.(\d)", r"quantizer.phis.\1"),      # one for each scale
-]
-
-
-def rename(name: str) -> str:
-    for pattern, ours in OFFICIAL_NAMES:
-        name = re.sub(pattern, ours, name)
-    return name

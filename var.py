@@ -25,24 +25,20 @@ S side of the latent.
 from __future__ import annotations
 
 import math
-import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
 from kernels import KeyRanges, adaln, block_attention, sample_tokens, split_heads
+from support.published import transformer_of
 
 if TYPE_CHECKING:
-    from tokenizer import Quantizer, Tokenizer
-
-MUON_MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)   # Keller Jordan's a, b, c: see `orthogonal`
+    from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -303,14 +299,15 @@ class VAR(nn.Module):
         top_k: int = 900,
         top_p: float = 0.96,
         generator: torch.Generator | None = None,
-        known: Known | None = None,
+        known: Any = None,
     ) -> Tensor:
         """Tokens [B, L] of new images, one scale per pass (paper: Fig. 4).
 
         cfg: strength of classifier-free guidance at the last scale, see `draw`; 0 is none.
         top_k, top_p: how many tokens, and how much probability, to draw from: see `sample_tokens`.
         generator: on the device of the labels; the same state gives the same tokens.
-        known: what is known of the images, one for each label, and only to be completed.
+        known: what is known of the images that are only to be completed: any object with the `put`
+            of `sample.Known`, which puts their own tokens in place of those drawn.
         """
         quantizer = tokenizer.quantizer
         f_hat_BCSS = quantizer.empty(len(labels_B))                             # [B, C, S, S]
@@ -418,276 +415,13 @@ class VAR(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=False)
 
-    def pack(self) -> None:
-        """For drawing on a CPU: all linear layers, in place, where PyTorch has oneDNN."""
-        if not torch.backends.mkldnn.is_available():
-            return
-        for module in list(self.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, PackedLinear(child))
-
-    @torch.no_grad()
-    def attention_weights(self, labels_B: Tensor, inputs: Tensor, query: int) -> list[Tensor]:
-        """What one token attends to in each layer: weights [L], averaged over heads, on the CPU.
-
-        labels_B, inputs: of one image, as in `forward`.
-        """
-        visible_L = self.ranges.dense()[query].to(inputs.device)
-        layers = []
-
-        def note(attention: Attention, arguments: tuple) -> None:
-            q_BHLD, k_BHLD, _, scale = attention.project(arguments[0])
-            q_HD1 = q_BHLD[0, :, query, :, None]
-            scores_HL = scale * (k_BHLD[0] @ q_HD1).squeeze(-1).float()
-            weights_HL = scores_HL.masked_fill(~visible_L, -torch.inf).softmax(dim=-1)
-            layers.append(weights_HL.mean(dim=0).cpu())
-
-        hooks = [block.attention.register_forward_pre_hook(note) for block in self.blocks]
-        self(labels_B, inputs)
-        for hook in hooks:
-            hook.remove()
-        return layers
-
-    def optimizers(self, lr: float, weight_decay: float, muon: bool,
-                   dtype: torch.dtype = torch.float32) -> list[Optimizer]:
-        """See `adamw_and_muon`: modulations, embeddings and the head are AdamW's in any case."""
-        layers = nn.ModuleList()
-        for block in self.blocks:
-            layers += [block.attention, block.mlp]
-        return adamw_and_muon(self, layers, lr, weight_decay, muon, dtype)
-
     @classmethod
-    def from_official(cls, state_dict: dict[str, Tensor]) -> VAR:
-        """A published transformer, from its state dict as downloaded.
+    def from_official(cls, state_dict: dict) -> VAR:
+        """A published transformer, from what its file holds: see support/published.py.
 
-        Its shape is read off the tensors. Raises ValueError for a state dict of anything else.
+        Raises ValueError for a file of anything else.
         """
-        if "pos_1LC" not in state_dict:
-            raise ValueError("not a published VAR transformer: it has no pos_1LC")
-        implied = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")   # by the config
-        state = {}
-        for name, tensor in state_dict.items():
-            if name.endswith("scale_mul_1H11"):
-                tensor = tensor.flatten(0, 1)
-            if name.endswith("ada_gss"):
-                tensor = tensor.flatten(0, 2)
-            if not name.endswith(implied):
-                state[rename(name)] = tensor
-        W, C = state["code_embedding.weight"].shape
-        depth = sum(name.endswith(".mlp.0.bias") for name in state)
-        log_scale_H11 = state.get("blocks.0.attention.log_scale_H11")
-        heads = W // 64 if log_scale_H11 is None else len(log_scale_H11)
-        sizes = state_dict["lvl_1L"].flatten().bincount().tolist()
-        model = cls(VARConfig(
-            scales=tuple(math.isqrt(size) for size in sizes),
-            vocabulary=len(state["head.bias"]),
-            code_channels=C,
-            classes=len(state["class_embedding.weight"]) - 1,
-            depth=depth,
-            width=W,
-            heads=heads,
-            shared_adaln="shared_modulation.weight" in state,
-            normalise_qk=log_scale_H11 is not None,
-            label_dropout=0.1,   # this and the next two: as published
-            drop_path=0.1 * depth / 24,
-            last_scales=None,
-        ))
+        values, state = transformer_of(state_dict)
+        model = cls(VARConfig(**values))
         model.load_state_dict(state)
         return model.eval()
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for drawing on a CPU, by oneDNN's product instead of MKL's.
-
-    MKL rearranges the weights at every call, which for the few tokens of the coarse scales takes
-    longer than to multiply; oneDNN reads them as they are, and knows more CPUs' widest
-    instructions.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = linear.weight.detach().to_mkldnn()
-        self.bias = None if linear.bias is None else linear.bias.detach().to_mkldnn()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.aten.mkldnn_linear(x.to_mkldnn(), self.weight, self.bias)
-        return y.to_dense()
-
-
-OFFICIAL_NAMES = [   # published name -> ours, applied in this order
-    (r"^class_emb\.", "class_embedding."),
-    (r"^word_embed\.", "code_embedding."),
-    (r"^pos_start$", "start_position_11W"),
-    (r"^pos_1LC$", "position_1LW"),
-    (r"^lvl_embed\.", "level_embedding."),
-    (r"^shared_ada_lin\.1\.", "shared_modulation."),
-    (r"^head_nm\.ada_lin\.1\.", "head_modulation."),
-    (r"\.ada_lin\.1\.", ".modulation."),
-    (r"\.ada_gss$", ".modulation_offset_6W"),
-    (r"\.attn\.mat_qkv\.", ".attention.qkv."),
-    (r"\.attn\.proj\.", ".attention.out."),
-    (r"\.attn\.scale_mul_1H11$", ".attention.log_scale_H11"),
-    (r"\.attn\.", ".attention."),
-    (r"\.ffn\.fc1\.", ".mlp.0."),
-    (r"\.ffn\.fc2\.", ".mlp.2."),
-]
-
-
-def rename(name: str) -> str:
-    for pattern, ours in OFFICIAL_NAMES:
-        name = re.sub(pattern, ours, name)
-    return name
-
-
-# -------------------------------------------------------------------------------------------------
-# In-painting and its kin
-
-
-@dataclass
-class Known:
-    """What is known of images of which the rest is to be generated (paper: Sec. 5.3).
-
-    The transformer needs no training for it: at every scale, tokens that it drew where the image is
-    known make way for the image's own, and all later scales read them.
-
-    latent_BCSS: the latent of the images, with something plausible in the holes.
-    where_B1SS: the share of each place that is known.
-    scales: at how many of the scales, from the coarsest, anything is known.
-    own_tokens_BL: if given, the images' tokens, computed beforehand, are put as they are: the open
-        loop, as published.
-    """
-    latent_BCSS: Tensor
-    where_B1SS: Tensor
-    scales: int
-    own_tokens_BL: Tensor | None = None
-
-    def put(self, drawn_Bl: Tensor, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
-        """The tokens drawn for scale k [B, l], with the images' own where they are known."""
-        if k >= self.scales:
-            return drawn_Bl
-        own_Bl = self.tokens(quantizer, f_hat_BCSS, k)
-        return torch.where(self.places(quantizer, k), own_Bl, drawn_Bl)
-
-    def tokens(self, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
-        """The images' own tokens of scale k: [B, l].
-
-        Those of `encode` stand for what the image's own coarser scales left over. Here some of the
-        coarser tokens were generated, and f_hat with them, so the loop is closed: a token stands
-        for what the image has more than f_hat.
-        """
-        if self.own_tokens_BL is not None:
-            return quantizer.split(self.own_tokens_BL)[k]
-        return quantizer.nearest(quantizer.read(self.latent_BCSS - f_hat_BCSS, k))
-
-    def places(self, quantizer: Quantizer, k: int) -> Tensor:
-        """Which tokens of scale k are known: bool [B, l].
-
-        The tokens of a scale are drawn independently, so a generated one learns only from coarser
-        scales what is known around it. Hence the quarter rule: on maps of up to a quarter of the
-        finest side, where a cell covers 4 x 4 of the finest or more, all cells are known, in the
-        holes too. They say how large forms and colours go on there, and leave to the finer maps
-        what is seen in them. On those, cells of which any part is known; and on the finest, those
-        of which half is, so that a hole ends where it was asked to.
-        """
-        s = quantizer.scales[k]
-        S = quantizer.scales[-1]
-        share_Bl = quantizer.read(self.where_B1SS, k).squeeze(-1)
-        if 4 * s <= S:
-            share_Bl = share_Bl.amax(dim=1, keepdim=True).expand_as(share_Bl)
-        return share_Bl >= 0.5 if s == S else share_Bl > 0
-
-
-# -------------------------------------------------------------------------------------------------
-# Optimizers, of the tokenizer, too
-
-
-def adamw_and_muon(model: nn.Module, layers: nn.Module, lr: float, weight_decay: float, muon: bool,
-                   dtype: torch.dtype) -> list[Optimizer]:
-    """AdamW for all parameters; or, with Muon, for all but the matrices inside the layers.
-
-    Decay pulls what multiplies features toward zero; biases, embeddings and scales are left alone.
-    dtype: what Muon computes in, see there.
-    """
-    decayed = products(model)
-    inside = products(layers) if muon else []
-    taken = set(inside)
-    groups = [
-        {"params": [p for p in decayed if p not in taken], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p not in set(decayed)], "weight_decay": 0.0},
-    ]
-    optimizers: list[Optimizer] = [AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
-    if muon:
-        optimizers.append(Muon(inside, lr, weight_decay, dtype))
-    return optimizers
-
-
-def products(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of its linear layers and its convolutions."""
-    return [part.weight for part in model.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
-
-
-class Muon(Optimizer):
-    """Steps along the orthogonal matrix that is nearest to the momentum (Jordan et al., 2024).
-
-    A convolution [out, in, 3, 3] counts as the matrix [out, in * 9] that multiplies a patch.
-
-    Momentum is a matrix too, U S V^T, with a few large singular values in S: a step along it moves
-    far in a few directions and hardly in all others, which learn slowly then. U V^T has the same
-    directions and moves as far in each. Times 0.2 sqrt(max(rows, columns)) its entries have a root
-    mean square of 0.2, about that of AdamW's steps, whose learning rate and weight decay then fit
-    (arXiv 2502.16982, Sec. 2.2).
-
-    dtype: what to orthogonalise in: bf16 where the device is built for it, and fp32 elsewhere, as
-    emulated bf16 takes many times as long.
-    """
-
-    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float,
-                 dtype: torch.dtype):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
-            for matrix in group["params"]:
-                alike.setdefault(matrix.shape, []).append(matrix)
-            for matrices in alike.values():
-                # Matrices of one shape are one stack: a few large products, not many small ones.
-                momenta = torch.stack([self.momentum(matrix) for matrix in matrices])
-                momenta_NRC = momenta.flatten(2)
-                steps = orthogonal(momenta_NRC.to(self.dtype)).view_as(momenta)
-                length = 0.2 * math.sqrt(max(momenta_NRC.shape[1:]))
-                for matrix, step in zip(matrices, steps):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.add_(step, alpha=-group["lr"] * length)
-
-    def momentum(self, matrix: nn.Parameter) -> Tensor:
-        """The running average of the gradient, the newest counted once more (Nesterov's)."""
-        state = self.state[matrix]
-        if not state:
-            state["average"] = torch.zeros_like(matrix)
-        state["average"].lerp_(matrix.grad, 1 - MUON_MOMENTUM)
-        return matrix.grad.lerp(state["average"], MUON_MOMENTUM)
-
-
-def orthogonal(x_NRC: Tensor) -> Tensor:
-    """About U V^T of each matrix U S V^T, in matrix products alone (Newton-Schulz iteration).
-
-        (a I + b X X^T + c (X X^T)^2) X  =  U (a S + b S^3 + c S^5) V^T
-
-    changes nothing but the singular values. Five times over, this polynomial takes any of them
-    between 0.004 and 1 to between 0.68 and 1.21. Polynomials that converge to 1 are less steep at
-    0: small values would take them many more rounds.
-    """
-    a, b, c = NEWTON_SCHULZ
-    wide = x_NRC.shape[1] <= x_NRC.shape[2]   # X X^T is the smaller product then
-    x_Nrc = x_NRC if wide else x_NRC.mT
-    norm_N11 = x_Nrc.norm(dim=(1, 2), keepdim=True)
-    x_Nrc = x_Nrc / norm_N11.clamp(min=1e-7)   # no singular value is above 1
-    for _ in range(5):
-        gram_Nrr = x_Nrc @ x_Nrc.mT
-        factor_Nrr = torch.baddbmm(gram_Nrr, gram_Nrr, gram_Nrr, beta=b, alpha=c)
-        x_Nrc = torch.baddbmm(x_Nrc, factor_Nrr, x_Nrc, beta=a)
-    return x_Nrc if wide else x_Nrc.mT

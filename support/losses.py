@@ -1,0 +1,132 @@
+"""Two losses that keep detail in the tokenizer's reconstructions, and their balance.
+
+Where the latent does not tell what a patch of grass looks like in detail, the least squared error
+is that of the mean of all it could be: a blur. Two other losses ask for detail, if not for the
+same. A perceptual distance compares what a network that knows images makes of the original and of
+the reconstruction, edges and textures, and not pixel with pixel. And a discriminator, trained at
+the same time, tells originals from reconstructions; the tokenizer is rewarded where it fails to.
+"""
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from support.checkpoint import blaming, download
+from support.cli import UserError, in_short
+from support.devices import average_over_processes
+
+
+VGG_SHA256 = "397923af"   # how it begins
+VGG_URL = f"https://download.pytorch.org/models/vgg16-{VGG_SHA256}.pth"
+
+
+def perceptual_distance(maps_x: list[Tensor], maps_y: list[Tensor]) -> Tensor:
+    """How differently a network sees two batches of images (arXiv 1801.03924, Eq. 1, weights 1).
+
+        sum over levels of the mean over places of |x / |x| - y / |y||^2     (over channels)
+
+    maps_x, maps_y: the network's feature maps of either batch, [B, channels, H, W] for each level.
+    """
+    total = 0.0
+    for x_BCHW, y_BCHW in zip(maps_x, maps_y):
+        difference_BCHW = unit(x_BCHW) - unit(y_BCHW)                       # [B, C, H, W]
+        total = total + difference_BCHW.square().sum(dim=1).mean()
+    return total
+
+
+def unit(x_BCHW: Tensor) -> Tensor:
+    """Makes the channels at every place a vector of length 1; near 0 if they are next to nothing.
+    """
+    x_BCHW = x_BCHW.float()
+    return x_BCHW * (x_BCHW.square().sum(dim=1, keepdim=True) + 1e-6).rsqrt()
+
+
+class Discriminator(nn.Module):
+    """Tells patches of originals from patches of reconstructions: PatchGAN (arXiv 1611.07004).
+
+    It gives a logit, above 0 for an original, to each of many overlapping patches that are 38
+    pixels wide. That is enough to judge texture; the rest of the image is for the other losses.
+    """
+
+    def __init__(self, image_channels: int, width: int):
+        super().__init__()
+        widths = (image_channels, width, 2 * width, 4 * width)
+        layers = []
+        for i, (width_in, width_out) in enumerate(zip(widths, widths[1:])):
+            layers.append(nn.Conv2d(width_in, width_out, 4, stride=2, padding=1))
+            if i > 0:
+                layers.append(nn.GroupNorm(1, width_out))   # no image sees another
+            layers.append(nn.LeakyReLU(0.2))
+        self.layers = nn.Sequential(*layers)
+        self.conv_out = nn.Conv2d(widths[-1], 1, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.layers(images)             # [B, 4 width, side / 8, side / 8]
+        return self.conv_out(x).float()     # [B, 1, side / 8, side / 8]
+
+    def loss(self, originals: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor]:
+        """The discriminator's own loss, and the share of patches it has right.
+
+            1/2 [max(0, 1 - D(x)) + max(0, 1 + D(y))]       hinge loss: no more for right than 1
+
+        It leaves the tokenizer alone.
+        """
+        logits_x = self(originals)
+        logits_y = self(reconstructions.detach())
+        loss_x = F.relu(1 - logits_x).mean()
+        loss_y = F.relu(1 + logits_y).mean()
+        right_x = (logits_x > 0).float().mean()
+        right_y = (logits_y <= 0).float().mean()
+        return (loss_x + loss_y) / 2, (right_x + right_y) / 2
+
+    def reward(self, reconstructions: Tensor) -> Tensor:
+        """The tokenizer's adversarial loss, -D(y). It leaves the discriminator alone."""
+        self.requires_grad_(False)
+        loss = -self(reconstructions).mean()
+        self.requires_grad_(True)
+        return loss
+
+
+def balance(likeness: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """The adversarial loss's weight, so that at the decoder's last layer it pulls as much as the
+    other losses do (VQGAN, arXiv 2012.09841, Eq. 7). It is a tensor: nobody waits for its value.
+
+        |gradient of likeness| / (|gradient of adversarial| + 1e-6)
+
+    A discriminator that is sure has small gradients: 10,000 is the most. Gradients are those of
+    the images of all processes, and of one micro-batch.
+    """
+    norms = []
+    for loss in (likeness, adversarial):
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        norms.append(average_over_processes(gradient).norm())
+    return (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
+
+
+def load_lpips(path: Path) -> nn.Module:
+    """The field's perceptual distance, LPIPS (1801.03924), of two batches of images in [-1, 1].
+
+    path: the weights of torchvision's VGG-16, downloaded if they are not there; those on top of it
+    come with the package. Raises UserError for any other file, and where the packages are missing.
+    """
+    try:
+        import lpips
+    except ImportError as error:
+        raise UserError(f"--perceptual needs two more packages, pip install lpips torchvision "
+                        f"({in_short(error)})")
+    if not path.exists():
+        download(VGG_URL, path)
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(VGG_SHA256):
+        raise UserError(f"{path} is not torchvision's vgg16-{VGG_SHA256}.pth: its SHA-256 is "
+                        f"another")
+    with blaming(path), torch.no_grad():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        distance = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        for name, parameter in distance.net.named_parameters():
+            of_vgg = name.split(".", 1)[1]   # slice2.5.weight, of features.5.weight
+            parameter.copy_(state[f"features.{of_vgg}"])
+    return distance.eval().requires_grad_(False)

@@ -1,0 +1,154 @@
+"""The published checkpoints of VAR (github.com/FoundationVision/VAR): what is called how in them.
+
+They have no config. All that one would say can be read off names and shapes, but for the sides of
+the token maps of a tokenizer. `tokenizer_of` and `transformer_of` return the values of a config and
+the state dict under our names; `Tokenizer.from_official` and `VAR.from_official` make models of
+them.
+"""
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+PUBLISHED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # of the 256-pixel models
+
+TOKENIZER_NAMES = [   # (published name, ours), applied in this order
+    (r"\.(down|up)\.(\d+)\.(downsample|upsample)\.conv\.", r".levels.\2.resample."),
+    (r"\.(down|up)\.(\d+)\.block\.", r".levels.\2.blocks."),
+    (r"\.(down|up)\.(\d+)\.attn\.", r".levels.\2.attentions."),
+    (r"\.mid\.block_1\.", ".middle.0."),
+    (r"\.mid\.attn_1\.", ".middle.1."),
+    (r"\.mid\.block_2\.", ".middle.2."),
+    (r"\.nin_shortcut\.", ".shortcut."),
+    (r"\.proj_out\.", ".out."),
+    (r"^quant_conv\.", "to_latent."),
+    (r"^post_quant_conv\.", "from_latent."),
+    (r"^quantize\.embedding\.weight$", "quantizer.codebook_VC"),
+    (r"^quantize\.quant_resi\.qresi_ls\.", "quantizer.phis."),   # several, of neighbouring scales
+    (r"^quantize\.quant_resi\.qresi\.", "quantizer.phis.0."),    # one for all scales
+    (r"^quantize\.quant_resi\.(\d)", r"quantizer.phis.\1"),      # one for each scale
+]
+
+TRANSFORMER_NAMES = [
+    (r"^class_emb\.", "class_embedding."),
+    (r"^word_embed\.", "code_embedding."),
+    (r"^pos_start$", "start_position_11W"),
+    (r"^pos_1LC$", "position_1LW"),
+    (r"^lvl_embed\.", "level_embedding."),
+    (r"^shared_ada_lin\.1\.", "shared_modulation."),
+    (r"^head_nm\.ada_lin\.1\.", "head_modulation."),
+    (r"\.ada_lin\.1\.", ".modulation."),
+    (r"\.ada_gss$", ".modulation_offset_6W"),
+    (r"\.attn\.mat_qkv\.", ".attention.qkv."),
+    (r"\.attn\.proj\.", ".attention.out."),
+    (r"\.attn\.scale_mul_1H11$", ".attention.log_scale_H11"),
+    (r"\.attn\.", ".attention."),
+    (r"\.ffn\.fc1\.", ".mlp.0."),
+    (r"\.ffn\.fc2\.", ".mlp.2."),
+]
+
+
+def tokenizer_of(content: dict, scales: tuple[int, ...] | None = None) -> tuple[dict, dict]:
+    """(values of a TokenizerConfig, state dict) of a published tokenizer.
+
+    content: what its file holds; see `unwrapped`.
+    scales: the tensors tell how many there are but not their sides. Ten are taken for those of the
+        256-pixel models, any other number K for 1..K, unless they are given.
+    """
+    state = renamed(unwrapped(content, "tokenizer", "quantize.embedding.weight"), TOKENIZER_NAMES)
+    V, C = state["quantizer.codebook_VC"].shape
+    K = len(state.pop("quantize.ema_vocab_hit_SV"))   # of its training: only K is of use
+    state["quantizer.hits_V"] = torch.ones(V)
+    if scales is None:
+        scales = PUBLISHED_SCALES if K == len(PUBLISHED_SCALES) else range(1, K + 1)
+    width, image_channels = state["encoder.conv_in.weight"].shape[:2]
+    levels = range(modules_under("encoder.levels.", state))
+    widths = [len(state[f"encoder.levels.{i}.blocks.0.conv1.bias"]) for i in levels]
+    values = dict(
+        scales=tuple(scales),
+        vocabulary=V,
+        code_channels=C,
+        image_channels=image_channels,
+        width=width,
+        multipliers=tuple(w // width for w in widths),
+        blocks=modules_under("encoder.levels.0.blocks.", state),
+        phis=modules_under("quantizer.phis.", state),
+        norm_groups=32,
+    )
+    return values, state
+
+
+def transformer_of(content: dict) -> tuple[dict, dict]:
+    """(values of a VARConfig, state dict) of a published transformer."""
+    published = unwrapped(content, "transformer", "pos_1LC")
+    sizes = published["lvl_1L"].flatten().bincount().tolist()   # tokens of each scale
+    state = {}
+    for name, tensor in renamed(published, TRANSFORMER_NAMES).items():
+        if name.endswith("log_scale_H11"):
+            tensor = tensor.flatten(0, 1)
+        if name.endswith("modulation_offset_6W"):
+            tensor = tensor.flatten(0, 2)
+        if not name.endswith(("lvl_1L", "attn_bias_for_masking", "zero_k_bias")):   # constants
+            state[name] = tensor
+    W, C = state["code_embedding.weight"].shape
+    depth = modules_under("blocks.", state)
+    log_scale_H11 = state.get("blocks.0.attention.log_scale_H11")
+    values = dict(
+        scales=tuple(math.isqrt(size) for size in sizes),
+        vocabulary=len(state["head.bias"]),
+        code_channels=C,
+        classes=len(state["class_embedding.weight"]) - 1,
+        depth=depth,
+        width=W,
+        heads=W // 64 if log_scale_H11 is None else len(log_scale_H11),
+        shared_adaln="shared_modulation.weight" in state,
+        normalise_qk=log_scale_H11 is not None,
+        label_dropout=0.1,   # this and the next two: as published
+        drop_path=0.1 * depth / 24,
+        last_scales=None,
+    )
+    return values, state
+
+
+def unwrapped(content: dict, what: str, landmark: str) -> dict[str, Tensor]:
+    """The state dict inside what a file holds: the first dict in which a name ends in the landmark.
+
+    The published files are such a dict. The authors' training puts it into {"trainer":
+    {"var_wo_ddp": ..., "vae_local": ...}}, others into {"state_dict": ...} or {"model": ...}; and
+    in front of every name DDP puts "module.", torch.compile "_orig_mod.". Whatever stands before
+    the landmark is taken off, and names without it are not of this model. Raises ValueError where
+    there is no such dict.
+    """
+    found = [content]
+    for inside in found:   # which grows: the outer dicts come first
+        if not isinstance(inside, dict):
+            continue
+        state = {str(name).replace("_orig_mod.", ""): value for name, value in inside.items()}
+        for name in state:
+            prefix = name.removesuffix(landmark)
+            if prefix + landmark == name and (not prefix or prefix.endswith(".")):
+                own = [name for name in state if name.startswith(prefix)]
+                return {name.removeprefix(prefix): state[name] for name in own}
+        found += state.values()
+    holds = type(content).__name__
+    if isinstance(content, dict):
+        holds = ", ".join(map(str, list(content)[:4])) + (", ..." if len(content) > 4 else "")
+    raise ValueError(f"not a published VAR {what}: it has no {landmark} but holds {holds or '{}'}")
+
+
+def renamed(state: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[str, Tensor]:
+    ours = {}
+    for name, tensor in state.items():
+        for pattern, replacement in table:
+            name = re.sub(pattern, replacement, name)
+        ours[name] = tensor
+    return ours
+
+
+def modules_under(prefix: str, state: dict[str, Tensor]) -> int:
+    """How many numbered modules a state dict has under a name that ends in a dot."""
+    under = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+    return len({name.split(".")[0] for name in under})
