@@ -94,7 +94,8 @@ class Phi(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, h_BCSS: Tensor) -> Tensor:
-        return torch.lerp(h_BCSS, super().forward(h_BCSS), PHI_STRENGTH)
+        convolved_BCSS = super().forward(h_BCSS)
+        return torch.lerp(h_BCSS, convolved_BCSS, PHI_STRENGTH)
 
 
 class Quantizer(nn.Module):
@@ -350,7 +351,8 @@ class Downsample(nn.Conv2d):
         super().__init__(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
+        padded = F.pad(x, (0, 1, 0, 1))
+        return super().forward(padded)
 
 
 class Upsample(nn.Conv2d):
@@ -360,7 +362,8 @@ class Upsample(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        enlarged = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return super().forward(enlarged)
 
 
 class Level(nn.Module):
@@ -479,7 +482,8 @@ class Tokenizer(nn.Module):
         if images.shape[2:] != (side, side):
             raise ValueError(f"images are {tuple(images.shape[2:])}; scales {self.config.scales} "
                              f"at downsampling {self.config.downsampling} need {side} x {side}")
-        return self.to_latent(self.encoder(images)).float()
+        features = self.encoder(images)             # [B, C, S, S]
+        return self.to_latent(features).float()     # [B, C, S, S]
 
     def render(self, f_BCSS: Tensor) -> Tensor:
         """A latent as images, not clamped."""
@@ -487,7 +491,8 @@ class Tokenizer(nn.Module):
         # A decoder in half precision does without autocast, which would compute norms in fp32.
         half = dtype != torch.float32
         with torch.autocast(f_BCSS.device.type, enabled=False) if half else nullcontext():
-            return self.decoder(self.from_latent(f_BCSS.to(dtype))).float()
+            features = self.from_latent(f_BCSS.to(dtype))   # [B, C, S, S]
+            return self.decoder(features).float()           # [B, channels, side, side]
 
     def cast_decoder(self, dtype: torch.dtype) -> None:
         """Decode in this dtype from now on, with the channels of a pixel side by side, as a GPU's

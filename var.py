@@ -406,6 +406,15 @@ class VAR(nn.Module):
         self.head_modulation.weight.mul_(0.5)
         self.head.weight.mul_(0.02)
 
+    def cast_layers(self, dtype: torch.dtype) -> None:
+        """For drawing: keep weights in the dtype to which autocast casts them at every use.
+
+        The tokens are the same, and less is read for each. There is no training after it.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module is not self.head:
+                module.to(dtype)
+
     def compile_layers(self) -> None:
         """For drawing: for every scale one graph of the first layer and one of all others,
         whatever the depth."""
