@@ -1,20 +1,19 @@
 """The published implementation's numbers, reproduced from deterministic weights (tests/golden/weights.py)."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from golden import weights
+from PIL import Image
+from program import ran, refused
+
+from support.published import PUBLISHED_SCALES, tokenizer_of, transformer_of
 from tokenizer import Tokenizer
 from var import VAR
 
 GOLDEN = Path(__file__).parent / "golden"
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +65,57 @@ def test_published_files_are_sampled_from_as_downloaded(case, tmp_path):
     paths = {part: tmp_path / f"{part}.pth" for part in ("vae", "var")}
     for part, path in paths.items():
         torch.save(case[0][part], path)
-    command = [sys.executable, ROOT / "sample.py", "--tokenizer", paths["vae"], "--var", paths["var"],
-               "--classes", "2", "7", "--per-class", "2", "--out", tmp_path / "x.png"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    flags = ["--tokenizer", paths["vae"], "--classes", "2", "7", "--per-class", "2", "--out", tmp_path / "x.png"]
+    ran("sample.py", "--var", paths["var"], *flags)
     with Image.open(tmp_path / "x.png") as image:
         assert image.height == 2 * 66 and len(np.unique(np.asarray(image))) > 20
-    swapped = subprocess.run([*map(str, command), "--var", str(paths["vae"])], capture_output=True, text=True)
-    assert swapped.returncode == 2 and "not a published VAR transformer" in swapped.stderr
+    assert "not a published VAR transformer" in refused("sample.py", "--var", paths["vae"], *flags)
+
+
+WRAPPED = {
+    "the authors' training": lambda state, part: {
+        "epoch": 3, "iter": 0, "trainer": {"vae_local": state["vae"], "var_wo_ddp": state["var"],
+                                           "var_opt": {"optimizer": {"state": {0: torch.zeros(2)}}}}},
+    "state_dict": lambda state, part: {"step": 7, "state_dict": state[part]},
+    "model": lambda state, part: {"model": state[part], "args": None},
+    "DDP": lambda state, part: {f"module.{name}": tensor for name, tensor in state[part].items()},
+    "compile": lambda state, part: {f"_orig_mod.{name}": tensor for name, tensor in state[part].items()},
+    "a compiled block": lambda state, part: {
+        name.replace("blocks.1.", "blocks.1._orig_mod."): tensor for name, tensor in state[part].items()},
+    "all at once": lambda state, part: {"model": {f"module._orig_mod.{name}": tensor
+                                                  for name, tensor in state[part].items()}},
+    "both models in one": lambda state, part: {f"{part}.{name}": tensor for part in state
+                                               for name, tensor in state[part].items()},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_wrapped_and_prefixed_files_are_opened(case, wrap):
+    for part, read in (("vae", tokenizer_of), ("var", transformer_of)):
+        values, state = read(wrap(case[0], part))
+        expected_values, expected_state = read(case[0][part])
+        assert values == expected_values and state.keys() == expected_state.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected_state.items())
+
+
+@pytest.mark.parametrize("content, holds", [
+    ({"weight": 0, "bias": 1, "a": 2, "b": 3, "c": 4}, "but holds weight, bias, a, b, ..."),
+    ({"model": {"pos_1LCD": 0, "xpos_1LC": 0}}, "but holds model$"), ({}, "but holds {}"), ([1, 2], "but holds list")])
+def test_other_files_are_refused_by_what_they_hold(content, holds):
+    with pytest.raises(ValueError, match="not a published VAR transformer: it has no pos_1LC " + holds):
+        VAR.from_official(content)
+    with pytest.raises(ValueError, match="not a published VAR tokenizer: it has no quantize.embedding.weight " + holds):
+        Tokenizer.from_official(content)
+
+
+def test_the_sides_of_token_maps_are_those_published_or_given(case):
+    state = dict(case[0]["vae"])
+    K = len(state["quantize.ema_vocab_hit_SV"])
+    assert tokenizer_of(state)[0]["scales"] == tuple(range(1, K + 1))
+    given = (1, *range(3, K + 2))
+    assert Tokenizer.from_official(state, given).config.scales == given
+    state["quantize.ema_vocab_hit_SV"] = torch.zeros(10, 1)
+    assert tokenizer_of(state)[0]["scales"] == PUBLISHED_SCALES
 
 
 def test_other_geometries_are_read_off_the_tensors():
