@@ -162,6 +162,24 @@ def peak_flops(machine: Machine) -> float | None:
     return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
 
 
+class Speed:
+    """Images per second, and on a card that we know the share of its peak FLOP/s."""
+
+    def __init__(self, machine: Machine, batch: int, model: nn.Module, example: tuple[Tensor, ...]):
+        """batch: images of a step, over all processes. example: the model's inputs of one image."""
+        self.batch = batch
+        self.peak = peak_flops(machine)
+        self.flops = forward_flops(model, *example) if self.peak else 0
+
+    def text(self, steps_a_second: float) -> str:
+        rate = self.batch * steps_a_second
+        if not self.peak:
+            return f"{rate:.0f} images/s"
+        flops = 3 * self.flops * rate   # the backward pass is twice the forward
+        share = flops / self.peak / rank_and_world()[1]
+        return f"{rate:.0f} images/s, {share:.0%} of peak FLOP/s"
+
+
 def forward_flops(model: nn.Module, *inputs: Tensor) -> int:
     """FLOP of a forward pass in evaluation mode, two for a multiplication and its addition.
 

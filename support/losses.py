@@ -18,10 +18,77 @@ from torch import Tensor, nn
 from support.checkpoint import blaming, download
 from support.cli import UserError, in_short
 from support.devices import average_over_processes
-
+from support.evaluation import Classifier, train_classifier
+from support.presets import TokenizerPreset
 
 VGG_SHA256 = "397923af"   # how it begins
 VGG_URL = f"https://download.pytorch.org/models/vgg16-{VGG_SHA256}.pth"
+
+
+class DetailLosses(nn.Module):
+    """Both losses, each where the preset gives it a weight: its networks are what training the
+    tokenizer needs beside the tokenizer."""
+
+    def __init__(self, preset: TokenizerPreset, image_channels: int, classes: int,
+                 lpips_weights: Path | None = None):
+        """lpips_weights: LPIPS is the perceptual distance, and not a classifier of the images."""
+        super().__init__()
+        self.preset = preset
+        self.lpips = []   # a list, so that its weights are no part of a checkpoint
+        if preset.adversarial_weight:
+            self.discriminator = Discriminator(image_channels, preset.discriminator_width)
+        if preset.perceptual_weight and lpips_weights:
+            self.lpips = [load_lpips(lpips_weights)]
+        elif preset.perceptual_weight:
+            self.shape = {"channels": image_channels, "side": preset.image_size, "classes": classes}
+            self.classifier = Classifier(**self.shape).eval().requires_grad_(False)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The discriminator's. Its memory is short, as usual: its opponent changes all the time."""
+        if not self.preset.adversarial_weight:
+            return []
+        return [torch.optim.AdamW(
+            self.discriminator.parameters(), self.preset.discriminator_lr, betas=(0.5, 0.9),
+            weight_decay=0.0, fused=True)]
+
+    def learn(self, images: Tensor, labels: Tensor) -> None:
+        """Train the classifier, on other draws than that by which sample.py judges the results."""
+        device = self.classifier.head.weight.device
+        trained = train_classifier(images, labels, self.shape, 1, device)
+        self.classifier.load_state_dict(trained.state_dict())
+
+    def forward(self, originals: Tensor, reconstructions: Tensor, likeness: Tensor,
+                last_layer: Tensor, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """What to minimise in place of `likeness`, the pixels' loss, and the losses by name.
+
+        last_layer: the decoder's weight. adversarial: whether the discriminator takes part yet.
+        """
+        losses = {}
+        if self.preset.perceptual_weight:
+            losses["perceptual"] = self.distance(originals, reconstructions)
+            likeness = likeness + self.preset.perceptual_weight * losses["perceptual"]
+        if not self.preset.adversarial_weight or not adversarial:
+            return likeness, losses
+        reward = self.discriminator.reward(reconstructions)
+        weight = self.preset.adversarial_weight * balance(likeness, reward, last_layer)
+        own_loss, right = self.discriminator.loss(originals, reconstructions)
+        losses |= {"adversarial": reward, "balance": weight, "discriminator": own_loss,
+                   "discriminator_right": right}
+        # One backward pass for both: neither loss has a gradient for the other's weights.
+        return likeness + weight * reward + own_loss, losses
+
+    def distance(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
+        if self.lpips:
+            return self.lpips[0].to(originals.device)(originals, reconstructions).mean()
+        maps = self.classifier.maps
+        return perceptual_distance(maps(originals), maps(reconstructions))
+
+    def held_out(self, originals: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
+        """What is measured of held-out images."""
+        if not self.preset.adversarial_weight:
+            return {}
+        _, right = self.discriminator.loss(originals, reconstructions)
+        return {"discriminator_right": right}
 
 
 def perceptual_distance(maps_x: list[Tensor], maps_y: list[Tensor]) -> Tensor:

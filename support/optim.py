@@ -1,6 +1,6 @@
-"""The optimizers of both models: AdamW with its two groups of parameters, and Muon.
+"""The optimizers of both models, AdamW and Muon; the learning-rate schedule, and the EMA.
 
-`adamw_and_muon` makes them; train.py steps them.
+`adamw_and_muon` makes the optimizers; train.py steps them.
 """
 from __future__ import annotations
 
@@ -106,3 +106,25 @@ def orthogonal(x_NRC: Tensor) -> Tensor:
         factor_Nrr = torch.baddbmm(gram_Nrr, gram_Nrr, gram_Nrr, beta=b, alpha=c)
         x_Nrc = torch.baddbmm(x_Nrc, factor_Nrr, x_Nrc, beta=a)
     return x_Nrc if wide else x_Nrc.mT
+
+
+def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
+    """Linear warm-up, then linearly down to the final share; as a share of the peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (1 - final) * (1 - progress)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema = decay ema + (1 - decay) model, buffers among it; whole numbers are copied."""
+    averages = []
+    values = []
+    for average, value in zip(ema.state_dict().values(), model.state_dict().values()):
+        if average.is_floating_point():
+            averages.append(average)
+            values.append(value)
+        else:
+            average.copy_(value)
+    torch._foreach_lerp_(averages, values, 1 - decay)   # one launch on a GPU, not one a tensor

@@ -4,9 +4,12 @@ from __future__ import annotations
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
-from support.cli import COUNT, number, several
+from support.cli import COUNT, SEED, Parser, UserError, add_device_flags, number, several
+from support.data import PUBLISHED
+from support.devices import own_cores
 
 SIZE = number(int, 1, 2**16)
 STEPS = number(int, 0)
@@ -82,10 +85,35 @@ class VARPreset(BothPreset):
 
 @dataclass(frozen=True)
 class Preset(VARPreset, TokenizerPreset):
-    """All the values of a training; `of` has those that shape one stage."""
+    """All the values of a training."""
 
     def of(self, stage: type[BothPreset]) -> dict[str, Any]:
+        """Those that a stage is made with."""
         return {value.name: getattr(self, value.name) for value in fields(stage)}
+
+    def tokenizer_shape(self, image_channels: int) -> dict[str, Any]:
+        """What a TokenizerConfig takes."""
+        names = ("scales", "vocabulary", "code_channels", "multipliers", "blocks", "phis",
+                 "norm_groups")
+        shape = {name: getattr(self, name) for name in names}
+        return {**shape, "image_channels": image_channels, "width": self.tokenizer_width}
+
+    def var_shape(self, classes: int) -> dict[str, Any]:
+        """What a VARConfig takes."""
+        names = ("scales", "vocabulary", "code_channels", "depth", "width", "heads",
+                 "shared_adaln", "normalise_qk", "label_dropout", "drop_path", "last_scales")
+        return {**{name: getattr(self, name) for name in names}, "classes": classes}
+
+    def of_tokenizer(self, shape: dict[str, Any], image_size: int, given: dict) -> Preset:
+        """The same with the shape of a tokenizer that is there, as `tokenizer_shape` has it.
+        Raises UserError for `given` flags that say otherwise."""
+        shape = {**shape, "image_size": image_size, "tokenizer_width": shape["width"]}
+        own = {name: shape[name] for name in self.of(TokenizerPreset) if name in shape}
+        for name, value in own.items():
+            if given.get(name, value) != value:
+                raise UserError(f"--{name.replace('_', '-')} {given[name]} is not that of the "
+                                f"tokenizer, which has {value}")
+        return replace(self, **own)
 
 
 PRESETS = {
@@ -112,6 +140,48 @@ PRESETS = {
         width=1024, heads=16, drop_path=0.1 * 16 / 24, var_steps=333_000, var_batch=768,
         var_lr=3e-4, muon=False, final_lr=0.1, warmup=6000, ema=0.9999),
 }
+
+
+def training_flags(description: str) -> Parser:
+    """The flags of train.py."""
+    parser = Parser(description=description)
+    add = parser.add_argument
+    add("--data", default="shapes",
+        help=f"shapes (drawn), {', '.join(PUBLISHED)}, or a folder with a sub-folder of images for "
+             f"each class (default: %(default)s)")
+    add("--out", type=Path, help="folder to write to (default: out/ and the name of the data)")
+    add("--stage", choices=("all", "tokenizer", "var"), default="all",
+        help="what to train (default: %(default)s)")
+    add("--tokenizer", type=Path,
+        help="train the transformer on this tokenizer, a .pt of train.py or a published .pth; the "
+             "run keeps a copy")
+    add("--resume", action="store_true", help="go on from the checkpoints in the folder")
+    add("--checkpoint-every", type=COUNT, default=1000,
+        help="steps between checkpoints (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of every random draw (default: %(default)s)")
+    add_device_flags(parser)
+    add("--grad-accumulation", type=COUNT, default=1, metavar="N",
+        help="compute a step in this many micro-batches, to need less memory")
+    add("--checkpoint-activations", action="store_true",
+        help="keep only what enters a layer for the backward pass and compute the rest again: less "
+             "memory, more time")
+    add("--perceptual", type=Path, metavar="FILE",
+        help="LPIPS as the perceptual distance, by torchvision's VGG-16 (vgg16-397923af.pth), "
+             "downloaded if it is not there; if not given, that of a classifier trained on the "
+             "same images")
+    add = parser.add_argument_group("images").add_argument
+    add("--data-dir", type=Path, default=Path("data"),
+        help="where published data sets are looked for, and downloaded to")
+    add("--channels", type=int, choices=(1, 3), default=3,
+        help="3 for colour or 1 for grey, of images in a folder")
+    add("--white-level", type=number(int, 1, 65535), metavar="N",
+        help="the white of 16-bit files that do not use all bits, as 4095 for 12")
+    add("--workers", type=STEPS, default=min(8, own_cores()),
+        help="processes that read the images of a folder (default: %(default)s)")
+    add("--stream", action="store_true",
+        help="read a folder's images as training goes, instead of decoding them once")
+    add_preset_flags(parser)
+    return parser
 
 
 def add_preset_flags(parser: ArgumentParser) -> None:
