@@ -113,6 +113,9 @@ class Quantizer(nn.Module):
         self.codebook_VC = nn.Parameter(torch.zeros(V, C))   # `start_from` fills it
         self.phis = nn.ModuleList(Phi(C) for _ in range(config.phis))
         self.phi_of_scale = choose_phis(len(config.scales), config.phis)
+        # What `read` averages with, the matrices [s, S] of all scales one below the other:
+        areas = [area_matrix(s, self.scales[-1]) for s in self.scales]
+        self.register_buffer("areas_XS", torch.cat(areas), persistent=False)
         self.register_buffer("hits_V", torch.ones(V))   # EMA of each code's hits per train step
         # What the last training pass leaves for the stage, which cares for the codebook:
         self.last_tokens_BL: Tensor | None = None
@@ -139,9 +142,14 @@ class Quantizer(nn.Module):
             return f_hat_BCSS + phi(h_BCSS)                                 # [B, C, S, S]
 
     def read(self, f_BCSS: Tensor, k: int) -> Tensor:
-        """What scale k sees of a latent: vectors [B, l, C], each the average of an area."""
-        s = self.scales[k]
-        f_BCss = F.interpolate(f_BCSS, size=(s, s), mode="area")            # [B, C, s, s]
+        """What scale k sees of a latent: vectors [B, l, C], each the mean of an area.
+
+        Columns are averaged, then rows. (PyTorch would by `mode="area"`, but not on Apple's GPU
+        where s does not divide S.)
+        """
+        area_sS = self.areas_XS.split(self.scales)[k]
+        with torch.autocast(f_BCSS.device.type, enabled=False):
+            f_BCss = area_sS @ f_BCSS @ area_sS.T                           # [B, C, s, s]
         return f_BCss.flatten(2).transpose(1, 2)                            # [B, l, C]
 
     def nearest(self, x_BlC: Tensor) -> Tensor:
@@ -291,6 +299,16 @@ class Quantizer(nn.Module):
         return len(dead_N)
 
 
+def area_matrix(s: int, S: int) -> Tensor:
+    """[s, S]: means over s areas of S places in a row. Where s does not divide S, areas overlap."""
+    matrix_sS = torch.zeros(s, S)
+    for i in range(s):
+        begin = math.floor(S * i / s)
+        end = math.ceil(S * (i + 1) / s)
+        matrix_sS[i, begin:end] = 1 / (end - begin)
+    return matrix_sS
+
+
 def choose_phis(scales: int, phis: int) -> list[int]:
     """Which phi serves each scale: the one whose place in [0, 1] is nearest to k / (K-1).
 
@@ -301,7 +319,8 @@ def choose_phis(scales: int, phis: int) -> list[int]:
     chosen = []
     for k in range(scales):
         place = k / max(scales - 1, 1)
-        chosen.append(int(np.argmin(np.abs(places - place))))
+        distances = np.abs(places - place)
+        chosen.append(int(np.argmin(distances)))
     return chosen
 
 
@@ -427,7 +446,8 @@ class Encoder(nn.Module):
         for level in self.levels:
             x = level(x)                                # half the side, more channels; at last
         x = self.middle(x)                              # [B, width * last multiplier, S, S]
-        return self.conv_out(F.silu(self.norm_out(x)))  # [B, C, S, S]
+        x = F.silu(self.norm_out(x))
+        return self.conv_out(x)                         # [B, C, S, S]
 
 
 class Decoder(nn.Module):
@@ -455,7 +475,8 @@ class Decoder(nn.Module):
         x = self.middle(x)                              # [B, width * last multiplier, S, S]
         for level in reversed(self.levels):
             x = level(x)                                # twice the side, until the image's
-        return self.conv_out(F.silu(self.norm_out(x)))  # [B, channels, side, side]
+        x = F.silu(self.norm_out(x))
+        return self.conv_out(x)                         # [B, channels, side, side]
 
 
 # -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig, choose_phis
 
@@ -118,6 +119,28 @@ def test_every_step_of_the_loop_is_numpys():
     np.testing.assert_allclose(inputs, read, atol=1e-12)
 
 
+def areas(s: int, S: int) -> list[slice]:
+    """The places of a side of S that each of s areas covers, whole or in part."""
+    return [slice(S * i // s, -(-S * (i + 1) // s)) for i in range(s)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scales", [(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), tuple(range(1, 8)), (1,)], ids=str)
+def test_every_area_of_every_scale_is_averaged_as_numpy_does(scales):
+    S = scales[-1]
+    made = Quantizer(config(scales=scales))
+    f_BCSS = torch.randn(2, 3, S, S)
+    for k, s in enumerate(scales):
+        expected = np.stack([f_BCSS.numpy()[:, :, rows, columns].mean(axis=(2, 3), dtype=np.float64)
+                             for rows in areas(s, S) for columns in areas(s, S)], axis=1)
+        np.testing.assert_allclose(made.read(f_BCSS, k).numpy(), expected, atol=1e-6)
+    assert torch.equal(made.read(f_BCSS, len(scales) - 1), f_BCSS.flatten(2).mT)   # the finest is read as it is
+    assert "areas_XS" not in made.state_dict()
+    before = made.read(f_BCSS, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made.read(f_BCSS, 0), before)
+
+
 def test_the_codebook_loss_and_its_gradients_are_numpys():
     """Codes and phis move to the latent at full weight, the latent moves to them at a quarter, each scale alike."""
     made = quantizer().train()
@@ -163,16 +186,21 @@ def test_a_training_pass_keeps_residuals_without_their_graph_and_counts_hits():
 
 
 class Operations(TorchDispatchMode):
-    """The names of all that is computed."""
+    """The names of all that is computed, and the dtypes of what comes of it."""
+    def __init__(self):
+        super().__init__()
+        self.names, self.dtypes = [], set()
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        self.dtypes |= {x.dtype for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        return out
 
 
 def test_a_training_pass_waits_for_no_number_of_a_gpu():
-    made, operations = quantizer().train(), Operations()
-    operations.names = []
-    with operations:
+    made = quantizer().train()
+    with Operations() as operations:
         made(torch.randn(3, 2, 4, 4, dtype=torch.float64))
         made.update_hits(made.count(made.last_tokens_BL))
     waiting = {"_local_scalar_dense", "nonzero", "bincount", "lift_fresh", "scalar_tensor"}

@@ -7,8 +7,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from test_tokenizer import images, tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_tokenizer import Operations, images, tokenizer
 
 import kernels
 from sample import Known
@@ -294,13 +293,6 @@ def test_drawing_a_scale_and_the_caches_can_be_replaced():
     assert lengths == [1, 1, 4, 4, 9, 9, 16, 16]
 
 
-class Operations(TorchDispatchMode):
-    """The names of all that is computed."""
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def test_a_second_generation_makes_no_tables_and_waits_for_nothing(monkeypatch):
     """No tensor made of Python numbers, which is a copy to the device, and no number read back from there."""
@@ -311,12 +303,24 @@ def test_a_second_generation_makes_no_tables_and_waits_for_nothing(monkeypatch):
     model.generate(made, labels_B, known=known)
     tables = []
     monkeypatch.setattr(kernels.KeyRanges, "__init__", lambda *arguments: tables.append(arguments))
-    operations = Operations()
-    operations.names = []
-    with operations:
+    with Operations() as operations:
         model.generate(made, labels_B, known=known)
     assert not tables and len(operations.names) > 100
     assert not {"_local_scalar_dense", "lift_fresh", "scalar_tensor", "nonzero"} & set(operations.names)
+
+
+def test_nothing_is_computed_that_apples_gpu_lacks():
+    """Averages over areas where sides do not divide, and float64."""
+    torch.manual_seed(0)
+    model, made, labels_B = lively(VAR(config())).train(), tokenizer().train(), torch.tensor([0, 2])
+    with Operations() as operations:
+        reconstruction, losses = made(images(made, 2))
+        (losses["mse"] + losses["l1"] + losses["codebook"]).backward()
+        tokens_BL = made.encode(reconstruction.detach())
+        model(labels_B, made.teacher_inputs(tokens_BL)).square().mean().backward()
+        made.decode(model.eval().generate(made, labels_B, cfg=2.0))
+    assert torch.float64 not in operations.dtypes and torch.float32 in operations.dtypes
+    assert "convolution" in operations.names and not any("adaptive" in name for name in operations.names)
 
 
 @torch.no_grad()
