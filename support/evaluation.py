@@ -1,0 +1,495 @@
+"""How good a tokenizer is, and how good generated images are.
+
+No image is the right answer to "draw a star", so a figure of quality compares sets of images: here
+generated ones with held-out ones, of the same classes. What is compared is not pixels but what a
+small classifier, trained on the run's own images, makes of them: the class it takes an image for,
+and its features, the numbers from which it concludes the class.
+
+How far apart two sets seem depends on how many images they hold. So all comparisons are between
+equally many, and the held-out images are compared with themselves, one half with the other: no
+images are nearer to the real ones than other real ones are. Read `Quality`, then `evaluate`.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from support.checkpoint import blaming, load_checkpoint, save_checkpoint
+from support.cli import UserError
+from support.images import at_a_time, to_float
+
+# -------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB, of a mean squared error between images in [-1, 1]."""
+    return 10 * math.log10(4 / max(mse, 1e-10))
+
+
+@torch.no_grad()
+def tokenizer_health(tokenizer: nn.Module, batches: Iterable[Tensor]) -> dict:
+    """Is the codebook alive? A list over the scales for each of these, and one number:
+
+        psnr_per_scale         dB, of the images decoded from the scales up to this one
+        codes_per_scale        how many codes the scale uses
+        usage_per_scale        the same as a share of what it could use, min(V, its tokens)
+        perplexity_per_scale   exp(entropy) of its codes: how many, if all were used alike
+        codes_used             share of the codebook that is used by any scale
+
+    tokenizer: a tokenizer.Tokenizer. batches: images on its device.
+    """
+    quantizer = tokenizer.quantizer
+    V = tokenizer.config.vocabulary
+    K = len(tokenizer.config.scales)
+    counts_KV = torch.zeros(K, V)
+    errors_K = [0.0] * K
+    pixels = 0
+    for images in batches:
+        f_hat_BCSS = quantizer.empty(len(images))
+        tokens_BL = tokenizer.encode(images)
+        for k, tokens_Bl in enumerate(quantizer.split(tokens_BL)):
+            f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)
+            so_far = tokenizer.render(f_hat_BCSS).clamp(-1, 1)
+            errors_K[k] += F.mse_loss(so_far, images, reduction="sum").item()
+            counts_KV[k] += tokens_Bl.flatten().bincount(minlength=V).cpu()
+        pixels += images.numel()
+    codes_K = (counts_KV > 0).sum(dim=1)
+    tokens_K1 = counts_KV.sum(dim=1, keepdim=True)
+    most_K = tokens_K1.flatten().clamp(max=V)
+    entropy_K = torch.special.entr(counts_KV / tokens_K1).sum(dim=1)
+    return {
+        "psnr_per_scale": [psnr(error / pixels) for error in errors_K],
+        "codes_per_scale": codes_K.tolist(),
+        "usage_per_scale": (codes_K / most_K).tolist(),
+        "perplexity_per_scale": entropy_K.exp().tolist(),
+        "codes_used": counts_KV.any(dim=0).sum().item() / V,
+    }
+
+
+def say_health(health: dict, config) -> None:
+    """Print it as a table. config: the tokenizer's."""
+    used = f"{health['codes_used']:.0%} of {config.vocabulary} codes used"
+    print(f"held-out images: PSNR {health['psnr_per_scale'][-1]:.2f} dB; {used}")
+    print("  scale   codes  usage  perplexity  PSNR up to here")
+    columns = [health[f"{name}_per_scale"] for name in ("codes", "usage", "perplexity", "psnr")]
+    for s, codes, usage, perplexity, decibels in zip(config.scales, *columns):
+        print(f"  {s:>2}x{s:<3} {codes:>6} {usage:>6.0%} {perplexity:>11.1f} {decibels:>13.2f} dB")
+
+
+# -------------------------------------------------------------------------------------------------
+# The classifier
+
+JUDGED_SIDE = 64              # it sees larger images averaged down to this side
+CLASSIFIER_IMAGES = 20_000    # train.py keeps at most so many for its training
+CLASSIFIER_STEPS = 800
+CLASSIFIER_BATCH = 64
+
+
+class Classifier(nn.Module):
+    """A network that knows a run's images, for a perceptual distance and for `Judge`.
+
+    Four convolutions, each but the first halving the side; the last one's map is averaged over
+    places and normalised: these are the features. A linear layer makes logits of them. It is small,
+    since it has to be trained within half a minute on two cores.
+    """
+
+    def __init__(self, channels: int, side: int, classes: int):
+        """side: of the images before they are averaged down."""
+        super().__init__()
+        widths = (channels, 32, 64, 128, 128)
+        strides = (1 if side <= JUDGED_SIDE // 2 else 2, 2, 2, 2)
+        self.levels = nn.ModuleList()
+        for width_in, width, stride in zip(widths, widths[1:], strides):
+            self.levels.append(nn.Sequential(
+                nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU()))
+        self.normalise = nn.BatchNorm1d(widths[-1], affine=False)   # to mean 0 and variance 1
+        self.head = nn.Linear(widths[-1], classes)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """What every level makes of images [B, channels, side, side], of any side."""
+        maps = []
+        for level in self.levels:
+            images = level(images)
+            maps.append(images)
+        return maps
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, D]."""
+        last_BDss = self.maps(averaged_down(images))[-1]
+        return self.normalise(last_BDss.mean(dim=(2, 3)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes]."""
+        return self.head(self.features(images))
+
+
+def averaged_down(images: Tensor) -> Tensor:
+    """Float images as the classifier sees them: their side is JUDGED_SIDE at most.
+
+    On the CPU, since Apple's GPU averages only over areas that divide the side.
+    """
+    if images.shape[-1] <= JUDGED_SIDE:
+        return images
+    small = F.interpolate(images.cpu(), size=(JUDGED_SIDE, JUDGED_SIDE), mode="area")
+    return small.to(images.device)
+
+
+@torch.no_grad()
+def features_and_classes(classifier: Classifier, images: Tensor) -> tuple[np.ndarray, Tensor]:
+    """Features, float64 [N, D], and the classes [N] that images are taken for.
+
+    images: on the CPU, bytes or in [-1, 1].
+    """
+    features = []
+    taken_for = []
+    for some in images.split(at_a_time(images.shape[-1])):
+        some = averaged_down(some if some.is_floating_point() else to_float(some))
+        features_BD = classifier.features(some.to(classifier.head.weight.device))
+        features.append(features_BD.cpu().double())
+        taken_for.append(classifier.head(features_BD).argmax(dim=1).cpu())
+    return torch.cat(features).numpy(), torch.cat(taken_for)
+
+
+def train_classifier(
+    images: Tensor, labels: Tensor, shape: dict[str, int], seed: int, device: torch.device
+) -> Classifier:
+    """Train one. images: bytes [N, channels, side, side]; shape: what `Classifier` takes."""
+    torch.manual_seed(seed)
+    classifier = Classifier(**shape).to(device)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, CLASSIFIER_STEPS)
+    for _ in tqdm(range(CLASSIFIER_STEPS), desc="classifier", unit="step"):
+        rows = torch.randint(len(images), (CLASSIFIER_BATCH,))
+        logits = classifier(to_float(images[rows].to(device)))
+        loss = F.cross_entropy(logits, labels[rows].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return classifier.eval().requires_grad_(False)
+
+
+def kept_classifier(run) -> Classifier:
+    """The classifier in a run's folder. run: a sample.Run.
+
+    At first, and when the run has other images than it was trained on, one is trained on the images
+    that train.py kept. Raises UserError where there are none, and for a single class, of which
+    nothing can be learned.
+    """
+    classes = len(run.classes)
+    if classes == 1:
+        raise UserError("images are judged by a classifier, to which one class gives nothing to "
+                        "learn")
+    device = run.machine.device
+    images_path = run.folder / "train_images.pt"
+    with blaming(images_path):
+        content = load_checkpoint(images_path, "set of training images")
+        images = content["images"]
+        labels = content["labels"]
+        data_set = content["data_set"]
+        shape = {"channels": images.shape[1], "side": content["side"], "classes": classes}
+    path = run.folder / "classifier.pt"
+    if path.exists():
+        with blaming(path):
+            kept = load_checkpoint(path, "classifier")
+            if kept["data_set"] == data_set:
+                classifier = Classifier(**kept["shape"])
+                classifier.load_state_dict(kept["model"])
+                return classifier.eval().requires_grad_(False).to(device)
+        print(f"{path} was trained on other images: another is trained")
+    classifier = train_classifier(images, labels, shape, 0, device)
+    try:
+        save_checkpoint(path, "classifier", shape=shape, model=classifier.state_dict(),
+                        data_set=data_set)
+    except UserError as error:   # it serves all the same
+        print(f"the classifier is not kept: {error}")
+    return classifier
+
+
+# -------------------------------------------------------------------------------------------------
+# Sets of images
+
+
+@dataclass
+class Quality:
+    """What is measured of a set of images.
+
+    recognised   share that the classifier takes for the class they should be of
+    per_class    the same of each class's images, by its name
+    frechet      Fréchet distance, squared, of the features to those of held-out images: how far two
+                 clouds of points lie apart, in place and in spread. Every feature has variance 1
+                 over the training images, so 1 is a cloud that is shifted by one standard
+                 deviation of one feature.
+    precision    share of the images whose features lie among those of held-out images: fidelity
+    recall       share of held-out images whose features lie among those of the images: variety.
+                 Guidance and filters buy precision with recall.
+    detail       power of high spatial frequencies, as a share of the held-out images': 1 is as
+                 much fine detail as they have, less is blur
+    """
+    recognised: float
+    per_class: dict[str, float]
+    frechet: float
+    precision: float
+    recall: float
+    detail: float
+
+
+@dataclass
+class Evaluation:
+    accuracy: float               # share of all held-out images that the classifier recognises
+    originals: Quality            # of one half of the held-out images against the other: a ceiling
+    reconstructions: Quality      # of the held-out images, against themselves
+    psnr: float                   # of the reconstructions, in dB
+    nats_per_image: float         # -log p(tokens | class) of the held-out images: exact, and
+    nats_per_token: float         # without guidance
+    generated: list[Quality]      # for each seed, with the guidance and the filters of the run
+    unfiltered: list[Quality]     # for each seed, without any
+
+
+def evaluate(run, count: int, seeds: Sequence[int]) -> Evaluation:
+    """Judge `count` held-out images, their reconstructions and, for each seed, generated images:
+    one for each held-out image, of its class.
+
+    run: a sample.Run. Raises UserError where it has no such images, and for images with NaN.
+    """
+    originals, labels = evaluated_images(run, count)
+    judge = Judge(kept_classifier(run), originals, run.classes)
+    all_images, all_labels_N = run.held_out.tensors
+    _, taken_for_N = features_and_classes(judge.classifier, all_images)
+    # The judge holds even rows against even ones. So, with neighbours swapped, it holds odd
+    # originals against even ones: one half against the other.
+    other_half = torch.arange(count) ^ 1
+    _, tokens_NL = run.encode(originals)
+    reconstructions = run.decode(tokens_NL)
+    nats = -run.log_likelihood(tokens_NL, labels.tolist()).mean().item()
+
+    def generated(run) -> list[Quality]:
+        qualities = []
+        for seed in seeds:
+            images = run.decode(run.generate(labels.tolist(), seed))
+            qualities.append(judge(images, labels))
+        return qualities
+
+    return Evaluation(
+        accuracy=(taken_for_N == all_labels_N).double().mean().item(),
+        originals=judge(originals[other_half], labels[other_half]),
+        reconstructions=judge(reconstructions, labels),
+        psnr=psnr(F.mse_loss(reconstructions, originals).item()),
+        nats_per_image=nats,
+        nats_per_token=nats / tokens_NL.shape[1],
+        generated=generated(run),
+        unfiltered=generated(unfiltered(run)),
+    )
+
+
+def unfiltered(run):
+    """The run without guidance and filters: it draws from the model's own distribution."""
+    return replace(run, sampling=replace(run.sampling, cfg=0.0, top_k=0, top_p=1.0))
+
+
+def evaluated_images(run, count: int) -> tuple[Tensor, Tensor]:
+    """`count` held-out images, drawn at random and in the order of their labels, and these.
+
+    So the even and the odd rows are two halves that hold the same classes. run: a sample.Run.
+    Raises UserError where there are fewer, or no two halves.
+    """
+    total = len(run.held_out_images())
+    if count > total:
+        raise UserError(f"{count} images cannot be judged: there are {total} held-out images")
+    if count % 2:
+        raise UserError(f"{count} images cannot be judged: it must be even, as two halves are "
+                        f"compared")
+    order_N = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    images, labels_N = run.held_out[order_N[:count]]
+    labels_N, by_label_N = labels_N.sort(stable=True)
+    return to_float(images[by_label_N]), labels_N
+
+
+class Judge:
+    """Measures the quality of images against held-out ones, `originals`.
+
+    Even rows are compared with even rows and odd ones with odd ones; the figure is the mean.
+    """
+
+    def __init__(self, classifier: Classifier, originals: Tensor, classes: list[str]):
+        self.classifier = classifier
+        self.classes = classes
+        self.features_ND = features_and_classes(classifier, originals)[0]
+        self.power = fine_power(originals)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Quality:
+        """images: in the originals' order, [N, channels, side, side]; labels: [N]."""
+        if not images.isfinite().all():
+            raise UserError("the images to judge hold numbers that are not finite: the model that "
+                            "made them is broken")
+        features_ND, taken_for_N = features_and_classes(self.classifier, images)
+        hit_N = (taken_for_N == labels).double()
+        per_class = {}
+        for label in labels.unique().tolist():
+            per_class[self.classes[label]] = hit_N[labels == label].mean().item()
+        measured = []
+        for first in (0, 1):
+            made_ND = features_ND[first::2]
+            real_ND = self.features_ND[first::2]
+            frechet = frechet_distance(made_ND, real_ND)
+            measured.append((frechet, *precision_recall(made_ND, real_ND)))
+        frechet, precision, recall = np.mean(measured, axis=0).tolist()
+        return Quality(
+            recognised=hit_N.mean().item(),
+            per_class=per_class,
+            frechet=frechet,
+            precision=precision,
+            recall=recall,
+            detail=fine_power(images) / self.power if self.power > 1e-12 else math.nan,
+        )
+
+
+def frechet_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
+    """Squared Fréchet distance of two sets of vectors, each taken for a Gaussian (1706.08500).
+
+        |mean_a - mean_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2))        S: the covariances
+
+    It is the least mean squared distance at which one cloud can be moved onto the other. S_a S_b is
+    not symmetric, but has the eigenvalues of R S_b R, which is, with R^2 = S_a; and the trace of a
+    root is the sum of the roots of the eigenvalues.
+    """
+    between_D = a_ND.mean(axis=0) - b_MD.mean(axis=0)
+    a_DD = np.cov(a_ND, rowvar=False)
+    b_DD = np.cov(b_MD, rowvar=False)
+    values_D, vectors_DD = np.linalg.eigh(a_DD)
+    root_DD = vectors_DD * np.sqrt(values_D.clip(0)) @ vectors_DD.T   # rounding may leave -1e-17
+    shared_D = np.linalg.eigvalsh(root_DD @ b_DD @ root_DD).clip(0)
+    spread = np.trace(a_DD) + np.trace(b_DD) - 2 * np.sqrt(shared_D).sum()
+    return float(between_D @ between_D + spread)
+
+
+NEIGHBOURS = 3   # as in the paper
+
+
+def precision_recall(made_ND: np.ndarray, real_MD: np.ndarray) -> tuple[float, float]:
+    """Of the vectors made, the share among the real ones, and the reverse (1904.06991, Eq. 1)."""
+    return share_among(made_ND, real_MD), share_among(real_MD, made_ND)
+
+
+def share_among(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
+    """A vector is among those of a set if it is as near to any of them as that one's third
+    neighbour in the set is."""
+    reach_M = np.sort(distances(b_MD, b_MD), axis=1)[:, NEIGHBOURS]   # 0 is the vector itself
+    return float((distances(a_ND, b_MD) <= reach_M).any(axis=1).mean())
+
+
+def distances(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
+    """Squared, [N, M]. A vector at a time: exactly 0 from a vector to itself."""
+    return np.stack([np.square(b_MD - a_D).sum(axis=1) for a_D in a_ND])
+
+
+def fine_power(images: Tensor) -> float:
+    """Mean power of spatial frequencies above a quarter of a cycle per pixel, half of the highest.
+
+    The images fade to grey at the border. Else the Fourier transform, for which the left border
+    is next to the right one, would find an edge there.
+    """
+    side = images.shape[-1]
+    cycles = torch.fft.fftfreq(side)
+    fine_HW = torch.hypot(cycles[:, None], cycles) > 0.25
+    fade = torch.hann_window(side, periodic=False)
+    fade_HW = fade[:, None] * fade
+    total = 0.0
+    for some in images.split(at_a_time(side)):
+        centred = some - some.mean(dim=(2, 3), keepdim=True)
+        spectrum = torch.fft.fft2(centred * fade_HW)
+        power = spectrum.abs().square()[..., fine_HW]
+        total += power.sum(dtype=torch.float64).item()
+    return total / images.numel()
+
+
+def seam(images: Tensor, known_HW: Tensor) -> float:
+    """How much a border shows: the mean absolute difference between neighbours of which one is
+    known and the other is not; 0 if there are none.
+
+    known_HW: 1 where the images are known, else 0.
+    """
+    steps = []
+    for axis in (-1, -2):
+        across_HW = known_HW.diff(dim=axis) != 0
+        step = images.diff(dim=axis)[..., across_HW] / 2
+        steps.append(step.abs().flatten())
+    steps = torch.cat(steps)
+    return steps.mean().item() if len(steps) else 0.0
+
+
+# -------------------------------------------------------------------------------------------------
+# Tables
+
+
+def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling) -> None:
+    """Print it as two tables, of means and, where there are several seeds, of their spread.
+
+    sampling: the run's.
+    """
+    asked = f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}"
+    sets = {
+        "held-out, half against half": [found.originals],
+        "reconstructions": [found.reconstructions],
+        f"generated, {asked}": found.generated,
+        "generated, no guidance, no filters": found.unfiltered,
+    }
+    print(f"{count} images of each kind; the classifier recognises {found.accuracy:.1%} of all "
+          f"held-out images")
+    table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}
+    for name, qualities in sets.items():
+        table[name] = (
+            in_words([100 * x.recognised for x in qualities], 1, " %"),
+            in_words([x.frechet for x in qualities], 2),
+            in_words([100 * x.precision for x in qualities], 1, " %"),
+            in_words([100 * x.recall for x in qualities], 1, " %"),
+            in_words([x.detail for x in qualities], 2),
+        )
+    say_table(table)
+    print(f"PSNR of the reconstructions {found.psnr:.2f} dB; held-out images take "
+          f"{found.nats_per_image:.2f} nats each, {found.nats_per_token:.3f} per token")
+    say_classes(list(sets.values()))
+    if len(seeds) > 1:
+        print(f"± is the standard deviation over the seeds {' '.join(map(str, seeds))}")
+    print("This Fréchet distance is not FID: its features are those of the run's own classifier,\n"
+          "so it compares images of this run's data alone. For FID, which the field's programs\n"
+          "measure, this writes the files:\n"
+          "    python sample.py export 50000 samples.npz --reference reference.npz")
+
+
+def say_classes(sets: list[list[Quality]]) -> None:
+    """Print the share recognised of each class: of those twenty that are recognised least, when
+    they are generated."""
+    shares = {}
+    for name in sets[0][0].per_class:
+        shares[name] = [np.mean([x.per_class[name] for x in qualities]) for qualities in sets]
+    table = {"recognised": ("held-out", "reconstructed", "generated", "unfiltered")}
+    for name in sorted(shares, key=lambda name: shares[name][2])[:20]:
+        table[f"  {name}"] = [f"{share:.1%}" for share in shares[name]]
+    say_table(table)
+
+
+def say_table(rows: dict[str, Sequence[str]]) -> None:
+    """Print rows of a name and its columns, the heads first."""
+    first = max(map(len, rows))
+    width = 3 + max(len(text) for columns in rows.values() for text in columns)
+    for name, columns in rows.items():
+        print(f"{name:{first}}" + "".join(f"{text:>{width}}" for text in columns))
+
+
+def in_words(values: list[float], digits: int, unit: str = "") -> str:
+    """Their mean and, if they are several, their standard deviation."""
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean + unit
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}{unit}"
