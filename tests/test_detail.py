@@ -3,40 +3,56 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
-import sample
 import train
-from program import TINY, ran, refused, run
-from tokenizer import Discriminator, balance, perceptual_distance
+from support.checkpoint import read_log, save_checkpoint
+from support.cli import UserError
+from support.data import Data
+from support.devices import Machine
+from support.evaluation import kept_classifier, train_classifier
+from support.figures import draw_curves
+from support.images import to_float
+from support.losses import (
+    DetailLosses, Discriminator, balance, load_lpips, perceptual_distance,
+)
+from support.presets import Preset
 
-DETAIL = ["--perceptual-weight", 0.1, "--adversarial-weight", 0.4, "--adversarial-from", 0.3,
-          "--discriminator-width", 8, "--discriminator-lr", 1.5e-3, "--tokenizer-steps", 20]
+DETAILED = Preset(   # both losses, the discriminator's from step 6 of 12
+    image_size=8, scales=(1, 2, 4), multipliers=(1, 2), tokenizer_width=8, vocabulary=32,
+    code_channels=4, tokenizer_steps=12, warmup=5, perceptual_weight=0.1, adversarial_weight=0.4,
+    adversarial_from=0.5, discriminator_width=8, discriminator_lr=1.5e-3)
+FP32 = Machine(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
-    monkeypatch.setattr(sample, "CLASSIFIER_STEPS", 3)
+    monkeypatch.setattr("support.evaluation.CLASSIFIER_STEPS", 3)
 
 
-def detailed_stage(out: Path, *flags) -> train.TokenizerStage:
-    """A tokenizer's training with both losses, about to begin."""
-    options = train.parse([str(x) for x in ("--out", out, *TINY, *DETAIL, *flags)])
-    train.settle(options)
-    images = [train.draw_shapes(count, 8, seed) for seed, count in enumerate((20, 10))]
-    stage = train.TokenizerStage(train.data_of(*images, train.SHAPES), options)
-    stage.begin()
-    return stage
+def detailed_stage(out: Path, machine: Machine = FP32, lpips_weights: Path | None = None,
+                   values: dict | None = None, **settings) -> train.TokenizerStage:
+    """A tokenizer's training with both losses."""
+    generator = torch.Generator().manual_seed(0)
+    sets = []
+    for count in (20, 10):
+        images = torch.randint(256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
+        sets.append(TensorDataset(images, torch.arange(count) % 2))
+    preset = replace(DETAILED, **values or {})
+    settings = train.Settings(preset, machine, out, **settings)
+    return train.TokenizerStage(Data(*sets, ["cat", "dog"], "random"), settings, lpips_weights)
 
 
 def batch(stage: train.TokenizerStage) -> list[torch.Tensor]:
-    return list(stage.data.train[:8])
+    return list(stage.data.train[list(range(8))])
 
 
 # The formulas
@@ -120,10 +136,10 @@ def test_a_discriminator_is_numpys():
 
 def test_a_discriminator_learns_which_are_originals():
     torch.manual_seed(0)
-    discriminator = Discriminator(1, 8)
-    optimizer = torch.optim.Adam(discriminator.parameters(), 3e-3)
-    x, y = torch.randn(8, 1, 16, 16), torch.zeros(8, 1, 16, 16)
-    for _ in range(30):
+    discriminator = Discriminator(1, 4)
+    optimizer = torch.optim.Adam(discriminator.parameters(), 1e-2)
+    x, y = torch.randn(4, 1, 16, 16), torch.zeros(4, 1, 16, 16)
+    for _ in range(20):
         optimizer.zero_grad()
         loss, right = discriminator.loss(x, y)
         loss.backward()
@@ -167,113 +183,97 @@ def test_the_balance_of_gradients():
 
 def test_a_step_adds_the_losses_up(tmp_path):
     stage = detailed_stage(tmp_path)
+    stage.begin()
     torch.manual_seed(0)
-    stage.model.quantizer.start_from(torch.randn(16, 4, 4, 4))
-    stage.step = stage.adversarial_from
+    model = stage.model.train()
+    model.quantizer.start_from(torch.randn(16, 4, 4, 4))
+    stage.step = 6
     images, labels = batch(stage)
-    total, to_log = stage.loss(images, labels)
+    total, to_log = stage.loss(model, images, labels)
     losses = to_log()
-    x = sample.to_float(images)
-    y = stage.model(x)[0]
-    adversary = stage.helpers["discriminator"]
-    classifier = stage.helpers["classifier"]
+    x = to_float(images)
+    y = model(x)[0]
+    discriminator = stage.helpers.discriminator
+    classifier = stage.helpers.classifier
     perceptual = perceptual_distance(classifier.maps(x), classifier.maps(y))
     likeness = (x - y).square().mean() + 0.2 * (x - y).abs().mean() + 0.1 * perceptual
-    reward = -adversary(y).mean()
-    share = 0.4 * balance(likeness, reward, stage.model.decoder.conv_out.weight)
-    own, right = adversary.loss(x, y)
-    expected = likeness + losses["codebook"] + share * reward + own
-    torch.testing.assert_close(total, expected)
-    assert losses["total"] == total and losses["discriminator_right"] == right
-    codes = stage.model.quantizer.codebook_VC   # no other loss moves it
+    reward = -discriminator(y).mean()
+    weight = 0.4 * balance(likeness, reward, model.decoder.conv_out.weight)
+    own, right = discriminator.loss(x, y)
+    torch.testing.assert_close(total, likeness + losses["codebook"] + weight * reward + own)
+    assert losses["discriminator_right"] == right
+    codes = model.quantizer.codebook_VC   # no other loss moves it
     for gradients in zip(*(torch.autograd.grad(x, [codes], retain_graph=True)
                            for x in (total, losses["codebook"]))):
         torch.testing.assert_close(*gradients)
-    torch.testing.assert_close(losses["balance"], share)
+    torch.testing.assert_close(losses["balance"], weight)
     torch.testing.assert_close(losses["discriminator"], own)
-    stage.step -= 1
-    total, to_log = stage.loss(images, labels)
+    stage.step = 5   # before the discriminator comes in
+    total, to_log = stage.loss(model, images, labels)
     torch.testing.assert_close(total, likeness + to_log()["codebook"])
     assert "discriminator" not in to_log()
-
-
-def test_the_discriminator_starts_when_it_is_to(tmp_path):
-    stage = detailed_stage(tmp_path)
-    (x, labels), weight = batch(stage), stage.helpers["discriminator"].conv_out.weight
-    classifier = stage.helpers["classifier"].head.weight.clone()
-    begun = weight.clone()
-    changed = []
-    for _ in range(8):
-        stage.advance([x, labels], False)
-        changed.append(not torch.equal(weight, begun))
-    assert changed == [False] * 6 + [True] * 2   # 0.3 of 20 steps
-    assert torch.equal(stage.helpers["classifier"].head.weight, classifier)
-    assert not stage.helpers["classifier"].training   # or its norms would follow the batch
 
 
 def test_the_classifier_is_not_the_one_that_judges(tmp_path, monkeypatch):
     """Else the tokenizer would be trained on what it is judged by."""
     seeds = []
-    train_classifier = train.train_classifier
 
     def noted(images, labels, shape, seed, device):
         seeds.append(seed)
         return train_classifier(images, labels, shape, seed, device)
 
-    monkeypatch.setattr(train, "train_classifier", noted)
-    monkeypatch.setattr(sample, "train_classifier", noted)
+    monkeypatch.setattr("support.losses.train_classifier", noted)
+    monkeypatch.setattr("support.evaluation.train_classifier", noted)
     stage = detailed_stage(tmp_path)
-    images, labels = train.some_images(stage.data, stage.options)
-    sample.save_checkpoint(tmp_path / "train_images.pt", "set of training images", images=images,
-                           labels=labels, side=8, data_set="drawn")
-    stage.options.run = tmp_path
-    stage.options.var = None
-    judging = sample.kept_classifier(
-        sample.Run(stage.model, None, stage.data.classes, None, stage.options))
+    stage.begin()
+    images, labels = stage.data.train.tensors
+    save_checkpoint(tmp_path / "train_images.pt", "set of training images", images=images,
+                    labels=labels, side=8, data_set="random")
+    judging = kept_classifier(
+        SimpleNamespace(folder=tmp_path, classes=stage.data.classes, machine=FP32))
     assert len(set(seeds)) == 2
-    weight = stage.helpers["classifier"].head.weight
-    assert weight.shape == judging.head.weight.shape
-    assert not torch.equal(weight, judging.head.weight)
+    learned = stage.helpers.classifier
+    assert learned.head.weight.shape == judging.head.weight.shape
+    assert not torch.equal(learned.head.weight, judging.head.weight)
+    assert not learned.training   # or its norms would follow the batch
+    assert not any(p.requires_grad for p in learned.parameters())
 
 
-def test_the_parts_of_a_step_have_the_discriminator_s_mean_gradient(tmp_path):
-    stages = [detailed_stage(tmp_path, "--grad-accumulation", parts) for parts in (1, 2)]
+def test_micro_batches_have_the_discriminator_s_mean_gradient(tmp_path):
     gradients = []
-    for stage in stages:
-        stage.step = stage.adversarial_from
-        stage.quantized_from = 100
-        stage.gradients(batch(stage))
-        gradients.append([p.grad for p in stage.helpers["discriminator"].parameters()])
+    for count in (1, 2):
+        values = dict(tokenizer_steps=1, adversarial_from=0.0)
+        stage = detailed_stage(tmp_path / str(count), values=values, grad_accumulation=count)
+        stage.run()
+        gradients.append([p.grad for p in stage.helpers.discriminator.parameters()])
     for one, two in zip(*gradients):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
 
 
 def test_half_precision_with_all_losses(tmp_path):
-    stage = detailed_stage(tmp_path, "--precision", "bf16")
-    stage.step = stage.adversarial_from
-    for _ in range(2):
-        numbers = stage.advance(batch(stage), False).numbers()
-        assert all(map(math.isfinite, numbers))
+    machine = Machine(torch.device("cpu"), torch.bfloat16)
+    detailed_stage(tmp_path, machine, values=dict(tokenizer_steps=2, adversarial_from=0.0)).run()
+    line = read_log(tmp_path / "log.jsonl")[0]
+    assert all(math.isfinite(line[name]) for name in ("loss", "perceptual", "adversarial"))
 
 
 def test_a_discriminator_s_gradient_that_is_no_number_is_never_saved(tmp_path):
-    stage = detailed_stage(tmp_path)
-    stage.options.checkpoint_every = 1
-    weight = stage.helpers["discriminator"].conv_out.weight
+    stage = detailed_stage(tmp_path, checkpoint_every=1)
+    weight = stage.helpers.discriminator.conv_out.weight
     loss = stage.loss
 
-    def spoiled(images, labels):
-        total, to_log = loss(images, labels)
-        if stage.step == 8:
+    def spoiled(*arguments):
+        total, to_log = loss(*arguments)
+        if stage.step == 7:
             total = total + 0 * (weight * 0).sum().sqrt()
         return total, to_log
 
     stage.loss = spoiled
-    told = "gradient nan at step 8; the last good checkpoint, of step 8"
-    with pytest.raises(sample.UserError, match=told):
+    told = "at step 7 .* gradient nan .* the last good checkpoint, of step 7"
+    with pytest.raises(UserError, match=told):
         stage.run()
     saved = torch.load(stage.path, weights_only=True)["training"]
-    assert saved["step"] == 8 and all(x.isfinite().all() for x in saved["helpers"].values())
+    assert saved["step"] == 7 and all(x.isfinite().all() for x in saved["helpers"].values())
 
 
 class Killed(BaseException):
@@ -281,36 +281,32 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory) -> Path:
+def whole(tmp_path_factory) -> Path:
     """A tokenizer trained with all losses without a stop."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "CLASSIFIER_STEPS", 3)
-        said = ran("train.py", "--data", folder, "--out", out, *TINY, *DETAIL, "--stage",
-                   "tokenizer")
-    assert "by the features of a classifier" in said
+        patch.setattr("support.evaluation.CLASSIFIER_STEPS", 3)
+        detailed_stage(out).run()
     return out
 
 
-@pytest.mark.parametrize("step", [4, 11])   # before the discriminator comes in, and after
-def test_stopped_and_resumed_equals_uninterrupted(folder, whole, tmp_path, monkeypatch, step):
-    flags = ["--data", folder, "--out", tmp_path, *TINY, *DETAIL, "--stage", "tokenizer",
-             "--checkpoint-every", 3, "--resume"]
-    advance = train.Stage.advance
+@pytest.mark.parametrize("step", [4, 10])   # before the discriminator comes in, and after
+def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch, step):
+    stage = detailed_stage(tmp_path, checkpoint_every=3)
+    loss = stage.loss
 
-    def fails(self, *arguments):
-        if self.step == step:
+    def fails(*arguments):
+        if stage.step == step:
             raise Killed
-        return advance(self, *arguments)
+        return loss(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Stage, "advance", fails)
-        with pytest.raises(Killed):
-            run("train.py", *flags)
-    assert "another perceptual_weight: 0.1, not 0.2" in refused(
-        "train.py", *flags, "--perceptual-weight", 0.2)
-    monkeypatch.setattr(train, "train_classifier", None)   # it is in the checkpoint
-    ran("train.py", *flags)
+    stage.loss = fails
+    with pytest.raises(Killed):
+        stage.run()
+    with pytest.raises(UserError, match="another perceptual_weight, 0.1 and not 0.2"):
+        detailed_stage(tmp_path, values=dict(perceptual_weight=0.2), resume=True).run()
+    monkeypatch.setattr("support.losses.train_classifier", None)   # it is in the checkpoint
+    detailed_stage(tmp_path, resume=True).run()
     assert (tmp_path / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
     ours, its = (torch.load(out / "tokenizer.pt", weights_only=True) for out in (tmp_path, whole))
     assert all(torch.equal(ours["model"][name], value) for name, value in its["model"].items())
@@ -318,43 +314,42 @@ def test_stopped_and_resumed_equals_uninterrupted(folder, whole, tmp_path, monke
 
 
 def test_what_is_logged_and_drawn(whole):
-    log = sample.read_log(whole / "log.jsonl")
+    log = read_log(whole / "log.jsonl")
     lines = [line for line in log if line["split"] == "train"]
     assert ["discriminator" in line for line in lines] == [False, True]   # of steps 1 and 11
     for name in ("adversarial", "balance", "discriminator_right", "perceptual"):
         assert isinstance(lines[1][name], float)
     measured = [line for line in log if line["split"] == "held_out"]
     assert all(0 <= line["discriminator_right"] <= 1 for line in measured)
-    figure = sample.draw_curves(log, (1, 2, 4))
+    figure = draw_curves(log, (1, 2, 4))
     titles = [axis.get_title() for axis in figure.axes]
     assert "weight of the adversarial loss" in titles and len(titles) == 6
     drawn = {line.get_label(): line.get_ydata() for axis in figure.axes for line in axis.lines}
     assert drawn["balance"] == [lines[1]["balance"]]   # the first line has none
     assert drawn["perceptual"][0] == lines[0]["perceptual"]
     both = [dict(line, stage="var", loss=2.0) for line in log if line["split"] != "health"]
-    axis = sample.draw_curves(both, (1, 2, 4)).axes[1]
+    axis = draw_curves(both, (1, 2, 4)).axes[1]
     assert [line.get_label() for line in axis.lines] == ["train", "held-out"]
     plain = [line for line in log if line["split"] != "train"]
-    assert len(sample.draw_curves(plain, (1, 2, 4)).axes) == 4
+    assert len(draw_curves(plain, (1, 2, 4)).axes) == 4
 
 
 def test_held_out_losses_are_means_over_images(tmp_path, monkeypatch):
     stage = detailed_stage(tmp_path)
     sizes = []
-    loss = stage.helpers["discriminator"].loss
+    loss = stage.helpers.discriminator.loss
 
     def seen(originals, reconstructions):
         sizes.append(len(originals))
         return loss(originals, reconstructions)
 
-    monkeypatch.setattr(stage.helpers["discriminator"], "loss", seen)
-    model = stage.model.eval()
-    whole = stage.validate(model)
-    monkeypatch.setattr(train, "at_a_time", lambda side: 4)
-    parts = stage.validate(model)
+    monkeypatch.setattr(stage.helpers.discriminator, "loss", seen)
+    whole = stage.validate()
+    monkeypatch.setattr("train.at_a_time", lambda side: 4)
+    parts = stage.validate()
     assert sizes == [10, 4, 4, 2]   # of ten images
     assert parts == pytest.approx(whole, rel=1e-4)
-    reconstructions, losses = model(stage.images)
+    reconstructions, losses = stage.ema(stage.images)
     right = loss(stage.images, reconstructions)[1].item()
     assert whole["psnr"] == pytest.approx(10 * np.log10(4 / losses["mse"].item()), rel=1e-4)
     assert whole["discriminator_right"] == pytest.approx(right)
@@ -381,29 +376,22 @@ def test_lpips_is_loaded_from_the_weights_of_vgg(tmp_path, monkeypatch):
     path = tmp_path / "vgg.pth"
     state = {"features.5.weight": torch.randn(4, 3, 3, 3), "features.5.bias": torch.randn(4)}
     torch.save(state, path)
-    flags = ["--perceptual", path]
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(sample.UserError, match="pip install lpips torchvision"):
-        detailed_stage(tmp_path, *flags)
+    with pytest.raises(UserError, match="pip install lpips torchvision"):
+        load_lpips(path)
     monkeypatch.setitem(sys.modules, "lpips", Stub("lpips"))
-    with pytest.raises(sample.UserError, match="is not torchvision's vgg16-397923af.pth"):
-        detailed_stage(tmp_path, *flags)
-    monkeypatch.setattr(train, "VGG_SHA256", "")
-    monkeypatch.setattr(train, "VGG_URL", path.rename(tmp_path / "elsewhere.pth").as_uri())
-    stage = detailed_stage(tmp_path, *flags)
-    assert stage.identity["perceptual distance"] == "LPIPS" and "classifier" not in stage.helpers
+    with pytest.raises(UserError, match="is not torchvision's vgg16-397923af.pth"):
+        load_lpips(path)
+    monkeypatch.setattr("support.losses.VGG_SHA256", "")
+    monkeypatch.setattr("support.losses.VGG_URL", path.rename(tmp_path / "elsewhere.pth").as_uri())
+    losses = DetailLosses(DETAILED, 3, 2, path)   # downloads it
+    assert not any("lpips" in name or "classifier" in name for name in losses.state_dict())
     conv = nn.Conv2d(3, 4, 3)
     conv.load_state_dict({"weight": state["features.5.weight"], "bias": state["features.5.bias"]})
     x, y = torch.randn(2, 2, 3, 8, 8)
-    torch.testing.assert_close(stage.distance(x, y), (conv(x) - conv(y)).square().mean())
-    assert not any(p.requires_grad for p in train.load_lpips(path).parameters())
+    torch.testing.assert_close(losses.distance(x, y), (conv(x) - conv(y)).square().mean())
+    assert not any(p.requires_grad for p in load_lpips(path).parameters())
     del state["features.5.bias"]
     torch.save(state, path)
-    with pytest.raises(sample.UserError, match="vgg.pth cannot be read"):
-        detailed_stage(tmp_path, *flags)
-
-
-def test_mistakes(tmp_path):
-    told = refused("train.py", "--out", tmp_path / "out", *TINY, "--perceptual", tmp_path / "a.pth")
-    assert "--perceptual-weight is 0" in told
-    assert "must be 0 or more" in refused("train.py", *TINY, "--adversarial-weight", -1)
+    with pytest.raises(UserError, match="vgg.pth cannot be read"):
+        load_lpips(path)
