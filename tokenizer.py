@@ -51,7 +51,7 @@ DEAD_BELOW = 0.05     # a code that is hit less than this share of the mean is d
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Everything that fixes the tokenizer's shape. Raises ValueError for what cannot be."""
+    """It fixes the tokenizer's shape. Raises ValueError for a shape that cannot be."""
     scales: tuple[int, ...]         # sides of the token maps, from 1 to the latent's side
     vocabulary: int                 # V
     code_channels: int              # C
@@ -85,7 +85,7 @@ class TokenizerConfig:
 
 
 class Phi(nn.Conv2d):
-    """Repairs an upsampled map: phi(h) = h / 2 + conv(h) / 2 (paper: Sec. 3.2, implementation).
+    """It repairs an upsampled map: phi(h) = h / 2 + conv(h) / 2 (paper: Sec. 3.2, implementation).
 
     The half that goes around the convolution keeps any phi, however trained, near what it got.
     """
@@ -99,7 +99,7 @@ class Phi(nn.Conv2d):
 
 
 class Quantizer(nn.Module):
-    """A latent as a sum of K upsampled token maps (paper: Algorithms 1 and 2).
+    """It writes a latent as a sum of K upsampled token maps (paper: Algorithms 1 and 2).
 
         accumulate: f_hat_k = f_hat_{k-1} + phi_k(upsample(codebook[tokens_k]))
         read:       average down to s_k x s_k: the residual, when encoding; f_hat, when predicting
@@ -122,15 +122,15 @@ class Quantizer(nn.Module):
         self.last_residuals: list[Tensor] = []   # one [B, l, C] for each scale
 
     def empty(self, batch: int) -> Tensor:
-        """f_hat before any scale: zeros [B, C, S, S]."""
+        """Return f_hat before any scale: zeros [B, C, S, S]."""
         S = self.scales[-1]
         return self.codebook_VC.new_zeros(batch, self.codebook_VC.shape[1], S, S)
 
     def accumulate(self, f_hat_BCSS: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
-        """f_hat with scale k, given by its tokens, added to it.
+        """Return f_hat with scale k, given by its tokens, added to it.
 
-        In fp32 also under autocast, and without TF32: a sum of ever smaller corrections needs the
-        digits, and codes would change.
+        It is computed in fp32 also under autocast, and without TF32: a sum of ever smaller
+        corrections needs the digits, and codes would change.
         """
         s = self.scales[k]
         S = self.scales[-1]
@@ -142,7 +142,7 @@ class Quantizer(nn.Module):
             return f_hat_BCSS + phi(h_BCSS)                                 # [B, C, S, S]
 
     def read(self, f_BCSS: Tensor, k: int) -> Tensor:
-        """What scale k sees of a latent: vectors [B, l, C], each the mean of an area.
+        """Return what scale k sees of a latent: vectors [B, l, C], each the mean of an area.
 
         Columns are averaged, then rows. (PyTorch would by `mode="area"`, but not on Apple's GPU
         where s does not divide S.)
@@ -153,12 +153,12 @@ class Quantizer(nn.Module):
         return f_BCss.flatten(2).transpose(1, 2)                            # [B, l, C]
 
     def nearest(self, x_BlC: Tensor) -> Tensor:
-        """Tokens [B, l] of vectors."""
+        """Return tokens [B, l] of vectors: which code is nearest to each."""
         tokens_N = nearest_code(x_BlC.flatten(0, 1), self.codebook_VC)
         return tokens_N.view(x_BlC.shape[:2])
 
     def split(self, tokens_BL: Tensor) -> list[Tensor]:
-        """One [B, l] view per scale.
+        """Split the tokens of all scales into a view [B, l] for each.
 
         Fewer tokens are fine if they end with a scale: then there are fewer maps.
         """
@@ -172,7 +172,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, f_BCSS: Tensor) -> Tensor:
-        """Tokens [B, L] of a latent: each scale codes what the coarser ones left over."""
+        """Return tokens [B, L] of a latent: each scale codes what the coarser ones left over."""
         f_hat_BCSS = self.empty(len(f_BCSS))
         tokens = []
         for k in range(len(self.scales)):
@@ -184,7 +184,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
-        """The latent [B, C, S, S] that tokens stand for."""
+        """Return the latent [B, C, S, S] that tokens stand for."""
         f_hat_BCSS = self.empty(len(tokens_BL))
         for k, tokens_Bl in enumerate(self.split(tokens_BL)):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)
@@ -192,9 +192,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
-        """What the transformer reads for scales 2..K: f_hat after each scale, at the next's size.
+        """Return what the transformer reads for scales 2..K: [B, L-1, C].
 
-        [B, L-1, C]. There is nothing to read for scale 1, which is predicted from the class.
+        That is f_hat after each scale, at the size of the next. There is nothing to read for scale
+        1, which is predicted from the class.
         """
         f_hat_BCSS = self.empty(len(tokens_BL))
         inputs = [self.read(f_hat_BCSS, 0)[:, :0]]   # [B, 0, C], all there is if K is 1
@@ -210,9 +211,11 @@ class Quantizer(nn.Module):
     # latents may run away from their codes for as long as the decoder can follow.
 
     def forward(self, f_BCSS: Tensor) -> tuple[Tensor, Tensor]:
-        """The latent [B, C, S, S] as its tokens give it, and the codebook loss (sg: stop-gradient).
+        """Return the latent [B, C, S, S] as its tokens give it, and the codebook loss.
 
-            L_vq = 1/K sum_k [ |f_hat_k - sg f|^2 + 0.25 |sg f_hat_k - f|^2 ]     (means)
+            L_vq = 1/K sum_k [ |f_hat_k - sg f|^2 + 0.25 |sg f_hat_k - f|^2 ]
+
+        The squares are means over numbers, and sg stops the gradient.
 
         Every scale's running sum is held to the latent, so coarse scales carry what they can. In
         training mode the pass keeps its tokens and residuals.
@@ -247,8 +250,8 @@ class Quantizer(nn.Module):
     def start_from(self, f_BCSS: Tensor) -> None:
         """Fill the codebook with residuals of real latents, every scale giving an equal share.
 
-        An equal share, because most residuals are those of the finest scales. Each scale leaves
-        over what its codes and those of coarser scales, the only ones so far, cannot say.
+        The shares are equal because most residuals are those of the finest scales. Each scale
+        leaves over what its codes and those of coarser scales, the only ones so far, cannot say.
         """
         V = len(self.codebook_VC)
         K = len(self.scales)
@@ -263,7 +266,7 @@ class Quantizer(nn.Module):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_N.view(len(f_BCSS), -1), k)
 
     def count(self, tokens: Tensor) -> Tensor:
-        """How often each code occurs among tokens of any shape: int64 [V]."""
+        """Count how often each code occurs among tokens of any shape: int64 [V]."""
         # On a GPU bincount would wait for the largest token, to know how many counts to make.
         tokens_N = tokens.flatten()
         counts_V = torch.zeros_like(self.hits_V, dtype=torch.int64)
@@ -271,12 +274,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def update_hits(self, counts_V: Tensor) -> None:
-        """Take one train step's counts, of all its images, into the EMA."""
+        """Take the counts of one train step, of all its images, into the EMA."""
         self.hits_V.lerp_(counts_V.to(self.hits_V), 1 - HITS_DECAY)
 
     @torch.no_grad()
     def revive(self, residuals: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
-        """Move dead codes to where residuals are; returns how many there were.
+        """Move dead codes to where residuals are, and return how many there were.
 
         residuals: [B, l, C] for each scale, as in `last_residuals`.
 
@@ -300,7 +303,10 @@ class Quantizer(nn.Module):
 
 
 def area_matrix(s: int, S: int) -> Tensor:
-    """[s, S]: means over s areas of S places in a row. Where s does not divide S, areas overlap."""
+    """Return [s, S], which takes the means over s areas of S places in a row.
+
+    Where s does not divide S, neighbouring areas overlap.
+    """
     matrix_sS = torch.zeros(s, S)
     for i in range(s):
         begin = math.floor(S * i / s)
@@ -310,7 +316,7 @@ def area_matrix(s: int, S: int) -> Tensor:
 
 
 def choose_phis(scales: int, phis: int) -> list[int]:
-    """Which phi serves each scale: the one whose place in [0, 1] is nearest to k / (K-1).
+    """Return which phi serves each scale: that whose place in [0, 1] is nearest to k / (K-1).
 
     Published checkpoints fall on ties that rounding decides: hence this formula, in float64.
     """
@@ -364,7 +370,7 @@ class PixelAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Half the side: a strided convolution, padded at the bottom and the right, as published."""
+    """It halves the side: a strided convolution, padded at bottom and right, as published."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, stride=2)
@@ -375,7 +381,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Twice the side: each pixel four times, then a convolution."""
+    """It doubles the side: each pixel is there four times, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, 3, padding=1)
@@ -386,7 +392,7 @@ class Upsample(nn.Conv2d):
 
 
 class Level(nn.Module):
-    """One resolution: its blocks, each followed by attention if it attends, then to the next."""
+    """It holds one resolution: blocks, attention after each if it attends, the way to the next."""
 
     def __init__(
         self,
@@ -423,7 +429,7 @@ def middle(channels: int, groups: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
-    """Images [B, channels, side, side] to features [B, C, S, S]; level 0 is full resolution."""
+    """It makes features [B, C, S, S] of images; level 0 is full resolution."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -451,7 +457,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features [B, C, S, S] to images: the encoder's way back, each level with one more block."""
+    """It goes the encoder's way back, to images; each level has one block more."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -484,7 +490,10 @@ class Decoder(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Images, float [B, channels, side, side] in [-1, 1], to tokens, int64 [B, L], and back."""
+    """It makes tokens, int64 [B, L], of images, and images of tokens.
+
+    Images are float [B, channels, side, side] in [-1, 1].
+    """
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -498,7 +507,10 @@ class Tokenizer(nn.Module):
         self.initialise()
 
     def latent(self, images: Tensor) -> Tensor:
-        """f [B, C, S, S]. Raises ValueError for images of a side that the scales do not fit."""
+        """Return the latent f [B, C, S, S].
+
+        Raises ValueError for images of a side that does not fit.
+        """
         side = self.config.image_side
         if images.shape[2:] != (side, side):
             raise ValueError(f"images are {tuple(images.shape[2:])}; scales {self.config.scales} "
@@ -507,7 +519,7 @@ class Tokenizer(nn.Module):
         return self.to_latent(features).float()     # [B, C, S, S]
 
     def render(self, f_BCSS: Tensor) -> Tensor:
-        """A latent as images, not clamped."""
+        """Return the images of a latent, not clamped."""
         dtype = self.from_latent.weight.dtype
         # A decoder in half precision does without autocast, which would compute norms in fp32.
         half = dtype != torch.float32
@@ -523,20 +535,23 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images to tokens [B, L] (paper: Algorithm 1)."""
+        """Return the tokens [B, L] of images (paper: Algorithm 1)."""
         return self.quantizer.encode(self.latent(images))
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
-        """Tokens to images (paper: Algorithm 2); of the first scales only: to images so far."""
+        """Return images [B, channels, side, side] of tokens (paper: Algorithm 2).
+
+        Tokens of the first scales alone give the images so far.
+        """
         return self.render(self.quantizer.decode(tokens_BL)).clamp(-1, 1)
 
     def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
-        """What the transformer reads for scales 2..K when it is taught on tokens: [B, L-1, C]."""
+        """Return what the transformer reads for scales 2..K when it is taught: [B, L-1, C]."""
         return self.quantizer.teacher_inputs(tokens_BL)
 
     def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-        """One training pass: reconstructions, and the losses by name, which the stage adds up.
+        """Return reconstructions, and the losses by name, which the stage adds up.
 
         quantize: False trains the encoder and decoder alone.
         """
@@ -554,7 +569,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Convolutions keep the size of a signal; residual branches are silent; phi does nothing.
+        """Let convolutions keep a signal's size, residual branches be silent, phi do nothing.
 
         PyTorch's default shrinks a signal by sqrt(3) per layer, until little is left of it. Silent
         branches leave a plain path, on which colours are found first. A random phi would be noise
@@ -574,7 +589,7 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict: dict, scales: tuple[int, ...] | None = None) -> Tokenizer:
-        """The published tokenizer, from what its file holds: see support/published.py.
+        """Make the published tokenizer of what its file holds: see support/published.py.
 
         scales: the sides of the token maps, where they are not those of the published models.
         Raises ValueError for a file of anything else.

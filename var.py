@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VARConfig:
-    """Everything that fixes the transformer's shape, and the two regularisers of its training."""
+    """It fixes the transformer's shape, and the two regularisers of its training."""
     scales: tuple[int, ...]     # sides of the token maps, as in the tokenizer
     vocabulary: int             # V, as in the tokenizer
     code_channels: int          # C, as in the tokenizer
@@ -67,7 +67,7 @@ class VARConfig:
 
     @property
     def spans(self) -> list[slice]:
-        """Where the tokens of each scale are among all L."""
+        """Return where the tokens of each scale are among all L."""
         ends = list(accumulate((s * s for s in self.scales), initial=0))
         return [slice(begin, end) for begin, end in pairwise(ends)]
 
@@ -77,7 +77,7 @@ class VARConfig:
 
 
 class LayerCache:
-    """Keys and values of one layer in one generation: computed once, seen by all later scales.
+    """It keeps one layer's keys and values in one generation, for all later scales to see.
 
     Room for all L tokens is taken at the first scale.
     """
@@ -87,7 +87,7 @@ class LayerCache:
         self.filled = 0
 
     def room(self, product_BlX: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """Where the keys and values of the next scale, made of this product, go."""
+        """Return where the keys and values of the next scale, made of this product, go."""
         B, l, X = product_BlX.shape
         if self.filled == 0:
             shape = B, heads, self.length, X // 3 // heads
@@ -102,7 +102,7 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """Every token looks at those in its range: its own scale, and as a rule all coarser ones."""
+    """Every token looks at those in its range: its own scale and, as a rule, all coarser ones."""
 
     def __init__(self, config: VARConfig):
         super().__init__()
@@ -119,9 +119,9 @@ class Attention(nn.Module):
 
     def project(self, x_BLW: Tensor, cache: LayerCache | None = None
                 ) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Queries [B, H, L, D], keys and values [B, H, S, D] and the scale of their products.
+        """Return queries [B, H, L, D], keys and values [B, H, S, D], the scale of their products.
 
-        S: with a cache all keys so far, else L.
+        S is the number of keys: with a cache all so far, else L.
         """
         product_BLX = self.qkv(x_BLW)                                    # [B, L, 3 W]
         scale = 0.25 / math.sqrt(x_BLW.shape[2] // self.heads)
@@ -148,7 +148,7 @@ Stream = tuple[Tensor, Tensor, Tensor]
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer perceptron, each after an AdaLN and scaled by a gate.
+    """It is attention, then a two-layer perceptron, each after an AdaLN and scaled by a gate.
 
     AdaLN, adaptive layer norm, is how the class enters (paper: Sec. 3.3; DiT, arXiv 2212.09748).
     Instead of being one more token to look at, it sets in every layer the scale and shift that
@@ -183,7 +183,7 @@ class Block(nn.Module):
         return x_BLW, h_BLW, self.skip(gate2_BW)
 
     def skip(self, gate_BW: Tensor) -> Tensor:
-        """The gate with stochastic depth, in training.
+        """Return the gate with stochastic depth, in training.
 
         Each image skips the branch with probability drop_path, so that no layer can count on all
         others. Where it is not skipped it counts for more, so that on average nothing changes.
@@ -199,7 +199,7 @@ class Block(nn.Module):
 
 
 class VAR(nn.Module):
-    """The class and what is decided so far in, logits of every token out."""
+    """It reads the class and what is decided so far, and returns logits of every token."""
 
     def __init__(self, config: VARConfig):
         super().__init__()
@@ -225,7 +225,7 @@ class VAR(nn.Module):
         self.initialise()
 
     def forward(self, labels_B: Tensor, inputs: Tensor) -> Tensor:
-        """Logits [B, L, V] of every token given the class and all coarser scales (paper: eq. 6).
+        """Return logits [B, L, V] of every token given the class and coarser scales (paper: eq. 6).
 
         labels_B: int64 [B], the null class being `config.classes`.
         inputs: [B, L-1, C] from `tokenizer.teacher_inputs`.
@@ -239,7 +239,7 @@ class VAR(nn.Module):
         return self.logits(stream, head_B2W)                                # [B, L, V]
 
     def drop_labels(self, labels_B: Tensor) -> Tensor:
-        """In training some labels become the null class: `draw` compares a class with none."""
+        """Make some labels the null class in training: `draw` compares a class with none."""
         if not self.training:
             return labels_B
         chance_B = torch.rand(labels_B.shape, device=labels_B.device)
@@ -247,15 +247,15 @@ class VAR(nn.Module):
         return labels_B.masked_fill(dropped_B, self.config.classes)
 
     def start(self, class_BW: Tensor) -> Tensor:
-        """What the first scale, a single token, reads: [B, 1, W]."""
+        """Return what the first scale, a single token, reads: [B, 1, W]."""
         return class_BW[:, None] + self.start_position_11W
 
     def places(self) -> Tensor:
-        """Where each token is, in its map and among the scales: [1, L, W]."""
+        """Return where each token is, in its map and among the scales: [1, L, W]."""
         return self.position_1LW + self.level_embedding(self.level_L)
 
     def modulations(self, class_BW: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the class does to each layer [B, 6, W] and to the head [B, 2, W], at any scale."""
+        """Return what the class does to each layer [B, 6, W] and to the head [B, 2, W]."""
         W = self.config.width
         c_BW = F.silu(class_BW)
         head_B2W = self.head_modulation(c_BW).unflatten(1, (2, W))
@@ -268,7 +268,7 @@ class VAR(nn.Module):
 
     def through_layers(self, x_BLW: Tensor, places_1LW: Tensor, modulations: list[Tensor],
                        ranges: KeyRanges, caches: list[LayerCache] | None) -> Stream:
-        """The pass of what is read through all layers. caches: one for each, or none."""
+        """Pass what is read through all layers. caches: one for each, or none."""
         # The residual stream starts with the places. What is read is the first branch, added by the
         # first AdaLN with a gate of 1.
         gate_BW = torch.ones_like(x_BLW[:, 0])
@@ -279,10 +279,10 @@ class VAR(nn.Module):
         return stream
 
     def logits(self, stream: Stream, head_B2W: Tensor) -> Tensor:
-        """What comes out of the last layer as logits [B, L, V].
+        """Make logits [B, L, V] of what comes out of the last layer.
 
-        In fp32 but in training: guidance multiplies what is between two logits, and of numbers of
-        4 to 16, as theirs are, bf16 keeps four or five binary places.
+        They are in fp32 but in training: guidance multiplies what is between two logits, and of
+        numbers of 4 to 16, as theirs are, bf16 keeps four or five binary places.
         """
         scale_BW, shift_BW = head_B2W.unbind(1)
         device = scale_BW.device.type
@@ -301,7 +301,7 @@ class VAR(nn.Module):
         generator: torch.Generator | None = None,
         known: Any = None,
     ) -> Tensor:
-        """Tokens [B, L] of new images, one scale per pass (paper: Fig. 4).
+        """Return tokens [B, L] of new images, drawn one scale per pass (paper: Fig. 4).
 
         cfg: strength of classifier-free guidance at the last scale, see `draw`; 0 is none.
         top_k, top_p: how many tokens, and how much probability, to draw from: see `sample_tokens`.
@@ -346,7 +346,7 @@ class VAR(nn.Module):
         top_p: float,
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Tokens [B, l] of scale k. With guidance there are 2 B rows of logits: class, null class.
+        """Draw tokens [B, l] of scale k. With guidance there are 2 B logits: class, null class.
 
         Classifier-free guidance (arXiv 2207.12598) goes away from what any image would have, past
         what one of the class would:
@@ -368,18 +368,20 @@ class VAR(nn.Module):
         return sample_tokens(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
 
     def new_caches(self) -> list[LayerCache]:
-        """One for each layer, for one generation; they go when it ends, or is interrupted."""
+        """Return one for each layer, for one generation; they go when it ends or is interrupted."""
         return [LayerCache(self.config.length) for _ in self.blocks]
 
     def _apply(self, *arguments, **more) -> VAR:
-        """What `to` and its kin call: the tables of the mask go along."""
+        """Take the tables of the mask along: `to` and its kin call this."""
         super()._apply(*arguments, **more)
         self.ranges.prepare(self.level_L.device)
         return self
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """As published: everything at std sqrt(1 / 3W), then what adds to the residual stream less.
+        """Draw all weights at std sqrt(1 / 3W), and those that add to the residual stream smaller.
+
+        This is as published.
 
         Gates start near zero, so every block starts near the identity; the head starts near zero,
         so the first loss is ln V.
@@ -407,16 +409,16 @@ class VAR(nn.Module):
         self.head.weight.mul_(0.02)
 
     def cast_layers(self, dtype: torch.dtype) -> None:
-        """For drawing: keep weights in the dtype to which autocast casts them at every use.
+        """Keep weights, for drawing, in the dtype to which autocast would cast them at every use.
 
-        The tokens are the same, and less is read for each. There is no training after it.
+        The tokens are the same, and less memory is read. There is no training after it.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear) and module is not self.head:
                 module.to(dtype)
 
     def compile_layers(self) -> None:
-        """For drawing: for every scale one graph of the first layer and one of all others,
+        """Compile for drawing: every scale has a graph of the first layer and one of all others,
         whatever the depth."""
         torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # up to four batches
         for span in self.config.spans:   # tables of the mask are there before torch.compile looks
@@ -426,7 +428,7 @@ class VAR(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict: dict) -> VAR:
-        """A published transformer, from what its file holds: see support/published.py.
+        """Make a published transformer of what its file holds: see support/published.py.
 
         Raises ValueError for a file of anything else.
         """
