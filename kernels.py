@@ -6,19 +6,18 @@
     block_attention    attention in which a query sees one range of keys  (var.py, every layer)
     sample_tokens      guidance, top-k, top-p and the draw                (var.py, generation)
 
-They come in this order, the easiest first, and each is told in the same steps: what the obvious
-version costs, the formula, the Triton kernel, the function that launches it, its PyTorch twin.
-Take `adaln` for example. Of every operation there are three versions, or faces, that agree:
+They come in this order, the easiest first, and each is told in the same steps: what PyTorch's
+version costs, the formula, the Triton kernel, the function that launches it, the PyTorch version.
+How a kernel is started stands last and need not be read. `adaln`, say, picks one of two versions,
+or faces, that agree; NumPy in float64 (tests/reference.py) is what the tests hold both to:
 
-    adaln_triton           the Triton kernel, on an NVIDIA GPU
-    adaln_torch            its PyTorch twin, on anything else: a CPU, a Mac
-    tests/reference.py     NumPy in float64, slow and obvious, which the tests hold the others to
+    adaln_triton    launches the Triton kernel: on NVIDIA's GPUs from sm_80 on (RTX 30, A100)
+    adaln_torch     the same in PyTorch: on a CPU, a Mac, any other GPU
 
-and `adaln`, which the other files call, checks nothing and computes nothing: it picks a face.
 Five words that Triton needs:
 
-    program      A kernel runs many times at once. Each run, a program, does one part of the work
-                 and knows which part by its number, tl.program_id(0).
+    program      A kernel runs many times at once, in a grid of up to three axes. Each run, a
+                 program, does one share of the work and knows which: tl.program_id(axis).
     tile         The block of an array that a program computes with at a time, in registers. Its
                  sides are powers of two; where it sticks out of the array, loads are masked.
     constexpr    An argument known when the kernel is compiled, as the sides of tiles have to be.
@@ -41,22 +40,16 @@ With TRITON_INTERPRET=1 in the environment of `python`:
     >>> y.shape
     torch.Size([2, 5, 24])
 
-Commands, which are in tests/benchmark.py, beside what is counted and timed:
+What is said here of bytes, tiles, registers and times, this counts, draws, compiles and measures:
 
-    python kernels.py                 counts tiles and bytes, which takes no GPU, then times what
-                                      this machine can run against what PyTorch offers
-    python kernels.py --generate      times one image of the published size against its limit
-    python kernels.py --registers     compiles every kernel for three GPUs that need not be there
-    python kernels.py --tiles FILE    draws the tiles that attention visits
+    python -m tests.benchmark [--generate | --registers | --tiles FILE]
 """
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -77,124 +70,28 @@ except ImportError:   # as on a Mac: the kernels stay plain functions that nobod
 FACE = None   # "triton" or "torch" decides for the whole program; None: by where the tensors live
 
 
-def use_triton(tensor) -> bool:
-    if FACE is None:
-        return HAS_TRITON and tensor.is_cuda
-    return FACE == "triton"
+def use_triton(tensor: Tensor) -> bool:
+    """Below sm_80 Triton has no tensor cores, which PyTorch has; for AMD's GPUs nobody tuned it."""
+    if FACE is not None:
+        return FACE == "triton"
+    if not HAS_TRITON or not tensor.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_properties(tensor.device).major >= 8   # kept by PyTorch
 
 
 class Array(NamedTuple):
-    """A tensor as kernels get it: a pointer to its first number, and a stride for every axis.
-
-    Triton takes a tuple for an argument and leaves its parts their names: x.start, x.strides[0].
-    """
+    """A tensor as kernels get it: a pointer to its first number, and a stride for every axis."""
     start: Any
     strides: tuple[int, ...]
-
-
-def as_arrays(tensors: Sequence[Tensor]) -> list[Array]:
-    return [Array(x, x.stride()) for x in tensors]
-
-
-def launch(kernel: Callable, programs: int, read: list[Tensor], written: list[Tensor],
-           *numbers: float, **constants: int) -> None:
-    """Start a kernel on the arrays it reads, the arrays it writes, and numbers.
-
-    torch.compile cannot look into it. What it needs to know is what is written, so that there a
-    launch is one operator of PyTorch's, for all kernels. Elsewhere it goes the short way: the
-    operator takes longer to call than many a kernel to run.
-    """
-    if torch.compiler.is_compiling():
-        launch_compiled(kernel.__name__, programs, read, written, list(numbers),
-                        ",".join(constants), list(constants.values()))
-    else:
-        start(kernel, programs, read + written, numbers, constants)
-
-
-@torch.library.custom_op("var::launch", mutates_args=["written"])
-def launch_compiled(kernel: str, programs: int, read: list[Tensor], written: list[Tensor],
-                    numbers: list[Number], names: str, values: list[int]) -> None:
-    constants = dict(zip(names.split(","), values))
-    start(globals()[kernel], programs, read + written, numbers, constants)
-
-
-@launch_compiled.register_fake
-def launch_nothing(*arguments) -> None:
-    """What torch.compile calls to learn the shapes of the outputs: there are none."""
-
-
-def start(kernel: Callable, programs: int, tensors: Sequence[Tensor], numbers: Sequence[float],
-          constants: dict[str, int]) -> None:
-    """Where the tensors are: Triton alone takes the current GPU, which may be another.
-
-    Raises NoLauncher where Triton cannot build the C program by which it starts its kernels.
-    """
-    with torch.cuda.device_of(tensors[0]):
-        try:
-            kernel[(programs,)](*as_arrays(tensors), *numbers, **constants)
-        except (subprocess.CalledProcessError, FileNotFoundError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "C compiler" not in str(error):
-                raise
-            raise NoLauncher from error
-
-
-class NoLauncher(RuntimeError):
-    """Nothing is wrong with the program: the machine lacks what Triton needs to start kernels."""
-
-    def __str__(self) -> str:
-        return ("Triton could not build its launcher, for which it needs a C compiler and Python's "
-                "headers (Debian: apt install gcc python3-dev)")
-
-
-@triton.jit
-def product(a_MK, b_KN):
-    """a b, summed in fp32. "ieee": the usual TF32 has 10 bits and would change codes."""
-    return tl.dot(a_MK, b_KN, input_precision="ieee")
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 convolutions without TF32, which cuDNN takes unless told otherwise."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
-def check_tensors(axes: dict[str, str], *tensors: Tensor | None, **sizes: int) -> None:
-    """ValueError unless all hold floating point numbers, at least one, on one device, and fit.
-
-    axes: of each tensor by its name, as in dict(x="NC", codebook="VC"). An axis has the same size
-    wherever it appears, and may be given one. None, which stands for nothing, is passed over.
-    """
-    devices = {}
-    for (name, letters), tensor in zip(axes.items(), tensors):
-        if tensor is None:
-            continue
-        shape = tuple(tensor.shape)
-        if not tensor.is_floating_point() or tensor.numel() == 0:
-            raise ValueError(f"{name} must hold floating point numbers, at least one: "
-                             f"it is {tensor.dtype} of shape {shape}")
-        if len(shape) == len(letters):
-            sizes = dict(zip(letters, shape)) | sizes
-        expected = tuple(sizes.get(axis, axis) for axis in letters)
-        if shape != expected:
-            raise ValueError(f"{name} must be [{', '.join(letters)}], {expected}: it is {shape}")
-        devices[name] = tensor.device
-    if len(set(devices.values())) > 1:
-        places = ", ".join(f"{name} is on {device}" for name, device in devices.items())
-        raise ValueError(f"all on one device, please: {places}")
 
 
 # -------------------------------------------------------------------------------------------------
 # Adaptive layer norm
 #
 # A layer adds its branch h to the residual stream x, each channel times a gate, and what the next
-# branch reads is the norm of that, scaled and shifted. The obvious version goes to memory after
-# every step. With x in fp32 and h and y in bf16, as under autocast, that is 44 bytes per number,
-# where reading x and h and writing x and y is 12.
+# branch reads is the norm of that, scaled and shifted. PyTorch goes to memory after every step.
+# With x in fp32 and h and y in bf16, as under autocast, that is 40 bytes per number, where
+# reading x and h and writing x and y is 12.
 #
 #     x' = x + gate h
 #     n  = (x' - mean) / sqrt(variance + 1e-6)                          mean and variance over W
@@ -210,11 +107,129 @@ def check_tensors(axes: dict[str, str], *tensors: Tensor | None, **sizes: int) -
 #     dshift = sum of dy over the tokens of an image
 
 
-def obvious_adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW):
-    x_BLW = x_BLW + gate_BW[:, None] * h_BLW
-    normed_BLW = F.layer_norm(x_BLW.float(), x_BLW.shape[-1:], eps=1e-6)
-    y_BLW = normed_BLW * (1 + scale_BW[:, None]) + shift_BW[:, None]
-    return x_BLW, y_BLW.to(h_BLW.dtype)
+@triton.jit
+def load_token(x_BLW, image, token, columns_W, W):
+    """x[image, token] in fp32, with zeros in the columns from W on."""
+    begin = image.to(tl.int64) * x_BLW.strides[0]   # in 64 bits: there may be over 2^31 numbers
+    places_W = x_BLW.start + begin + token * x_BLW.strides[1] + columns_W * x_BLW.strides[2]
+    return tl.load(places_W, mask=columns_W < W, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_token(x_BLW, image, token, columns_W, W, x_W):
+    """x[image, token] = x_W, in the dtype of x."""
+    begin = image.to(tl.int64) * x_BLW.strides[0]
+    places_W = x_BLW.start + begin + token * x_BLW.strides[1] + columns_W * x_BLW.strides[2]
+    tl.store(places_W, x_W.to(x_BLW.start.dtype.element_ty), mask=columns_W < W)
+
+
+@triton.jit
+def normalise(x_W, columns_W, W):
+    """n of a token, and 1 / sqrt(variance + eps). Two passes over registers: nothing cancels."""
+    centred_W = tl.where(columns_W < W, x_W - tl.sum(x_W) / W, 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(centred_W * centred_W) / W + 1e-6)
+    return centred_W * inverse, inverse
+
+
+@triton.jit
+def adaln_forward(x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, sum_BLW, y_BLW, W,
+                  TILE_W: tl.constexpr):
+    """One token a program: x, h [B, L, W], gate, scale, shift [B, 1, W] -> x + gate h, y."""
+    token = tl.program_id(0)
+    image = tl.program_id(1)
+    columns_W = tl.arange(0, TILE_W)   # the side of a tile, which may be more than W
+    x_W = load_token(x_BLW, image, token, columns_W, W)
+    h_W = load_token(h_BLW, image, token, columns_W, W)
+    gate_W = load_token(gate_B1W, image, 0, columns_W, W)
+    sum_W = (x_W + gate_W * h_W).to(sum_BLW.start.dtype.element_ty)
+    store_token(sum_BLW, image, token, columns_W, W, sum_W)
+    normed_W, _ = normalise(sum_W.to(tl.float32), columns_W, W)   # of what the backward will find
+    scale_W = load_token(scale_B1W, image, 0, columns_W, W)
+    shift_W = load_token(shift_B1W, image, 0, columns_W, W)
+    store_token(y_BLW, image, token, columns_W, W, normed_W * (1 + scale_W) + shift_W)
+
+
+@triton.jit
+def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW, dh_BLW,
+                   dgate_BPW, dscale_BPW, dshift_BPW, L, W,
+                   TOKENS: tl.constexpr, TILE_W: tl.constexpr):
+    """TOKENS tokens of an image, a chunk, a program -> dx, dh, and the chunk's three sums.
+
+    sum = x + gate h. Sums are [B, P, W] in fp32, P the chunks, and are added up afterwards, always
+    in one order.
+    """
+    chunk = tl.program_id(0)
+    image = tl.program_id(1)
+    columns_W = tl.arange(0, TILE_W)
+    gate_W = load_token(gate_B1W, image, 0, columns_W, W)
+    scale_W = load_token(scale_B1W, image, 0, columns_W, W)
+    dgate_W = tl.zeros([TILE_W], tl.float32)
+    dscale_W = tl.zeros([TILE_W], tl.float32)
+    dshift_W = tl.zeros([TILE_W], tl.float32)
+    end = tl.minimum(L, (chunk + 1) * TOKENS)
+    for token in range(chunk * TOKENS, end):
+        sum_W = load_token(sum_BLW, image, token, columns_W, W)
+        normed_W, inverse = normalise(sum_W, columns_W, W)
+        dy_W = load_token(dy_BLW, image, token, columns_W, W)
+        dscale_W += dy_W * normed_W
+        dshift_W += dy_W
+        g_W = dy_W * (1 + scale_W)
+        mean_gn = tl.sum(g_W * normed_W) / W
+        dx_W = (g_W - tl.sum(g_W) / W - normed_W * mean_gn) * inverse
+        dx_W += load_token(dsum_BLW, image, token, columns_W, W)
+        store_token(dx_BLW, image, token, columns_W, W, dx_W)
+        dgate_W += dx_W * load_token(h_BLW, image, token, columns_W, W)
+        store_token(dh_BLW, image, token, columns_W, W, dx_W * gate_W)
+    store_token(dgate_BPW, image, chunk, columns_W, W, dgate_W)
+    store_token(dscale_BPW, image, chunk, columns_W, W, dscale_W)
+    store_token(dshift_BPW, image, chunk, columns_W, W, dshift_W)
+
+
+def adaln_tiles(W: int) -> dict[str, int]:
+    """A token in registers; from W 65 to 2048 4 numbers a thread, in fp32 moved by one load."""
+    TILE_W = triton.next_power_of_2(W)
+    return dict(TILE_W=TILE_W, num_warps=min(16, max(1, TILE_W // 128)))
+
+
+class AdaLN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, dtype):
+        B, L, W = x_BLW.shape
+        sum_BLW = x_BLW.new_empty(B, L, W)
+        y_BLW = x_BLW.new_empty(B, L, W, dtype=dtype)
+        launch(adaln_forward, (L, B), [x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W],
+               [sum_BLW, y_BLW], W, **adaln_tiles(W))
+        ctx.save_for_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W)
+        return sum_BLW, y_BLW
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dsum_BLW, dy_BLW):
+        sum_BLW, h_BLW, gate_B1W, scale_B1W = ctx.saved_tensors
+        B, L, W = sum_BLW.shape
+        TOKENS = 32   # so the sums are a small share of what is read and written
+        chunks = triton.cdiv(L, TOKENS)
+        dx_BLW = torch.empty_like(sum_BLW)
+        dh_BLW = torch.empty_like(h_BLW)
+        sums_3BPW = sum_BLW.new_empty(3, B, chunks, W, dtype=torch.float32)
+        launch(adaln_backward, (chunks, B), [sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW],
+               [dx_BLW, dh_BLW, *sums_3BPW], L, W, TOKENS=TOKENS, **adaln_tiles(W))
+        # dgate, dscale and dshift, which autograd brings to the dtypes of the inputs:
+        return dx_BLW, dh_BLW, *sums_3BPW.sum(dim=2, keepdim=True), None
+
+
+def adaln_triton(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
+    assert x_BLW.shape[2] <= 16384   # a token is held in registers
+    modulation = [m_BW[:, None] for m_BW in (gate_BW, scale_BW, shift_BW)]
+    return AdaLN.apply(x_BLW, h_BLW, *modulation, dtype)
+
+
+def adaln_torch(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
+    gate_B1W, scale_B1W, shift_B1W = (x.float()[:, None] for x in (gate_BW, scale_BW, shift_BW))
+    sum_BLW = torch.addcmul(x_BLW.float(), gate_B1W, h_BLW.float()).to(x_BLW.dtype)
+    normed_BLW = F.layer_norm(sum_BLW.float(), x_BLW.shape[-1:], eps=1e-6)
+    y_BLW = torch.addcmul(shift_B1W, normed_BLW, 1 + scale_B1W)
+    return sum_BLW, y_BLW.to(dtype)
 
 
 def adaln(x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor, scale_BW: Tensor,
@@ -224,8 +239,11 @@ def adaln(x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor, scale_BW: Tensor,
     x, h [B, L, W]; gate, scale, shift [B, W], one each per image. The norm has eps 1e-6 and no
     weights, and is computed in fp32: a mean and a variance in bf16 are worth little. The first
     result has the dtype of x, the second that of autocast where it is on, for the matrix product
-    that comes next. All else may differ in dtype. Raises ValueError where shapes do not fit.
+    that comes next. All else may differ in dtype.
     """
+    B, L, W = x_BLW.shape
+    assert h_BLW.shape == (B, L, W)
+    assert gate_BW.shape == scale_BW.shape == shift_BW.shape == (B, W)
     face = adaln_triton if use_triton(x_BLW) else adaln_torch
     return face(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, product_dtype(x_BLW))
 
@@ -237,162 +255,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def check_adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW):
-    axes = dict(x="BLW", h="BLW", gate="BW", scale="BW", shift="BW")
-    check_tensors(axes, x_BLW, h_BLW, gate_BW, scale_BW, shift_BW)
-
-
-# A row of an array [B, L, W] is named by a tuple: (image, token, columns_W, W), where columns_W
-# counts up to the side of a tile, which may be more than W.
-
-
-@triton.jit
-def places_of_row(x_BLW, row):
-    """Pointers to x[image, token], and which of them lie within W."""
-    image, token, columns_W, W = row
-    begin = image.to(tl.int64) * x_BLW.strides[0]   # in 64 bits: there may be over 2^31 numbers
-    begin += token * x_BLW.strides[1]
-    return x_BLW.start + begin + columns_W * x_BLW.strides[2], columns_W < W
-
-
-@triton.jit
-def load_row(x_BLW, row):
-    """x[image, token] in fp32, with zeros from W on."""
-    places_W, inside_W = places_of_row(x_BLW, row)
-    return tl.load(places_W, mask=inside_W, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_row(x_BLW, row, x_W):
-    """x[image, token] = x_W, in the dtype of x."""
-    places_W, inside_W = places_of_row(x_BLW, row)
-    tl.store(places_W, x_W.to(x_BLW.start.dtype.element_ty), mask=inside_W)
-
-
-@triton.jit
-def normalise(x_W, columns_W, W):
-    """n of a row, and 1 / sqrt(variance + eps). Two passes over registers: nothing cancels."""
-    centred_W = tl.where(columns_W < W, x_W - tl.sum(x_W) / W, 0.0)
-    inverse = 1 / tl.sqrt(tl.sum(centred_W * centred_W) / W + 1e-6)
-    return centred_W * inverse, inverse
-
-
-@triton.jit
-def adaln_forward(x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, sum_BLW, y_BLW, L, W,
-                  TILE_W: tl.constexpr):
-    """One token a program: x, h [B, L, W], gate, scale, shift [B, 1, W] -> x + gate h, y."""
-    program = tl.program_id(0)
-    image = program // L
-    columns_W = tl.arange(0, TILE_W)
-    row = (image, program % L, columns_W, W)
-    only_row = (image, 0, columns_W, W)
-    x_W = load_row(x_BLW, row)
-    h_W = load_row(h_BLW, row)
-    gate_W = load_row(gate_B1W, only_row)
-    sum_W = (x_W + gate_W * h_W).to(sum_BLW.start.dtype.element_ty)
-    store_row(sum_BLW, row, sum_W)
-    normed_W, _ = normalise(sum_W.to(tl.float32), columns_W, W)   # of what the backward will find
-    scale_W = load_row(scale_B1W, only_row)
-    shift_W = load_row(shift_B1W, only_row)
-    store_row(y_BLW, row, normed_W * (1 + scale_W) + shift_W)
-
-
-@triton.jit
-def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW, dh_BLW,
-                   dgate_BPW, dscale_BPW, dshift_BPW, L, W,
-                   TOKENS: tl.constexpr, TILE_W: tl.constexpr):
-    """TOKENS tokens of an image a program -> dx, dh, and part P of the three sums.
-
-    sum = x + gate h. The parts, [B, P, W] in fp32, are added up afterwards, always in one order.
-    """
-    program = tl.program_id(0)
-    parts = tl.cdiv(L, TOKENS)
-    image = program // parts
-    part = program % parts
-    columns_W = tl.arange(0, TILE_W)
-    only_row = (image, 0, columns_W, W)
-    gate_W = load_row(gate_B1W, only_row)
-    scale_W = load_row(scale_B1W, only_row)
-    dgate_W = tl.zeros([TILE_W], tl.float32)
-    dscale_W = tl.zeros([TILE_W], tl.float32)
-    dshift_W = tl.zeros([TILE_W], tl.float32)
-    end = tl.minimum(L, (part + 1) * TOKENS)
-    for token in range(part * TOKENS, end):
-        row = (image, token, columns_W, W)
-        sum_W = load_row(sum_BLW, row)
-        normed_W, inverse = normalise(sum_W, columns_W, W)
-        dy_W = load_row(dy_BLW, row)
-        dscale_W += dy_W * normed_W
-        dshift_W += dy_W
-        g_W = dy_W * (1 + scale_W)
-        mean_gn = tl.sum(g_W * normed_W) / W
-        dx_W = (g_W - tl.sum(g_W) / W - normed_W * mean_gn) * inverse
-        dx_W += load_row(dsum_BLW, row)
-        store_row(dx_BLW, row, dx_W)
-        dgate_W += dx_W * load_row(h_BLW, row)
-        store_row(dh_BLW, row, dx_W * gate_W)
-    part_row = (image, part, columns_W, W)
-    store_row(dgate_BPW, part_row, dgate_W)
-    store_row(dscale_BPW, part_row, dscale_W)
-    store_row(dshift_BPW, part_row, dshift_W)
-
-
-def adaln_tiles(W: int) -> dict[str, int]:
-    """A row in registers; from W 65 to 2048 4 numbers a thread, which in fp32 one load moves."""
-    TILE_W = triton.next_power_of_2(W)
-    return dict(TILE_W=TILE_W, num_warps=min(16, max(1, TILE_W // 128)))
-
-
-class AdaLN(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, dtype):
-        B, L, W = x_BLW.shape
-        sum_BLW = x_BLW.new_empty(B, L, W)
-        y_BLW = x_BLW.new_empty(B, L, W, dtype=dtype)
-        launch(adaln_forward, B * L, [x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W],
-               [sum_BLW, y_BLW], L, W, **adaln_tiles(W))
-        ctx.save_for_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W)
-        return sum_BLW, y_BLW
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dsum_BLW, dy_BLW):
-        sum_BLW, h_BLW, gate_B1W, scale_B1W = ctx.saved_tensors
-        B, L, W = sum_BLW.shape
-        TOKENS = 32   # so the sums are a small part of what is read and written
-        parts = triton.cdiv(L, TOKENS)
-        dx_BLW = torch.empty_like(sum_BLW)
-        dh_BLW = torch.empty_like(h_BLW)
-        sums_3BPW = sum_BLW.new_empty(3, B, parts, W, dtype=torch.float32)
-        launch(adaln_backward, B * parts, [sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW],
-               [dx_BLW, dh_BLW, *sums_3BPW], L, W, TOKENS=TOKENS, **adaln_tiles(W))
-        # dgate, dscale and dshift, which autograd brings to the dtypes of the inputs:
-        return dx_BLW, dh_BLW, *sums_3BPW.sum(dim=2, keepdim=True), None
-
-
-def adaln_triton(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
-    check_adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW)
-    W = x_BLW.shape[2]
-    if W > 16384:
-        raise ValueError(f"the Triton kernel holds a row in registers, up to 16384: W is {W}")
-    modulation = [part[:, None] for part in (gate_BW, scale_BW, shift_BW)]
-    return AdaLN.apply(x_BLW, h_BLW, *modulation, dtype)
-
-
-def adaln_torch(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
-    check_adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW)
-    gate_B1W, scale_B1W, shift_B1W = (x.float()[:, None] for x in (gate_BW, scale_BW, shift_BW))
-    sum_BLW = torch.addcmul(x_BLW.float(), gate_B1W, h_BLW.float()).to(x_BLW.dtype)
-    normed_BLW = F.layer_norm(sum_BLW.float(), x_BLW.shape[-1:], eps=1e-6)
-    y_BLW = torch.addcmul(shift_B1W, normed_BLW, 1 + scale_B1W)
-    return sum_BLW, y_BLW.to(dtype)
-
-
 # -------------------------------------------------------------------------------------------------
 # Nearest code
 #
-# The obvious version (torch.cdist, then argmin) writes and reads the N V distances: at N 43,520
-# and V 4096 in fp32 2 x 0.71 GB, to find 43,520 indices from 5.6 MB of vectors and 0.5 MB of codes.
+# PyTorch's version writes and reads the N V distances: at N 43,520 and V 4096 in fp32 2 x 0.71 GB,
+# to find 43,520 indices from 5.6 MB of vectors and 0.5 MB of codes.
 #
 #     |x - e|^2 = |x|^2 - 2 x.e + |e|^2,  and |x|^2 is the same for every code:
 #
@@ -401,39 +268,23 @@ def adaln_torch(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
 # For the cosine e has norm 1, so the first term is left out: argmax x.e = argmin 0 - 2 x.e.
 
 
-def obvious_nearest_code(x_NC, codebook_VC):
-    return torch.cdist(x_NC, codebook_VC).argmin(dim=1)
+@triton.jit
+def load_tile(x_NC, rows_T, N, columns_T, C, CUT: tl.constexpr = True):
+    """x[rows, columns] of a matrix as [T, T], with zeros outside of it.
 
-
-def nearest_code(x_NC: Tensor, codebook_VC: Tensor, cosine: bool = False) -> Tensor:
-    """argmin_v |x_n - e_v|^2 as int64 [N]; the lowest index wins a tie (paper: eq. 3).
-
-    cosine: argmax_v of the cosine of x_n and e_v instead, for a codebook of directions. Always in
-    fp32: half precision changes codes. Raises ValueError where widths differ or there is nothing.
+    CUT: rows may lie outside; where none does, there is one comparison less.
     """
-    face = nearest_code_triton if use_triton(x_NC) else nearest_code_torch
-    return face(x_NC, codebook_VC, cosine)
-
-
-def code_terms(x_NC, codebook_VC, cosine):
-    """x_NC, e_VC and squares_V, in fp32: the nearest code is argmin_v squares_v - 2 x.e_v."""
-    check_tensors(dict(x="NC", codebook="VC"), x_NC, codebook_VC)
-    e_VC = codebook_VC.float()
-    squares_V = e_VC.square().sum(dim=1)
-    if cosine:
-        e_VC = F.normalize(e_VC, dim=1)
-        squares_V = torch.zeros_like(squares_V)
-    return x_NC.float(), e_VC, squares_V
+    places_TT = rows_T[:, None] * x_NC.strides[0] + columns_T[None, :] * x_NC.strides[1]
+    inside_TT = columns_T[None, :] < C
+    if CUT:
+        inside_TT &= rows_T[:, None] < N
+    return tl.load(x_NC.start + places_TT, mask=inside_TT, other=0.0)
 
 
 @triton.jit
-def load_block(x_NC, rows_T, N, channels_T, C):
-    """x[rows, channels] of a matrix as [T, T]; zeros outside of it."""
-    rows_T1 = rows_T[:, None]
-    channels_1T = channels_T[None, :]
-    places_TT = x_NC.start + rows_T1 * x_NC.strides[0] + channels_1T * x_NC.strides[1]
-    inside_TT = (rows_T1 < N) & (channels_1T < C)
-    return tl.load(places_TT, mask=inside_TT, other=0.0)
+def product(a_MK, b_KN):
+    """a b, summed in fp32. "ieee": the usual TF32 has 10 bits and would change codes."""
+    return tl.dot(a_MK, b_KN, input_precision="ieee")
 
 
 @triton.jit
@@ -452,8 +303,8 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
         dots_TV = tl.zeros([TILE_N, TILE_V], tl.float32)
         for channel in range(0, C, TILE_C):
             channels_T = channel + tl.arange(0, TILE_C)
-            x_TC = load_block(x_NC, rows_T, N, channels_T, C)
-            e_TC = load_block(e_VC, codes_T, V, channels_T, C)
+            x_TC = load_tile(x_NC, rows_T, N, channels_T, C)
+            e_TC = load_tile(e_VC, codes_T, V, channels_T, C)
             dots_TV += product(x_TC, e_TC.T)
         squares_T = tl.load(squares_V.start + codes_T, mask=codes_T < V, other=float("inf"))
         distance_TV = squares_T[None, :] - 2 * dots_TV
@@ -461,10 +312,20 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
         best_TV = tl.where(closer_TV, distance_TV, best_TV)
         tile_TV = tl.where(closer_TV, tile, tile_TV)
     index_TV = tile_TV + tl.arange(0, TILE_V)[None, :]
-    least_T = tl.min(best_TV, 1)
-    nearest_TV = tl.where(best_TV == least_T[:, None], index_TV, V)
+    least_T1 = tl.min(best_TV, 1, keep_dims=True)
+    nearest_TV = tl.where(best_TV == least_T1, index_TV, V)
     index_T = tl.min(nearest_TV, 1)
     tl.store(index_N.start + rows_T, index_T.to(tl.int64), mask=rows_T < N)
+
+
+def code_terms(x_NC, codebook_VC, cosine):
+    """x_NC, e_VC and squares_V, in fp32: the nearest code is argmin_v squares_v - 2 x.e_v."""
+    e_VC = codebook_VC.float()
+    squares_V = e_VC.square().sum(dim=1)
+    if cosine:
+        e_VC = F.normalize(e_VC, dim=1)
+        squares_V = torch.zeros_like(squares_V)
+    return x_NC.float(), e_VC, squares_V
 
 
 def nearest_code_triton(x_NC, codebook_VC, cosine=False):
@@ -472,7 +333,7 @@ def nearest_code_triton(x_NC, codebook_VC, cosine=False):
     N, C = x_NC.shape
     index_N = torch.empty(N, dtype=torch.int64, device=x_NC.device)
     tiles = dict(TILE_N=64, TILE_V=64, TILE_C=16 if C <= 16 else 32)
-    launch(nearest_code_kernel, triton.cdiv(N, 64), [x_NC, e_VC, squares_V], [index_N],
+    launch(nearest_code_kernel, (triton.cdiv(N, 64),), [x_NC, e_VC, squares_V], [index_N],
            N, len(e_VC), C=C, **tiles, num_warps=4, num_stages=3)
     return index_N
 
@@ -483,14 +344,36 @@ def nearest_code_torch(x_NC, codebook_VC, cosine=False):
         return torch.addmm(squares_V, x_NC, e_VC.T, alpha=-2).argmin(dim=1)
 
 
+def nearest_code(x_NC: Tensor, codebook_VC: Tensor, cosine: bool = False) -> Tensor:
+    """argmin_v |x_n - e_v|^2 as int64 [N]; the lowest index wins a tie (paper: eq. 3).
+
+    cosine: argmax_v of the cosine of x_n and e_v instead, for a codebook of directions. Always in
+    fp32: half precision changes codes.
+    """
+    assert x_NC.shape[1] == codebook_VC.shape[1]
+    face = nearest_code_triton if use_triton(x_NC) else nearest_code_torch
+    return face(x_NC, codebook_VC, cosine)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 convolutions without TF32, which cuDNN takes unless told otherwise."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 # -------------------------------------------------------------------------------------------------
 # Heads
 #
 # One matrix product makes queries, keys and values. Before attention reads them they are given
 # their biases; queries and keys are normalised, so that scores stay bounded in deep models (paper:
 # Sec. 3.3), and each head learns a factor for its queries; and in generation keys and values go to
-# where the later scales find them. The obvious version is a dozen operations. With the product in
-# bf16 they move 25 bytes for each of its numbers, where reading and writing it is 4.
+# where the later scales find them. In PyTorch that is a dozen operations. With the product in bf16
+# they move 31 bytes for each of its numbers, where reading and writing it is 4.
 #
 #     q = a n(product_q + bias_q),     n(x) = x / |x|,     a = min(e^log_scale, 100)
 #     k = n(product_k)
@@ -504,39 +387,6 @@ def nearest_code_torch(x_NC, codebook_VC, cosine=False):
 LARGEST_LOG_SCALE = math.log(100)
 
 
-def obvious_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H):
-    bias_X = torch.cat([q_bias_W, torch.zeros_like(q_bias_W), v_bias_W]).to(product_BLX.dtype)
-    split_BL3HD = (product_BLX + bias_X).unflatten(2, (3, len(log_scale_H), -1))
-    q_BHLD, k_BHLD, v_BHLD = split_BL3HD.permute(2, 0, 3, 1, 4)
-    a_H11 = log_scale_H.clamp(max=LARGEST_LOG_SCALE).exp()[:, None, None]
-    q_BHLD = F.normalize(q_BHLD.float(), dim=-1) * a_H11
-    k_BHLD = F.normalize(k_BHLD.float(), dim=-1)
-    return q_BHLD.to(v_BHLD.dtype), k_BHLD.to(v_BHLD.dtype), v_BHLD
-
-
-def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
-                log_scale_H: Tensor | None, heads: int,
-                room: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, H, L, D] of a product [B, L, 3 W], in its dtype.
-
-    log_scale_H: the learned scale of each head; None leaves queries and keys as they are.
-    room: where to put keys and values, [B, H, L, D] both, as in a part of a cache, and where
-        they are returned. For generation: no gradient goes through.
-    Raises ValueError where the shapes do not fit.
-    """
-    face = split_heads_triton if use_triton(product_BLX) else split_heads_torch
-    return face(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)
-
-
-def check_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room):
-    W = product_BLX.shape[-1] // 3
-    if W % heads:
-        raise ValueError(f"a width of {W} cannot be divided for {heads} heads")
-    axes = dict(product="BLX", q_bias="W", v_bias="W", log_scale="H", k_room="BHLD", v_room="BHLD")
-    check_tensors(axes, product_BLX, q_bias_W, v_bias_W, log_scale_H, *(room or ()),
-                  X=3 * W, W=W, H=heads, D=W // heads)
-
-
 @triton.jit
 def aligned(stride, D: tl.constexpr):
     """The stride, which `rows_first` made a multiple of 8 if D is one, so that it can be seen.
@@ -548,148 +398,113 @@ def aligned(stride, D: tl.constexpr):
     return stride // 8 * 8 if D % 8 == 0 else stride
 
 
-# A tile of the rows of an array [B, H, L, D] is named by a tuple: (head, H, rows_T, L), with heads
-# counted over all images. Its width is a power of two: D 72 is computed as 128, 1.8 times the
-# products of its own.
+@triton.jit
+def matrix_of(x_BHLD, image, head, D: tl.constexpr):
+    """x[image, head] as a matrix [L, D], and the columns of its tiles.
+
+    Its width is a power of two: D 72 is computed as 128, 1.8 times the products of its own.
+    """
+    begin = image.to(tl.int64) * aligned(x_BHLD.strides[0], D)
+    begin += head.to(tl.int64) * aligned(x_BHLD.strides[1], D)
+    strides = (aligned(x_BHLD.strides[2], D), 1)
+    return Array(x_BHLD.start + begin, strides), tl.arange(0, triton.next_power_of_2(D))
 
 
 @triton.jit
-def places_of_rows(x_BHLD, rows, D: tl.constexpr, CUT: tl.constexpr):
-    """Pointers to the rows, and which lie within D and, if the tile may be cut, within L."""
-    head, H, rows_T, L = rows
-    image = (head // H).to(tl.int64) * aligned(x_BHLD.strides[0], D)   # in 64 bits
-    begin = image + (head % H).to(tl.int64) * aligned(x_BHLD.strides[1], D)
-    rows_T1 = rows_T[:, None] * aligned(x_BHLD.strides[2], D)
-    columns_1D = tl.arange(0, triton.next_power_of_2(D))[None, :]
-    inside_TD = columns_1D < D
-    if CUT:
-        inside_TD &= rows_T[:, None] < L
-    return x_BHLD.start + begin + rows_T1 + columns_1D, inside_TD
+def load_head(x_BHLD, image, head, rows_T, L, D: tl.constexpr, CUT: tl.constexpr = True):
+    """The tile x[image, head, rows]: [T, D]."""
+    x_LD, columns_D = matrix_of(x_BHLD, image, head, D)
+    return load_tile(x_LD, rows_T, L, columns_D, D, CUT)
 
 
 @triton.jit
-def load_rows(x_BHLD, rows, D: tl.constexpr, CUT: tl.constexpr = True):
-    """The rows as [T, D], with zeros outside of the array."""
-    places_TD, inside_TD = places_of_rows(x_BHLD, rows, D, CUT)
-    return tl.load(places_TD, mask=inside_TD, other=0.0)
+def store_head(x_BHLD, image, head, rows_T, L, D: tl.constexpr, x_TD):
+    """x[image, head, rows] = x_TD, in the dtype of x."""
+    x_LD, columns_D = matrix_of(x_BHLD, image, head, D)
+    places_TD = x_LD.start + rows_T[:, None] * x_LD.strides[0] + columns_D[None, :]
+    inside_TD = (rows_T[:, None] < L) & (columns_D[None, :] < D)
+    tl.store(places_TD, x_TD.to(x_LD.start.dtype.element_ty), mask=inside_TD)
 
 
 @triton.jit
-def store_rows(x_BHLD, rows, x_TD, D: tl.constexpr):
-    """Write the rows, in the dtype of the array."""
-    places_TD, inside_TD = places_of_rows(x_BHLD, rows, D, True)
-    tl.store(places_TD, x_TD.to(x_BHLD.start.dtype.element_ty), mask=inside_TD)
-
-
-@triton.jit
-def places_of_numbers(x_BHL, rows):
-    """Pointers to the one number that each of the rows has, and which of them lie within L."""
-    head, H, rows_T, L = rows
-    return x_BHL.start + head * L + rows_T, rows_T < L
-
-
-@triton.jit
-def load_numbers(x_BHL, rows):
-    """The number of each row as [T], with zeros outside of the array."""
-    places_T, inside_T = places_of_numbers(x_BHL, rows)
-    return tl.load(places_T, mask=inside_T, other=0.0)
-
-
-@triton.jit
-def store_numbers(x_BHL, rows, x_T):
-    places_T, inside_T = places_of_numbers(x_BHL, rows)
-    tl.store(places_T, x_T, mask=inside_T)
-
-
-@triton.jit
-def load_bias(bias_W, head, H, D: tl.constexpr):
-    """A head's part of a bias, [1, D] in fp32."""
-    columns_1D = tl.arange(0, triton.next_power_of_2(D))[None, :]
-    places_1D = bias_W.start + head % H * D + columns_1D
-    return tl.load(places_1D, mask=columns_1D < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def learned_factor(log_scale_H, head, H, largest):
-    log_scale = tl.load(log_scale_H.start + head % H).to(tl.float32)
+def learned_factor(log_scale_H, head, largest):
+    log_scale = tl.load(log_scale_H.start + head).to(tl.float32)
     return tl.exp(tl.minimum(log_scale, largest))
 
 
 @triton.jit
 def unit_rows(x_TD):
     """x / |x| of each row, and 1 / |x|."""
-    length_T = tl.sqrt(tl.sum(x_TD * x_TD, 1))
-    inverse_T = 1 / tl.maximum(length_T, 1e-12)
-    return x_TD * inverse_T[:, None], inverse_T
+    length_T1 = tl.sqrt(tl.sum(x_TD * x_TD, 1, keep_dims=True))
+    inverse_T1 = 1 / tl.maximum(length_T1, 1e-12)
+    return x_TD * inverse_T1, inverse_T1
 
 
 @triton.jit
-def unit_backward(n_TD, dn_TD, inverse_T):
+def unit_backward(n_TD, dn_TD, inverse_T1):
     """dL/dx from dL/dn: what goes along n is lost, since n has length 1 whatever x is."""
-    along_T = tl.sum(n_TD * dn_TD, 1)
-    return (dn_TD - n_TD * along_T[:, None]) * inverse_T[:, None]
+    return (dn_TD - n_TD * tl.sum(n_TD * dn_TD, 1, keep_dims=True)) * inverse_T1
 
 
 @triton.jit
-def split_heads_forward(xq_BHLD, xk_BHLD, xv_BHLD, q_bias_W, v_bias_W, log_scale_H,
-                        q_BHLD, k_BHLD, v_BHLD, q_inverse_BHL, k_inverse_BHL, largest, H, L,
+def split_heads_forward(xq_BHLD, xk_BHLD, xv_BHLD, q_bias_BH1D, v_bias_BH1D, log_scale_H,
+                        q_BHLD, k_BHLD, v_BHLD, q_inverse_BHL1, k_inverse_BHL1, largest, L,
                         NORMALISED: tl.constexpr, D: tl.constexpr, TILE_L: tl.constexpr):
     """A tile of tokens of one head a program: three views of the product -> q, k, v, 1 / |x|.
 
-    All [B, H, L, D], biases [W], log_scale [H], inverses [B, H, L] in fp32.
+    All [B, H, L, D], log_scale [H], inverses [B, H, L, 1] in fp32.
     """
-    program = tl.program_id(0)
-    tiles = tl.cdiv(L, TILE_L)
-    head = program // tiles
-    tokens_T = program % tiles * TILE_L + tl.arange(0, TILE_L)
-    rows = (head, H, tokens_T, L)
-    q_TD = load_rows(xq_BHLD, rows, D) + load_bias(q_bias_W, head, H, D)
-    k_TD = load_rows(xk_BHLD, rows, D).to(tl.float32)
-    v_TD = load_rows(xv_BHLD, rows, D) + load_bias(v_bias_W, head, H, D)
+    rows_T = tl.program_id(0) * TILE_L + tl.arange(0, TILE_L)
+    head = tl.program_id(1)
+    image = tl.program_id(2)
+    q_bias_1D = load_head(q_bias_BH1D, image, head, tl.arange(0, 1), 1, D).to(tl.float32)
+    v_bias_1D = load_head(v_bias_BH1D, image, head, tl.arange(0, 1), 1, D).to(tl.float32)
+    q_TD = load_head(xq_BHLD, image, head, rows_T, L, D) + q_bias_1D
+    k_TD = load_head(xk_BHLD, image, head, rows_T, L, D).to(tl.float32)
+    v_TD = load_head(xv_BHLD, image, head, rows_T, L, D) + v_bias_1D
     if NORMALISED:
-        q_TD, q_inverse_T = unit_rows(q_TD)
-        k_TD, k_inverse_T = unit_rows(k_TD)
-        q_TD *= learned_factor(log_scale_H, head, H, largest)
-        store_numbers(q_inverse_BHL, rows, q_inverse_T)
-        store_numbers(k_inverse_BHL, rows, k_inverse_T)
-    store_rows(q_BHLD, rows, q_TD, D)
-    store_rows(k_BHLD, rows, k_TD, D)
-    store_rows(v_BHLD, rows, v_TD, D)
+        q_TD, q_inverse_T1 = unit_rows(q_TD)
+        k_TD, k_inverse_T1 = unit_rows(k_TD)
+        q_TD *= learned_factor(log_scale_H, head, largest)
+        store_head(q_inverse_BHL1, image, head, rows_T, L, 1, q_inverse_T1)
+        store_head(k_inverse_BHL1, image, head, rows_T, L, 1, k_inverse_T1)
+    store_head(q_BHLD, image, head, rows_T, L, D, q_TD)
+    store_head(k_BHLD, image, head, rows_T, L, D, k_TD)
+    store_head(v_BHLD, image, head, rows_T, L, D, v_TD)
 
 
 @triton.jit
-def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL, k_inverse_BHL, log_scale_H,
+def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL1, k_inverse_BHL1, log_scale_H,
                          dq_BHLD, dk_BHLD, dv_BHLD, dxq_BHLD, dxk_BHLD, dxv_BHLD,
-                         dq_bias_BHPD, dv_bias_BHPD, dlog_scale_BHPD, largest, H, L, parts,
+                         dq_bias_BHPD, dv_bias_BHPD, dlog_scale_BHPD, largest, L, tiles,
                          NORMALISED: tl.constexpr, D: tl.constexpr, TILE_L: tl.constexpr):
-    """A tile of tokens of one head a program -> the product's gradient, and part P of the sums.
+    """A tile of tokens of one head a program -> the product's gradient, and the tile's sums.
 
-    The parts, [B, H, P, D] in fp32, are added up afterwards. That of the log scale by column.
+    Sums are [B, H, P, D] in fp32, P the tiles, and are added up afterwards. That of the log scale
+    is left by column.
     """
-    program = tl.program_id(0)
-    head = program // parts
-    part_1 = program % parts + tl.arange(0, 1)   # a tile of one row, for load_rows and store_rows
-    tokens_T = part_1 * TILE_L + tl.arange(0, TILE_L)
-    part = (head, H, part_1, parts)
-    rows = (head, H, tokens_T, L)
-    dq_TD = load_rows(dq_BHLD, rows, D).to(tl.float32)
-    dk_TD = load_rows(dk_BHLD, rows, D).to(tl.float32)
-    dv_TD = load_rows(dv_BHLD, rows, D).to(tl.float32)
+    tile_1 = tl.program_id(0) + tl.arange(0, 1)   # as [1], a row for store_head
+    head = tl.program_id(1)
+    image = tl.program_id(2)
+    rows_T = tile_1 * TILE_L + tl.arange(0, TILE_L)
+    dq_TD = load_head(dq_BHLD, image, head, rows_T, L, D).to(tl.float32)
+    dk_TD = load_head(dk_BHLD, image, head, rows_T, L, D).to(tl.float32)
+    dv_TD = load_head(dv_BHLD, image, head, rows_T, L, D).to(tl.float32)
     if NORMALISED:
-        factor = learned_factor(log_scale_H, head, H, largest)
-        q_TD = load_rows(q_BHLD, rows, D).to(tl.float32)
-        dlog_scale_1D = tl.sum(q_TD * dq_TD, 0)[None, :]
-        store_rows(dlog_scale_BHPD, part, dlog_scale_1D, D)
-        q_inverse_T = load_numbers(q_inverse_BHL, rows)
-        dq_TD = unit_backward(q_TD / factor, dq_TD * factor, q_inverse_T)
-        k_TD = load_rows(k_BHLD, rows, D).to(tl.float32)
-        k_inverse_T = load_numbers(k_inverse_BHL, rows)
-        dk_TD = unit_backward(k_TD, dk_TD, k_inverse_T)
-    store_rows(dxq_BHLD, rows, dq_TD, D)
-    store_rows(dxk_BHLD, rows, dk_TD, D)
-    store_rows(dxv_BHLD, rows, dv_TD, D)
-    store_rows(dq_bias_BHPD, part, tl.sum(dq_TD, 0)[None, :], D)
-    store_rows(dv_bias_BHPD, part, tl.sum(dv_TD, 0)[None, :], D)
+        factor = learned_factor(log_scale_H, head, largest)
+        q_TD = load_head(q_BHLD, image, head, rows_T, L, D).to(tl.float32)
+        k_TD = load_head(k_BHLD, image, head, rows_T, L, D).to(tl.float32)
+        dlog_scale_1D = tl.sum(q_TD * dq_TD, 0, keep_dims=True)
+        store_head(dlog_scale_BHPD, image, head, tile_1, tiles, D, dlog_scale_1D)
+        q_inverse_T1 = load_head(q_inverse_BHL1, image, head, rows_T, L, 1)
+        k_inverse_T1 = load_head(k_inverse_BHL1, image, head, rows_T, L, 1)
+        dq_TD = unit_backward(q_TD / factor, dq_TD * factor, q_inverse_T1)
+        dk_TD = unit_backward(k_TD, dk_TD, k_inverse_T1)
+    store_head(dxq_BHLD, image, head, rows_T, L, D, dq_TD)
+    store_head(dxk_BHLD, image, head, rows_T, L, D, dk_TD)
+    store_head(dxv_BHLD, image, head, rows_T, L, D, dv_TD)
+    store_head(dq_bias_BHPD, image, head, tile_1, tiles, D, tl.sum(dq_TD, 0, keep_dims=True))
+    store_head(dv_bias_BHPD, image, head, tile_1, tiles, D, tl.sum(dv_TD, 0, keep_dims=True))
 
 
 def rows_first(x_BHLD: Tensor) -> Tensor:
@@ -705,9 +520,9 @@ def heads_tiles(L: int, D: int) -> dict[str, int]:
     return dict(D=D, TILE_L=TILE_L, num_warps=4)
 
 
-def three_heads(product_BLX: Tensor, heads: int) -> list[Tensor]:
+def three_heads(product_BLX: Tensor, heads: int) -> tuple[Tensor, ...]:
     """Queries, keys and values [B, H, L, D] as views of the product."""
-    return list(product_BLX.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4))
+    return product_BLX.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 def launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
@@ -716,55 +531,52 @@ def launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room
     B, H, L, D = views[0].shape
     q_BHLD = product_BLX.new_empty(B, H, L, D)
     k_BHLD, v_BHLD = room or (torch.empty_like(q_BHLD), torch.empty_like(q_BHLD))
-    inverse_2BHL = product_BLX.new_empty(2, B, H, L, dtype=torch.float32)
+    inverse_2BHL1 = product_BLX.new_empty(2, B, H, L, 1, dtype=torch.float32)
+    biases = [bias_W.reshape(H, 1, D).expand(B, H, 1, D) for bias_W in (q_bias_W, v_bias_W)]
     normalised = log_scale_H is not None
     scales = log_scale_H if normalised else q_bias_W   # of which nothing is read then
     tiles = heads_tiles(L, D)
-    launch(split_heads_forward, B * H * triton.cdiv(L, tiles["TILE_L"]),
-           [*views, q_bias_W, v_bias_W, scales], [q_BHLD, k_BHLD, v_BHLD, *inverse_2BHL],
-           LARGEST_LOG_SCALE, H, L, NORMALISED=normalised, **tiles)
-    return q_BHLD, k_BHLD, v_BHLD, inverse_2BHL
+    launch(split_heads_forward, (triton.cdiv(L, tiles["TILE_L"]), H, B),
+           [*views, *biases, scales], [q_BHLD, k_BHLD, v_BHLD, *inverse_2BHL1],
+           LARGEST_LOG_SCALE, L, NORMALISED=normalised, **tiles)
+    return q_BHLD, k_BHLD, v_BHLD, inverse_2BHL1
 
 
 class SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, product_BLX, q_bias_W, v_bias_W, log_scale_H, heads):
-        q_BHLD, k_BHLD, v_BHLD, inverse_2BHL = launch_split_heads(
+        q_BHLD, k_BHLD, v_BHLD, inverse_2BHL1 = launch_split_heads(
             product_BLX, q_bias_W, v_bias_W, log_scale_H, heads)
-        ctx.save_for_backward(q_BHLD, k_BHLD, inverse_2BHL, log_scale_H)
+        ctx.save_for_backward(q_BHLD, k_BHLD, inverse_2BHL1, log_scale_H)
         return q_BHLD, k_BHLD, v_BHLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_BHLD, dk_BHLD, dv_BHLD):
-        q_BHLD, k_BHLD, inverse_2BHL, log_scale_H = ctx.saved_tensors
+        q_BHLD, k_BHLD, inverse_2BHL1, log_scale_H = ctx.saved_tensors
         normalised = log_scale_H is not None
-        scales = log_scale_H if normalised else inverse_2BHL   # of which nothing is read then
+        scales = log_scale_H if normalised else inverse_2BHL1   # of which nothing is read then
         B, H, L, D = q_BHLD.shape
-        tiles = heads_tiles(L, D)
-        parts = triton.cdiv(L, tiles["TILE_L"])
+        sizes = heads_tiles(L, D)
+        tiles = triton.cdiv(L, sizes["TILE_L"])
         gradients = [rows_first(x) for x in (dq_BHLD, dk_BHLD, dv_BHLD)]
         dproduct_BLX = q_BHLD.new_empty(B, L, 3 * H * D)
-        sums_3BHPD = q_BHLD.new_empty(3, B, H, parts, D, dtype=torch.float32)
-        launch(split_heads_backward, B * H * parts,
-               [q_BHLD, k_BHLD, *inverse_2BHL, scales, *gradients],
-               [*three_heads(dproduct_BLX, H), *sums_3BHPD], LARGEST_LOG_SCALE, H, L, parts,
-               NORMALISED=normalised, **tiles)
+        sums_3BHPD = q_BHLD.new_empty(3, B, H, tiles, D, dtype=torch.float32)
+        launch(split_heads_backward, (tiles, H, B),
+               [q_BHLD, k_BHLD, *inverse_2BHL1, scales, *gradients],
+               [*three_heads(dproduct_BLX, H), *sums_3BHPD], LARGEST_LOG_SCALE, L, tiles,
+               NORMALISED=normalised, **sizes)
         dq_bias_HD, dv_bias_HD, dlog_scale_HD = sums_3BHPD.sum(dim=(1, 3))
         dlog_scale_H = None
         if normalised:
-            free_H = log_scale_H <= LARGEST_LOG_SCALE
-            dlog_scale_H = dlog_scale_HD.sum(dim=1) * free_H
+            dlog_scale_H = dlog_scale_HD.sum(dim=1) * (log_scale_H <= LARGEST_LOG_SCALE)
         return dproduct_BLX, dq_bias_HD.flatten(), dv_bias_HD.flatten(), dlog_scale_H, None
 
 
 def split_heads_triton(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
-    check_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)
     if room is None:
         return SplitHeads.apply(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads)
-    if any(rows_first(x) is not x for x in room):
-        raise ValueError("room must have unbroken rows, at multiples of 8 numbers if their width "
-                         f"is one: its strides are {[x.stride() for x in room]}")
+    assert all(rows_first(x) is x for x in room), "the kernel cannot write to such strides"
     return launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)[:3]
 
 
@@ -774,7 +586,6 @@ def inverse_norm(x_BHLD):
 
 
 def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
-    check_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)
     q_BLW, k_BLW, v_BLW = product_BLX.float().chunk(3, dim=2)
     whole = q_BLW + q_bias_W.float(), k_BLW, v_BLW + v_bias_W.float()
     q_BHLD, k_BHLD, v_BHLD = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in whole)
@@ -786,6 +597,24 @@ def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=
     if room is None:
         return q_BHLD, k_BHLD, v_BHLD
     return q_BHLD, room[0].copy_(k_BHLD), room[1].copy_(v_BHLD)
+
+
+def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
+                log_scale_H: Tensor | None, heads: int,
+                room: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, L, D] of a product [B, L, 3 W], in its dtype.
+
+    log_scale_H: the learned scale of each head; None leaves queries and keys as they are.
+    room: where to put keys and values, [B, H, L, D] both, as in a slice of a cache, and where
+        they are returned. For generation: no gradient goes through.
+    """
+    B, L, X = product_BLX.shape
+    W = len(q_bias_W)
+    assert X == 3 * W and len(v_bias_W) == W and W % heads == 0
+    assert log_scale_H is None or len(log_scale_H) == heads
+    assert room is None or room[0].shape == room[1].shape == (B, heads, L, W // heads)
+    face = split_heads_triton if use_triton(product_BLX) else split_heads_torch
+    return face(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -802,28 +631,23 @@ def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=
 class KeyRanges:
     """A mask as a table: query i sees the keys j with first[i] <= j < last[i].
 
-    first, last: L integers each. Raises ValueError where a range is empty or an end decreases.
+    first, last: L integers each. No range is empty, and neither end ever decreases.
     """
 
     def __init__(self, first: Sequence[int], last: Sequence[int]):
         self.first = tuple(map(int, first))
         self.last = tuple(map(int, last))
         self.made: dict[tuple, Any] = {}
-        if len(self.first) != len(self.last) or not self.first:
-            raise ValueError(f"a range needs both ends: {len(self.first)} firsts and "
-                             f"{len(self.last)} lasts given")
-        for ends in (self.first, self.last):
-            if list(ends) != sorted(ends):
-                raise ValueError(f"range ends must not decrease from query to query: {ends}")
-        if self.first[0] < 0 or any(b <= a for a, b in zip(self.first, self.last)):
-            raise ValueError("every query must see at least one key, and no key before 0")
+        assert len(self.first) == len(self.last) > 0
+        assert list(self.first) == sorted(self.first) and list(self.last) == sorted(self.last)
+        assert self.first[0] >= 0 and all(a < b for a, b in zip(self.first, self.last))
 
     @classmethod
     def from_scales(cls, scales: Sequence[int], last_scales: int | None = None) -> KeyRanges:
         """The block-causal table of token maps of s x s tokens, coarse to fine.
 
         last_scales: how many scales a token sees, its own among them: None is all so far (VAR),
-        1 is its own alone (a Markov model).
+        1 is its own alone (a Markov model). Raises ValueError where it is less than 1.
         """
         if last_scales is not None and last_scales < 1:
             raise ValueError(f"last_scales is {last_scales}: a token sees at least its own scale")
@@ -844,7 +668,7 @@ class KeyRanges:
         return self.once(slice_ranges, begin, end)
 
     def dense(self) -> Tensor:
-        """The same mask as a bool [L, S], S the last key in sight + 1: for pictures and tests."""
+        """The same mask as a bool [L, S], S the last key in sight + 1."""
         keys_S = torch.arange(self.last[-1])
         first_L1 = torch.tensor(self.first)[:, None]
         last_L1 = torch.tensor(self.last)[:, None]
@@ -856,7 +680,7 @@ class KeyRanges:
         Before torch.compile looks: it would see no table in the first call and one in the second,
         and compile all over again.
         """
-        for make in (table, transposed_table, attention_calls):
+        for make in (table, transposed_table, mask_in_sight):
             self.once(make, device)
 
     def once(self, make: Callable, *arguments) -> Any:
@@ -905,35 +729,6 @@ def table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
 def obvious_attention(q_BHLD, k_BHSD, v_BHSD, mask_LS):
     scores_BHLS = (q_BHLD * q_BHLD.shape[3]**-0.5) @ k_BHSD.mT
     return scores_BHLS.masked_fill(~mask_LS, -torch.inf).softmax(dim=-1) @ v_BHSD
-
-
-def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyRanges,
-                    scale: float) -> Tensor:
-    """softmax(scale * q k^T over the keys in range) v, as [B, H, L, D] (paper: Sec. 3.2).
-
-    Floating point of one dtype, which autocast chooses where it is on; any strides. scale > 0. In
-    Triton D is 16 to 128. Raises ValueError where the ranges do not fit L queries and S keys, and
-    for what a face cannot take.
-    """
-    if torch.is_autocast_enabled(q_BHLD.device.type):
-        dtype = product_dtype(q_BHLD)
-        q_BHLD, k_BHSD, v_BHSD = (x.to(dtype) for x in (q_BHLD, k_BHSD, v_BHSD))
-    face = block_attention_triton if use_triton(q_BHLD) else block_attention_torch
-    return face(q_BHLD, k_BHSD, v_BHSD, ranges, scale)
-
-
-def check_attention(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
-    check_tensors(dict(q="BHLD", k="BHSD", v="BHSD"), q_BHLD, k_BHSD, v_BHSD)
-    L = q_BHLD.shape[2]
-    S = k_BHSD.shape[2]
-    if not q_BHLD.dtype == k_BHSD.dtype == v_BHSD.dtype:
-        raise ValueError(f"q, k and v must have one dtype: they have {q_BHLD.dtype}, "
-                         f"{k_BHSD.dtype}, {v_BHSD.dtype}")
-    if len(ranges) != L or ranges.last[-1] > S:
-        raise ValueError(f"ranges of {len(ranges)} queries and {ranges.last[-1]} keys do not fit "
-                         f"{L} queries and {S} keys")
-    if not scale > 0:
-        raise ValueError(f"scale must be positive: it is {scale}")
 
 
 # A tile of keys is whole if every query of the tile of queries sees all of it, and cut if a range
@@ -988,43 +783,40 @@ def seen_by(rows_T, length, first, last, partners_T):
 
 
 @triton.jit
-def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_BHL,
-                      scale, H, L, S, D: tl.constexpr, TILE_L: tl.constexpr, TILE_S: tl.constexpr):
+def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_BHL1,
+                      scale, L, S, D: tl.constexpr, TILE_L: tl.constexpr, TILE_S: tl.constexpr):
     """A tile of queries of one head a program: q, k, v and the table -> o, log2sum.
 
-    q, o [B, H, L, D] and k, v [B, H, S, D] of one dtype; first, last [L] int32; log2sum [B, H, L]
-    fp32. The scale comes divided by ln 2.
+    q, o [B, H, L, D] and k, v [B, H, S, D] of one dtype; first, last [L] int32; log2sum
+    [B, H, L, 1] fp32. The scale comes divided by ln 2.
     """
-    program = tl.program_id(0)
-    tiles = tl.cdiv(L, TILE_L)
-    tile = tiles - 1 - program % tiles   # the last queries see most: first within a head
-    head = program // tiles
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)   # the last queries see most: first of a head
+    head = tl.program_id(1)
+    image = tl.program_id(2)
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
-    queries = (head, H, queries_T, L)
-    q_TD = load_rows(q_BHLD, queries, D)
+    q_TD = load_head(q_BHLD, image, head, queries_T, L, D)
     # Not -inf: if a query sees nothing of its first tile, -inf - (-inf) would be NaN.
-    highest_T = tl.full([TILE_L], -3.0e38, tl.float32)
-    total_T = tl.zeros([TILE_L], tl.float32)
+    highest_T1 = tl.full([TILE_L, 1], -3.0e38, tl.float32)
+    total_T1 = tl.zeros([TILE_L, 1], tl.float32)
     o_TD = tl.zeros(q_TD.shape, tl.float32)
     start, before, whole, cut = plan_tiles(first_L, last_L, tile, L, TILE_L, TILE_S)
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             keys_T = tile_partners(n, start, before, whole, CUT, TILE_S)
-            keys = (head, H, keys_T, S)
-            k_TD = load_rows(k_BHSD, keys, D, CUT)
+            k_TD = load_head(k_BHSD, image, head, keys_T, S, D, CUT)
             scores_TS = product(q_TD, k_TD.T)
             if CUT:
                 seen_TS = seen_by(queries_T, L, first_L, last_L, keys_T)
                 scores_TS = tl.where(seen_TS, scores_TS, -float("inf"))
-            new_T = tl.maximum(highest_T, tl.max(scores_TS, 1) * scale)
-            weights_TS = tl.exp2(scores_TS * scale - new_T[:, None])
-            shrink_T = tl.exp2(highest_T - new_T)
-            total_T = total_T * shrink_T + tl.sum(weights_TS, 1)
-            v_TD = load_rows(v_BHSD, keys, D, CUT)
-            o_TD = o_TD * shrink_T[:, None] + product(weights_TS.to(v_TD.dtype), v_TD)
-            highest_T = new_T
-    store_rows(o_BHLD, queries, o_TD / total_T[:, None], D)
-    store_numbers(log2sum_BHL, queries, highest_T + tl.log2(total_T))
+            new_T1 = tl.maximum(highest_T1, tl.max(scores_TS, 1, keep_dims=True) * scale)
+            weights_TS = tl.exp2(scores_TS * scale - new_T1)
+            shrink_T1 = tl.exp2(highest_T1 - new_T1)
+            total_T1 = total_T1 * shrink_T1 + tl.sum(weights_TS, 1, keep_dims=True)
+            v_TD = load_head(v_BHSD, image, head, keys_T, S, D, CUT)
+            o_TD = o_TD * shrink_T1 + product(weights_TS.to(v_TD.dtype), v_TD)
+            highest_T1 = new_T1
+    store_head(o_BHLD, image, head, queries_T, L, D, o_TD / total_T1)
+    store_head(log2sum_BHL1, image, head, queries_T, L, 1, highest_T1 + tl.log2(total_T1))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1057,91 +849,85 @@ def transposed_table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, T
 
 
 @triton.jit
-def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHLD, log2sum_BHL,
-                         delta_BHL, dq_BHLD, scale, H, L, S,
+def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHLD, log2sum_BHL1,
+                         delta_BHL1, dq_BHLD, scale, L, S,
                          D: tl.constexpr, TILE_L: tl.constexpr, TILE_S: tl.constexpr):
     """A tile of queries of one head a program: dq, and delta for attention_backward_kv.
 
     Arrays as in attention_forward; do and dq are like q, delta like log2sum. The scale comes
     divided by ln 2; dq is left without it.
     """
-    program = tl.program_id(0)
-    tiles = tl.cdiv(L, TILE_L)
-    tile = tiles - 1 - program % tiles
-    head = program // tiles
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    image = tl.program_id(2)
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
-    queries = (head, H, queries_T, L)
-    q_TD = load_rows(q_BHLD, queries, D)
-    o_TD = load_rows(o_BHLD, queries, D)
-    do_TD = load_rows(do_BHLD, queries, D)
-    log2sum_T = load_numbers(log2sum_BHL, queries)
-    delta_T = tl.sum(o_TD.to(tl.float32) * do_TD.to(tl.float32), 1)
-    store_numbers(delta_BHL, queries, delta_T)
+    q_TD = load_head(q_BHLD, image, head, queries_T, L, D)
+    o_TD = load_head(o_BHLD, image, head, queries_T, L, D)
+    do_TD = load_head(do_BHLD, image, head, queries_T, L, D)
+    log2sum_T1 = load_head(log2sum_BHL1, image, head, queries_T, L, 1)
+    delta_T1 = tl.sum(o_TD.to(tl.float32) * do_TD.to(tl.float32), 1, keep_dims=True)
+    store_head(delta_BHL1, image, head, queries_T, L, 1, delta_T1)
     dq_TD = tl.zeros(q_TD.shape, tl.float32)
     start, before, whole, cut = plan_tiles(first_L, last_L, tile, L, TILE_L, TILE_S)
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             keys_T = tile_partners(n, start, before, whole, CUT, TILE_S)
-            keys = (head, H, keys_T, S)
-            k_TD = load_rows(k_BHSD, keys, D, CUT)
-            v_TD = load_rows(v_BHSD, keys, D, CUT)
+            k_TD = load_head(k_BHSD, image, head, keys_T, S, D, CUT)
+            v_TD = load_head(v_BHSD, image, head, keys_T, S, D, CUT)
             scores_TS = product(q_TD, k_TD.T) * scale
-            weights_TS = tl.exp2(scores_TS - log2sum_T[:, None])
+            weights_TS = tl.exp2(scores_TS - log2sum_T1)
             if CUT:
                 seen_TS = seen_by(queries_T, L, first_L, last_L, keys_T)
                 weights_TS = tl.where(seen_TS, weights_TS, 0.0)
             dweights_TS = product(do_TD, v_TD.T)
-            dscores_TS = weights_TS * (dweights_TS - delta_T[:, None])
+            dscores_TS = weights_TS * (dweights_TS - delta_T1)
             dq_TD += product(dscores_TS.to(k_TD.dtype), k_TD)
     dq_TD *= scale * 0.6931471805599453   # ln 2
-    store_rows(dq_BHLD, queries, dq_TD, D)
+    store_head(dq_BHLD, image, head, queries_T, L, D, dq_TD)
 
 
 @triton.jit
-def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2sum_BHL,
-                          delta_BHL, dk_BHSD, dv_BHSD, scale, H, L, S,
+def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2sum_BHL1,
+                          delta_BHL1, dk_BHSD, dv_BHSD, scale, L, S,
                           D: tl.constexpr, TILE_L: tl.constexpr, TILE_S: tl.constexpr):
     """A tile of keys of one head a program: dk and dv, like k and v.
 
     Arrays as in attention_backward_q, but the table is the transposed one: first, last [S].
     """
-    program = tl.program_id(0)
-    tiles = tl.cdiv(S, TILE_S)
-    tile = program % tiles   # the first keys are seen by most: first within a head
-    head = program // tiles
+    tile = tl.program_id(0)   # the first keys are seen by most: first of a head
+    head = tl.program_id(1)
+    image = tl.program_id(2)
     keys_T = tile * TILE_S + tl.arange(0, TILE_S)
-    keys = (head, H, keys_T, S)
-    k_TD = load_rows(k_BHSD, keys, D)
-    v_TD = load_rows(v_BHSD, keys, D)
+    k_TD = load_head(k_BHSD, image, head, keys_T, S, D)
+    v_TD = load_head(v_BHSD, image, head, keys_T, S, D)
     dk_TD = tl.zeros(k_TD.shape, tl.float32)
     dv_TD = tl.zeros(k_TD.shape, tl.float32)
     start, before, whole, cut = plan_tiles(first_S, last_S, tile, S, TILE_S, TILE_L)
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             queries_T = tile_partners(n, start, before, whole, CUT, TILE_L)
-            queries = (head, H, queries_T, L)
-            q_TD = load_rows(q_BHLD, queries, D, CUT)
-            do_TD = load_rows(do_BHLD, queries, D, CUT)
-            log2sum_T = load_numbers(log2sum_BHL, queries)
-            delta_T = load_numbers(delta_BHL, queries)
+            q_TD = load_head(q_BHLD, image, head, queries_T, L, D, CUT)
+            do_TD = load_head(do_BHLD, image, head, queries_T, L, D, CUT)
+            log2sum_T1 = load_head(log2sum_BHL1, image, head, queries_T, L, 1)
+            delta_T1 = load_head(delta_BHL1, image, head, queries_T, L, 1)
             scores_ST = product(k_TD, q_TD.T) * scale
-            weights_ST = tl.exp2(scores_ST - log2sum_T[None, :])
+            weights_ST = tl.exp2(scores_ST - log2sum_T1.T)
             if CUT:
                 seen_ST = seen_by(keys_T, S, first_S, last_S, queries_T)
                 weights_ST = tl.where(seen_ST, weights_ST, 0.0)
             dv_TD += product(weights_ST.to(do_TD.dtype), do_TD)
             dweights_ST = product(v_TD, do_TD.T)
-            dscores_ST = weights_ST * (dweights_ST - delta_T[None, :])
+            dscores_ST = weights_ST * (dweights_ST - delta_T1.T)
             dk_TD += product(dscores_ST.to(q_TD.dtype), q_TD)
     dk_TD *= scale * 0.6931471805599453   # ln 2
-    store_rows(dk_BHSD, keys, dk_TD, D)
-    store_rows(dv_BHSD, keys, dv_TD, D)
+    store_head(dk_BHSD, image, head, keys_T, S, D, dk_TD)
+    store_head(dv_BHSD, image, head, keys_T, S, D, dv_TD)
 
 
 # Queries and keys in a tile, warps, stages. The largest of those tried that spill next to no
-# register on sm_80, sm_90 and sm_100 and fit in shared memory, 99 kB on the consumer cards that run
-# the code of sm_80 and 227 kB on the other two (python kernels.py --registers prints it). fp32 is
-# multiplied without tensor cores, which would round it to TF32, and wants small tiles.
+# register and fit in shared memory, which is 99 kB on the consumer cards (sm_86, sm_89, sm_120)
+# and more on the others (sm_80, sm_90, sm_100). fp32 is multiplied without tensor cores, which
+# would round it to TF32, and wants small tiles.
 ATTENTION_TILES = {
     "forward": [
         (128, 64, 8, 3),   # 16 bits, D up to 64
@@ -1179,85 +965,66 @@ def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
     return dict(TILE_L=TILE_L, TILE_S=TILE_S, num_warps=num_warps, num_stages=num_stages, D=D)
 
 
+def new_heads(x_BHLD: Tensor) -> Tensor:
+    """Room for numbers like x, laid out as [B, L, H, D]: joining the heads copies nothing."""
+    B, H, L, D = x_BHLD.shape
+    return x_BHLD.new_empty(B, L, H, D).transpose(1, 2)
+
+
 class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHLD, k_BHSD, v_BHSD, ranges, scale):
         qkv = [rows_first(x) for x in (q_BHLD, k_BHSD, v_BHSD)]
         B, H, L, _ = q_BHLD.shape
         S = k_BHSD.shape[2]
-        o_BHLD = torch.empty_like(qkv[0])
-        log2sum_BHL = q_BHLD.new_empty(B, H, L, dtype=torch.float32)
-        ctx.sizes = scale / math.log(2), H, L, S
+        o_BHLD = new_heads(q_BHLD)
+        log2sum_BHL1 = q_BHLD.new_empty(B, H, L, 1, dtype=torch.float32)
+        ctx.sizes = scale / math.log(2), L, S
         tiles = attention_tiles("forward", q_BHLD)
-        launch(attention_forward, B * H * triton.cdiv(L, tiles["TILE_L"]),
-               [*qkv, *ranges.once(table, q_BHLD.device)], [o_BHLD, log2sum_BHL],
+        launch(attention_forward, (triton.cdiv(L, tiles["TILE_L"]), H, B),
+               [*qkv, *ranges.once(table, q_BHLD.device)], [o_BHLD, log2sum_BHL1],
                *ctx.sizes, **tiles)
         ctx.ranges = ranges
-        ctx.save_for_backward(*qkv, o_BHLD, log2sum_BHL)
+        ctx.save_for_backward(*qkv, o_BHLD, log2sum_BHL1)
         return o_BHLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do_BHLD):
-        *qkv, o_BHLD, log2sum_BHL = ctx.saved_tensors
+        *qkv, o_BHLD, log2sum_BHL1 = ctx.saved_tensors
         by_query = ctx.ranges.once(table, do_BHLD.device)
         by_key = ctx.ranges.once(transposed_table, do_BHLD.device)
         do_BHLD = rows_first(do_BHLD)
-        delta_BHL = torch.empty_like(log2sum_BHL)
-        dq_BHLD, dk_BHSD, dv_BHSD = map(torch.empty_like, qkv)
-        _, H, L, S = ctx.sizes
-        heads = len(do_BHLD) * H
+        delta_BHL1 = torch.empty_like(log2sum_BHL1)
+        dq_BHLD, dk_BHSD, dv_BHSD = map(new_heads, qkv)
+        B, H, L, _ = do_BHLD.shape
+        S = dk_BHSD.shape[2]
         tiles = attention_tiles("backward_q", do_BHLD)
-        launch(attention_backward_q, heads * triton.cdiv(L, tiles["TILE_L"]),
-               [*qkv, *by_query, o_BHLD, do_BHLD, log2sum_BHL], [delta_BHL, dq_BHLD],
+        launch(attention_backward_q, (triton.cdiv(L, tiles["TILE_L"]), H, B),
+               [*qkv, *by_query, o_BHLD, do_BHLD, log2sum_BHL1], [delta_BHL1, dq_BHLD],
                *ctx.sizes, **tiles)
         tiles = attention_tiles("backward_kv", do_BHLD)
-        launch(attention_backward_kv, heads * triton.cdiv(S, tiles["TILE_S"]),
-               [*qkv, *by_key, do_BHLD, log2sum_BHL, delta_BHL], [dk_BHSD, dv_BHSD],
+        launch(attention_backward_kv, (triton.cdiv(S, tiles["TILE_S"]), H, B),
+               [*qkv, *by_key, do_BHLD, log2sum_BHL1, delta_BHL1], [dk_BHSD, dv_BHSD],
                *ctx.sizes, **tiles)
         return dq_BHLD, dk_BHSD, dv_BHSD, None, None
 
 
 def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
-    check_attention(q_BHLD, k_BHSD, v_BHSD, ranges, scale)
     D = q_BHLD.shape[3]
     if not 16 <= D <= 128:
         raise ValueError(f"the Triton kernel takes a head width of 16 to 128: it is {D}")
-    if q_BHLD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"the Triton kernel takes float32, float16 and bfloat16: "
-                         f"q is {q_BHLD.dtype}")
+    assert q_BHLD.dtype in (torch.float32, torch.float16, torch.bfloat16)
     # Keys after those in sight may hold anything, as in a cache that is not yet full.
     seen = ranges.last[-1]
     return BlockAttention.apply(
         q_BHLD, k_BHSD[:, :, :seen], v_BHSD[:, :, :seen], ranges, float(scale))
 
 
-class Call(NamedTuple):
-    """Queries that the PyTorch twin computes at once: they see the same keys, or have a mask."""
-    queries: slice
-    keys: slice
-    mask_LS: Tensor | None
-
-
-def attention_calls(ranges: KeyRanges, device: torch.device) -> list[Call]:
-    """One call per run of queries with the same range, short runs merged.
-
-    A call of a few queries takes longer to start than to compute: short runs share one masked
-    call until it has 64 queries. Measured on two CPU cores at L 130, where one call per scale lost
-    to a dense mask.
-    """
-    calls: list[Call] = []
-    end = 0
-    for (first, last), run in groupby(zip(ranges.first, ranges.last)):
-        begin = end
-        end += len(list(run))
-        mask_LS = None
-        if calls and begin - calls[-1].queries.start < 64:
-            short = calls.pop()
-            begin, first = short.queries.start, short.keys.start
-            mask_LS = ranges.rows(begin, end).dense()[:, first:].to(device)
-        calls.append(Call(slice(begin, end), slice(first, last), mask_LS))
-    return calls
+def mask_in_sight(ranges: KeyRanges, device: torch.device) -> Tensor | None:
+    """The mask over the keys that any query sees; None if all see all, as in generation."""
+    mask_LS = ranges.dense()[:, ranges.first[0]:]
+    return None if mask_LS.all() else mask_LS.to(device)
 
 
 def plain_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask, scale):
@@ -1272,33 +1039,50 @@ def plain_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask, scale):
 
 
 def block_attention_torch(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
-    """An unmasked call per scale, nearly, so that next to nothing is computed in vain.
+    """PyTorch's fused attention, with a mask unless all queries see the same keys.
 
     Training on a CPU takes the plain products, in fp32: up to L of a few hundred they are faster
-    there than PyTorch's fused attention (forward and backward, two cores, B 32, H 4, L 130, D 16:
-    4.3 against 5.7 ms), and twice as fast in fp32 as in bf16.
+    there (forward and backward, two cores, B 32, H 4, L 130, D 16: 4.3 against 5.7 ms), and twice
+    as fast in fp32 as in bf16.
     """
-    check_attention(q_BHLD, k_BHSD, v_BHSD, ranges, scale)
     dtype = q_BHLD.dtype
     attention = F.scaled_dot_product_attention
     if q_BHLD.device.type == "cpu" and q_BHLD.requires_grad:
         attention = plain_attention
         q_BHLD, k_BHSD, v_BHSD = q_BHLD.float(), k_BHSD.float(), v_BHSD.float()
-    parts = []
-    for queries, keys, mask_LS in ranges.once(attention_calls, q_BHLD.device):
-        parts.append(attention(
-            q_BHLD[:, :, queries], k_BHSD[:, :, keys], v_BHSD[:, :, keys],
-            attn_mask=mask_LS, scale=scale))
-    o_BHLD = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    keys = slice(ranges.first[0], ranges.last[-1])
+    mask_LS = ranges.once(mask_in_sight, q_BHLD.device)
+    o_BHLD = attention(q_BHLD, k_BHSD[:, :, keys], v_BHSD[:, :, keys],
+                       attn_mask=mask_LS, scale=scale)
     return o_BHLD.to(dtype)
+
+
+def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyRanges,
+                    scale: float) -> Tensor:
+    """softmax(scale * q k^T over the keys in range) v, as [B, H, L, D] (paper: Sec. 3.2).
+
+    Floating point of one dtype, which autocast chooses where it is on; any strides. scale > 0. The
+    Triton kernel takes D from 16 to 128, else raises ValueError, and lays its result out as
+    [B, L, H, D].
+    """
+    if torch.is_autocast_enabled(q_BHLD.device.type):
+        dtype = product_dtype(q_BHLD)
+        q_BHLD, k_BHSD, v_BHSD = (x.to(dtype) for x in (q_BHLD, k_BHSD, v_BHSD))
+    assert q_BHLD.dtype == k_BHSD.dtype == v_BHSD.dtype and scale > 0
+    B, H, L, D = q_BHLD.shape
+    S = k_BHSD.shape[2]
+    assert k_BHSD.shape == v_BHSD.shape == (B, H, S, D)
+    assert len(ranges) == L and ranges.last[-1] <= S
+    face = block_attention_triton if use_triton(q_BHLD) else block_attention_torch
+    return face(q_BHLD, k_BHSD, v_BHSD, ranges, scale)
 
 
 # -------------------------------------------------------------------------------------------------
 # Sampling
 #
-# The obvious version sorts every row and moves it some twenty times: sorted logits and their
-# 64-bit order, softmax, cumulative sum, two masks, the way back through the order. The kernel
-# reads a row once, keeps it in registers, and sorts nothing:
+# PyTorch's version sorts the k highest logits of a row and moves the row some twenty times: in all
+# 98 bytes for each logit, where reading it and its noise in fp32 is 8. The kernel reads a
+# row once, keeps it in registers, and sorts nothing:
 #
 #     keep a token if the tokens ranked before it hold less than `target` of weight
 #
@@ -1311,38 +1095,6 @@ def block_attention_torch(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
 #
 # Probabilities are counted in whole units of 2^-40 of the largest: integer sums are the same in
 # every order, so that both faces draw the same token.
-
-
-def obvious_sampling(logits_BlV, noise_BlV):
-    """Top-k 900, top-p 0.96: the row is sorted, and moved some twenty times."""
-    ranked_BlV, order_BlV = logits_BlV.sort(dim=-1, descending=True)
-    shares_BlV = ranked_BlV.softmax(dim=-1)
-    dropped_BlV = shares_BlV.cumsum(dim=-1) - shares_BlV >= 0.96
-    dropped_BlV[..., 900:] = True
-    ranked_BlV = ranked_BlV.masked_fill(dropped_BlV, -torch.inf)
-    logits_BlV = torch.empty_like(logits_BlV).scatter(-1, order_BlV, ranked_BlV)
-    return (logits_BlV - noise_BlV.log()).argmax(dim=-1)
-
-
-def sample_tokens(cond_BlV: Tensor, uncond_BlV: Tensor | None, guidance: float, top_k: int,
-                  top_p: float, noise_BlV: Tensor) -> Tensor:
-    """Draw one token per place: int64 [B, l].
-
-    logits = (1 + guidance) * cond - guidance * uncond    (classifier-free guidance; None: cond)
-    top_k: keep the k most likely tokens; k <= 0 or >= V keeps all. Of equal logits the lower index
-        ranks first.
-    top_p: of those, keep a token if the tokens ranked before it hold less than p of the
-        probability; 1 keeps all.
-    noise_BlV: Exponential(1) draws. argmax(logits - ln noise) is a draw from softmax(logits)
-        (Gumbel-max).
-    """
-    face = sample_tokens_triton if use_triton(cond_BlV) else sample_tokens_torch
-    return face(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
-
-
-def check_sampling(cond_BlV, uncond_BlV, noise_BlV):
-    axes = dict(cond="BlV", uncond="BlV", noise="BlV")
-    check_tensors(axes, cond_BlV, uncond_BlV, noise_BlV)
 
 
 @triton.jit
@@ -1360,16 +1112,16 @@ def ranked_within(keys_V, weights_V, target):
 
 
 @triton.jit
-def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, top_p, top_k, l, V,
+def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, top_p, top_k, V,
                          GUIDED: tl.constexpr, TILE_V: tl.constexpr):
     """One place a program: cond, uncond, noise [B, l, V] -> token [B, l], int64."""
-    program = tl.program_id(0)
+    place = tl.program_id(0)
+    image = tl.program_id(1)
     tokens_V = tl.arange(0, TILE_V)
-    row = (program // l, program % l, tokens_V, V)
     kept_V = tokens_V < V
-    logits_V = load_row(cond_BlV, row)
+    logits_V = load_token(cond_BlV, image, place, tokens_V, V)
     if GUIDED:
-        uncond_V = load_row(uncond_BlV, row)
+        uncond_V = load_token(uncond_BlV, image, place, tokens_V, V)
         logits_V = logits_V + guidance * (logits_V - uncond_V)
     logits_V = tl.where(kept_V, logits_V, -float("inf"))
     bits_V = tl.where(logits_V == 0, 0.0, logits_V).to(tl.uint32, bitcast=True)   # -0 is 0
@@ -1382,32 +1134,29 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, to
         target = (tl.sum(units_V).to(tl.float32) * top_p).to(tl.int64)
         target = tl.maximum(target, 1)   # the most likely token stays, whatever p
         kept_V &= ranked_within(keys_V, units_V, target)
-    noise_V = load_row(noise_BlV, row)
+    noise_V = load_token(noise_BlV, image, place, tokens_V, V)
     score_V = tl.where(kept_V, logits_V - tl.log(noise_V), -float("inf"))
     token = tl.argmax(score_V, 0)
-    tl.store(token_Bl.start + program, token.to(tl.int64))
+    tl.store(token_Bl.start + image * tl.num_programs(0) + place, token.to(tl.int64))
 
 
 def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV):
-    check_sampling(cond_BlV, uncond_BlV, noise_BlV)
     B, l, V = cond_BlV.shape
-    if V > 65536:
-        raise ValueError(f"the Triton kernel holds a row in registers, up to 65536: V is {V}")
+    assert V <= 65536   # a row is held in registers
     token_Bl = torch.empty(B, l, dtype=torch.int64, device=cond_BlV.device)
     GUIDED = uncond_BlV is not None
     TILE_V = triton.next_power_of_2(V)
-    launch(sample_tokens_kernel, B * l,
+    launch(sample_tokens_kernel, (l, B),
            [cond_BlV, uncond_BlV if GUIDED else cond_BlV, noise_BlV], [token_Bl],
-           float(guidance), float(top_p), top_k if top_k > 0 else V, l, V,
+           float(guidance), float(top_p), top_k if top_k > 0 else V, V,
            GUIDED=GUIDED, TILE_V=TILE_V,
            num_warps=min(32, max(1, TILE_V // 512)),   # 16 numbers a thread, if V is 257 to 16,384
-           enable_fp_fusion=False)   # a fused multiply-add rounds once, the twin twice: ties break
+           enable_fp_fusion=False)   # a fused multiply-add rounds once, PyTorch twice: ties break
     return token_Bl
 
 
 def sample_tokens_torch(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV):
     """Sorts the k highest logits, no order: how many of them stay, and so the threshold."""
-    check_sampling(cond_BlV, uncond_BlV, noise_BlV)
     logits_BlV = cond_BlV.float()
     V = cond_BlV.shape[-1]
     if uncond_BlV is not None:
@@ -1433,44 +1182,92 @@ def sample_tokens_torch(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
     return score_BlV.argmax(dim=-1)
 
 
-# -------------------------------------------------------------------------------------------------
-# Floating point operations: what a model needs, and what a GPU can do
+def sample_tokens(cond_BlV: Tensor, uncond_BlV: Tensor | None, guidance: float, top_k: int,
+                  top_p: float, noise_BlV: Tensor) -> Tensor:
+    """Draw one token per place: int64 [B, l].
 
-
-PEAK_TFLOPS = {   # of dense bf16, from the data sheets; the first name that the card's contains
-    "B200": 2250,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "RTX 4090": 165,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of one GPU in bf16, if the device is a card that we know."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
-
-
-def forward_flops(model: torch.nn.Module, *inputs: Tensor) -> int:
-    """FLOP of a forward pass in evaluation mode, two for a multiplication and its addition.
-
-    The counter knows neither our kernels nor PyTorch's fused attention, so a copy of the model on
-    the CPU does the same in plain matrix products.
+    logits = (1 + guidance) * cond - guidance * uncond    (classifier-free guidance; None: cond)
+    top_k: keep the k most likely tokens; k <= 0 or >= V keeps all. Of equal logits the lower index
+        ranks first.
+    top_p: of those, keep a token if the tokens ranked before it hold less than p of the
+        probability; 1 keeps all.
+    noise_BlV: Exponential(1) draws. argmax(logits - ln noise) is a draw from softmax(logits)
+        (Gumbel-max).
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-    twin = copy.deepcopy(model).cpu().eval()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        twin(*(x.cpu() for x in inputs))
-    return counter.get_total_flops()
+    assert noise_BlV.shape == cond_BlV.shape
+    assert uncond_BlV is None or uncond_BlV.shape == cond_BlV.shape
+    face = sample_tokens_triton if use_triton(cond_BlV) else sample_tokens_torch
+    return face(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
 
 
-if __name__ == "__main__":
-    from tests.benchmark import main
-    main()
+# -------------------------------------------------------------------------------------------------
+# How a kernel is started: nothing of VAR from here on
+
+
+def launch(kernel: Callable, programs: Sequence[int], read: list[Tensor], written: list[Tensor],
+           *numbers: float, **constants: int) -> None:
+    """Start a kernel on the arrays it reads, the arrays it writes, and numbers.
+
+    torch.compile cannot look into it, and needs to know what is written: there a launch is one
+    operator of PyTorch's, which elsewhere would take longer to call than many a kernel to run.
+    """
+    if torch.compiler.is_compiling():
+        launch_compiled(kernel.__name__, programs, read, written, list(numbers),
+                        ",".join(constants), list(constants.values()))
+    else:
+        start(kernel, programs, read + written, numbers, constants)
+
+
+@torch.library.custom_op("var::launch", mutates_args=["written"])
+def launch_compiled(kernel: str, programs: Sequence[int], read: list[Tensor],
+                    written: list[Tensor], numbers: list[Number], names: str,
+                    values: list[int]) -> None:
+    constants = dict(zip(names.split(","), values))
+    start(globals()[kernel], programs, read + written, numbers, constants)
+
+
+@launch_compiled.register_fake
+def launch_nothing(*arguments) -> None:
+    """What torch.compile calls to learn the shapes of the outputs: there are none."""
+
+
+def start(kernel: Callable, programs: Sequence[int], tensors: Sequence[Tensor],
+          numbers: Sequence[float], constants: dict[str, int]) -> None:
+    """Where the tensors are: Triton alone takes the current GPU, which may be another.
+
+    Raises LaunchError where the machine lacks what Triton needs.
+    """
+    with torch.cuda.device_of(tensors[0]):
+        try:
+            kernel[tuple(programs)](*as_arrays(tensors), *numbers, **constants)
+        except Exception as error:
+            for sign, sentence in LACKING.items():
+                if sign in f"{type(error).__name__}: {error}":
+                    raise LaunchError(sentence) from error
+            raise
+
+
+def as_arrays(tensors: Sequence[Tensor]) -> list[Array]:
+    return [Array(x, x.stride()) for x in tensors]
+
+
+class LaunchError(OSError):
+    """Nothing is wrong with the program: the machine lacks what Triton needs to start a kernel."""
+
+
+LAUNCHER = ("Triton could not build its launcher, for which it needs a C compiler and Python's "
+            "headers (Debian: apt install gcc python3-dev)")
+ON_A_CPU = ("Triton sees no GPU, or a tensor that is on none: for its interpreter "
+            "TRITON_INTERPRET=1 must be in the environment before Python starts")
+WITHOUT = 'or set FACE = "torch" in kernels.py, which does without Triton'
+LACKING = {   # by a word of Triton's error
+    "C compiler": LAUNCHER,
+    "CalledProcessError": LAUNCHER,
+    "FileNotFoundError": LAUNCHER,
+    "active drivers": ON_A_CPU,
+    "cpu tensor": ON_A_CPU,
+    "OutOfResources": "a kernel needs more shared memory than this GPU has: choose smaller tiles, "
+                      + WITHOUT,
+    "PTXASError": "Triton's assembler failed, as it does where it does not know this GPU yet: "
+                  "install a newer Triton, " + WITHOUT,
+}
