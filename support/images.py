@@ -1,41 +1,158 @@
 """Files to images, bytes to floats and back, and pictures of many images: grids and films."""
 from __future__ import annotations
 
+import functools
+import io
 import math
+import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from support.checkpoint import save_whole
 from support.cli import UserError, in_short
+from support.devices import say
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}   # known to Pillow, but not read by it
+SYSTEM_NAMES = {
+    "__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "#snapshot", "~snapshot", "lost+found",
+    "$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db",
+    "desktop.ini", "icon\r", "network trash folder", "temporary items",
+}
 
 
-def read_image(path: Path, side: int, channels: int) -> np.ndarray:
-    """A file, centre-cropped and resized: uint8 [channels, side, side]. Raises UserError."""
+@functools.cache
+def image_endings() -> set[str]:
+    """The endings of files that Pillow reads here: in small letters, with their dot."""
+    formats = Image.registered_extensions()   # which loads all of Pillow's readers
+    return {ending for ending, name in formats.items() if name in {*Image.OPEN} - NO_PICTURES}
+
+
+def composed(name: str) -> str:
+    """Letters with their accents in one, as keyboards write them, and not apart as Macs keep them."""
+    return unicodedata.normalize("NFC", name)
+
+
+class Walk:
+    """A look through a folder for its images and sub-folders, which counts what it passes over.
+
+    Hidden names and those of the system are no data, wherever they are. Links are followed; a real
+    folder is taken once, so that loops end and no class gets the images of another.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root.resolve()
+        self.seen = {self.root}
+        self.passed_over: Counter[str] = Counter()
+
+    def look(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """The sub-folders of a folder and the images in it, both by name."""
+        folders = []
+        images = []
+        for entry in sorted(os.scandir(folder), key=lambda entry: composed(entry.name)):
+            path = Path(entry.path)
+            reason = self.reason_against(entry, path)
+            if reason:
+                self.passed_over[reason] += 1
+            elif path.suffix.lower() in image_endings() and not is_folder(entry):
+                images.append(path)
+            else:
+                self.seen.add(path.resolve())
+                folders.append(path)
+        return folders, images
+
+    def reason_against(self, entry: os.DirEntry, path: Path) -> str | None:
+        if path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:
+            return "hidden or the system's"
+        if is_folder(entry):
+            real = path.resolve()
+            inside = entry.is_symlink() and real.is_relative_to(self.root)
+            return "links to folders that are there already" if inside or real in self.seen else None
+        if path.suffix.lower() not in image_endings():
+            return f"{path.suffix.lower() or 'no ending'}"
+        whole = entry.is_file(follow_symlinks=False) or path.is_file()
+        return None if whole else "links to nowhere, pipes"
+
+    def images_below(self, folder: Path) -> list[Path]:
+        """The images in a folder, then those in its sub-folders."""
+        folders, images = self.look(folder)
+        for below in folders:
+            images += self.images_below(below)
+        return images
+
+    def say_passed_over(self) -> None:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in self.passed_over.most_common())
+        if counts:
+            say(f"{self.root}: passed over what is no image ({in_short(counts)})")
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is one or a link to one, at the price of a look at the disk for links alone."""
+    return entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry.path)
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """The images in a folder and below it; what else is there is counted and said.
+
+    Raises UserError if there are none.
+    """
+    walk = Walk(folder)
+    found = walk.images_below(folder)
+    walk.say_passed_over()
+    if not found:
+        raise UserError(f"{folder} holds no images")
+    return found
+
+
+def read_image(path: Path, side: int, channels: int, white: int | None = None) -> np.ndarray:
+    """A file as `decode_image` returns it. Raises UserError."""
     try:
-        with Image.open(path) as image:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}")
+    return decode_image(content, path, side, channels, white)
+
+
+def decode_image(
+    content: bytes, path: Path, side: int, channels: int, white: int | None = None
+) -> np.ndarray:
+    """What is in a file, centre-cropped and resized: uint8 [channels, side, side].
+
+    white: of grey files of 16 bits that do not use them all, 4095 for 12 bits say. Raises UserError.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
             image.verify()   # compares a PNG's checksums; afterwards it must be opened anew
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(content)) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):   # 16 bits of grey, which Pillow would clip at 255
-                high = np.asarray(image) // 256
-                image = Image.fromarray(high.clip(0, 255).astype(np.uint8))
+            if image.mode.startswith(("I", "F")):
+                image = eight_bits(image, white)
             if image.has_transparency_data:   # what lies under it was never meant to be seen
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB" if channels == 3 else "L")
             pixels = np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
+    except UnidentifiedImageError:
+        raise UserError(f"{path} cannot be read as an image: Pillow knows no such format")
     except Exception as error:   # damaged files make Pillow raise nearly anything
         raise UserError(f"{path} cannot be read as an image: {in_short(error)}")
     return np.atleast_3d(pixels).transpose(2, 0, 1)
+
+
+def eight_bits(image: Image.Image, white: int | None) -> Image.Image:
+    """Grey of 16 bits, or of real numbers, which Pillow would clip at 255."""
+    values_HW = np.nan_to_num(np.asarray(image, np.float64))
+    white = white or (255 if image.mode == "F" else 65535)
+    grey_HW = (values_HW * 255 / white).round().clip(0, 255)
+    opaque_HW = 255 * (values_HW != image.info.get("transparency"))
+    return Image.fromarray(np.dstack([grey_HW, opaque_HW]).astype(np.uint8))
 
 
 def read_mask(path: Path, side: int) -> np.ndarray:

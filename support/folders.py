@@ -1,0 +1,353 @@
+"""Folders of images, one sub-folder for each class: decoded once, or read as training goes.
+
+Image files are read by threads: Pillow lets go of Python's lock while it decodes and resizes, so
+they keep as many cores busy as processes would. And they need no shared memory, start as fast on
+every system, leave signals to the program, and end with it.
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+from tqdm import tqdm
+
+from support.checkpoint import load_checkpoint, save_checkpoint, save_whole
+from support.cli import UserError, in_short
+from support.devices import say
+from support.images import Walk, composed, decode_image
+
+HELD_OUT_SHARE = 20             # one image of so many of a class is held out, ...
+HELD_OUT_IMAGES = 10_000        # ... at most so many in all, ...
+HELD_OUT_BYTES = 2**28          # ... and at most so many bytes of them
+DARK = 64                       # of 255: less than this is what files of 10, 12 or 14 bits come to
+
+
+class File(NamedTuple):
+    label: int
+    path: Path
+    name: str    # its path from the root, the same wherever the folder lies
+    size: int
+    time: int    # when it was changed
+
+
+@dataclass(frozen=True)
+class Form:
+    """What files are made into: bytes [channels, side, side]."""
+    side: int
+    channels: int
+    white: int | None = None   # of grey files of 16 bits; None is 65535
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.side, self.side
+
+    def read(self, file: File) -> tuple[np.ndarray, bytes]:
+        """The image, and the digest of what is in the file. Raises UserError."""
+        try:
+            content = file.path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file.path} cannot be read: {error.strerror}")
+        image = decode_image(content, file.path, self.side, self.channels, self.white)
+        return image, hashlib.sha256(content).digest()
+
+
+def read_ahead(read: Callable, items: Iterable, workers: int) -> Iterator[Any]:
+    """read(item) for each, in their order; with workers, so many threads read those that follow."""
+    if not workers:
+        yield from map(read, items)
+        return
+    items = iter(items)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting = deque(pool.submit(read, item) for item in islice(items, 2 * workers))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(read, item) for item in islice(items, 1))
+            yield result
+    finally:   # whatever ended it: nobody wants the rest
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Which files there are
+
+
+def list_folder(root: Path) -> tuple[list[list[File]], list[list[File]] | None, list[str]]:
+    """The files of each class, likewise those that a folder of their own holds out, if one does,
+    and the names of the classes.
+
+    There is one sub-folder for each class, named for it; or as in ImageNet `train`, and perhaps
+    `val`, with those in them. Raises UserError for anything else.
+    """
+    folders, _ = Walk(root).look(root)
+    if not folders:
+        raise UserError(f"{root} has no sub-folders; it needs one with images for each class")
+    by_name = {folder.name.lower(): folder for folder in folders if holds_folders(folder)}
+    kept = None
+    if "train" in by_name:
+        files = files_of_classes(by_name["train"])
+        said = f"{by_name['train']} is trained on"
+        if "val" in by_name:
+            kept = files_of_classes(by_name["val"])
+            if kept.keys() == files.keys():
+                said += f", {by_name['val']} is held out"
+            else:
+                said += f"; {by_name['val']} has other classes and is passed over"
+                kept = None
+        say(said)
+    elif len(by_name) == len(folders):
+        names = in_short(", ".join(folder.name for folder in folders), 60)
+        raise UserError(f"the sub-folders of {root} ({names}) hold folders and no images; --data "
+                        f"names the folder whose sub-folders are the classes")
+    else:
+        files = files_of_classes(root)
+    for name, own in files.items():
+        if len(own) < 2:
+            raise UserError(f"class {name} of {root} has {len(own)} images; two are needed, one to "
+                            f"train on and one to hold out")
+    return list(files.values()), kept and list(kept.values()), list(files)
+
+
+def holds_folders(folder: Path) -> bool:
+    """Whether there are folders in it, and no images beside them."""
+    folders, images = Walk(folder).look(folder)
+    return bool(folders) and not images
+
+
+def files_of_classes(root: Path) -> dict[str, list[File]]:
+    """The files of each class, by its name. Folders whose names look the same are one class."""
+    walk = Walk(root)
+    folders, loose = walk.look(root)
+    if loose:
+        walk.passed_over["images beside the folders of classes"] = len(loose)
+    paths: dict[str, list[Path]] = {}
+    for folder in folders:
+        paths.setdefault(composed(folder.name), []).extend(walk.images_below(folder))
+    walk.say_passed_over()
+    files = {}
+    for label, (name, own) in enumerate(paths.items()):
+        files[name] = []
+        for path in own:
+            status = path.stat()
+            below = composed(path.relative_to(root).as_posix())
+            files[name].append(File(label, path, below, status.st_size, status.st_mtime_ns))
+    return files
+
+
+# --------------------------------------------------------------------------------------------------
+# From files to images
+
+
+class FolderImages(Dataset):
+    """Image files, read when asked for: rows -> bytes [n, channels, side, side] and labels [n].
+
+    For one that cannot be read, which is named, the next one stands in.
+    """
+
+    def __init__(self, files: list[File], form: Form):
+        self.files = files
+        self.form = form
+        self.unreadable: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        found = [self.first_readable((*range(row, len(self)), *range(row))) for row in rows]
+        if None in found:
+            raise UserError(f"none of the {len(self)} images can be read")
+        images = np.stack([image for _, image, _ in found])
+        labels = [self.files[row].label for row, _, _ in found]
+        return torch.from_numpy(images), torch.tensor(labels)
+
+    def first_readable(self, rows: Iterable[int]) -> tuple[int, np.ndarray, bytes] | None:
+        """The first of these rows that can be read: its number, image and digest."""
+        for row in rows:
+            if row not in self.unreadable:
+                try:
+                    return row, *self.form.read(self.files[row])
+                except UserError as error:
+                    self.unreadable.add(row)
+                    say(f"left out: {in_short(error)}")
+        return None
+
+    def names_of_unreadable(self) -> list[str]:
+        return [self.files[row].name for row in sorted(self.unreadable)]
+
+
+class Digest:
+    """What a data set is known by: names, sizes and content, wherever and whenever it was copied."""
+
+    def __init__(self, *about: Any):
+        self.sha256 = hashlib.sha256(repr(about).encode())
+
+    def add(self, file: File, content: bytes) -> None:
+        """content: a digest of it, or nothing where it is read later."""
+        self.sha256.update(repr((file.label, file.name, file.size, content)).encode())
+
+
+@dataclass
+class Folder:
+    """A folder of images as it is trained on."""
+    train: Dataset
+    held_out: TensorDataset
+    classes: list[str]
+    digest: str
+    unreadable: list[str]
+
+
+def load_folder(root: Path, form: Form, out: Path, workers: int, stream: bool) -> Folder:
+    """Decode a folder to files in `out`, unless an earlier run did so; with `stream`, read only what
+    is held out. Of twenty images of a class that is the first that can be read."""
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}")
+    files, kept, classes = list_folder(root)
+    listing = hashlib.sha256(repr((form, classes)).encode())
+    for file in chain(*files, *(kept or [])):
+        listing.update(repr((file.name, file.size, file.time)).encode())
+    made_of = listing.hexdigest()
+    folder = None if stream else load_decoded(out, made_of, classes)
+    if folder is None:
+        folder = read_folder(files, kept, classes, form, out, workers, None if stream else made_of)
+    if folder.unreadable:
+        names = in_short(", ".join(folder.unreadable))
+        say(f"{len(folder.unreadable)} images cannot be read and are left out: {names}")
+    brightest = folder.held_out.tensors[0].max()
+    if brightest < DARK:
+        say(f"note: no pixel of the held-out images is over {brightest} of 255; of grey files whose "
+            f"16 bits are not all used, --white-level says which number is white (12 bits: 4095)")
+    return folder
+
+
+def read_folder(
+    files: list[list[File]], kept: list[list[File]] | None, classes: list[str], form: Form,
+    out: Path, workers: int, made_of: str | None,
+) -> Folder:
+    """made_of: what the decoded files will be known by, or None to read as training goes."""
+    images = FolderImages(list(chain(*(kept or files))), form)
+    found = hold_out(images, kept or files, 1 if kept else HELD_OUT_SHARE, workers)
+    if not found:
+        raise UserError(f"none of the {len(images)} images can be read")
+    rest = list(chain(*files))
+    if not kept:
+        rest = [file for row, file in enumerate(rest)
+                if row not in found and row not in images.unreadable]
+    digest = Digest(classes, form)
+    for row, (_, content) in found.items():
+        digest.add(images.files[row], content)
+    held_out = np.stack([image for image, _ in found.values()])
+    labels = torch.tensor([images.files[row].label for row in found])
+    train = FolderImages(rest, form)
+    if made_of is None:
+        check_classes(classes, [file.label for file in rest])
+        for file in rest:
+            digest.add(file, b"")
+        held_out = TensorDataset(torch.from_numpy(held_out), labels)
+        return Folder(train, held_out, classes, digest.sha256.hexdigest(),
+                      images.names_of_unreadable())
+    (out / DECODED).unlink(missing_ok=True)   # until what it is about has been written
+    save_whole(out / "held_out.npy", lambda file: np.save(file, held_out))
+    train_labels = decode(train, classes, digest, out / "train.npy", workers)
+    unreadable = images.names_of_unreadable() + train.names_of_unreadable()
+    save_checkpoint(
+        out / DECODED, "decoded folder", made_of=made_of, digest=digest.sha256.hexdigest(),
+        train_labels=train_labels, held_out_labels=labels, unreadable=unreadable)
+    return load_decoded(out, made_of, classes)
+
+
+def hold_out(
+    images: FolderImages, files: list[list[File]], step: int, workers: int
+) -> dict[int, tuple[np.ndarray, bytes]]:
+    """Images to hold out and their digests, by row: the first of every class, then the second, ...
+
+    From every `step`-th on the next that can be read is taken.
+    """
+    ends = np.cumsum([len(own) for own in files]).tolist()
+    places = [[range(row, end) for row in range(end - len(own), end, step)]
+              for own, end in zip(files, ends)]
+    rounds = filter(None, chain.from_iterable(zip_longest(*places)))
+    bound = min(HELD_OUT_IMAGES, HELD_OUT_BYTES // math.prod(images.form.shape))
+    found = read_ahead(images.first_readable, islice(rounds, bound), workers)
+    return {row: (image, content) for row, image, content in filter(None, found)}
+
+
+def check_classes(classes: list[str], labels: list[int]) -> None:
+    """Raises UserError for a class of which there is nothing to train on."""
+    lost = set(range(len(classes))) - set(labels)
+    if lost:
+        raise UserError(f"class {classes[min(lost)]} has no image left to train on, beside what is "
+                        f"held out and what cannot be read")
+
+
+# --------------------------------------------------------------------------------------------------
+# Decoded files: train.npy and held_out.npy, bytes [N, channels, side, side], and what they are of
+
+
+DECODED = "decoded.pt"
+
+
+def decode(
+    images: FolderImages, classes: list[str], digest: Digest, path: Path, workers: int
+) -> Tensor:
+    """Write the images that can be read, one after the other; returns their labels."""
+    shape = images.form.shape
+    free = shutil.disk_usage(path.parent).free
+    needed = len(images) * math.prod(shape)
+    labels: list[int] = []
+
+    def write(file: BinaryIO) -> None:
+        write_header(file, len(images), shape)
+        found = read_ahead(images.first_readable, ([row] for row in range(len(images))), workers)
+        for each in tqdm(found, "decode", len(images), unit="image", mininterval=1):
+            if each is not None:
+                row, image, content = each
+                file.write(image.tobytes())
+                digest.add(images.files[row], content)
+                labels.append(images.files[row].label)
+        check_classes(classes, labels)
+        file.seek(0)
+        write_header(file, len(labels), shape)   # as long as the first
+
+    try:
+        if needed > free:
+            raise OSError(f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        save_whole(path, write)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; --stream reads the images as training "
+                        f"goes instead")
+    return torch.tensor(labels)
+
+
+def write_header(file: BinaryIO, count: int, shape: tuple[int, ...]) -> None:
+    about = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+    np.lib.format.write_array_header_1_0(file, about)
+
+
+def load_decoded(out: Path, made_of: str, classes: list[str]) -> Folder | None:
+    """What an earlier run decoded, mapped into memory; None if it is of other files, or damaged."""
+    try:
+        content = load_checkpoint(out / DECODED, "decoded folder")
+        sets = [np.load(out / f"{name}.npy", mmap_mode="r") for name in ("train", "held_out")]
+    except (UserError, OSError, ValueError):
+        return None
+    if content["made_of"] != made_of:
+        return None
+    with warnings.catch_warnings():   # the arrays cannot be written to, and nobody does
+        warnings.simplefilter("ignore")
+        train, held_out = map(torch.from_numpy, sets)
+    return Folder(TensorDataset(train, content["train_labels"]),
+                  TensorDataset(held_out, content["held_out_labels"]),
+                  classes, content["digest"], content["unreadable"])
