@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -36,7 +35,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
-from tqdm import tqdm
 
 from kernels import use_triton
 from sample import DEFAULTS, Run, draw_samples, load_tokenizer
@@ -49,7 +47,7 @@ from support.data import (
 )
 from support.devices import (
     Machine, Speed, average_over_processes, choose_machine, gather_over_processes, join_processes,
-    own_part, rank_and_world, say, sum_over_processes, wait_for_others,
+    own_part, progress_bar, rank_and_world, say, sum_over_processes, wait_for_others,
 )
 from support.evaluation import psnr, say_health, tokenizer_health
 from support.figures import draw_curves
@@ -162,6 +160,7 @@ class Stage:
         self.data = data
         self.settings = settings
         self.helpers = nn.Module() if helpers is None else helpers
+        self.helper_weights = list(self.helpers.parameters())
         self.peaks = [[group["lr"] for group in each.param_groups] for each in optimizers]
         self.made_with = {**made_with, "seed": settings.seed, "data set": data.digest}
         self.path = settings.out / f"{self.name}.pt"
@@ -199,8 +198,7 @@ class Stage:
         log = Log(settings.out / "log.jsonl", self.name, self.step)
         order = shuffled(len(self.rows), self.batch, settings.seed, self.step, self.steps)
         batches = read_batches(self.rows, map(own_part, order), settings.workers, machine.device)
-        bar = tqdm(initial=self.step, total=self.steps, desc=self.name, unit="step",
-                   mininterval=0.5 if sys.stderr.isatty() else 60, disable=rank > 0)
+        bar = progress_bar(initial=self.step, total=self.steps, desc=self.name, unit="step")
         with Interrupt() as interrupt, bar:
             for tensors in batches:
                 # Every random draw of a step follows from the seed and the step, so a resumed run
@@ -223,12 +221,13 @@ class Stage:
                             micro_loss, to_log = self.loss(self.ddp, *micro_batch)
                         (micro_loss / count).backward()
                     loss += micro_loss.detach() / count
-                for parameter in self.helpers.parameters():
-                    if parameter.grad is not None:
-                        average_over_processes(parameter.grad)
+                for weight in self.helper_weights:
+                    if weight.grad is not None:
+                        average_over_processes(weight.grad)
 
                 norm = clip_grad_norm_(self.model.parameters(), 1.0)
-                norm = norm + clip_grad_norm_(self.helpers.parameters(), 1.0)
+                if self.helper_weights:
+                    norm = norm + clip_grad_norm_(self.helper_weights, 1.0)
                 rate = learning_rate(self.step, self.steps, preset.warmup, preset.final_lr)
                 for optimizer, peaks in zip(self.optimizers, self.peaks):
                     for group, peak in zip(optimizer.param_groups, peaks):
@@ -252,8 +251,7 @@ class Stage:
                 numbers = average_over_processes(torch.stack([loss, norm, asked]))
                 mean_loss, mean_norm, stop = numbers.tolist()
                 self.check(mean_loss, mean_norm)
-                speed = self.speed.text(bar.format_dict["rate"] or 0)
-                bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed}", refresh=False)
+                bar.set_postfix_str(f"loss {mean_loss:.4f}, {self.speed.text(bar)}", refresh=False)
                 if logged is not None:
                     values = {name: value.tolist() for name, value in logged.items()}
                     log.write(self.step, "train", loss=mean_loss, **values)
@@ -590,7 +588,7 @@ def tokenise(tokenizer: Tokenizer, images: Dataset, settings: Settings, what: st
     tokens = [torch.empty(0, sum(s * s for s in config.scales), dtype=small)]
     labels = [torch.empty(0, dtype=torch.int64)]
     loaded = read_batches(images, batches, settings.workers, machine.device)
-    for pixels, labels_B in tqdm(loaded, what, len(batches), disable=rank_and_world()[0] > 0):
+    for pixels, labels_B in progress_bar(loaded, desc=what, total=len(batches), unit="batch"):
         with machine.autocast():
             tokens_BL = tokenizer.encode(to_float(pixels.to(machine.device)))
         tokens.append(tokens_BL.to(small).cpu())
@@ -619,7 +617,6 @@ def check_folder(data: str, out: Path, stages: list[str], resume: bool) -> None:
                         f"another folder")
     if resume and not there:
         print(f"nothing in {out} to go on from: a new training begins")
-    read_log(out / "log.jsonl")
 
 
 def check_preset(preset: Preset, channels: int, stages: list[str], grad_accumulation: int,

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -104,6 +105,13 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
+def progress_bar(*arguments, **named) -> tqdm:
+    """tqdm's, of the first process; where nobody watches, as in a log, a line a minute."""
+    rank, _ = rank_and_world()
+    watched = sys.stderr.isatty()
+    return tqdm(*arguments, **named, mininterval=0.5 if watched else 60, disable=rank > 0)
+
+
 def wait_for_others() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -171,8 +179,8 @@ class Speed:
         self.peak = peak_flops(machine)
         self.flops = forward_flops(model, *example) if self.peak else 0
 
-    def text(self, steps_a_second: float) -> str:
-        rate = self.batch * steps_a_second
+    def text(self, bar: tqdm) -> str:
+        rate = self.batch * (bar.n - bar.initial) / max(1e-9, bar.format_dict["elapsed"])
         if not self.peak:
             return f"{rate:.0f} images/s"
         flops = 3 * self.flops * rate   # the backward pass is twice the forward

@@ -7,14 +7,19 @@ import importlib
 import io
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-import sample
+import train
+from support.cli import UserError, run_program
+from support.data import SHAPES, data_of, draw_shapes
+from support.devices import choose_machine
+from support.presets import chosen_preset, training_flags
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -50,7 +55,7 @@ def run(program: str, *arguments) -> Result:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [program, *map(str, arguments)])
             try:
-                sample.run_program(module.main)
+                run_program(module.main)
             except SystemExit as end:
                 code = end.code or 0
     return Result(code, out.getvalue(), err.getvalue())
@@ -90,6 +95,59 @@ def start(*command) -> subprocess.CompletedProcess:
         [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240)
 
 
+def tiny_settings(out: Path, *flags, **values) -> train.Settings:
+    """Of a tiny run: with flags of the command line, and values of the preset by name."""
+    options = training_flags("").parse_args([*TINY, *map(str, flags)])
+    machine = choose_machine("cpu", options.precision)
+    return train.Settings(
+        replace(chosen_preset(options), **values), machine, out,
+        checkpoint_every=options.checkpoint_every, grad_accumulation=options.grad_accumulation)
+
+
+def tokenizer_stage(out: Path, *flags, **values) -> train.TokenizerStage:
+    """A tokenizer's training on a few shapes, about to begin."""
+    images = [draw_shapes(count, 8, seed) for seed, count in enumerate((20, 10))]
+    data = data_of(*images, SHAPES)
+    stage = train.TokenizerStage(data, tiny_settings(out, *flags, **values))
+    stage.begin()
+    return stage
+
+
+class Killed(BaseException):
+    """As if the power failed: nothing is written after it."""
+
+
+@contextlib.contextmanager
+def at_step(steps: int, step: int, act):
+    """Inside, `act` is called in that train step of the stage that has so many steps."""
+    real = train.learning_rate
+
+    def watched(now: int, of: int, *rest) -> float:
+        if (of, now) == (steps, step):
+            act()
+        return real(now, of, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "learning_rate", watched)
+        yield
+
+
+def kill():
+    raise Killed
+
+
+def same_run(one: Path, other: Path) -> bool:
+    """Whether two runs logged and drew the same, and their weights agree, all bit for bit."""
+    for name in ("log.jsonl", "samples.png"):
+        if (one / name).read_bytes() != (other / name).read_bytes():
+            return False
+    for name in ("tokenizer.pt", "var.pt"):
+        ours, its = (torch.load(path / name, weights_only=True)["model"] for path in (one, other))
+        if not all(torch.equal(ours[key], its[key]) for key in its):
+            return False
+    return True
+
+
 def damaged(whole: bytes) -> st.SearchStrategy[bytes]:
     """Some bytes changed, the end cut off, or two pieces swapped."""
     place = st.integers(0, len(whole) - 1)
@@ -115,6 +173,6 @@ def read_or_refused(read, path: Path, content: bytes):
     path.write_bytes(content)
     try:
         return read(path)
-    except sample.UserError as error:
+    except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error)
         return None
