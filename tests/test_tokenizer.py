@@ -1,5 +1,7 @@
 """The tokenizer: encoding and decoding agree, losses and gradients are NumPy's, codes start and come back as they
 should, bad shapes are refused."""
+import copy
+
 import numpy as np
 import pytest
 import reference
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from support.checkpoint import fingerprint
+from support.evaluation import psnr, tokenizer_health
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig, choose_phis
 
 
@@ -323,3 +327,49 @@ def test_a_decoder_in_half_precision_is_nearly_the_same():
     with torch.autocast("cpu", torch.bfloat16):
         after = made.decode(tokens_BL)
     assert after.dtype == torch.float32 and 0 < (after - before).abs().max() < 0.1
+
+
+# -----------------------------------------------------------------------------
+# Health and identity
+
+
+def test_psnr():
+    """Of images in [-1, 1], whose greatest squared error is 4."""
+    assert psnr(4) == 0 and psnr(0.04) == pytest.approx(20) and psnr(0) == pytest.approx(106.0206, abs=1e-3)
+
+
+@torch.no_grad()
+def test_health_is_what_counting_gives():
+    made = tokenizer()
+    x = images(made, 7)
+    health = tokenizer_health(made, iter((x[:5], x[5:])))
+    tokens_BL = made.encode(x)
+    ends = np.cumsum([0, *(s * s for s in made.config.scales)])
+    for k in range(4):
+        tokens_N = tokens_BL[:, ends[k]:ends[k + 1]].numpy().ravel()
+        counts = np.unique(tokens_N, return_counts=True)[1]
+        share = counts / counts.sum()
+        error = np.square(made.decode(tokens_BL[:, :ends[k + 1]]).numpy() - x.numpy()).mean()
+        assert health["codes_per_scale"][k] == len(counts)
+        assert health["usage_per_scale"][k] == pytest.approx(len(counts) / min(32, len(tokens_N)))
+        assert health["perplexity_per_scale"][k] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
+        assert health["psnr_per_scale"][k] == pytest.approx(10 * np.log10(4 / error), rel=1e-5)
+    assert health["codes_used"] == len(np.unique(tokens_BL.numpy())) / 32
+
+
+def test_a_fingerprint_is_of_weights_and_config_and_not_of_training():
+    made = tokenizer()
+    before = fingerprint(made)
+    assert len(before) == 64 and fingerprint(copy.deepcopy(made)) == before
+    made.train()(images(made, 2))
+    made.quantizer.update_hits(made.quantizer.count(made.quantizer.last_tokens_BL))
+    assert fingerprint(made) == before                    # hits and residuals are not what it computes
+    with torch.no_grad():
+        for parameter in list(made.parameters())[::5]:
+            parameter[(0,) * parameter.ndim] += 1e-3
+            changed = fingerprint(made)
+            assert changed != before
+            before = changed
+    other = Tokenizer(config(norm_groups=4))               # the same weights compute something else
+    other.load_state_dict(made.state_dict())
+    assert fingerprint(other) != before
