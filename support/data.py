@@ -39,8 +39,15 @@ class Data:
 
 
 def load_data(
-    name: str, side: int, channels: int, out: Path, data_dir: Path, seed: int, workers: int,
-    stream: bool, white: int | None = None,
+    name: str,
+    side: int,
+    channels: int,
+    out: Path,
+    data_dir: Path,
+    seed: int,
+    workers: int,
+    stream: bool,
+    white: int | None = None,
 ) -> Data:
     """Images to train on, and images to hold out.
 
@@ -60,8 +67,8 @@ def load_data(
         data = data_of(*read(name, data_dir, side), PUBLISHED[name].classes)
     elif Path(name).is_dir():
         form = Form(side, channels, white)
-        folder = load_folder(Path(name), form, out, workers, stream)
-        data = Data(folder.train, folder.held_out, folder.classes, folder.digest)
+        folder, classes = load_folder(Path(name), form, out, workers, stream)
+        data = Data(folder.train, folder.held_out, classes, folder.digest)
     else:
         raise UserError(f"--data {name} is neither a folder nor one of shapes, "
                         f"{', '.join(PUBLISHED)}")
@@ -98,7 +105,8 @@ def classifier_images(data: Data, workers: int) -> tuple[Tensor, Tensor]:
     batches = [some.tolist() for some in rows.split(256)]
     images = []
     labels = []
-    for pixels, labels_B in read_batches(data.train, batches, workers, torch.device("cpu")):
+    loaded = read_batches(data.train, batches, workers, torch.device("cpu"))
+    for pixels, labels_B in loaded:
         images.append(averaged_down(pixels.float()).round().byte())
         labels.append(labels_B)
     return torch.cat(images), torch.cat(labels)
@@ -205,15 +213,27 @@ def heart(points: int) -> np.ndarray:
     y = y - 2 * np.cos(3 * t) - np.cos(4 * t)
     return 0.063 * (x - 1j * y)
 OUTLINES = {   # x + 1j y, from -1 to 1, y down
-    "square": [-0.8 - 0.8j, 0.8 - 0.8j, 0.8 + 0.8j, -0.8 + 0.8j],
+    "square": [
+        -0.8 - 0.8j, 0.8 - 0.8j,
+        0.8 + 0.8j, -0.8 + 0.8j,
+    ],
     "triangle": [-1j, 0.95 + 0.75j, -0.95 + 0.75j],
     "star": spikes(5, 0.48),
-    "cross": [-0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j, 1 - 0.3j, 1 + 0.3j, 0.3 + 0.3j,
-              0.3 + 1j, -0.3 + 1j, -0.3 + 0.3j, -1 + 0.3j, -1 - 0.3j, -0.3 - 0.3j],
+    "cross": [
+        -0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j,
+        1 - 0.3j, 1 + 0.3j, 0.3 + 0.3j,
+        0.3 + 1j, -0.3 + 1j, -0.3 + 0.3j,
+        -1 + 0.3j, -1 - 0.3j, -0.3 - 0.3j,
+    ],
     "heart": heart(60),
-    "arrow": [-1j, 0.85 - 0.05j, 0.32 - 0.05j, 0.32 + 1j, -0.32 + 1j, -0.32 - 0.05j,
-              -0.85 - 0.05j],
-    "bar": [-1 - 0.3j, 1 - 0.3j, 1 + 0.3j, -1 + 0.3j],
+    "arrow": [
+        -1j, 0.85 - 0.05j, 0.32 - 0.05j, 0.32 + 1j,
+        -0.32 + 1j, -0.32 - 0.05j, -0.85 - 0.05j,
+    ],
+    "bar": [
+        -1 - 0.3j, 1 - 0.3j,
+        1 + 0.3j, -1 + 0.3j,
+    ],
 }
 
 
@@ -278,7 +298,8 @@ def read_idx(name: str, data_dir: Path, side: int) -> list[TensorDataset]:
         pixels = known_file(name, f"{split}-images-idx3-ubyte.gz", data_dir)
         labels = known_file(name, f"{split}-labels-idx1-ubyte.gz", data_dir)
         images = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 1, 28, 28)
-        sets.append(fit_side(images, np.frombuffer(labels, np.uint8, offset=8), side))
+        labels = np.frombuffer(labels, np.uint8, offset=8)
+        sets.append(fit_side(images, labels, side))
     return sets
 
 
@@ -290,7 +311,8 @@ def read_cifar10(name: str, data_dir: Path, side: int) -> list[TensorDataset]:
         for files in ([f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]):
             parts = [archive.extractfile(f"cifar-10-batches-bin/{file}").read() for file in files]
             records = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
-            sets.append(fit_side(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0], side))
+            images = records[:, 1:].reshape(-1, 3, 32, 32)
+            sets.append(fit_side(images, records[:, 0], side))
     return sets
 
 
@@ -303,5 +325,6 @@ def fit_side(images: np.ndarray, labels: np.ndarray, side: int) -> TensorDataset
         after = border - before
         pixels = F.pad(pixels, (before, after, before, after))
     else:
-        pixels = F.interpolate(pixels.float(), size=(side, side), mode="area").round().byte()
+        pixels = F.interpolate(pixels.float(), size=(side, side), mode="area")
+        pixels = pixels.round().byte()
     return TensorDataset(pixels, torch.tensor(labels, dtype=torch.int64))

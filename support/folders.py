@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import shutil
 import warnings
 from collections import deque
@@ -27,11 +28,14 @@ from tqdm import tqdm
 from support.checkpoint import load_checkpoint, save_checkpoint, save_whole
 from support.cli import UserError, in_short
 from support.devices import say
-from support.images import Walk, composed, decode_image
+from support.images import (
+    Walk, composed, decode_image, image_endings, is_system_name, read_file,
+)
 
 HELD_OUT_SHARE = 20             # one image of so many of a class is held out, ...
 HELD_OUT_IMAGES = 10_000        # ... at most so many in all, ...
 HELD_OUT_BYTES = 2**28          # ... and at most so many bytes of them
+OTHER_THAN_TRAIN = ("val", "valid", "validation", "test")   # folders that may lie beside `train`
 DARK = 64                       # of 255: less than this is what files of 10, 12 or 14 bits come to
 
 
@@ -41,6 +45,10 @@ class File(NamedTuple):
     name: str    # its path from the root, the same wherever the folder lies
     size: int
     time: int    # when it was changed
+
+    def record(self, *more: Any) -> bytes:
+        """What a digest takes in of a file."""
+        return repr((self.label, self.name, self.size, *more)).encode()
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,7 @@ class Form:
 
     def read(self, file: File) -> tuple[np.ndarray, bytes]:
         """The image, and the digest of what is in the file. Raises UserError."""
-        try:
-            content = file.path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{file.path} cannot be read: {error.strerror}")
+        content = read_file(file.path)
         image = decode_image(content, file.path, self.side, self.channels, self.white)
         return image, hashlib.sha256(content).digest()
 
@@ -85,46 +90,51 @@ def read_ahead(read: Callable, items: Iterable, workers: int) -> Iterator[Any]:
 # Which files there are
 
 
-def list_folder(root: Path) -> tuple[list[list[File]], list[list[File]] | None, list[str]]:
-    """The files of each class, likewise those that a folder of their own holds out, if one does,
-    and the names of the classes.
+@dataclass
+class Listing:
+    """The files of each class."""
+    classes: list[str]
+    train: list[list[File]]
+    held_out: list[list[File]] | None = None   # None: some of those to train on are held out
 
-    There is one sub-folder for each class, named for it; or as in ImageNet `train`, and perhaps
-    `val`, with those in them. Raises UserError for anything else.
-    """
+    def made_of(self, form: Form) -> str:
+        """What decoded files are known by; of files that were copied it is another."""
+        digest = hashlib.sha256(repr((form, self.classes)).encode())
+        for file in chain(*self.train, *(self.held_out or [])):
+            digest.update(file.record(file.time))
+        return digest.hexdigest()
+
+
+def list_folder(root: Path) -> Listing:
+    """One sub-folder for each class, named for it; or as ImageNet has them, all of them in `train`
+    and perhaps in `val` again. Raises UserError for anything else."""
     folders, _ = Walk(root).look(root)
-    if not folders:
-        raise UserError(f"{root} has no sub-folders; it needs one with images for each class")
-    by_name = {folder.name.lower(): folder for folder in folders if holds_folders(folder)}
-    kept = None
-    if "train" in by_name:
-        files = files_of_classes(by_name["train"])
-        said = f"{by_name['train']} is trained on"
-        if "val" in by_name:
-            kept = files_of_classes(by_name["val"])
-            if kept.keys() == files.keys():
-                said += f", {by_name['val']} is held out"
-            else:
-                said += f"; {by_name['val']} has other classes and is passed over"
-                kept = None
-        say(said)
-    elif len(by_name) == len(folders):
-        names = in_short(", ".join(folder.name for folder in folders), 60)
-        raise UserError(f"the sub-folders of {root} ({names}) hold folders and no images; --data "
-                        f"names the folder whose sub-folders are the classes")
-    else:
-        files = files_of_classes(root)
-    for name, own in files.items():
-        if len(own) < 2:
-            raise UserError(f"class {name} of {root} has {len(own)} images; two are needed, one to "
-                            f"train on and one to hold out")
-    return list(files.values()), kept and list(kept.values()), list(files)
+    by_name = {folder.name.lower(): folder for folder in folders}
+    with_images = {name for name, folder in by_name.items() if holds_images(folder)}
+    beside = None
+    if "train" in by_name and with_images <= {*OTHER_THAN_TRAIN}:
+        root = by_name["train"]
+        say(f"{root} is trained on")
+        beside = next((by_name[name] for name in OTHER_THAN_TRAIN if name in by_name), None)
+    elif not with_images:
+        names = in_short(", ".join(by_name), 60) or "there are none"
+        raise UserError(f"no sub-folder of {root} ({names}) holds images; --data names the folder "
+                        f"whose sub-folders are the classes, with images in them")
+    files = files_of_classes(root)
+    held_out = files_of_classes(beside) if beside else {}
+    listing = Listing(list(files), list(files.values()))
+    if files and held_out.keys() == files.keys():
+        say(f"{beside} is held out")
+        listing.held_out = list(held_out.values())
+    elif beside:
+        say(f"{beside} does not have the same classes, and is passed over")
+    return listing
 
 
-def holds_folders(folder: Path) -> bool:
-    """Whether there are folders in it, and no images beside them."""
-    folders, images = Walk(folder).look(folder)
-    return bool(folders) and not images
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image in the folder itself."""
+    return any(Path(entry.name).suffix.lower() in image_endings() and entry.is_file()
+               and not is_system_name(entry.name) for entry in os.scandir(folder))
 
 
 def files_of_classes(root: Path) -> dict[str, list[File]]:
@@ -188,84 +198,70 @@ class FolderImages(Dataset):
         return [self.files[row].name for row in sorted(self.unreadable)]
 
 
-class Digest:
-    """What a data set is known by: names, sizes and content, wherever and whenever it was copied."""
-
-    def __init__(self, *about: Any):
-        self.sha256 = hashlib.sha256(repr(about).encode())
-
-    def add(self, file: File, content: bytes) -> None:
-        """content: a digest of it, or nothing where it is read later."""
-        self.sha256.update(repr((file.label, file.name, file.size, content)).encode())
-
-
 @dataclass
 class Folder:
-    """A folder of images as it is trained on."""
+    """A folder of images as it is trained on: bytes [n, channels, side, side] and labels [n]."""
     train: Dataset
     held_out: TensorDataset
-    classes: list[str]
-    digest: str
-    unreadable: list[str]
+    digest: str              # names, sizes and content
+    unreadable: list[str]    # the names of files that are left out
 
 
-def load_folder(root: Path, form: Form, out: Path, workers: int, stream: bool) -> Folder:
-    """Decode a folder to files in `out`, unless an earlier run did so; with `stream`, read only what
-    is held out. Of twenty images of a class that is the first that can be read."""
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}")
-    files, kept, classes = list_folder(root)
-    listing = hashlib.sha256(repr((form, classes)).encode())
-    for file in chain(*files, *(kept or [])):
-        listing.update(repr((file.name, file.size, file.time)).encode())
-    made_of = listing.hexdigest()
-    folder = None if stream else load_decoded(out, made_of, classes)
+def load_folder(
+    root: Path, form: Form, out: Path, workers: int, stream: bool
+) -> tuple[Folder, list[str]]:
+    """A folder and the names of its classes.
+
+    It is decoded to files in `out`, unless an earlier run did so; with `stream` only what is held
+    out is read now. Of twenty images of a class that is the first that can be read.
+    """
+    listing = list_folder(root)
+    folder = None if stream else load_decoded(out, listing.made_of(form))
     if folder is None:
-        folder = read_folder(files, kept, classes, form, out, workers, None if stream else made_of)
+        folder = read_folder(listing, form, out, workers, stream)
     if folder.unreadable:
         names = in_short(", ".join(folder.unreadable))
         say(f"{len(folder.unreadable)} images cannot be read and are left out: {names}")
     brightest = folder.held_out.tensors[0].max()
     if brightest < DARK:
-        say(f"note: no pixel of the held-out images is over {brightest} of 255; of grey files whose "
-            f"16 bits are not all used, --white-level says which number is white (12 bits: 4095)")
-    return folder
+        say(f"note: no pixel of the held-out images is over {brightest} of 255; of grey files that "
+            f"do not use all of 16 bits --white-level says what is white, 4095 for 12 bits")
+    return folder, listing.classes
 
 
 def read_folder(
-    files: list[list[File]], kept: list[list[File]] | None, classes: list[str], form: Form,
-    out: Path, workers: int, made_of: str | None,
+    listing: Listing, form: Form, out: Path, workers: int, stream: bool
 ) -> Folder:
-    """made_of: what the decoded files will be known by, or None to read as training goes."""
-    images = FolderImages(list(chain(*(kept or files))), form)
-    found = hold_out(images, kept or files, 1 if kept else HELD_OUT_SHARE, workers)
+    classes = listing.held_out or listing.train
+    images = FolderImages(list(chain(*classes)), form)
+    found = hold_out(images, classes, 1 if listing.held_out else HELD_OUT_SHARE, workers)
     if not found:
         raise UserError(f"none of the {len(images)} images can be read")
-    rest = list(chain(*files))
-    if not kept:
-        rest = [file for row, file in enumerate(rest)
-                if row not in found and row not in images.unreadable]
-    digest = Digest(classes, form)
+    rest = list(chain(*listing.train))
+    if listing.held_out is None:
+        used = found.keys() | images.unreadable
+        rest = [file for row, file in enumerate(rest) if row not in used]
+    check_classes(listing.classes, [file.label for file in rest])
+    digest = hashlib.sha256(repr((form, listing.classes)).encode())
     for row, (_, content) in found.items():
-        digest.add(images.files[row], content)
-    held_out = np.stack([image for image, _ in found.values()])
+        digest.update(images.files[row].record(content))
+    pixels = np.stack([image for image, _ in found.values()])
     labels = torch.tensor([images.files[row].label for row in found])
     train = FolderImages(rest, form)
-    if made_of is None:
-        check_classes(classes, [file.label for file in rest])
+    if stream:
         for file in rest:
-            digest.add(file, b"")
-        held_out = TensorDataset(torch.from_numpy(held_out), labels)
-        return Folder(train, held_out, classes, digest.sha256.hexdigest(),
-                      images.names_of_unreadable())
+            digest.update(file.record())
+        held_out = TensorDataset(torch.from_numpy(pixels), labels)
+        return Folder(train, held_out, digest.hexdigest(), images.names_of_unreadable())
     (out / DECODED).unlink(missing_ok=True)   # until what it is about has been written
-    save_whole(out / "held_out.npy", lambda file: np.save(file, held_out))
-    train_labels = decode(train, classes, digest, out / "train.npy", workers)
-    unreadable = images.names_of_unreadable() + train.names_of_unreadable()
+    save_whole(out / "held_out.npy", lambda file: np.save(file, pixels))
+    train_labels = decode(train, listing.classes, digest, out / "train.npy", workers)
+    made_of = listing.made_of(form)
     save_checkpoint(
-        out / DECODED, "decoded folder", made_of=made_of, digest=digest.sha256.hexdigest(),
-        train_labels=train_labels, held_out_labels=labels, unreadable=unreadable)
-    return load_decoded(out, made_of, classes)
+        out / DECODED, "decoded folder", made_of=made_of, digest=digest.hexdigest(),
+        train_labels=train_labels, held_out_labels=labels,
+        unreadable=images.names_of_unreadable() + train.names_of_unreadable())
+    return load_decoded(out, made_of)
 
 
 def hold_out(
@@ -288,21 +284,24 @@ def check_classes(classes: list[str], labels: list[int]) -> None:
     """Raises UserError for a class of which there is nothing to train on."""
     lost = set(range(len(classes))) - set(labels)
     if lost:
-        raise UserError(f"class {classes[min(lost)]} has no image left to train on, beside what is "
-                        f"held out and what cannot be read")
+        raise UserError(f"class {classes[min(lost)]} has no image left to train on beside one that "
+                        f"is held out; two are needed that can be read")
 
 
 # --------------------------------------------------------------------------------------------------
-# Decoded files: train.npy and held_out.npy, bytes [N, channels, side, side], and what they are of
+# Decoded files: train.npy and held_out.npy, bytes [N, channels, side, side]
 
 
-DECODED = "decoded.pt"
+DECODED = "decoded.pt"   # their labels, and what they are made of
 
 
 def decode(
-    images: FolderImages, classes: list[str], digest: Digest, path: Path, workers: int
+    images: FolderImages, classes: list[str], digest: hashlib._Hash, path: Path, workers: int,
 ) -> Tensor:
-    """Write the images that can be read, one after the other; returns their labels."""
+    """Write the images that can be read, one after the other; returns their labels.
+
+    The digest takes in what is in the files.
+    """
     shape = images.form.shape
     free = shutil.disk_usage(path.parent).free
     needed = len(images) * math.prod(shape)
@@ -315,7 +314,7 @@ def decode(
             if each is not None:
                 row, image, content = each
                 file.write(image.tobytes())
-                digest.add(images.files[row], content)
+                digest.update(images.files[row].record(content))
                 labels.append(images.files[row].label)
         check_classes(classes, labels)
         file.seek(0)
@@ -336,7 +335,7 @@ def write_header(file: BinaryIO, count: int, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, about)
 
 
-def load_decoded(out: Path, made_of: str, classes: list[str]) -> Folder | None:
+def load_decoded(out: Path, made_of: str) -> Folder | None:
     """What an earlier run decoded, mapped into memory; None if it is of other files, or damaged."""
     try:
         content = load_checkpoint(out / DECODED, "decoded folder")
@@ -350,4 +349,4 @@ def load_decoded(out: Path, made_of: str, classes: list[str]) -> Folder | None:
         train, held_out = map(torch.from_numpy, sets)
     return Folder(TensorDataset(train, content["train_labels"]),
                   TensorDataset(held_out, content["held_out_labels"]),
-                  classes, content["digest"], content["unreadable"])
+                  content["digest"], content["unreadable"])

@@ -32,53 +32,61 @@ SYSTEM_NAMES = {
 def image_endings() -> set[str]:
     """The endings of files that Pillow reads here: in small letters, with their dot."""
     formats = Image.registered_extensions()   # which loads all of Pillow's readers
-    return {ending for ending, name in formats.items() if name in {*Image.OPEN} - NO_PICTURES}
+    read = {*Image.OPEN} - NO_PICTURES
+    return {ending for ending, name in formats.items() if name in read}
 
 
 def composed(name: str) -> str:
-    """Letters with their accents in one, as keyboards write them, and not apart as Macs keep them."""
+    """A name with accents in their letters, as keyboards write them; Macs keep them apart."""
     return unicodedata.normalize("NFC", name)
 
 
-class Walk:
-    """A look through a folder for its images and sub-folders, which counts what it passes over.
+def is_system_name(name: str) -> bool:
+    """Whether a file or folder is there for a system or a program, and not as data."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
-    Hidden names and those of the system are no data, wherever they are. Links are followed; a real
-    folder is taken once, so that loops end and no class gets the images of another.
+
+class Walk:
+    """A look through a folder for its sub-folders and images, which counts what it passes over.
+
+    Links are followed, but no real folder is met twice, nor are links inside of `root`: so loops
+    end, and no class gets the images of another.
     """
 
     def __init__(self, root: Path):
         self.root = root.resolve()
-        self.seen = {self.root}
+        self.met = {self.root}
         self.passed_over: Counter[str] = Counter()
 
     def look(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """The sub-folders of a folder and the images in it, both by name."""
         folders = []
         images = []
-        for entry in sorted(os.scandir(folder), key=lambda entry: composed(entry.name)):
+        entries = sorted(os.scandir(folder), key=lambda entry: composed(entry.name))
+        for entry in entries:
             path = Path(entry.path)
-            reason = self.reason_against(entry, path)
-            if reason:
-                self.passed_over[reason] += 1
-            elif path.suffix.lower() in image_endings() and not is_folder(entry):
+            ending = path.suffix.lower()
+            linked = entry.is_symlink()   # only for links there is a need to ask the disk
+            if is_system_name(path.name):
+                self.passed_over["hidden or the system's"] += 1
+            elif path.is_dir() if linked else entry.is_dir():
+                if self.meet(path.resolve(), linked):
+                    folders.append(path)
+                else:
+                    self.passed_over["links to folders that are there already"] += 1
+            elif ending not in image_endings():
+                self.passed_over[ending or "without an ending"] += 1
+            elif path.is_file() if linked else entry.is_file():
                 images.append(path)
             else:
-                self.seen.add(path.resolve())
-                folders.append(path)
+                self.passed_over["links to nowhere, pipes"] += 1
         return folders, images
 
-    def reason_against(self, entry: os.DirEntry, path: Path) -> str | None:
-        if path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:
-            return "hidden or the system's"
-        if is_folder(entry):
-            real = path.resolve()
-            inside = entry.is_symlink() and real.is_relative_to(self.root)
-            return "links to folders that are there already" if inside or real in self.seen else None
-        if path.suffix.lower() not in image_endings():
-            return f"{path.suffix.lower() or 'no ending'}"
-        whole = entry.is_file(follow_symlinks=False) or path.is_file()
-        return None if whole else "links to nowhere, pipes"
+    def meet(self, real: Path, linked: bool) -> bool:
+        """Whether a real folder is new."""
+        known = real in self.met or linked and real.is_relative_to(self.root)
+        self.met.add(real)
+        return not known
 
     def images_below(self, folder: Path) -> list[Path]:
         """The images in a folder, then those in its sub-folders."""
@@ -88,14 +96,9 @@ class Walk:
         return images
 
     def say_passed_over(self) -> None:
-        counts = ", ".join(f"{reason}: {count}" for reason, count in self.passed_over.most_common())
+        counts = ", ".join(f"{what}: {count}" for what, count in self.passed_over.most_common())
         if counts:
-            say(f"{self.root}: passed over what is no image ({in_short(counts)})")
-
-
-def is_folder(entry: os.DirEntry) -> bool:
-    """Whether it is one or a link to one, at the price of a look at the disk for links alone."""
-    return entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry.path)
+            say(f"{self.root}: passed over what is no image of it ({in_short(counts)})")
 
 
 def image_paths(folder: Path) -> list[Path]:
@@ -113,11 +116,15 @@ def image_paths(folder: Path) -> list[Path]:
 
 def read_image(path: Path, side: int, channels: int, white: int | None = None) -> np.ndarray:
     """A file as `decode_image` returns it. Raises UserError."""
+    return decode_image(read_file(path), path, side, channels, white)
+
+
+def read_file(path: Path) -> bytes:
+    """Raises UserError where it cannot be read."""
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}")
-    return decode_image(content, path, side, channels, white)
 
 
 def decode_image(
@@ -125,15 +132,16 @@ def decode_image(
 ) -> np.ndarray:
     """What is in a file, centre-cropped and resized: uint8 [channels, side, side].
 
-    white: of grey files of 16 bits that do not use them all, 4095 for 12 bits say. Raises UserError.
+    white: of grey files whose 16 bits are not all used, 4095 for 12 bits say. Raises UserError.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.verify()   # compares a PNG's checksums; afterwards it must be opened anew
         with Image.open(io.BytesIO(content)) as image:
+            settle_transparency(image)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):
-                image = eight_bits(image, white)
+                image = in_eight_bits(image, white)
             if image.has_transparency_data:   # what lies under it was never meant to be seen
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -146,7 +154,16 @@ def decode_image(
     return np.atleast_3d(pixels).transpose(2, 0, 1)
 
 
-def eight_bits(image: Image.Image, white: int | None) -> Image.Image:
+def settle_transparency(image: Image.Image) -> None:
+    """A PNG names its transparent colour in the bits of the file; Pillow compares it in eight."""
+    if image.format == "PNG" and "transparency" in image.info:
+        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(image.tile[0].args)
+        if scale:
+            colour = np.int64(np.multiply(image.info["transparency"], scale)).tolist()
+            image.info["transparency"] = tuple(colour) if isinstance(colour, list) else colour
+
+
+def in_eight_bits(image: Image.Image, white: int | None) -> Image.Image:
     """Grey of 16 bits, or of real numbers, which Pillow would clip at 255."""
     values_HW = np.nan_to_num(np.asarray(image, np.float64))
     white = white or (255 if image.mode == "F" else 65535)
@@ -170,6 +187,48 @@ def read_mask(path: Path, side: int) -> np.ndarray:
             if not opaque_HW.all():
                 return opaque_HW
     return painted_HW
+
+
+def known_pixels(hole: Path | Sequence[float], side: int, outside: bool = True) -> Tensor:
+    """1 where an image is known and 0 where it is not: float [side, side].
+
+    hole: the file of a mask, in which it is painted, or a box (y0, x0, y1, x1) in fractions of the
+    side. outside: whether what is outside the box is known, or what is inside. Raises UserError
+    where there is no hole, and where there is nothing else.
+    """
+    if isinstance(hole, Path):
+        name = hole
+        known_HW = torch.from_numpy(~read_mask(hole, side)).float()
+    else:
+        name = f"--box {' '.join(map(str, hole))}"
+        y0, x0, y1, x1 = (round(fraction * side) for fraction in hole)
+        known_HW = torch.full((side, side), float(outside))
+        known_HW[y0:y1, x0:x1] = float(not outside)
+    if known_HW.min() == known_HW.max():
+        lacks = "a hole" if known_HW.max() else "anything that is known"
+        raise UserError(f"{name} leaves {side} x {side} pixels without {lacks}")
+    return known_HW
+
+
+def read_images(source: Path, side: int, channels: int) -> list[tuple[Tensor, str]]:
+    """An image file, or a folder of them: bytes [channels, side, side] and a label of each.
+
+    Files of a folder that cannot be read are named and left out. Raises UserError if none is left.
+    """
+    folder = source.is_dir()
+    found = []
+    for path in image_paths(source) if folder else [source]:
+        try:
+            pixels = read_image(path, side, channels)
+        except UserError as error:
+            if not folder:
+                raise
+            print(f"left out: {error}")
+        else:
+            found.append((torch.from_numpy(pixels), legible(path.stem, len(found))))
+    if not found:
+        raise UserError(f"{source} holds no image that can be read")
+    return found
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -211,6 +270,17 @@ def save_film(path: Path, frames: list[Image.Image]) -> None:
     print(f"wrote {path}")
 
 
+def save_npz(path: Path, images: np.ndarray) -> None:
+    """`arr_0`, uint8 [N, side, side, 3], as ADM's evaluation reads it (arXiv 2105.05233).
+
+    The rows are shuffled, always alike: that program takes the Inception Score of each 5,000 rows
+    and averages, so each must hold all classes.
+    """
+    order_N = np.random.default_rng(0).permutation(len(images))
+    save_whole(path, lambda file: np.savez(file, arr_0=in_colour(images[order_N])))
+    print(f"wrote {len(images)} images to {path}")
+
+
 def grid(rows: Iterable[tuple[str, Sequence[np.ndarray | Tensor]]]) -> Image.Image:
     """A labelled row of images (bytes [side, side, 1 or 3]) per entry; small ones enlarged."""
     font = ImageFont.truetype(label_font(), 11)
@@ -240,7 +310,7 @@ def legible(name: str, number: int) -> str:
     """A label: the name, with its number beside it where the font lacks a letter of it."""
     from matplotlib.ft2font import FT2Font
     letters = FT2Font(str(label_font())).get_charmap()
-    name = unicodedata.normalize("NFC", name)   # else accents lie beside their letters
+    name = composed(name)   # else accents lie beside their letters
     return name if all(ord(letter) in letters for letter in name) else f"{number} {name}"
 
 
