@@ -10,7 +10,7 @@ and verdict; README.md shows all of them side by side. The rule for claims:
   difference over the runs. Nothing under two standard deviations is an effect, and fewer than three
   runs have no spread to speak of. (Of differences that are none, 7 % pass for one at three runs.)
 - What is tuned is compared with a plain control: as many steps of ordinary training (tuning.py).
-- Images are judged as `sample.py --evaluate` does: without guidance and filters, where there is
+- Images are judged as `sample.py evaluate` does: without guidance and filters, where there is
   room, and by default; and by recall, too, with which recognition is easily bought.
 """
 from __future__ import annotations
@@ -18,14 +18,21 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-import sample
-from sample import Evaluation, Parser, Run, UserError, in_words, load_checkpoint, say_table
-from train import Preset
+from sample import Run, Sampling, load_run
+from support.checkpoint import load_checkpoint
+from support.cli import Parser, UserError, add_device_flags, number
+from support.devices import Machine, choose_machine
+from support.evaluation import Evaluation, evaluated_images, in_words, say_table
+from support.presets import Preset
+from train import Settings
+
+STARTED = time.monotonic()
+UNFILTERED = Sampling(cfg=0.0, top_k=0, top_p=1.0)   # the model's own distribution
 
 
 def parser_of(page: str, text: str) -> Parser:
@@ -34,52 +41,47 @@ def parser_of(page: str, text: str) -> Parser:
     add = parser.add_argument
     add("--run", nargs="+", type=Path, default=[Path("out/shapes")], metavar="FOLDER",
         help="finished runs of train.py with different seeds (default: out/shapes)")
-    add("--count", type=sample.number(int, 8), default=1000, metavar="N",
+    add("--count", type=number(int, 8), default=1000, metavar="N",
         help="held-out images, and generated ones of each kind, even (default: %(default)s)")
     add("--resume", action="store_true", help="go on from what an earlier try of this page trained")
-    parser.add_computer()
-    parser.set_defaults(   # what `Run` and `Stage` ask for beside
-        **sample.FILTERS, seeds=(0,), batch=100, tokenizer=None, var=None,
-        started=time.monotonic(), overwrite=False, checkpoint_every=1000, compile=False,
-        checkpoint_activations=False, grad_accumulation=None, lock=None)
+    add_device_flags(parser, compile=False)
     return parser
 
 
-def open_runs(options: Namespace) -> list[Run]:
-    """Each with `options.preset`, by which it was trained, and `options.seed`, its own. Raises
-    UserError for a folder without a finished run, for one with too little in it to be judged by,
-    and for runs that do not make a spread."""
-    if options.count % 2:
-        raise UserError(f"--count {options.count} must be even: two halves are compared")
-    sample.settle_device(options)
-    runs = [open_run(folder, options) for folder in options.run]
-    recipes = [recipe(folder) for folder in options.run]
+@dataclass
+class Trained(Run):
+    """A finished run, and how it was trained."""
+    settings: Settings
+
+
+def open_runs(options: Namespace) -> list[Trained]:
+    """The runs that the flags of `parser_of` name. Raises UserError for a folder without a finished
+    run, for one with too little in it to be judged by, and for runs that do not make a spread."""
+    machine = choose_machine(options.device, options.precision)
+    runs = [open_run(folder, machine, options.resume) for folder in options.run]
+    recipes = [recipe(run.folder) for run in runs]
     for i, run in enumerate(runs):
+        evaluated_images(run, options.count)   # are there so many?
         for j, other in enumerate(runs[:i]):
-            both = f"{run.options.run} and {other.options.run}"
-            if recipes[i] != recipes[j] or run.options.preset != other.options.preset:
+            both = f"{run.folder} and {other.folder}"
+            if recipes[i] != recipes[j]:
                 raise UserError(f"{both} differ in more than their seed")
-            if run.options.seed == other.options.seed:
-                raise UserError(f"{both} have the same seed, {run.options.seed}")
+            if run.settings.seed == other.settings.seed:
+                raise UserError(f"{both} have the same seed, {run.settings.seed}")
     return runs
 
 
-def open_run(folder: Path, options: Namespace) -> Run:
-    run = sample.load(Namespace(**{**vars(options), "run": folder}))
+def open_run(folder: Path, machine: Machine, resume: bool) -> Trained:
+    run = load_run(folder, machine)
     content = load_checkpoint(folder / "var.pt", "transformer")
     if "training" in content:
         raise UserError(f"{folder / 'var.pt'} is not trained to its end")
-    images = len(run.held_out_images())
-    if options.count > images:
-        raise UserError(f"--count {options.count}: {folder} has {images} held-out images")
     for name, has in (("class", run.classes), ("scale", run.model.config.scales)):
         if len(has) == 1:
             raise UserError(f"{folder} has one {name}, and the pages compare several")
-    made_by = content["identity"]
-    known = [field.name for field in fields(Preset) if field.name in made_by]
-    run.options.preset = Preset(**{name: made_by[name] for name in known})
-    run.options.seed = made_by["seed"]
-    return run
+    preset = Preset(**content["preset"])
+    settings = Settings(preset, machine, folder, content["made_with"]["seed"], resume)
+    return Trained(**vars(run), settings=settings)
 
 
 def recipe(folder: Path) -> dict:
@@ -87,11 +89,10 @@ def recipe(folder: Path) -> dict:
     made_with = {}
     for stage, kind in (("tokenizer", "tokenizer"), ("var", "transformer")):
         content = load_checkpoint(folder / f"{stage}.pt", kind)
-        identity = content.get("identity", content["config"])   # a published tokenizer has none
-        for name, value in identity.items():
-            if name not in ("seed", "data set", "tokenizer"):
-                made_with[stage, name] = value
-        made_with[stage, "classes"] = content.get("classes")
+        values = {**content["config"], **content["made_with"], "classes": content.get("classes")}
+        for name in ("seed", "data set", "tokenizer", "copied from"):
+            values.pop(name, None)
+        made_with[stage] = values
     return made_with
 
 
@@ -113,12 +114,12 @@ class Claim:
         return "undecided"
 
 
-def say_verdicts(claims: Sequence[Claim], figures: Sequence[list[float]], started: float) -> None:
-    """figures: of each claim, in each run. started: options.started."""
+def say_verdicts(claims: Sequence[Claim], figures: Sequence[list[float]]) -> None:
+    """figures: of each claim, in each run."""
     for claim, figure in zip(claims, figures, strict=True):
         measured = in_words(list(figure), 4)
         print(f"claim: {claim.text}\n    measured {measured}: {claim.verdict(figure)}")
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+    print(f"{(time.monotonic() - STARTED) / 60:.1f} minutes")
 
 
 def say_figures(heads: Sequence[str], by_run: Sequence[dict[str, Sequence[float]]], digits: int,

@@ -17,7 +17,6 @@ The rival, guidance, buys recognition with variety: recall is compared where it 
 from __future__ import annotations
 
 import copy
-from argparse import Namespace
 from dataclasses import replace
 from math import inf
 
@@ -27,11 +26,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from papers import Claim, figures_of, open_runs, parser_of, say_figures, say_verdicts
+from papers import Claim, Trained, figures_of, open_runs, parser_of, say_figures, say_verdicts
 from papers.tuning import Tuning
-from sample import NO_FILTERS, Run, evaluate, run_program, save_picture
-from train import COUNT, RATE, WEIGHT, several
-from var import VAR
+from support.cli import COUNT, run_program, several
+from support.evaluation import evaluate
+from support.images import save_picture
+from support.presets import RATE, WEIGHT
 
 BETA = 0.04   # twice the paper's
 GUIDANCE = (0.5, 1.0, 2.0, 4.0)
@@ -48,26 +48,26 @@ CLAIMS = (   # in points, without filters; CCA without guidance: the last lambda
 class Contrast(Tuning):
     """Tunes a copy of the run's model against the model itself, wrong classes weighed by lambda."""
 
-    def __init__(self, run: Run, weight: float):
+    def __init__(self, run: Trained, weight: float, steps: int, lr: float):
         model = copy.deepcopy(run.model)
         model.config = replace(model.config, label_dropout=0.0)   # `loss` drops labels itself
-        super().__init__(run, model, f"cca-{weight:g}", run.options.steps, run.options.lr)
+        super().__init__(run, model, f"cca-{weight:g}", steps, lr)
         self.reference = run.model
         self.weight = weight
 
-    def loss(self, tokens_BL: Tensor, labels_B: Tensor):
-        labels_B = labels_B.to(self.options.device)
+    def loss(self, model: nn.Module, tokens_BL: Tensor, labels_B: Tensor):
+        tokens_BL, labels_B = self.on_device(tokens_BL, labels_B)
         others_B = labels_B.roll(-1)
         chance_B = torch.rand(labels_B.shape, device=labels_B.device)
         dropped_B = chance_B < self.reference.config.label_dropout
         contrast_B = (others_B != labels_B) & ~dropped_B   # a neighbour may be of the same class
         labels_2B = torch.cat([labels_B, others_B])
         labels_2B = labels_2B.masked_fill(dropped_B.repeat(2), self.model.config.classes)
-        tokens_2BL = tokens_BL.to(self.options.device).long().repeat(2, 1)
+        tokens_2BL = tokens_BL.repeat(2, 1)
         inputs = self.tokenizer.teacher_inputs(tokens_2BL)                      # [2 B, L-1, C]
         with torch.no_grad():
             before_2B = log_likelihood(self.reference, tokens_2BL, labels_2B, inputs)
-        after_2B = log_likelihood(self.replica, tokens_2BL, labels_2B, inputs)
+        after_2B = log_likelihood(model, tokens_2BL, labels_2B, inputs)
         own_B, other_B = (after_2B - before_2B).chunk(2)
         loss = contrastive_loss(own_B, other_B, contrast_B, self.weight)
         return loss, lambda: {"own": own_B.mean(), "other": other_B.mean()}
@@ -90,25 +90,22 @@ def contrastive_loss(own_B: Tensor, other_B: Tensor, contrast_B: Tensor, weight:
     return -(right_B + wrong_B.where(contrast_B, also_right_B)).mean() / max(1, weight)
 
 
-def study(run: Run) -> dict[str, np.ndarray]:
+def study(run: Trained, weights: tuple[float, ...], steps: int, lr: float, count: int
+          ) -> dict[str, np.ndarray]:
     """What is measured of one run, as in HEADS."""
-    options = run.options
+    def figures(model: nn.Module, **sampling: float) -> np.ndarray:
+        tuned = replace(run, model=model, sampling=replace(run.sampling, **sampling))
+        return np.array(figures_of(evaluate(tuned, count, seeds=[0])))
 
-    def figures(model: VAR, filters: dict[str, float]) -> np.ndarray:
-        part = replace(run, model=model, options=Namespace(**{**vars(options), **filters}))
-        return np.array(figures_of(evaluate(part, options.count, options.seeds)))
-
-    plain = Tuning(run, copy.deepcopy(run.model), "cca-plain", options.steps, options.lr).run()
-    plain_7 = figures(plain, {})
+    plain = Tuning(run, copy.deepcopy(run.model), "cca-plain", steps, lr).run()
+    plain_7 = figures(plain)
     rows = {"plain, cfg 0": plain_7[:4]}
     for cfg in GUIDANCE:
-        rows[f"plain, cfg {cfg:g}"] = figures(plain, NO_FILTERS | {"cfg": cfg})[FILTERED]
-    for weight in options.weights:
-        tuned_7 = figures(Contrast(run, weight).run(), {"cfg": 0.0})
+        rows[f"plain, cfg {cfg:g}"] = figures(plain, cfg=cfg, top_k=0, top_p=1.0)[FILTERED]
+    for weight in weights:
+        tuned_7 = figures(Contrast(run, weight, steps, lr).run(), cfg=0.0)
         rows[f"CCA, lambda {weight:g}"] = tuned_7[:4]
-    rows["plain, default"] = plain_7[FILTERED]
-    rows["CCA, default but cfg 0"] = tuned_7[FILTERED]
-    return rows
+    return rows | {"plain, default": plain_7[FILTERED], "CCA, default but cfg 0": tuned_7[FILTERED]}
 
 
 def curve(rows: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -133,11 +130,12 @@ def main() -> None:
     add("--steps", type=COUNT, default=200, help="of every tuning (default: %(default)s)")
     add("--lr", type=RATE, default=1e-3, help="peak learning rate (default: %(default)s)")
     options = parser.parse_args()
-    by_run = list(map(study, open_runs(options)))
+    how = options.weights, options.steps, options.lr, options.count
+    by_run = [study(run, *how) for run in open_runs(options)]
     figures = say_figures(HEADS, by_run, 2, base="plain, cfg 0")
     tuned_R = figures[f"CCA, lambda {options.weights[-1]:g}"][1]
     differences = [tuned_R - figures[f"plain, cfg {cfg}"][1] for cfg in (0, 2)]
-    say_verdicts(CLAIMS, [*differences, list(map(recall_beside, by_run))], options.started)
+    say_verdicts(CLAIMS, [*differences, list(map(recall_beside, by_run))])
     axis = Figure(figsize=(5, 4), layout="constrained").subplots()
     for name in ("plain, cfg", "CCA, lambda"):
         axis.plot(*curve(figures, name).mean(axis=2), marker="o", label=name)

@@ -11,17 +11,18 @@ all to be tuned (ControlAR), or only what is new (ECM, whose adapters are much m
 """
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import replace
 from math import inf
 
 import torch
 from torch import Tensor, nn
 
-import sample
-from papers import Claim, open_runs, parser_of, say_figures, say_verdicts
+from papers import UNFILTERED, Claim, Trained, open_runs, parser_of, say_figures, say_verdicts
 from papers.tuning import Tuning
-from train import COUNT
+from sample import DEFAULTS, Run, class_indices, load_images
+from support.cli import COUNT, run_program
+from support.evaluation import Judge, evaluated_images, kept_classifier
+from support.images import grid, save_picture, to_bytes
 from var import VAR
 
 HEADS = ("", "IoU", "recognised %", "recall %", "f. IoU", "f. recognised %", "f. recall %")
@@ -35,7 +36,7 @@ CLAIMS = (
 class Controlled(VAR):
     """A VAR that is shown edges. With none, and with Z at zero, it is the VAR it was made of."""
 
-    def __init__(self, run: sample.Run):
+    def __init__(self, run: Run):
         super().__init__(run.model.config)
         self.load_state_dict(run.model.state_dict())
         self.read = run.tokenizer.quantizer.read
@@ -43,7 +44,7 @@ class Controlled(VAR):
         self.control = nn.Linear(self.cell**2, self.config.width, bias=False)   # Z
         nn.init.zeros_(self.control.weight)
         self.edges_BLX: Tensor | None = None   # X: pixels of a cell
-        self.to(run.options.device)
+        self.to(run.machine.device)
 
     def show(self, edges_B1HW: Tensor, cfg: float = 0.0) -> None:
         """The edges of the images at hand. Of the null class, for guidance, there are none."""
@@ -66,12 +67,11 @@ class Controlled(VAR):
 
 
 class Steering(Tuning):
-    def loss_of(self, model: Controlled, tokens_BL: Tensor, labels_B: Tensor):
+    def loss(self, model: Controlled, tokens_BL: Tensor, labels_B: Tensor):
         """Of a model that is shown the edges of what the tokens decode to."""
-        with torch.no_grad():
-            images = self.tokenizer.decode(tokens_BL.to(self.options.device).long())
-        model.show(edges_of(images))
-        return super().loss_of(model, tokens_BL, labels_B)
+        tokens_BL, labels_B = self.on_device(tokens_BL, labels_B)
+        model.show(edges_of(self.tokenizer.decode(tokens_BL)))
+        return super().loss(model, tokens_BL, labels_B)
 
 
 def edges_of(images: Tensor) -> Tensor:
@@ -80,19 +80,18 @@ def edges_of(images: Tensor) -> Tensor:
     return (slopes.norm(dim=1, keepdim=True) > 0.25).float()
 
 
-def draw(run: sample.Run, labels: list[int], edges_N1HW: Tensor, seed: int) -> Tensor:
+def draw(run: Run, labels: list[int], edges_N1HW: Tensor, seed: int) -> Tensor:
     """Images of these classes with these edges."""
-    def show(rows: range) -> None:   # called before these rows are drawn
-        run.model.show(edges_N1HW[rows].to(run.options.device), run.options.cfg)
+    def show(rows: slice) -> None:   # called before these rows are drawn
+        run.model.show(edges_N1HW[rows].to(run.machine.device), run.sampling.cfg)
     return run.decode(run.generate(labels, seed, show))
 
 
-def study(run: sample.Run) -> tuple[dict[str, list[float]], sample.Run]:
+def study(run: Trained, steps: int, count: int) -> tuple[dict[str, list[float]], Run]:
     """What is measured of one run, as in HEADS; and the run with the model that was tuned whole."""
-    options = run.options
-    lr = options.preset.var_lr
-    originals, labels_N = sample.evaluated_images(run, options.count)
-    judge = sample.Judge(sample.kept_classifier(run), originals, run.classes)
+    lr = run.settings.preset.var_lr
+    originals, labels_N = evaluated_images(run, count)
+    judge = Judge(kept_classifier(run), originals, run.classes)
     asked_N1HW = edges_of(originals)
 
     def figures(images: Tensor) -> list[float]:
@@ -109,22 +108,22 @@ def study(run: sample.Run) -> tuple[dict[str, list[float]], sample.Run]:
         if name == "frozen":
             Z = model.requires_grad_(False).control.requires_grad_(True)
             optimizers = [torch.optim.AdamW(Z.parameters(), lr, weight_decay=0.0)]
-        stage = kind(run, model, f"control-{name}", options.steps, lr, None, optimizers)
+        stage = kind(run, model, f"control-{name}", steps, lr, optimizers)
         tuned = replace(run, model=stage.run())
         rows[name] = []
-        for filters in (sample.NO_FILTERS, sample.FILTERS):
-            part = replace(tuned, options=Namespace(**{**vars(options), **filters}))
-            rows[name] += figures(draw(part, labels_N.tolist(), asked_N1HW, options.seeds[0]))
+        for sampling in (UNFILTERED, DEFAULTS):
+            part = replace(tuned, sampling=sampling)
+            rows[name] += figures(draw(part, labels_N.tolist(), asked_N1HW, seed=0))
     return rows, tuned
 
 
-def requests(run: sample.Run) -> tuple[list[str], list[int], Tensor]:
+def requests(run: Run, sources: list[str]) -> tuple[list[str], list[int], Tensor]:
     """Names, classes and edges of what --image names."""
-    given = sample.load_images(run, run.options.image)
+    given = load_images(run, sources)
     edges_N1HW = edges_of(given.images)
     for i, name in enumerate(given.names):
         if given.labels[i] is None:   # a drawing
-            given.labels[i] = sample.class_indices([name], run.classes)[0]
+            given.labels[i] = class_indices([name], run.classes)[0]
             edges_N1HW[i] = given.images[i].mean(dim=0) < 0.25
     return given.names, given.labels, edges_N1HW
 
@@ -136,15 +135,15 @@ def main() -> None:
         help="for the picture: data:17, or a drawing, dark on white, named for its class: star.png")
     options = parser.parse_args()
     runs = open_runs(options)
-    names, labels, edges_N1HW = requests(runs[0])
-    by_run, tuned = zip(*map(study, runs))
+    names, labels, edges_N1HW = requests(runs[0], options.image)
+    by_run, tuned = zip(*(study(run, options.steps, options.count) for run in runs))
     figures = say_figures(HEADS, by_run, 2, base="plain")
     gain, frozen_gain = (figures[name] - figures["plain"] for name in ("all", "frozen"))
-    say_verdicts(CLAIMS, [figures["all"][0], gain[1], frozen_gain[0] / gain[0]], options.started)
+    say_verdicts(CLAIMS, [figures["all"][0], gain[1], frozen_gain[0] / gain[0]])
     columns = [1 - 2 * edges_N1HW] + [draw(tuned[0], labels, edges_N1HW, seed) for seed in range(3)]
-    picture = sample.grid(list(zip(names, zip(*map(sample.to_bytes, columns)))))
-    sample.save_picture(options.run[0] / "papers" / "control.png", picture)
+    picture = grid(list(zip(names, zip(*map(to_bytes, columns)))))
+    save_picture(options.run[0] / "papers" / "control.png", picture)
 
 
 if __name__ == "__main__":
-    sample.run_program(main)
+    run_program(main)

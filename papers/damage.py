@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sample import Run, to_bytes, to_float
+from sample import Run
+from support.images import to_bytes, to_float
 
 
 def read_back(run: Run, tokens_NL: Tensor, images: Tensor) -> dict[str, Tensor]:

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels import forward_flops
-from papers import Claim, open_runs, parser_of, say_evaluations, say_figures, say_verdicts
+from papers import Claim, Trained, open_runs, parser_of, say_evaluations, say_figures, say_verdicts
 from papers.tuning import Tuning
-from sample import Run, evaluate, run_program
+from support.cli import COUNT, run_program
+from support.devices import forward_flops
+from support.evaluation import evaluate
 from tokenizer import Quantizer, Tokenizer
-from train import COUNT
 from var import VAR
 
 CLAIMS = (   # where it holds, where it is false
@@ -90,13 +90,12 @@ def shortened(model: VAR, n: int) -> VAR:
     return short.to(model.level_L.device).eval()
 
 
-def small_model(run: Run) -> VAR:
+def small_model(run: Trained, steps: int | None) -> VAR:
     """Trained as the run's own was."""
-    preset = run.options.preset
-    torch.manual_seed(run.options.seed)
-    small = VAR(replace(run.model.config, **SMALL)).to(run.options.device)
-    steps = run.options.steps or preset.var_steps
-    stage = Tuning(run, small, "drafting", steps, preset.var_lr)
+    preset = run.settings.preset
+    torch.manual_seed(run.settings.seed)
+    small = VAR(replace(run.model.config, **SMALL)).to(run.machine.device)
+    stage = Tuning(run, small, "drafting", steps or preset.var_steps, preset.var_lr)
     small_flops, large_flops = (forward_flops(x, *stage.example()) for x in (small, run.model))
     print(f"the small model takes {small_flops / large_flops:.0%} of the large one's FLOPs")
     return stage.run()
@@ -119,13 +118,13 @@ def main() -> None:
     rows = {}
     by_run = []
     for run in open_runs(options):
-        models = takeovers(run.model, small_model(run))
+        models = takeovers(run.model, small_model(run, options.steps))
         labels = [i % len(run.classes) for i in range(100)]   # of the images that are timed
         nats = []
         seconds = []
         for name, model in models.items():
             part = replace(run, model=model)
-            found = evaluate(part, options.count, options.seeds)
+            found = evaluate(part, options.count, seeds=[0])
             rows.setdefault(name, []).append(found)
             nats.append(found.nats_per_image)
             seconds.append(min(repeat(lambda: part.generate(labels, 0), number=1, repeat=5)))
@@ -137,13 +136,12 @@ def main() -> None:
     costs = say_figures(("", "share of time", "more nats/token"), by_run, 3)
     _, (share_R, excess_R), *others = costs.values()
     others_R = np.mean(others, axis=0)[1]
-    measured = [
+    say_verdicts(CLAIMS, [
         100 * (last_R7 / large_R7 - 1)[:, 0],
         share_R,
         (last_R7 - large_R7)[:, 1],
         excess_R - others_R,
-    ]
-    say_verdicts(CLAIMS, measured, options.started)
+    ])
 
 
 if __name__ == "__main__":

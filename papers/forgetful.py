@@ -78,7 +78,7 @@ def statistics(run: Run, tokens_BL: Tensor, labels_B: Tensor) -> Tensor:
     for block in run.model.blocks:
         hooks.append(block.attention.register_forward_pre_hook(
             lambda _, given: seen.append(given[0])))
-    device = run.options.device
+    device = run.machine.device
     inputs = run.tokenizer.teacher_inputs(tokens_BL.to(device))
     run.model(labels_B.to(device), inputs)
     for hook in hooks:

@@ -23,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from papers import Claim, open_runs, parser_of, say_figures, say_verdicts
+from papers import Claim, Trained, open_runs, parser_of, say_figures, say_verdicts
 from papers.masked import MaskedVAR
 from papers.tuning import Tuning
-from sample import Parser, Run, batches, evaluated_images, run_program
+from support.cli import COUNT, Parser, run_program
+from support.evaluation import evaluated_images
+from support.images import batches
+from support.presets import RATE
 from tokenizer import Tokenizer
-from train import COUNT, RATE
 from var import VAR
 
 CLAIMS = (
@@ -48,9 +50,8 @@ CLAIMS = (
 class MaskedTuning(Tuning):
     """Of half of the images a share of the tokens is known, in each another, from 0 to 1."""
 
-    def loss_of(self, model: MaskedVAR, tokens_BL: Tensor, labels_B: Tensor):
-        tokens_BL = tokens_BL.to(self.options.device).long()
-        labels_B = labels_B.to(self.options.device)
+    def loss(self, model: MaskedVAR, tokens_BL: Tensor, labels_B: Tensor):
+        tokens_BL, labels_B = self.on_device(tokens_BL, labels_B)
         share_B1 = 2 * torch.rand(len(tokens_BL), 1, device=tokens_BL.device) - 1
         known_BL = torch.rand(tokens_BL.shape, device=tokens_BL.device) < share_B1
         known_BL[:, 0] = False   # the first scale has nothing that could be told
@@ -63,14 +64,13 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--lr", type=RATE, default=3e-3, help="at its peak (default: 0.003)")
 
 
-def tuned(run: Run, kind: str) -> Run:
-    """The run with its model after --steps more: "plain", "masked" or "leaking"."""
+def tuned(run: Trained, kind: str, steps: int, lr: float) -> Trained:
+    """The run with its model after so many steps more: "plain", "masked" or "leaking"."""
     model = copy.deepcopy(run.model)
     if kind != "plain":
         model = MaskedVAR(model, leaks=kind == "leaking")
     stage = Tuning if kind == "plain" else MaskedTuning
-    tuning = stage(run, model, f"hmar-{kind}", run.options.steps, run.options.lr)
-    return replace(run, model=tuning.run())
+    return replace(run, model=stage(run, model, f"hmar-{kind}", steps, lr).run())
 
 
 def checkerboard(model: VAR) -> Tensor:
@@ -105,21 +105,21 @@ def nats_of(tokenizer: Tokenizer, model: MaskedVAR, tokens_BL: Tensor, labels_B:
     return torch.stack(found)
 
 
-def measure(run: Run) -> dict[str, list[float]]:
+def measure(run: Trained, steps: int, lr: float, count: int) -> dict[str, list[float]]:
     """Mean nats of held-out images: of all tokens, of the last scale's, and of B on all scales."""
-    images, labels_N = evaluated_images(run, run.options.count)
+    images, labels_N = evaluated_images(run, count)
     _, tokens_NL = run.encode(images)
     level_L = run.model.level_L
     parts_3L = [level_L >= 0, level_L == level_L.max(), ~checkerboard(run.model)]
     sums_L3 = torch.stack(parts_3L, dim=1).float()
     rows = {}
     for kind in ("plain", "masked", "leaking"):
-        model = tuned(run, kind).model
+        model = tuned(run, kind, steps, lr).model
         if kind == "plain":
             model = MaskedVAR(model).eval()
         torch.manual_seed(0)   # of drafts
         found = []
-        for part in batches(len(tokens_NL), run.options.batch):
+        for part in batches(len(tokens_NL), run.sampling.batch):
             tokens_BL = tokens_NL[part].to(level_L)
             labels_B = labels_N[part].to(level_L)
             found.append(nats_of(run.tokenizer, model, tokens_BL, labels_B))
@@ -134,7 +134,7 @@ def main() -> None:
     parser = parser_of("hmar", __doc__)
     add_flags(parser)
     options = parser.parse_args()
-    by_run = [measure(run) for run in open_runs(options)]
+    by_run = [measure(run, options.steps, options.lr, options.count) for run in open_runs(options)]
     rows = say_figures(("nats", "image", "last scale", "B"), by_run, 2, base="plain, one pass")
     plain, one, two, drafts, _, leaking, leaking_drafts = rows.values()   # each [3, runs]
     say_verdicts(CLAIMS, [
@@ -143,7 +143,7 @@ def main() -> None:
         100 * (one[0] / plain[0] - 1),
         100 * (1 - leaking[2] / two[2]),
         100 * (leaking_drafts[2] / drafts[2] - 1),
-    ], options.started)
+    ])
 
 
 if __name__ == "__main__":

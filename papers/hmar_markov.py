@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from papers import Claim, open_runs, parser_of, say_evaluations, say_verdicts
+from papers import Claim, Trained, open_runs, parser_of, say_evaluations, say_verdicts
 from papers.tuning import Tuning
-from sample import Run, evaluate, run_program
-from train import COUNT
+from support.cli import COUNT, run_program
+from support.evaluation import evaluate
 from var import VAR
 
 CLAIMS = (
@@ -46,9 +46,8 @@ def weights_of(scales: tuple[int, ...]) -> Tensor:
 class WeightedTuning(Tuning):
     """The mean over a scale's tokens, and then a weighted one over scales."""
 
-    def loss_of(self, model: VAR, tokens_BL: Tensor, labels_B: Tensor):
-        tokens_BL = tokens_BL.to(self.options.device).long()
-        labels_B = labels_B.to(self.options.device)
+    def loss(self, model: VAR, tokens_BL: Tensor, labels_B: Tensor):
+        tokens_BL, labels_B = self.on_device(tokens_BL, labels_B)
         inputs = self.tokenizer.teacher_inputs(tokens_BL)
         logits_BLV = model(labels_B, inputs).float()
         loss_BL = F.cross_entropy(logits_BLV.mT, tokens_BL, reduction="none")
@@ -56,13 +55,13 @@ class WeightedTuning(Tuning):
         return loss_K @ weights_of(model.config.scales).to(loss_K), dict
 
 
-def trained(run: Run, name: str, last_scales: int | None, kind: type[Tuning]) -> Run:
+def trained(run: Trained, steps: int, name: str, last_scales: int | None, kind: type[Tuning]
+            ) -> Trained:
     """The run with another model, trained from scratch."""
-    options = run.options
-    torch.manual_seed(options.seed)
+    torch.manual_seed(run.settings.seed)
     config = replace(run.model.config, last_scales=last_scales)
-    model = VAR(config).to(options.device)
-    stage = kind(run, model, f"hmar_markov-{name}", options.steps, options.preset.var_lr)
+    model = VAR(config).to(run.machine.device)
+    stage = kind(run, model, f"hmar_markov-{name}", steps, run.settings.preset.var_lr)
     return replace(run, model=stage.run())
 
 
@@ -81,14 +80,14 @@ def main() -> None:
     }
     found = {}
     for name, how in kinds.items():
-        models = [trained(run, *how) for run in runs]
-        found[name] = [evaluate(run, options.count, options.seeds) for run in models]
+        models = [trained(run, options.steps, *how) for run in runs]
+        found[name] = [evaluate(run, options.count, seeds=[0]) for run in models]
     plain_R7, own_R7, weighted_R7 = say_evaluations(found).values()
     say_verdicts(CLAIMS, [
         (own_R7[:, 0] - plain_R7[:, 0]) / config.length,
         own_R7[:, 3] - plain_R7[:, 3],
         weighted_R7[:, 3] - plain_R7[:, 3],
-    ], options.started)
+    ])
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ typical than it says, at the price of variety. So are those of a lower top-p or 
 
 Where knowing a part of a scale should pay most is in-painting: VAR puts an image's own tokens for
 those that it drew, and the others of the scale never see them. Here they do. Halves of images are
-completed, their class not told, as by  python sample.py --task inpaint: there, too, the coarsest
-maps are those of the known half, smeared over the hole (`var.Known`).
+completed, their class not told, as by  python sample.py inpaint: there, too, the coarsest
+maps are those of the known half, smeared over the hole (`Known`).
 """
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -21,14 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from papers import Claim, open_runs, parser_of, say_figures, say_verdicts
+from papers import UNFILTERED, Claim, Trained, open_runs, parser_of, say_figures, say_verdicts
 from papers.hmar import add_flags, tuned
-from sample import (
-    FILTERS, NO_FILTERS, Judge, Run, UserError, evaluated_images, fill_holes, grid, kept_classifier,
-    run_program, save_picture, seam, to_bytes,
-)
-from train import COUNT, several
-from var import Known
+from sample import DEFAULTS, Known, Run, Sampling, fill_holes
+from support.cli import COUNT, UserError, run_program, several
+from support.evaluation import Judge, evaluated_images, kept_classifier, seam
+from support.images import grid, save_picture, to_bytes
 
 MORE = {"holds": (0, inf), "false": (-inf, 0)}
 CLAIMS = (
@@ -41,34 +38,33 @@ CLAIMS = (
 )
 HEADS = ("recognised %", "recall %", "precision %", "Fréchet", "border")
 
-# What is drawn: the model, its filters, whether in more passes, and whether the surest are kept.
+# What is drawn: the model, how, whether in more passes, and whether the surest are kept.
 DRAWN = {
-    "plain VAR": ("plain", NO_FILTERS, False, False),
-    "plain VAR, top-p 0.9": ("plain", NO_FILTERS | {"top_p": 0.9}, False, False),
-    "plain VAR, top-p 0.8": ("plain", NO_FILTERS | {"top_p": 0.8}, False, False),
-    "plain VAR, cfg 1": ("plain", NO_FILTERS | {"cfg": 1.0}, False, False),
-    "masked, one pass": ("masked", NO_FILTERS, False, False),
-    "more passes, at random": ("masked", NO_FILTERS, True, False),
-    "by confidence": ("masked", NO_FILTERS, True, True),
-    "by confidence, leaking": ("leaking", NO_FILTERS, True, True),
-    "filtered: plain VAR": ("plain", FILTERS, False, False),
-    "filtered: at random": ("masked", FILTERS, True, False),
-    "filtered: by confidence": ("masked", FILTERS, True, True),
-    "halves: plain VAR": ("plain", FILTERS, False, False),
-    "halves: one pass": ("masked", FILTERS, False, False),
-    "halves: at random": ("masked", FILTERS, True, False),
-    "halves: by confidence": ("masked", FILTERS, True, True),
+    "plain VAR": ("plain", UNFILTERED, False, False),
+    "plain VAR, top-p 0.9": ("plain", replace(UNFILTERED, top_p=0.9), False, False),
+    "plain VAR, top-p 0.8": ("plain", replace(UNFILTERED, top_p=0.8), False, False),
+    "plain VAR, cfg 1": ("plain", replace(UNFILTERED, cfg=1.0), False, False),
+    "masked, one pass": ("masked", UNFILTERED, False, False),
+    "more passes, at random": ("masked", UNFILTERED, True, False),
+    "by confidence": ("masked", UNFILTERED, True, True),
+    "by confidence, leaking": ("leaking", UNFILTERED, True, True),
+    "filtered: plain VAR": ("plain", DEFAULTS, False, False),
+    "filtered: at random": ("masked", DEFAULTS, True, False),
+    "filtered: by confidence": ("masked", DEFAULTS, True, True),
+    "halves: plain VAR": ("plain", DEFAULTS, False, False),
+    "halves: one pass": ("masked", DEFAULTS, False, False),
+    "halves: at random": ("masked", DEFAULTS, True, False),
+    "halves: by confidence": ("masked", DEFAULTS, True, True),
 }
 
 
 def draw(
-    run: Run, labels: list[int], known: Callable[[slice], Known] | None, filters: dict,
+    run: Run, labels: list[int], known: Callable[[slice], Known] | None, sampling: Sampling,
     passes: list[int], surest: bool,
 ) -> Tensor:
     run.model.passes = passes
     run.model.surest = surest
-    options = Namespace(**{**vars(run.options), **filters})
-    tokens_NL = replace(run, options=options).generate(labels, 0, known)
+    tokens_NL = replace(run, sampling=sampling).generate(labels, 0, known)
     return run.decode(tokens_NL)
 
 
@@ -81,39 +77,39 @@ def left_halves(run: Run, originals: Tensor) -> tuple[Tensor, Callable[[slice], 
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
     where_N1SS = where_11SS.expand(len(latent_NCSS), -1, -1, -1)
     scales = len(run.model.config.scales)
-    device = run.options.device
+    device = run.machine.device
 
     def known(rows: slice) -> Known:
         return Known(latent_NCSS[rows].to(device), where_N1SS[rows].to(device), scales)
     return known_HW, known
 
 
-def passes_of(run: Run) -> list[int]:
+def passes_of(run: Run, passes: Sequence[int] | None) -> list[int]:
     """As asked for, or 1, 2, 4 and so on. Raises UserError if there are not as many as scales."""
     K = len(run.model.config.scales)
-    passes = run.options.passes or [2**k for k in range(K)]
+    passes = passes or [2**k for k in range(K)]
     if len(passes) != K:
         asked = ",".join(map(str, passes))
         raise UserError(f"--passes {asked} must be as many numbers as there are scales, {K}")
     return list(passes)
 
 
-def measure(run: Run) -> dict[str, list[float]]:
-    """Rows as in HEADS, of all that is drawn."""
-    many = passes_of(run)
+def measure(run: Trained, many: list[int], steps: int, lr: float, count: int
+            ) -> dict[str, list[float]]:
+    """Rows as in HEADS, of all that is drawn. many: passes over each scale."""
     one = [1] * len(many)
-    originals, labels_N = evaluated_images(run, run.options.count)
+    originals, labels_N = evaluated_images(run, count)
     known_HW, known = left_halves(run, originals)
     border = seam(originals, known_HW)
     judge = Judge(kept_classifier(run), originals, run.classes)
-    models = {kind: tuned(run, kind) for kind in ("plain", "masked", "leaking")}
+    models = {kind: tuned(run, kind, steps, lr) for kind in ("plain", "masked", "leaking")}
     nothing = [len(run.classes)] * len(originals)   # the null class
     pictures = {"original": originals, "known": originals * known_HW}
     rows = {}
-    for name, (kind, filters, more, surest) in DRAWN.items():
+    for name, (kind, sampling, more, surest) in DRAWN.items():
         completes = name.startswith("halves")
         what = (nothing, known) if completes else (labels_N.tolist(), None)
-        images = draw(models[kind], *what, filters, many if more else one, surest)
+        images = draw(models[kind], *what, sampling, many if more else one, surest)
         found = judge(images, labels_N)
         shares = found.recognised, found.recall, found.precision
         step = seam(images, known_HW) / border
@@ -122,7 +118,7 @@ def measure(run: Run) -> dict[str, list[float]]:
             pictures[name.removeprefix("halves: ")] = images
     shown = [(name, to_bytes(images[::len(originals) // 12 or 1][:12]))
              for name, images in pictures.items()]
-    save_picture(run.options.run / "papers" / "hmar_passes.png", grid(shown))
+    save_picture(run.folder / "papers" / "hmar_passes.png", grid(shown))
     return rows
 
 
@@ -131,7 +127,8 @@ def main() -> None:
     add_flags(parser)
     parser.add_argument("--passes", type=several(COUNT), help="over each scale (default: 1,2,4...)")
     options = parser.parse_args()
-    by_run = [measure(run) for run in open_runs(options)]
+    how = options.steps, options.lr, options.count
+    by_run = [measure(run, passes_of(run, options.passes), *how) for run in open_runs(options)]
     rows = say_figures(("", *HEADS), by_run, 2, base="plain VAR")
     print("halves: completed, the class not told; border: the step across the middle of an image, "
           "as a share of the originals'")
@@ -143,7 +140,7 @@ def main() -> None:
         surest[0] - rows["by confidence, leaking"][0],
         rows["filtered: plain VAR"][3] - rows["filtered: at random"][3],
         rows["halves: at random"][0] - rows["halves: plain VAR"][0],
-    ], options.started)
+    ])
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from sample import Known
 from tokenizer import Quantizer, Tokenizer
-from var import VAR, Known
+from var import VAR
 
 
 class ReadAndKnown(nn.Module):

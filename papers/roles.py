@@ -21,11 +21,13 @@ from math import inf
 import torch
 from torch import Tensor
 
-from papers import Claim, open_runs, parser_of, say_evaluations, say_figures, say_verdicts
+from papers import Claim, Trained, open_runs, parser_of, say_evaluations, say_figures, say_verdicts
 from papers.forgetful import forgetting, past_bytes, statistics
 from papers.tuning import kept_tokens
-from sample import Run, UserError, evaluate, evaluated_images, run_program
-from tokenizer import PUBLISHED_SCALES
+from sample import Run
+from support.cli import UserError, run_program
+from support.evaluation import evaluate, evaluated_images
+from support.published import PUBLISHED_SCALES
 
 CLAIMS = (   # where it holds, where it is false
     Claim("over layers, low ASI goes with a need of the past: Spearman's correlation > 0.5",
@@ -67,18 +69,18 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return ranks_2X.double().corrcoef()[0, 1].item()
 
 
-def study(run: Run) -> tuple[dict, dict, dict[str, list[Tensor]]]:
+def study(run: Trained) -> tuple[dict, dict, dict[str, list[Tensor]]]:
     """Of one run: figures of its layers, correlations, and which heads [N, H] a cache may keep."""
     if run.model.config.last_scales is not None:
-        raise UserError(f"{run.options.run} was trained with --last-scales: it has no past to lose")
-    chance = torch.Generator().manual_seed(run.options.seed)
+        raise UserError(f"{run.folder} was trained with --last-scales: it has no past to lose")
+    chance = torch.Generator().manual_seed(run.settings.seed)
     train = kept_tokens(run)[0]
     chosen = torch.randperm(len(train), generator=chance)[:CALIBRATION]
     rows = [x.long() for x in train[chosen]]
     past_NH, largest_NH, variance_NH = statistics(run, *rows)
     N, H = past_NH.shape
     if N < 2:
-        raise UserError(f"{run.options.run} has one layer, and there is nothing to rank")
+        raise UserError(f"{run.folder} has one layer, and there is nothing to rank")
     head_XNH = torch.eye(N * H).bool().view(-1, N, H)
     layer_NNH = torch.eye(N).bool()[:, :, None].expand(N, N, H)
     need_N = rises(run, ~layer_NNH, rows)
@@ -122,7 +124,7 @@ def main() -> None:
         costs = {}
         for name, choices in caches.items():
             part = forgetting(run, choices[0])
-            rows.setdefault(name, []).append(evaluate(part, options.count, options.seeds))
+            rows.setdefault(name, []).append(evaluate(part, options.count, seeds=[0]))
             heads = choices[0].sum().item()
             d16_heads = heads * D16_HEADS // choices[0].numel()
             costs[name] = [
@@ -138,11 +140,7 @@ def main() -> None:
     cost = say_figures(("past kept by", "nats/token", "kB/image", "at d16: MB"), costs, 4)
     more_R = cost["by variance"][0]
     say_verdicts(CLAIMS, [
-        ranks["- ASI"][0],
-        ranks["variance"][1],
-        more_R,
-        more_R - cost["at random"][0],
-    ], options.started)
+        ranks["- ASI"][0], ranks["variance"][1], more_R, more_R - cost["at random"][0]])
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import forward_flops
-from papers import Claim, open_runs, parser_of, say_verdicts
+from papers import Claim, Trained, open_runs, parser_of, say_verdicts
 from papers.power_law import draw, law_of
 from papers.tuning import Tuning
-from sample import (
-    Run, UserError, batches, evaluated_images, in_words, run_program, save_picture, say_table,
-)
-from train import COUNT, several
+from sample import Run
+from support.cli import COUNT, UserError, run_program, several
+from support.devices import forward_flops
+from support.evaluation import evaluated_images, in_words, say_table
+from support.images import batches, save_picture
 from var import VAR
 
 CLAIMS = (
@@ -40,30 +40,29 @@ AXES = ("parameters", "training FLOPs")
 MEASURES = ("loss, nats/token", "token error")
 
 
-def measure(run: Run, depth: int) -> list[float]:
+def measure(run: Trained, depth: int, steps: int, count: int) -> list[float]:
     """As in AXES and MEASURES, of a new model that is trained here."""
-    options = run.options
-    torch.manual_seed(options.seed)
+    preset = run.settings.preset
+    torch.manual_seed(run.settings.seed)
     config = replace(run.model.config, depth=depth, width=8 * depth, heads=depth)
-    model = VAR(config).to(options.device)
+    model = VAR(config).to(run.machine.device)
     parameters = sum(weight.numel() for weight in model.blocks.parameters())
-    lr = options.preset.var_lr
-    stage = Tuning(run, model, f"scaling-{depth}", options.steps, lr)
-    images = options.steps * options.preset.var_batch
+    stage = Tuning(run, model, f"scaling-{depth}", steps, preset.var_lr)
+    images = steps * preset.var_batch
     forward = images * forward_flops(model, *stage.example())
     flops = 3 * forward   # the backward pass is twice the forward
-    return [parameters, flops, *errors(replace(run, model=stage.run()))]
+    return [parameters, flops, *errors(replace(run, model=stage.run()), count)]
 
 
 @torch.no_grad()
-def errors(run: Run) -> list[float]:
+def errors(run: Run, count: int) -> list[float]:
     """Of the tokens of held-out images, as in MEASURES, given the true coarser scales."""
-    device = run.options.device
-    images, labels_N = evaluated_images(run, run.options.count)
+    device = run.machine.device
+    images, labels_N = evaluated_images(run, count)
     _, tokens_NL = run.encode(images)
     nats = 0.0
     missed = 0
-    for part in batches(len(tokens_NL), run.options.batch):
+    for part in batches(len(tokens_NL), run.sampling.batch):
         tokens_BL = tokens_NL[part].to(device)
         inputs = run.tokenizer.teacher_inputs(tokens_BL)
         logits_BLV = run.model(labels_N[part].to(device), inputs)
@@ -95,7 +94,7 @@ def main() -> None:
         raise UserError(f"--depths {asked} must be four or more that grow")
     found_RD4 = []
     for run in open_runs(options):
-        found_RD4.append([measure(run, depth) for depth in depths])
+        found_RD4.append([measure(run, d, options.steps, options.count) for d in depths])
     found_R4D = np.swapaxes(found_RD4, 1, 2)
     rows = {"": (*AXES, *MEASURES)}
     for depth, (sizes_R, flops_R, *measured) in zip(depths, found_R4D.T):
@@ -113,7 +112,7 @@ def main() -> None:
     save_picture(path, draw(AXES, x_AD, MEASURES, y_MD))
     print(f"wrote {path}")
     loss, _, error, _ = laws.values()
-    say_verdicts(CLAIMS, [loss[1], abs(loss[2]), error[1]], options.started)
+    say_verdicts(CLAIMS, [loss[1], abs(loss[2]), error[1]])
 
 
 if __name__ == "__main__":

@@ -1,69 +1,65 @@
-"""Training from given weights, with another model, other data or another loss: for the pages."""
+"""Training from given weights, with another model or another loss: for the pages."""
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import replace
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
-from sample import Log, Run, blaming, load_checkpoint
-from tokenizer import Tokenizer
-from train import Data, Stage, VARStage
+from papers import Trained
+from support.checkpoint import Log, blaming, fingerprint, load_checkpoint
+from support.data import Data
+from train import Stage, VARStage, var_optimizers
 
 
 class Tuning(VARStage):
     """So many steps of VAR's training, from the weights that a model has, on a run's images.
 
-    `run()` trains; what it returns, the average of the weights, lies in the run's folder as well,
-    under papers/. A page with another loss overrides `loss_of`; one with more data than tokens and
-    labels hands in rows of it, and overrides `loss` and `validate`, which are given those.
+    `run()` trains; what it returns, the EMA model, lies in the run's folder as well, under papers/.
+    A page with another loss overrides `loss`.
     """
 
-    def __init__(
-        self, run: Run, model: nn.Module, name: str, steps: int, lr: float,
-        rows: tuple[TensorDataset, TensorDataset] | None = None,
-        optimizers: list[Optimizer] | None = None,
-    ):
+    def __init__(self, run: Trained, model: nn.Module, name: str, steps: int, lr: float,
+                 optimizers: list[Optimizer] | None = None):
         """model: it is changed. name: of the folder, papers/NAME. lr: at the peak.
 
-        rows: to train on, and held-out ones; if not given, the run's tokens and labels.
         optimizers: if not given, the run's own; they take it that everything has a gradient.
         """
         self.tokenizer = run.tokenizer
-        options = Namespace(**vars(run.options))
-        options.out = options.run / "papers" / name
-        options.preset = replace(options.preset, var_steps=steps, var_lr=lr)
-        preset = options.preset
-        *own, images = kept_tokens(run)
-        train, self.held_out_rows = rows or own
-        data = Data(train, run.held_out, run.classes, images)
-        recipe = {   # --resume takes nothing that began otherwise
-            "tokenizer": run.tokenizer.fingerprint(),
-            "first weights": Tokenizer.fingerprint(model),
+        preset = replace(run.settings.preset, var_steps=steps, var_lr=lr)
+        settings = replace(run.settings, preset=preset, out=run.folder / "papers" / name)
+        tokens, self.held_out_rows, digest = kept_tokens(run)
+        made_with = {   # --resume takes nothing that began otherwise
+            "tokenizer": fingerprint(run.tokenizer),
+            "first weights": fingerprint(model),
             "steps": steps,
             "lr": lr,
         }
         if optimizers is None:
-            optimizers = model.optimizers(lr, preset.weight_decay, preset.muon, options.dtype)
+            optimizers = var_optimizers(model, preset, settings.machine.dtype)
+        data = Data(tokens, run.held_out, run.classes, digest)
         Stage.__init__(
-            self, model, optimizers, train, steps, preset.var_batch, preset.ema, recipe, data,
-            options)
+            self, model, optimizers, tokens, steps, preset.var_batch, preset.ema, made_with, data,
+            settings)
 
-    def finish(self, model: nn.Module, log: Log) -> None:
+    def on_device(self, tokens_BL: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What `loss` is given, on the device; tokens as int64."""
+        device = self.settings.machine.device
+        return tokens_BL.to(device).long(), labels_B.to(device)
+
+    def finish(self, log: Log) -> None:
         """Its page shows what became of it."""
 
 
-def kept_tokens(run: Run) -> tuple[TensorDataset, TensorDataset, str]:
+def kept_tokens(run: Trained) -> tuple[TensorDataset, TensorDataset, str]:
     """Tokens [N, L] and labels [N] of the training and of the held-out images, as train.py kept
-    them; and what these images are."""
-    path = run.options.run / "tokens.pt"
+    them; and the digest of these images."""
+    path = run.folder / "tokens.pt"
     content = load_checkpoint(path, "set of tokens")
     with blaming(path):
-        if content["made_with"]["tokenizer"] != run.tokenizer.fingerprint():
+        made_with = content["made_with"]
+        if made_with["tokenizer"] != fingerprint(run.tokenizer):
             raise ValueError("the tokens are of another tokenizer")
-        sets = [TensorDataset(*map(torch.cat, zip(*content[name])))
-                for name in ("train", "held_out")]
-        return *sets, content["made_with"]["images"]
+        sets = [TensorDataset(*content[name]) for name in ("train", "held_out")]
+        return *sets, made_with["data set"]

@@ -24,7 +24,9 @@ from torch import Generator, Tensor
 from papers import Claim, open_runs, parser_of, say_evaluations, say_figures, say_verdicts
 from papers.damage import read_back
 from papers.tuning import kept_tokens
-from sample import Run, evaluate, evaluated_images, number, run_program
+from sample import Run
+from support.cli import number, run_program
+from support.evaluation import evaluate, evaluated_images
 
 CLAIMS = (   # where it holds, where it is false
     Claim("of marked images, saved and encoded, 95 % or more are found",
@@ -45,10 +47,10 @@ def green_list(key: int, V: int) -> Tensor:
     return order_V < V // 2
 
 
-def marking(run: Run, green_V: Tensor) -> Run:
+def marking(run: Run, green_V: Tensor, delta: float) -> Run:
     """Its model prefers green codes. Guidance leaves delta as it is: (1 + t) delta - t delta."""
     model = copy.deepcopy(run.model)
-    model.head.bias.data += run.options.delta * green_V.to(model.head.bias)
+    model.head.bias.data += delta * green_V.to(model.head.bias)
     return replace(run, model=model)
 
 
@@ -74,12 +76,13 @@ def percent(hits: Tensor) -> float:
     return 100 * hits.double().mean().item()
 
 
-def study(run: Run, lists: list[Tensor]) -> list[dict[str, list[float]]]:
+def study(run: Run, lists: list[Tensor], delta: float, count: int
+          ) -> list[dict[str, list[float]]]:
     """Of one run: what is found, what survives at each scale, and what pools of lists do."""
     usual_NL = kept_tokens(run)[0].tensors[0]
-    images, labels_N = evaluated_images(run, run.options.count)
+    images, labels_N = evaluated_images(run, count)
     sets = [read_back(run, run.encode(images)[1], images)]
-    for model in (run, marking(run, lists[0])):
+    for model in (run, marking(run, lists[0], delta)):
         drawn_NL = model.generate(labels_N.tolist(), 0)
         sets.append(read_back(run, drawn_NL, run.decode(drawn_NL)))
     held_out, _, marked = sets
@@ -123,9 +126,9 @@ def main() -> None:
     for run in open_runs(options):
         V = run.model.config.vocabulary
         lists = [green_list(key, V) for key in range(POOLS[-1])]
-        for row, model in zip(rows.values(), (run, marking(run, lists[0]))):
-            row.append(evaluate(model, options.count, options.seeds))
-        by_run.append(study(run, lists))
+        for row, model in zip(rows.values(), (run, marking(run, lists[0], options.delta))):
+            row.append(evaluate(model, options.count, seeds=[0]))
+        by_run.append(study(run, lists, options.delta, options.count))
     unmarked_R7, marked_R7 = say_evaluations(rows).values()
     finds, survival, pools = zip(*by_run)
     found = say_figures(("found, in %", "held-out", "unmarked", "marked"), finds, 1)
@@ -140,7 +143,7 @@ def main() -> None:
         coarsest[0] - finest[0],
         found["regenerated"][2],
     ]
-    say_verdicts(CLAIMS, measured, options.started)
+    say_verdicts(CLAIMS, measured)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import io
 import math
 import signal
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,15 +98,17 @@ class Parser(ArgumentParser):
         raise UserError(message)
 
 
-def add_device_flags(parser: ArgumentParser) -> None:
-    """The flags of which `devices.choose_machine` makes a Machine."""
+def add_device_flags(parser: ArgumentParser, compile: bool = True) -> None:
+    """The flags of which `devices.choose_machine` makes a Machine. compile: with --compile."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device,
                         help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                         help="auto: bf16 on a GPU that is built for it, else fp32")
-    parser.add_argument("--compile", action="store_true",
-                        help="compile the models with torch.compile, which takes minutes at first")
+    if compile:
+        parser.add_argument(
+            "--compile", action="store_true",
+            help="compile the models with torch.compile, which takes minutes at first")
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -119,6 +123,23 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
             whole = "a whole number, " if kind is int else ""
             raise ArgumentTypeError(f"{text} must be {whole}{limits}")
         return value
+    return checked
+
+
+def output(ending: str) -> Callable[[str], Path]:
+    """The type of a flag that names a file to write; its place is tried before anything is done."""
+    def checked(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() not in ("", ending):
+            raise ArgumentTypeError(f"{text} would be a {ending} file; name it so")
+        if path.exists() and not path.is_file():
+            raise ArgumentTypeError(f"{text} is there and is no file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise ArgumentTypeError(f"{text} cannot be written: {error.strerror}")
+        return path
     return checked
 
 
