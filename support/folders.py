@@ -121,13 +121,15 @@ def list_folder(root: Path) -> Listing:
         raise UserError(f"no sub-folder of {root} ({names}) holds images; --data names the folder "
                         f"whose sub-folders are the classes, with images in them")
     files = files_of_classes(root)
-    held_out = files_of_classes(beside) if beside else {}
     listing = Listing(list(files), list(files.values()))
-    if files and held_out.keys() == files.keys():
+    if beside is None:
+        return listing
+    held_out = files_of_classes(beside)
+    if held_out.keys() == files.keys() and all(held_out.values()):
         say(f"{beside} is held out")
         listing.held_out = list(held_out.values())
-    elif beside:
-        say(f"{beside} does not have the same classes, and is passed over")
+    else:
+        say(f"{beside} does not have images of the same classes, and is passed over")
     return listing
 
 

@@ -1,17 +1,20 @@
 """Data sets: read right from every format, refused in a sentence where a file is damaged or
-strange, and folders decoded once."""
+strange, and folders as people have them: decoded once, with what does not belong left out."""
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import io
 import math
+import multiprocessing
 import os
 import shutil
 import struct
 import tarfile
+import threading
+import unicodedata
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,20 +24,31 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from program import TINY, damaged, draws, ran, read_or_refused
 
-import sample
 import train
-from program import TINY, damaged, draws, ran, read_or_refused, refused
+from support.cli import Parser, UserError
+from support.data import (
+    PUBLISHED,
+    Data,
+    balanced_subset,
+    classifier_images,
+    draw_shape,
+    draw_shapes,
+    fit_side,
+    load_data,
+    read_batches,
+)
+from support.folders import read_ahead
+from support.images import image_paths, read_image
+from support.presets import add_preset_flags, chosen_preset
+
+CPU = torch.device("cpu")
 
 
-def settled(*arguments) -> argparse.Namespace:
-    options = train.parse([*TINY, *map(str, arguments)])
-    train.settle(options)
-    return options
-
-
-def load(*arguments) -> train.Data:
-    return train.load_data(settled(*arguments))
+def load(name, out: Path = Path("unused"), side: int = 8, channels: int = 3, **others) -> Data:
+    return load_data(str(name), side, channels, out, **{
+        "data_dir": Path("unused"), "seed": 0, "workers": 2, "stream": False, **others})
 
 
 # Data sets that others published
@@ -49,7 +63,7 @@ def idx(values: np.ndarray) -> bytes:
 def publish(monkeypatch, name: str, files: dict[str, bytes]) -> None:
     """As if these were the published contents."""
     sums = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
-    monkeypatch.setitem(train.PUBLISHED, name, replace(train.PUBLISHED[name], files=sums))
+    monkeypatch.setitem(PUBLISHED, name, replace(PUBLISHED[name], files=sums))
 
 
 @pytest.fixture
@@ -58,16 +72,15 @@ def mnist(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     x = rng.integers(0, 255, (8, 28, 28))
     parts = (idx(x[:6]), idx(np.arange(6)), idx(x[6:]), idx(np.arange(2)))
-    files = dict(zip(train.PUBLISHED["mnist"].files, parts))
+    files = dict(zip(PUBLISHED["mnist"].files, parts))
     publish(monkeypatch, "mnist", files)
     for file, content in files.items():
         (tmp_path / file).write_bytes(gzip.compress(content))
     return x, tmp_path
 
 
-def load_known(name: str, folder: Path, side: int) -> train.Data:
-    scales = "1,2,4,8" if side == 16 else "1,2,4,8,16"
-    return load("--data", name, "--data-dir", folder, "--image-size", side, "--scales", scales)
+def load_known(name: str, folder: Path, side: int) -> Data:
+    return load(name, side=side, data_dir=folder)
 
 
 def test_idx_files(mnist):
@@ -82,10 +95,10 @@ def test_idx_files(mnist):
 
 def test_idx_files_compressed_in_another_way_are_the_same(mnist):
     _, folder = mnist
-    before = load_known("mnist", folder, 32).key
+    before = load_known("mnist", folder, 32).digest
     for path in folder.glob("*.gz"):
         path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=1, mtime=7))
-    assert load_known("mnist", folder, 32).key == before
+    assert load_known("mnist", folder, 32).digest == before
 
 
 def test_idx_files_that_are_others_are_refused(mnist):
@@ -95,7 +108,7 @@ def test_idx_files_that_are_others_are_refused(mnist):
     for broken, told in ((path.read_bytes()[:200], "gzip"),
                          (gzip.compress(content[:-1]), "not the published file")):
         path.write_bytes(broken)
-        with pytest.raises(train.UserError, match=told):
+        with pytest.raises(UserError, match=told):
             load_known("mnist", folder, 32)
 
 
@@ -119,21 +132,21 @@ def test_cifar10_files(tmp_path, monkeypatch):
     mean = pixels[5:].reshape(1, 3, 16, 2, 16, 2).mean(axis=(3, 5))
     assert np.array_equal(half, mean.round())
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(train.UserError, match="not the published file"):
+    with pytest.raises(UserError, match="not the published file"):
         load_known("cifar10", tmp_path, 32)
 
 
 def test_downloads_are_checked_before_they_are_used(mnist, tmp_path, monkeypatch):
     x, served = mnist
-    known = train.PUBLISHED["mnist"]
-    monkeypatch.setitem(train.PUBLISHED, "mnist", replace(known, url=served.as_uri() + "/"))
+    known = PUBLISHED["mnist"]
+    monkeypatch.setitem(PUBLISHED, "mnist", replace(known, url=served.as_uri() + "/"))
     fetched = tmp_path / "fetched"
     data = load_known("mnist", fetched, 32)
     assert np.array_equal(data.train[[0]][0][0, 0, 2:30, 2:30], x[0])
     assert len(list((fetched / "mnist").iterdir())) == 4
     shutil.rmtree(fetched)
     (served / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(train.UserError, match="cannot download"):
+    with pytest.raises(UserError, match="cannot download"):
         load_known("mnist", fetched, 32)
 
 
@@ -146,7 +159,7 @@ def lens(a: float, b: float, distance: float) -> float:
 
 
 def test_the_built_in_shapes_are_deterministic_and_distinct():
-    (one, labels), (again, _), (other, _) = (train.draw_shapes(30, 32, s).tensors for s in (3, 3, 4))
+    (one, labels), (again, _), (other, _) = (draw_shapes(30, 32, s).tensors for s in (3, 3, 4))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert labels.bincount().tolist() == [3] * 10
     assert one.flatten(1).float().std(dim=1).min() > 10   # no shape is hidden in its background
@@ -166,7 +179,7 @@ def test_the_built_in_shapes_are_deterministic_and_distinct():
 }.items())
 @pytest.mark.parametrize("angle", [0.0, 0.3])
 def test_the_shapes_have_their_areas(name, area, angle):
-    cover = train.draw_shape(name, 0.35, angle, 0.45, 0.55, 128) / 255
+    cover = draw_shape(name, 0.35, angle, 0.45, 0.55, 128) / 255
     assert cover.mean() == pytest.approx(area * 0.35**2, rel=0.03)
     rows, columns = np.indices(cover.shape) / 128
     if name in ("circle", "ring", "square", "star", "cross"):   # their middle is their centre
@@ -176,7 +189,7 @@ def test_the_shapes_have_their_areas(name, area, angle):
 
 def test_an_odd_border_is_wider_on_the_right_and_below():
     image = np.full((1, 1, 3, 3), 9, np.uint8)
-    pixels = train.fit_side(image, np.zeros(1), 6).tensors[0]
+    pixels = fit_side(image, np.zeros(1), 6).tensors[0]
     assert pixels[0, 0].sum(dim=0).tolist() == pixels[0, 0].sum(dim=1).tolist() == [0, 27, 27, 27, 0, 0]
 
 
@@ -190,18 +203,29 @@ def test_training_order_visits_everything_once_a_pass():
     assert list(train.shuffled(10, 4, seed=0, begin=3, end=5)) == steps[3:]
 
 
-def test_a_few_images_stand_for_all_classes():
+def test_a_balanced_subset_has_all_classes():
     labels = torch.tensor([2, 0, 0, 0, 1, 1, 2, 0, 0, 1])
-    rows = train.spread(torch.utils.data.TensorDataset(labels, labels), 7)
+    data = torch.utils.data.TensorDataset(labels, labels)
+    rows = balanced_subset(data, 7)
     assert labels[rows].tolist() == [0, 1, 2, 0, 1, 2, 0] and len(set(rows)) == 7
     assert rows[:3] == [1, 4, 0]   # the first of each class
-    assert sorted(train.spread(torch.utils.data.TensorDataset(labels, labels), 99)) == list(range(10))
+    assert sorted(balanced_subset(data, 99)) == list(range(10))
+
+
+@pytest.mark.parametrize("side, scales", [(16, (1, 2, 4)), (32, (1, 2, 4, 8)), (48, (1, 2, 4, 8, 12)),
+                                          (64, (1, 2, 4, 8, 16)), (4, (1,))])
+def test_scales_are_derived_and_said(side, scales, capsys):
+    parser = Parser()
+    add_preset_flags(parser)
+    assert chosen_preset(parser.parse_args(["--image-size", str(side)])).scales == scales
+    assert ",".join(map(str, scales)) in capsys.readouterr().out
 
 
 # Folders of one's own
 
 
 def draw_folder(root: Path, classes: dict[str, int], side: int = 12) -> Path:
+    """Pictures by class; no two are the same."""
     rng = np.random.default_rng(0)
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
@@ -211,209 +235,344 @@ def draw_folder(root: Path, classes: dict[str, int], side: int = 12) -> Path:
     return root
 
 
+def break_file(path: Path) -> None:
+    path.write_bytes(b"no image")
+
+
+def everything(data: Data) -> list[torch.Tensor]:
+    return [*data.train[list(range(len(data.train)))], *data.held_out.tensors]
+
+
 def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
     root = draw_folder(tmp_path / "data", {"a": 22, "b": 3})
-    (root / "a" / "007.png").write_bytes(b"no image")
+    break_file(root / "a" / "007.png")
     out = tmp_path / "out"
-    flags = ("--data", root, "--out", out)
-    data = load(*flags)
+    data = load(root, out)
     assert len(data.train) == 21 and len(data.held_out) == 3   # every twentieth, at least one
-    kept = sorted(out.iterdir())
-    assert [path.name.split("-")[0] for path in kept] == ["held_out", "train"]
-    pixels, labels = data.train[list(range(21))]
-    expected = train.read_image(root / "a" / "001.png", 8, 3)
-    assert np.array_equal(pixels[0], expected) and labels.tolist() == [0] * 19 + [1] * 2
+    pixels, labels, held_out, held_out_labels = everything(data)
+    names = [f"a/{i:03}" for i in range(22) if i % 20 and i != 7] + ["b/001", "b/002"]
+    assert np.array_equal(pixels, [read_image(root / f"{name}.png", 8, 3) for name in names])
+    assert labels.tolist() == [0] * 19 + [1] * 2
+    names = ["a/000", "b/000", "a/020"]   # the first of every class, then the second
+    assert np.array_equal(held_out, [read_image(root / f"{name}.png", 8, 3) for name in names])
+    assert held_out_labels.tolist() == [0, 1, 0]
+    assert {path.name for path in out.iterdir()} == {"train.npy", "held_out.npy", "decoded.pt"}
+    assert np.array_equal(np.load(out / "train.npy"), pixels)
 
     with monkeypatch.context() as patch:   # again, without an image being opened
-        patch.setattr(train, "read_image", None)
-        again = load(*flags)
-    assert again.key == data.key and torch.equal(again.train[list(range(21))][0], pixels)
-    moved = root.rename(tmp_path / "moved")
-    assert load("--data", moved, "--out", out).key == data.key
-    assert sorted(out.iterdir()) == kept
-
-    Image.new("RGB", (12, 12)).save(moved / "b" / "001.png")   # edited: its time and its size are others
-    assert load("--data", moved, "--out", out).key != data.key
+        patch.setattr("support.folders.decode_image", None)
+        again = load(root, out)
+        assert again.digest == data.digest and all(map(torch.equal, everything(again), everything(data)))
+        again = load(root.rename(tmp_path / "moved"), out)
+        assert again.digest == data.digest
+    (out / "train.npy").write_bytes((out / "train.npy").read_bytes()[:1000])   # cut by something else
+    assert torch.equal(load(tmp_path / "moved", out).train[[20]][0], pixels[[20]])
 
 
-def test_decoding_that_is_stopped_goes_on(tmp_path, monkeypatch):
-    root = draw_folder(tmp_path / "data", {"a": 12})
-    options = settled("--data", root, "--out", tmp_path / "out", "--workers", 0)
-    files = train.FolderImages(root, [(0, path) for path in sorted(root.rglob("*.png"))], 8, 3)
-    read: list[str] = []
-
-    def read_image(path: Path, *shape) -> np.ndarray:   # stopped by Ctrl-C at the seventh
-        if len(read) == 7:
-            read.append("stopped")
-            raise KeyboardInterrupt
-        read.append(path.name)
-        return sample.read_image(path, *shape)
-
-    monkeypatch.setattr(train, "read_image", read_image)
-    with pytest.raises(KeyboardInterrupt):
-        train.decoded(files, "train", options)
-    (path,) = options.out.iterdir()
-    with open(path, "ab") as file:
-        file.write(b"\1 half a record")
-    images = train.decoded(files, "train", options)
-    names = [path.name for path in files.paths]
-    assert read == [*names[:7], "stopped", *names[7:]]
-    pixels, _ = images[list(range(12))]
-    whole = path.read_bytes()
-    assert np.array_equal(pixels, [sample.read_image(path, 8, 3) for path in files.paths])
-    path.write_bytes(whole[:1000])   # cut short by something else: the rest is decoded again
-    images = train.decoded(files, "train", options)
-    assert path.read_bytes() == whole and torch.equal(images[list(range(12))][0], pixels)
-
-
-def test_images_that_cannot_be_read_are_counted_each_time(tmp_path, capsys):
+def test_identity_is_names_sizes_and_content(tmp_path):
+    """Data that were copied anew, to another disk or node, are the same data."""
     root = draw_folder(tmp_path / "data", {"a": 4, "b": 3})
-    (root / "a" / "002.png").write_bytes(b"no image")
-    for _ in range(2):
-        load("--data", root, "--out", tmp_path / "out")
+    data = load(root, tmp_path / "out")
+    copy = shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
+    for path in copy.rglob("*.png"):
+        os.utime(path, (1, 1))
+    again = load(copy, tmp_path / "out")
+    assert again.digest == data.digest and all(map(torch.equal, everything(again), everything(data)))
+    assert load(copy, tmp_path / "out", stream=True).digest == load(root, stream=True).digest
+    path = copy / "b" / "001.png"
+    content = path.read_bytes()
+    other = copy / "b" / "002.png"
+    path.write_bytes(other.read_bytes())   # the pictures of two names change places
+    other.write_bytes(content)
+    assert load(copy, tmp_path / "out").digest != data.digest
+    assert load(root, tmp_path / "grey", channels=1).digest != data.digest
+    (root / "b" / "001.png").rename(root / "b" / "0015.png")
+    assert load(root, tmp_path / "out").digest != data.digest
+
+
+def test_what_cannot_be_read_is_named_and_left_out(tmp_path, capsys):
+    """The next one takes the place of what would be held out."""
+    root = draw_folder(tmp_path / "data", {"a": 18, "b": 3})
+    break_file(root / "a" / "000.png")
+    break_file(root / "b" / "002.png")
+    for stream in (False, False, True):
+        data = load(root, tmp_path / "out", stream=stream)
         said = capsys.readouterr().out
-        assert "1 of 5 train images could not be read" in said and "remove" in said
-    for name in ("001.png", "002.png"):
-        (root / "b" / name).write_bytes(b"no image")
-    told = refused("train.py", "--data", root, "--out", tmp_path / "out", *TINY)
-    assert str(root / "b") in told and "to train on" in told
-    (root / "b" / "000.png").write_bytes(b"no image")
-    (root / "a" / "000.png").write_bytes(b"no image")
-    assert "to hold out" in refused("train.py", "--data", root, "--out", tmp_path / "out", *TINY)
+        assert "left out: a/000.png" in said and ("b/002.png" in said or stream)
+        assert np.array_equal(data.held_out.tensors[0][0], read_image(root / "a" / "001.png", 8, 3))
+        assert data.held_out.tensors[1].tolist() == [0, 1] and len(data.train) == 17 + stream
+    break_file(root / "b" / "001.png")
+    with pytest.raises(UserError, match="class b has no image left to train on"):
+        load(root, tmp_path / "out")
+    for path in root.rglob("*.png"):
+        break_file(path)
+    for stream in (False, True):
+        with pytest.raises(UserError, match="none of the 21 images can be read"):
+            load(root, tmp_path / "out", stream=stream)
 
 
-def test_what_is_decoded_of_another_folder_is_lost_with_its_training(tmp_path):
-    out = tmp_path / "out"
-    for name, count in (("one", 3), ("two", 4)):
-        root = draw_folder(tmp_path / name, {"a": count})
-        ran("train.py", "--data", root, "--out", out, *TINY, "--tokenizer-steps", 2, "--var-steps", 1,
-            "--overwrite")
-        assert len(list(out.glob("train-*"))) == len(list(out.glob("held_out-*"))) == 1
-    assert "another data set" in refused("train.py", "--data", tmp_path / "one", "--out", out, *TINY,
-                                         "--tokenizer-steps", 2, "--resume")
-    assert len(list(out.glob("train-*"))) == 2   # nothing is lost by a mistake
-
-
-def test_a_full_disk_ends_in_a_sentence(tmp_path):
-    """As far as a program sees it: a file that may not grow."""
-    resource = pytest.importorskip("resource")
-    root = draw_folder(tmp_path / "data", {"a": 3})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        told = refused("train.py", "--data", root, "--out", tmp_path / "out", *TINY)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "too large" in told
+def test_a_folder_is_read_as_training_goes(tmp_path, capsys):
+    root = draw_folder(tmp_path / "data", {"a": 22, "b": 3})
+    break_file(root / "a" / "007.png")
+    decoded = load(root, tmp_path / "one")
+    data = load(root, tmp_path / "two", stream=True)
+    assert not (tmp_path / "two").exists() and len(data.train) == 22
+    assert all(map(torch.equal, data.held_out.tensors, decoded.held_out.tensors))
+    pixels, labels = data.train[[5, 6, 7]]   # 006, 007 and 008: the next image stands in for 007
+    assert torch.equal(pixels, decoded.train[[5, 6, 6]][0]) and labels.tolist() == [0] * 3
+    data.train[[6]]
+    assert capsys.readouterr().out.count(f"left out: {root}/a/007.png") == 1 + 1   # once each way
+    for some in (data, decoded):
+        images, labels = classifier_images(some, workers=2)
+        assert images.shape[1:] == (3, 8, 8) and labels.bincount().tolist()[1] == 2
+    ran("train.py", "--data", root, "--out", tmp_path / "run", *TINY, "--tokenizer-steps", 2,
+        "--var-steps", 1, "--stream")
 
 
 def test_an_image_that_stands_in_keeps_its_label(tmp_path):
-    root = draw_folder(tmp_path, {"a": 1, "b": 1})
-    files = [(label, root / name / "000.png") for label, name in enumerate("ab")]
-    files[0][1].write_bytes(b"no image")
-    images, labels = train.FolderImages(root, files, 8, 3)[[0, 1]]
+    root = draw_folder(tmp_path, {"a": 2, "b": 2})
+    data = load(root, stream=True)
+    break_file(root / "a" / "001.png")
+    images, labels = data.train[[0, 1]]
     assert labels.tolist() == [1, 1] and torch.equal(images[0], images[1])
 
 
 @pytest.mark.parametrize("channels, held_out", [(3, 2), (1, 3)])
 def test_no_more_is_held_out_than_is_to_be_kept(tmp_path, monkeypatch, channels, held_out):
-    """Of bytes; of every class in turn."""
+    """Of bytes, and of images; of every class in turn."""
     root = draw_folder(tmp_path / "data", {name: 2 for name in "abcd"})
-    monkeypatch.setattr(train, "HELD_OUT_BYTES", 2 * 3 * 8 * 8)
-    monkeypatch.setattr(train, "HELD_OUT_IMAGES", 3)
-    data = load("--data", root, "--out", tmp_path / "out", "--channels", channels)
+    monkeypatch.setattr("support.folders.HELD_OUT_BYTES", 2 * 3 * 8 * 8)
+    monkeypatch.setattr("support.folders.HELD_OUT_IMAGES", 3)
+    data = load(root, tmp_path / "out", channels=channels)
     assert data.held_out.tensors[1].tolist() == list(range(held_out))
+    assert len(data.train) == 8 - held_out
 
 
-def test_a_folder_too_large_to_be_kept_is_read_as_training_goes(tmp_path, monkeypatch, capsys):
-    root = draw_folder(tmp_path / "data", {"a": 22, "b": 3})
-    (root / "a" / "007.png").write_bytes(b"no image")
-    decoded = load("--data", root, "--out", tmp_path / "one")
-    monkeypatch.setattr(train, "DISK_SHARE", 0.0)
-    assert load("--data", root, "--out", tmp_path / "one").key == decoded.key   # it is there already
-    capsys.readouterr()
-    data = load("--data", root, "--out", tmp_path / "two")
-    assert "are read as training goes" in capsys.readouterr().out
-    assert all(map(torch.equal, data.held_out.tensors, decoded.held_out.tensors))
-    pixels, labels = data.train[[5, 6, 7]]   # 006, 007 and 008: the next image stands in for 007
-    assert torch.equal(pixels, decoded.train[[5, 6, 6]][0]) and labels.tolist() == [0] * 3
-    assert len(data.train) == 22 and capsys.readouterr().err.count("007.png") == 1
-    for path in root.rglob("*.png"):
-        if path.stem != "000":   # which are held out
-            path.write_bytes(b"no image")
-    assert "none of the" in refused("train.py", "--data", root, "--out", tmp_path / "three", *TINY)
-    with pytest.raises(train.UserError, match="none of the 22 images can be read"):
-        data.train.unreadable.clear()
-        data.train[[0]]
-
-
-def test_the_same_run_from_files_and_from_decoded_images(folder, finished, tmp_path, monkeypatch):
-    """Workers read ahead; the unreadable image is stood in for, so only the length differs."""
-    monkeypatch.setattr(train, "DISK_SHARE", 0.0)
-    said = ran("train.py", "--data", folder, "--out", tmp_path, *TINY, "--tokenizer-steps", 3,
-               "--var-steps", 3, "--workers", 2)
-    assert "are read as training goes" in said
-    assert (tmp_path / "samples.png").exists() and not list(tmp_path.glob("train-*"))
-
-
-@pytest.mark.parametrize("side, scales", [(16, (1, 2, 4)), (32, (1, 2, 4, 8)), (48, (1, 2, 4, 8, 12)),
-                                          (64, (1, 2, 4, 8, 16)), (4, (1,))])
-def test_scales_are_derived_and_said(side, scales, capsys):
-    options = train.parse(["--image-size", str(side), "--device", "cpu"])
-    train.settle(options)
-    assert options.preset.scales == scales
-    assert ",".join(map(str, scales)) in capsys.readouterr().out
-
-
-def test_images_are_laid_on_white(tmp_path):
-    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))   # red, but nobody can see it
-    image.paste((0, 0, 255, 255), (0, 0, 4, 8))
-    image.save(tmp_path / "image.png")
-    pixels = train.read_image(tmp_path / "image.png", 8, 3)
-    assert pixels[:, 0, 0].tolist() == [0, 0, 255] and pixels[:, 0, 7].tolist() == [255] * 3
-    palette = Image.new("P", (8, 8), 1)
-    palette.putpalette([255, 0, 0, 0, 255, 0])
-    palette.paste(0, (0, 0, 4, 8))
-    palette.save(tmp_path / "palette.png", transparency=0)   # red is
-    pixels = train.read_image(tmp_path / "palette.png", 8, 3)
-    assert pixels[:, 0, 0].tolist() == [255] * 3 and pixels[:, 0, 7].tolist() == [0, 255, 0]
-
-
-def test_images_are_cropped_in_the_middle(tmp_path):
-    image = Image.new("L", (30, 10), 0)
-    image.paste(200, (10, 0, 20, 10))
-    image.save(tmp_path / "image.png")
-    assert (train.read_image(tmp_path / "image.png", 10, 1)[0, :, 2:8] == 200).all()
-    grey16 = Image.fromarray(np.full((8, 8), 51 * 256, np.uint16))
-    grey16.save(tmp_path / "grey16.png")
-    assert (train.read_image(tmp_path / "grey16.png", 8, 1) == 51).all()
-
-
-@pytest.mark.parametrize("classes", [
-    {"only": 5}, {"two words": 2, "Ελληνικά": 3, "日本語": 2}, {f"{i:04}": 2 for i in range(1000)}])
-def test_classes_of_every_kind(tmp_path, classes):
-    root = draw_folder(tmp_path / "data", classes, side=4)
+def test_decoding_that_ends_early_leaves_nothing_half_written(tmp_path, monkeypatch):
+    root = draw_folder(tmp_path / "data", {"a": 12})
     out = tmp_path / "out"
-    ran("train.py", "--data", root, "--out", out, *TINY, "--tokenizer-steps", 2, "--var-steps", 2)
-    assert Image.open(out / "samples.png").height == min(20, len(classes)) * 66
-    name = sorted(classes)[-1]
-    ran("sample.py", "--run", out, "--classes", name, "--per-class", 1)
-    assert (out / "sample.png").exists()
+    whole = everything(load(root, out))
+    (root / "a" / "001.png").touch()   # so it has to be decoded again
+    read = []
+
+    def stop(content, path, *shape):
+        read.append(path)
+        if len(read) == 7:
+            raise KeyboardInterrupt
+        return np.zeros((3, 8, 8), np.uint8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("support.folders.decode_image", stop)
+        with pytest.raises(KeyboardInterrupt):
+            load(root, out)
+    assert not list(out.glob("*.partial"))
+    assert all(map(torch.equal, everything(load(root, out)), whole))
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    """As far as a program sees it: little is free, or a file may not grow."""
+    resource = pytest.importorskip("resource")
+    root = draw_folder(tmp_path / "data", {"a": 12})
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 2111))
+        with pytest.raises(UserError, match="0.0 GB are free; --stream"):
+            load(root, out)   # 11 images of 192 bytes
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match="train.npy cannot be written.*too large.*--stream"):
+            load(root, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in out.iterdir()] == ["held_out.npy"]
+
+
+# How files are read meanwhile
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_reading_starts_no_process(tmp_path, monkeypatch, method):
+    """So it is the same however they start, and needs no shared memory."""
+    root = draw_folder(tmp_path / "data", {"a": 9})
+    monkeypatch.setattr(multiprocessing, "Process", None)
+    before = multiprocessing.get_start_method(allow_none=True)
+    shared = Path("/dev/shm")
+    there = set(shared.glob("*"))
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        decoded = load(root, tmp_path / "out")
+        data = load(root, stream=True)
+        batches = read_batches(data.train, [[0, 1], [2], [7, 0, 3]], 2, CPU)
+        images, labels = next(batches)
+        assert {path for path in shared.glob("torch_*")} <= there
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    rest = [images, *(images for images, _ in batches)]
+    assert torch.equal(torch.cat(rest), decoded.train[[0, 1, 2, 7, 0, 3]][0])
+    assert labels.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_readers_keep_order_and_hand_on_errors(workers):
+    main = threading.current_thread()
+    assert list(read_ahead(lambda i: i * i, range(20), workers)) == [i * i for i in range(20)]
+    asked = []
+
+    def read(i: int) -> int:
+        asked.append(i)
+        assert (threading.current_thread() is main) == (workers == 0)
+        if i == 5:
+            raise UserError("the disk is gone")
+        return i
+
+    got = []
+    with pytest.raises(UserError, match="the disk is gone"):
+        for i in read_ahead(read, range(1000), workers):
+            got.append(i)
+    assert got == list(range(5)) and len(asked) <= 6 + 2 * workers   # and not the whole rest
+    for thread in threading.enumerate():   # they end, though nobody told them to
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(timeout=10)
+            assert not thread.is_alive()
+
+
+# Folders as people have them
+
+
+def test_imagenets_own_folder(tmp_path, capsys):
+    root = tmp_path / "imagenet"
+    draw_folder(root / "train", {"n01": 3, "n02": 3})
+    draw_folder(root / "val", {"n01": 2, "n02": 1})
+    data = load(root, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "train is trained on" in said and "val is held out" in said
+    assert "2 classes: n01, n02" in said and data.classes == ["n01", "n02"]
+    assert len(data.train) == 6 and data.held_out.tensors[1].tolist() == [0, 1, 0]
+
+    for path in (root / "val").rglob("*.png"):   # as they come, without folders
+        path.rename(root / "val" / f"{path.parent.name}{path.name}")
+    data = load(root, tmp_path / "out")
+    assert "does not have images of the same classes" in capsys.readouterr().out
+    assert len(data.train) == 4 and data.held_out.tensors[1].tolist() == [0, 1]
+
+    (root / "train").rename(root / "vehicles")
+    shutil.rmtree(root / "val")
+    with pytest.raises(UserError, match=r"no sub-folder of .*imagenet \(vehicles\) holds images"):
+        load(root)
+    (root / "vehicles" / "n01").rename(root / "bus")   # `train` may be a class
+    (root / "vehicles").rename(root / "train")
+    assert load(root, tmp_path / "out").classes == ["bus", "train"]
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    root = draw_folder(tmp_path, {"data": 3})
+    for name, told in (("data", "there are none"), ("nothing", "neither a folder nor one of shapes")):
+        with pytest.raises(UserError, match=told):
+            load(root / name)
+    draw_folder(root, {"one": 1})
+    (root / "empty").mkdir()
+    with pytest.raises(UserError, match="class empty has no image"):
+        load(root, tmp_path / "out")
+    (root / "empty").rmdir()
+    with pytest.raises(UserError, match="class one has no image left"):
+        load(root, tmp_path / "out")
+
+
+STRAY = ("._000.png", "__MACOSX/a/000.png", ".ipynb_checkpoints/000.png", "@eaDir/000.png",
+         ".Trashes/000.png", "lost+found/000.png", "$RECYCLE.BIN/000.png", "Thumbs.db")
+
+
+@pytest.mark.parametrize("below", ["", "a", "a/deeper"])
+def test_hidden_and_system_names_are_no_data(tmp_path, capsys, below):
+    root = draw_folder(tmp_path / "data", {"a": 4, "a/deeper": 2})
+    for name in STRAY:
+        path = root / below / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / "a" / "001.png", path)
+    data = load(root, tmp_path / "out")
+    assert data.classes == ["a"] and len(data.train) + len(data.held_out) == 6
+    assert f"hidden or the system's: {len(STRAY)}" in capsys.readouterr().out
+    names = [path.relative_to(root).as_posix() for path in image_paths(root)]
+    assert names == ["a/000.png", "a/001.png", "a/002.png", "a/003.png", "a/deeper/000.png", "a/deeper/001.png"]
+
+
+def test_links_are_followed_once(tmp_path, capsys):
+    """And no class gets the images of another by a link."""
+    store = draw_folder(tmp_path / "store", {"cats": 25, "dogs": 3, "more": 2})
+    root = draw_folder(tmp_path / "data", {"cat": 5})
+    (root / "dog").symlink_to(store / "dogs")
+    (root / "cat" / "linked").symlink_to(store / "cats")
+    (root / "cat" / "again").symlink_to(store / "cats")
+    (root / "cat" / "up").symlink_to(root)
+    (root / "cat" / "dogs").symlink_to(root / "dog")
+    (store / "cats" / "round").symlink_to(store / "cats")
+    (root / "dog" / "one.png").symlink_to(store / "more" / "000.png")
+    (root / "dog" / "nowhere.png").symlink_to(store / "missing.png")
+    (root / "cat" / "self").symlink_to(root / "cat" / "self")
+    data = load(root, tmp_path / "out")
+    labels = Counter([*data.train.tensors[1].tolist(), *data.held_out.tensors[1].tolist()])
+    assert data.classes == ["cat", "dog"] and labels == {0: 30, 1: 4}
+    said = capsys.readouterr().out
+    assert "there already: 4" in said and "links to nowhere, pipes: 1" in said
+
+
+def test_what_pillow_reads_is_read_and_the_rest_is_counted(tmp_path, capsys):
+    root = draw_folder(tmp_path / "data", {"a": 2})
+    endings = ("gif", "bmp", "tif", "TIFF", "ppm", "jpg", "JPEG", "webp", "tga", "ico")
+    picture = Image.new("RGB", (16, 16), (200, 30, 30))
+    for ending in endings:
+        picture.save(root / "a" / f"picture.{ending}")
+    for i in range(100):
+        shutil.copyfile(root / "a" / "000.png", root / f"{i}.png")
+    for name in ("notes.txt", "labels.csv", "film.mpeg", "paper.pdf", "README"):
+        (root / "a" / name).write_bytes(b"")
+    data = load(root, tmp_path / "out")
+    assert len(data.train) + len(data.held_out) == 2 + len(endings)
+    said = capsys.readouterr().out
+    for told in ("beside the folders of classes: 100", ".txt: 1", ".mpeg: 1", ".pdf: 1",
+                 "without an ending: 1"):
+        assert told in said
+    assert "cannot be read" not in said
+
+
+@pytest.mark.parametrize("names", [
+    ["only"], ["two words", "Ελληνικά", "日本語", "1e5"], [f"{i:04}" for i in range(300)]])
+def test_classes_of_every_kind(tmp_path, names):
+    content = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(content, "PNG")
+    for name in names:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(2):
+            (tmp_path / "data" / name / f"{i}.png").write_bytes(content.getvalue())
+    data = load(tmp_path / "data", tmp_path / "out")
+    assert data.classes == sorted(names)
+    assert data.train.tensors[1].tolist() == data.held_out.tensors[1].tolist() == [*range(len(names))]
+
+
+def test_names_are_those_that_keyboards_write(tmp_path):
+    """A Mac's disk keeps letters and accents apart: the names, the order and the data are the same."""
+    composed = draw_folder(tmp_path / "here", {"café": 3, "cafz": 2})
+    apart = tmp_path / "mac"
+    for path in composed.rglob("*.png"):
+        name = unicodedata.normalize("NFD", path.relative_to(composed).with_suffix("").as_posix())
+        (apart / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, (apart / name).with_suffix(".png"))
+    assert {path.name for path in apart.iterdir()} == {"cafe\u0301", "cafz"}
+    data, same = load(composed, tmp_path / "one"), load(apart, tmp_path / "two")
+    assert data.classes == same.classes == ["cafz", "café"] and data.digest == same.digest
+    shutil.copytree(composed / "café", apart / "café")   # both ways: one class
+    assert load(apart, tmp_path / "two").classes == ["cafz", "café"]
 
 
 def test_strange_files_among_the_images(tmp_path, capsys):
-    data = tmp_path / "data" / "a"
-    data.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (2, 20, 20, 3), dtype=np.uint8)
-    Image.fromarray(pixels[0]).save(data / "line\nbreak.jpg")
-    Image.fromarray(pixels[1]).save(tmp_path / "outside.png")
-    (data / "a.png").write_bytes((tmp_path / "outside.png").read_bytes())
-    (data / "link.png").symlink_to(tmp_path / "outside.png")
+    root = draw_folder(tmp_path / "data", {"a": 2})
+    data = root / "a"
+    Image.new("RGB", (20, 20)).save(data / "line\nbreak.jpg")
     (data / "cut\nshort.jpg").write_bytes((data / "line\nbreak.jpg").read_bytes()[:500])
     (data / "folder.png").mkdir()
-    (data / "nowhere.png").symlink_to(tmp_path / "missing.png")
     os.mkfifo(data / "pipe.jpg")
+    (data / os.fsdecode(b"caf\xe9.png")).write_bytes((data / "000.png").read_bytes())   # Latin-1
     chunks = {b"IHDR": struct.pack(">II5B", 60_000, 60_000, 8, 2, 0, 0, 0), b"IDAT": b"",
               b"IEND": b""}
     bomb = b"\x89PNG\r\n\x1a\n"
@@ -421,17 +580,93 @@ def test_strange_files_among_the_images(tmp_path, capsys):
         bomb += struct.pack(">I", len(chunk)) + name + chunk
         bomb += struct.pack(">I", zlib.crc32(name + chunk))
     (data / "bomb.png").write_bytes(bomb)
-    before = {path: path.stat().st_mtime for path in tmp_path.rglob("*") if path.exists()}
-    options = settled("--data", tmp_path / "data", "--out", tmp_path / "out")
-    capsys.readouterr()
-    for name in ("bomb.png", "cut\nshort.jpg"):
-        assert train.try_to_read(data / name, (3, 8, 8)) is None
-    bomb, cut = capsys.readouterr().err.splitlines()
-    assert "bomb.png cannot be read" in bomb and "exceeds limit" in bomb
-    assert "cut short.jpg cannot be read" in cut
-    loaded = train.load_data(options)
-    assert len(loaded.train) + len(loaded.held_out) == 3
+    before = {path: path.stat().st_mtime for path in tmp_path.rglob("*")}
+    loaded = load(root, tmp_path / "out")
+    assert len(loaded.train) + len(loaded.held_out) == 4
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert len(told) == 2 and "exceeds limit" in told[0] and "cut short.jpg" in told[1]
     assert before == {path: path.stat().st_mtime for path in before}
+
+
+# Files of one's own
+
+
+def png(depth: int, kind: int, rows: np.ndarray, transparent: tuple[int, ...]) -> bytes:
+    """With a colour that is transparent, in any depth; Pillow writes none of these."""
+    if depth == 16:
+        packed = rows.astype(">u2").view(np.uint8)
+    else:
+        bits = (rows[..., None] >> np.arange(depth)[::-1]) & 1
+        packed = np.packbits(bits.reshape(len(rows), -1).astype(np.uint8), axis=1)
+    side = len(rows)
+    chunks = {
+        b"IHDR": struct.pack(">II5B", side, side, depth, kind, 0, 0, 0),
+        b"tRNS": struct.pack(f">{len(transparent)}H", *transparent),
+        b"IDAT": zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed)),
+        b"IEND": b"",
+    }
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, chunk in chunks.items():
+        content += struct.pack(">I", len(chunk)) + name + chunk
+        content += struct.pack(">I", zlib.crc32(name + chunk))
+    return content
+
+
+@pytest.mark.parametrize("depth, kind, values", [
+    (2, 0, (1, 2)), (4, 0, (5, 9)), (8, 0, (10, 99)), (16, 0, (1000, 30_000)),
+    (8, 2, (10, 20, 30, 99, 0, 7)), (16, 2, (1000, 2000, 3000, 30_000, 0, 9))])
+def test_what_a_png_calls_transparent_is(tmp_path, depth, kind, values):
+    """The first colour is, the second is not; in all depths, grey (0) and coloured (2)."""
+    length = len(values) // 2
+    row = values[:length] * 4 + values[length:] * 4
+    content = png(depth, kind, np.array([row] * 8), values[:length])
+    (tmp_path / "image.png").write_bytes(content)
+    pixels = read_image(tmp_path / "image.png", 8, 3)
+    scale = 255 / (2**depth - 1)
+    assert (pixels[:, :, :3] == 255).all()
+    assert np.allclose(pixels[:, 0, 6], np.array(values[length:]) * scale, atol=1)
+
+
+def test_sixteen_bits_that_are_not_all_used(tmp_path, capsys):
+    """As microscopes and scanners write them: 12 bits, in a file of 16."""
+    root = tmp_path / "data"
+    (root / "a").mkdir(parents=True)
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 4095 - i * 1000, np.uint16)).save(root / "a" / f"{i}.tif")
+    load(root, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "no pixel of the held-out images is over 16 of 255" in said and "--white-level" in said
+    data = load(root, tmp_path / "out", white=4095)
+    assert "--white-level" not in capsys.readouterr().out
+    assert data.held_out.tensors[0].unique().tolist() == [255]
+    assert data.train.tensors[0].unique().tolist() == [130, 193]
+    real = Image.fromarray(np.full((8, 8), 0.5, np.float32))
+    real.save(tmp_path / "real.tif")
+    assert read_image(tmp_path / "real.tif", 8, 1, white=1).max() == 128
+
+
+def test_images_are_laid_on_white(tmp_path):
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))   # red, but nobody can see it
+    image.paste((0, 0, 255, 255), (0, 0, 4, 8))
+    image.save(tmp_path / "image.png")
+    pixels = read_image(tmp_path / "image.png", 8, 3)
+    assert pixels[:, 0, 0].tolist() == [0, 0, 255] and pixels[:, 0, 7].tolist() == [255] * 3
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.paste(0, (0, 0, 4, 8))
+    palette.save(tmp_path / "palette.png", transparency=0)   # red is
+    pixels = read_image(tmp_path / "palette.png", 8, 3)
+    assert pixels[:, 0, 0].tolist() == [255] * 3 and pixels[:, 0, 7].tolist() == [0, 255, 0]
+
+
+def test_images_are_cropped_in_the_middle(tmp_path):
+    image = Image.new("L", (30, 10), 0)
+    image.paste(200, (10, 0, 20, 10))
+    image.save(tmp_path / "image.png")
+    assert (read_image(tmp_path / "image.png", 10, 1)[0, :, 2:8] == 200).all()
+    grey16 = Image.fromarray(np.full((8, 8), 51 * 256, np.uint16))
+    grey16.save(tmp_path / "grey16.png")
+    assert (read_image(tmp_path / "grey16.png", 8, 1) == 51).all()
 
 
 # Damage
@@ -461,8 +696,8 @@ def test_an_image_with_damaged_metadata_is_refused(tmp_path):
     text = number.replace(b"\x05", b"\x02")   # the type of its value
     assert number in exif.tobytes()
     Image.new("RGB", (8, 8)).save(tmp_path / "image.jpg", exif=exif.tobytes().replace(number, text))
-    with pytest.raises(train.UserError, match="cannot be read as an image"):
-        train.read_image(tmp_path / "image.jpg", 8, 3)
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        read_image(tmp_path / "image.jpg", 8, 3)
 
 
 @draws(60)
@@ -472,8 +707,8 @@ def test_damaged_images(files, tmp_path_factory, name, data):
     """JPEG and WebP have no checksums: a damaged one that can be read is an image of its shape."""
     folder = tmp_path_factory.mktemp("damaged")
     (folder / "whole").write_bytes(files[name])
-    whole = train.read_image(folder / "whole", 12, 3)
-    found = read_or_refused(lambda path: train.read_image(path, 12, 3), folder / name,
+    whole = read_image(folder / "whole", 12, 3)
+    found = read_or_refused(lambda path: read_image(path, 12, 3), folder / name,
                             data.draw(damaged(files[name])))
     if found is not None:
         assert found.shape == whole.shape and found.dtype == np.uint8
