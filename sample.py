@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -34,16 +32,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from support.checkpoint import blaming, fingerprint, load_checkpoint, read_tensors, save_whole
+from support.checkpoint import blaming, fingerprint, load_checkpoint, read_tensors
 from support.cli import (
-    COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, run_program,
+    COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output, run_program,
 )
 from support.devices import Machine, choose_machine, pack, say
 from support.evaluation import evaluate, psnr, say_evaluation, seam
 from support.figures import draw_attention, draw_codes, draw_teaching
 from support.images import (
-    at_a_time, batches, grid, grid_of_classes, grid_of_pairs, image_paths, in_colour, legible,
-    read_image, read_mask, save_film, save_picture, to_bytes, to_float,
+    at_a_time, batches, composed, grid, grid_of_classes, grid_of_pairs, known_pixels, legible,
+    read_images, save_film, save_npz, save_picture, to_bytes, to_float,
 )
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig
 from var import VAR, VARConfig
@@ -87,17 +85,16 @@ def main() -> None:
             picture = draw_attention(run, given.images, label, options.cell)
         case "reconstruct":
             picture = reconstruct(run, load_images(run, options.images))
-        case "upscale":
-            label = class_or_none(run, options.class_name)
-            picture = upscale(run, load_images(run, options.images), options.small, label,
-                              options.seeds, options.open_loop)
-        case _:
-            side = run.tokenizer.config.image_side
-            known_HW = known_pixels(options.mask or options.box, side,
-                                    outside=options.command != "outpaint")
-            label = class_or_none(run, options.class_name)
-            picture = complete(run, load_images(run, options.images), known_HW, label,
-                               options.seeds, options.open_loop, options.paste)
+        case _:   # images are completed
+            known_HW = None
+            if options.command != "upscale":
+                known_HW = known_pixels(
+                    options.mask or options.box, run.tokenizer.config.image_side,
+                    outside=options.command != "outpaint")
+            picture = complete(
+                run, load_images(run, options.images), known_HW,
+                class_or_none(run, options.class_name), options.seeds, options.small,
+                options.open_loop, options.paste)
     path = options.out or run.folder / f"{options.command}.png"
     save_picture(path, picture)
     print(f"wrote {path}")
@@ -321,8 +318,8 @@ def drawn(run: Run, names: list[str], per_class: int, seed: int) -> tuple[list[s
 
 def class_indices(names: list[str], classes: list[str]) -> list[int]:
     """The numbers of classes. é may be one letter or two, by keyboard and file system."""
-    index = {unicodedata.normalize("NFC", name): i for i, name in enumerate(classes)}
-    chosen = [index.get(unicodedata.normalize("NFC", name)) for name in names]
+    index = {composed(name): i for i, name in enumerate(classes)}
+    chosen = [index.get(composed(name)) for name in names]
     if None in chosen:
         there = ", ".join(classes) if len(classes) <= 20 else f"{classes[0]} to {classes[-1]}"
         raise UserError(f"there is no class {names[chosen.index(None)]}; there are {there}")
@@ -356,17 +353,6 @@ def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
     return run.decode_to_bytes(tokens_NL)
 
 
-def save_npz(path: Path, images: np.ndarray) -> None:
-    """`arr_0`, uint8 [N, side, side, 3], as ADM's evaluation reads it (arXiv 2105.05233).
-
-    The rows are shuffled, always alike: that program takes the Inception Score of each 5,000 rows
-    and averages, so each must hold all classes.
-    """
-    order_N = np.random.default_rng(0).permutation(len(images))
-    save_whole(path, lambda file: np.savez(file, arr_0=in_colour(images[order_N])))
-    print(f"wrote {len(images)} images to {path}")
-
-
 # --------------------------------------------------------------------------------------------------
 # Images of one's own
 
@@ -381,35 +367,21 @@ class Given:
 
 def load_images(run: Run, sources: list[str]) -> Given:
     """Files, folders of them, and `data:17`, number 17 of the run's held-out images (from 0)."""
-    found = [image for source in sources for image in images_at(run, source)]
-    pixels, names, labels = zip(*found)
-    return Given(to_float(torch.stack(pixels)), list(names), list(labels))
-
-
-def images_at(run: Run, source: str) -> list[tuple[Tensor, str, int | None]]:
-    """Bytes, name and label of each. What a folder holds beside images is named and left out."""
-    if source.startswith("data:"):
+    config = run.tokenizer.config
+    found = []
+    for source in sources:
         row = source.removeprefix("data:")
+        if row == source:
+            own = read_images(Path(source), config.image_side, config.image_channels)
+            found += [(*image, None) for image in own]
+            continue
         last = len(run.held_out_images()) - 1
         if not row.isdecimal() or int(row) > last:
             raise UserError(f"{source}: the held-out images are data:0 to data:{last}")
         image, label = run.held_out[int(row)]
-        return [(image, f"{run.classes[label]} {int(row)}", int(label))]
-    config = run.tokenizer.config
-    folder = Path(source).is_dir()
-    found = []
-    for path in image_paths(Path(source)) if folder else [Path(source)]:
-        try:
-            pixels = read_image(path, config.image_side, config.image_channels)
-        except UserError as error:
-            if not folder:
-                raise
-            print(f"left out: {error}")
-        else:
-            found.append((torch.from_numpy(pixels), legible(path.stem, len(found)), None))
-    if not found:
-        raise UserError(f"{source} holds no image that can be read")
-    return found
+        found.append((image, f"{run.classes[label]} {int(row)}", int(label)))
+    pixels, names, labels = zip(*found)
+    return Given(to_float(torch.stack(pixels)), list(names), list(labels))
 
 
 def reconstruct(run: Run, given: Given) -> Image.Image:
@@ -479,15 +451,26 @@ class Known:
         return share_Bl >= 0.5 if s == S else share_Bl > 0
 
 
-def completions(
-    run: Run, filled: Tensor, known_HW: Tensor, scales: int, label: int, seeds: Sequence[int],
-    open_loop: bool,
-) -> list[Tensor]:
-    """For each seed, images [N, channels, side, side] completed from the filled ones.
+def complete(
+    run: Run, given: Given, known_HW: Tensor | None, label: int, seeds: Sequence[int],
+    small_side: int | None = None, open_loop: bool = False, paste: bool = False,
+) -> Image.Image:
+    """In-painting and its kin: a row for each image, what is known of it, and a result per seed.
 
-    known_HW: 1 where they are known and 0 where they are generated. scales: see `Known`.
+    known_HW: 1 where images are known and 0 where they are generated; None: everywhere, but the
+        coarse scales alone, of images averaged down to `small_side`.
+    open_loop: see `Known`. paste: put the known pixels over the results.
     """
+    images = given.images
     device = run.machine.device
+    if known_HW is None:
+        filled, scales = from_small(images, small_side, run.tokenizer.config)
+        known_HW = torch.ones(images.shape[2:])
+        shown = filled
+    else:
+        filled = fill_holes(images, known_HW)
+        scales = len(run.tokenizer.config.scales)
+        shown = images * known_HW
     latent_NCSS, tokens_NL = run.encode(filled)
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
     where_11SS = where_11SS.to(device)
@@ -496,31 +479,18 @@ def completions(
         own_tokens_BL = tokens_NL[rows].to(device) if open_loop else None
         return Known(latent_NCSS[rows].to(device), where_11SS, scales, own_tokens_BL)
 
-    labels = [label] * len(filled)
-    return [run.decode(run.generate(labels, seed, known_of)) for seed in seeds]
-
-
-def complete(
-    run: Run, given: Given, known_HW: Tensor, label: int, seeds: Sequence[int],
-    open_loop: bool = False, paste: bool = False,
-) -> Image.Image:
-    """A row for each image: itself, what is known of it, and a result for each seed.
-
-    paste: put the known pixels over the results. Prints how far the known part drifted, and whether
-    the border of the hole shows, on average.
-    """
-    images = given.images
-    filled = fill_holes(images, known_HW)
-    scales = len(run.tokenizer.config.scales)
-    results = completions(run, filled, known_HW, scales, label, seeds, open_loop)
+    labels = [label] * len(images)
+    results = [run.decode(run.generate(labels, seed, known_of)) for seed in seeds]
     if paste:
         results = [torch.where(known_HW > 0, images, result) for result in results]
-    say_completion(results, images, known_HW)
-    columns = map(to_bytes, (images, images * known_HW, *results))
+    if not known_HW.all():
+        say_completion(results, images, known_HW)
+    columns = map(to_bytes, (images, shown, *results))
     return grid(zip(given.names, zip(*columns)))
 
 
 def say_completion(results: list[Tensor], images: Tensor, known_HW: Tensor) -> None:
+    """Print how far the known part drifted, and whether the border of the hole shows."""
     results = torch.stack(results)   # [seeds, N, channels, side, side]
     drift = (results - images) * known_HW / 2
     error = drift.square().mean().item() / known_HW.mean().item()
@@ -528,19 +498,6 @@ def say_completion(results: list[Tensor], images: Tensor, known_HW: Tensor) -> N
     seen = seam(results.flatten(0, 1), known_HW)
     print(f"known part: mean squared error {error:.5f} (pixels in [0, 1]); "
           f"border: mean step {seen:.4f}, {seen / own if own else math.nan:.2f} of the image's own")
-
-
-def upscale(
-    run: Run, given: Given, small_side: int | None, label: int, seeds: Sequence[int],
-    open_loop: bool = False,
-) -> Image.Image:
-    """A row for each image: itself, averaged down and enlarged, and a result for each seed."""
-    images = given.images
-    large, scales = from_small(images, small_side, run.tokenizer.config)
-    everywhere_HW = torch.ones(images.shape[2:])
-    results = completions(run, large, everywhere_HW, scales, label, seeds, open_loop)
-    columns = map(to_bytes, (images, large, *results))
-    return grid(zip(given.names, zip(*columns)))
 
 
 def from_small(
@@ -560,26 +517,6 @@ def from_small(
     return large.clamp(-1, 1), max(1, scales)
 
 
-def known_pixels(hole: Path | Sequence[float], side: int, outside: bool = True) -> Tensor:
-    """1 where images are known and 0 where they are generated: float [side, side].
-
-    hole: the file of a mask, in which it is painted, or a box (y0, x0, y1, x1) in fractions of the
-    side. outside: whether what is outside the box is known, or what is inside. Raises UserError
-    where there is no hole, and where there is nothing else.
-    """
-    if isinstance(hole, Path):
-        known_HW = torch.from_numpy(~read_mask(hole, side)).float()
-    else:
-        y0, x0, y1, x1 = (round(fraction * side) for fraction in hole)
-        known_HW = torch.full((side, side), float(outside))
-        known_HW[y0:y1, x0:x1] = float(not outside)
-    if known_HW.min() == known_HW.max():
-        lacks = "a hole: nothing is painted in it" if known_HW.max() else "anything that is known"
-        name = hole if isinstance(hole, Path) else f"--box {' '.join(map(str, hole))}"
-        raise UserError(f"{name} leaves {side} x {side} pixels without {lacks}")
-    return known_HW
-
-
 def fill_holes(images: Tensor, known_HW: Tensor) -> Tensor:
     """What is not known, grown in from the border: the encoder must not see what was there."""
     known = known_HW[None, None]
@@ -597,125 +534,104 @@ def fill_holes(images: Tensor, known_HW: Tensor) -> Tensor:
 # The command line
 
 COMMANDS = {
-    "grid": "images, a row for each class (the command if none is named)",
-    "progress": "a row for each image: what it looks like after each scale, coarse to fine",
-    "inpaint": "complete images: a box or a mask is generated, the rest known",
-    "outpaint": "the other way round: what is outside the box is generated",
+    "grid": "draw a row of images for each class; the command if none is named",
+    "progress": "draw a row for each image: what it looks like after each scale, coarse to fine",
+    "inpaint": "complete images: a box or what is painted in a mask is generated, the rest known",
+    "outpaint": "complete images: what is outside the box is generated",
     "edit": "in-paint towards a class",
-    "upscale": "coarse scales are known, fine ones generated",
+    "upscale": "complete images of which the coarse scales are known",
     "reconstruct": "encode images and decode them",
-    "codes": "what each scale finds left over, its codes, and the image so far",
-    "teaching": "what the transformer reads in training, above what it has to predict",
-    "attention": "what a cell of the last scale attends to, in every layer",
-    "evaluate": "print how good images are: generated, reconstructed and held-out ones",
-    "export": "write samples for the field's evaluation programs, as ADM's reads them",
+    "codes": "draw what each scale finds left over, its codes, and the image so far",
+    "teaching": "draw what the transformer reads in training, above what it has to predict",
+    "attention": "draw what a cell of the last scale attends to, in every layer",
+    "evaluate": "print how good generated images are, and reconstructed and held-out ones",
+    "export": "write samples for the field's evaluation programs",
 }
-HOLES = ("inpaint", "outpaint", "edit")
-COMPLETED = (*HOLES, "upscale")
+CLASSES = "grid progress"
+HOLES = "inpaint outpaint edit"
+COMPLETED = f"{HOLES} upscale"
+GENERATING = f"{CLASSES} {COMPLETED} evaluate export"
+SHOWN = "reconstruct codes teaching attention"
+FLAGS = [   # the commands that have it, its name, and what argparse has to know
+    (f"{COMPLETED} {SHOWN}", "images", dict(
+        nargs="+", metavar="IMAGE", help="files, folders, or data:17 for a held-out image; "
+        "teaching and attention are of the first")),
+    ("evaluate", "count", dict(type=number(int, 8), help="images of each kind, an even number")),
+    ("export", "count", dict(
+        type=number(int, 1, 1_000_000), help="samples, balanced over the classes")),
+    ("export", "file", dict(type=output, help="where to write them, as ADM's program reads them")),
+    ("export", "--reference", dict(type=output, help="where to write the held-out images, too")),
+    ("export", "--rejection", dict(
+        type=SHARE, default=1.0, help="keep this share of what is drawn, the most likely")),
+    (CLASSES, "--classes", dict(
+        nargs="+", metavar="NAME",
+        help="names of classes, numbers for a published model (default: all, at most 20)")),
+    (CLASSES, "--per-class", dict(
+        type=COUNT, default=8, help="images per class (default: %(default)s)")),
+    ("progress", "--gif", dict(type=output, help="where to write a film of them, too")),
+    (f"{COMPLETED} attention", "--class", dict(
+        dest="class_name", metavar="NAME",
+        help="what the images are to show (default: no class; for attention the image's own)")),
+    (HOLES, "--box", dict(
+        nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
+        metavar=("Y0", "X0", "Y1", "X1"), help="in fractions of the side (default: the middle)")),
+    (HOLES, "--mask", dict(
+        type=Path, help="instead of a box, an image in which what is to be generated is painted: "
+        "in white on black, or in any colour on a transparent layer")),
+    (HOLES, "--paste", dict(action="store_true", help="put the known pixels over the results")),
+    ("upscale", "--small", dict(
+        type=COUNT, help="side to which images are averaged down at first (default: half)")),
+    (COMPLETED, "--open-loop", dict(
+        action="store_true", help="put the image's own tokens, as published, for comparison")),
+    ("attention", "--cell", dict(
+        nargs=2, type=number(int, 0), metavar=("Y", "X"), help="which cell (default: the middle)")),
+    (f"{COMPLETED} evaluate", "--seeds", dict(
+        nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
+        help="one result, or one set of generated images, for each (default: 0 1 2)")),
+    (f"{CLASSES} export", "--seed", dict(
+        type=SEED, default=0,
+        help="the same seed and --batch give the same images (default: %(default)s)")),
+    (GENERATING, "--cfg", dict(
+        type=number(float, 0, 100), default=DEFAULTS.cfg,
+        help="classifier-free guidance at the last scale; 0 is none (default: %(default)s)")),
+    (GENERATING, "--top-k", dict(
+        type=number(int, 0), default=DEFAULTS.top_k,
+        help="draw from the k most likely tokens; 0 is no limit (default: %(default)s)")),
+    (GENERATING, "--top-p", dict(
+        type=SHARE, default=DEFAULTS.top_p,
+        help="draw from the most likely tokens of this probability (default: %(default)s)")),
+    (GENERATING, "--batch", dict(
+        type=COUNT, default=DEFAULTS.batch, help="images at a time (default: %(default)s)")),
+    (f"{CLASSES} {COMPLETED} {SHOWN}", "--out", dict(
+        type=output, help="the PNG to write (default: COMMAND.png, beside the transformer)")),
+]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"):
+    first = arguments[0] if arguments else "--"
+    if first.startswith("-") and first not in ("-h", "--help"):
         arguments = ["grid", *arguments]
     parser = Parser(description="Draw with a trained VAR, and look into it.",
                     epilog="Each has its own flags: python sample.py grid --help")
-    parser.set_defaults(**asdict(DEFAULTS))   # for commands that draw nothing
+    parser.set_defaults(**asdict(DEFAULTS), small=None, paste=False)   # for commands without them
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, text in COMMANDS.items():
-        add_flags(commands.add_parser(name, help=text, description=text), name)
-    return parser.parse_args(arguments)
-
-
-def add_flags(parser: argparse.ArgumentParser, command: str) -> None:
-    """The flags of a command: its own, then those of many."""
-    add = parser.add_argument
-    if command in ("teaching", "attention"):
-        add("images", nargs=1, metavar="IMAGE", help="a file, or data:17, a held-out image")
-    if command in (*COMPLETED, "reconstruct", "codes"):
-        add("images", nargs="+", metavar="IMAGE",
-            help="files, folders, or data:17 for a held-out image of the run's data")
-    if command == "evaluate":
-        add("count", type=number(int, 8), metavar="N", help="so many images of each kind, even")
-    if command == "export":
-        add("count", type=number(int, 1, 1_000_000), metavar="N",
-            help="samples, balanced over the classes")
-        add("file", type=output(".npz"), metavar="FILE", help="where to write them")
-        add("--reference", type=output(".npz"), metavar="FILE",
-            help="write the held-out images, too")
-        add("--rejection", type=SHARE, default=1.0, metavar="FRACTION",
-            help="keep this share of what is drawn, the most likely (default: all)")
-    if command in ("grid", "progress"):
-        add("--classes", nargs="+", metavar="NAME",
-            help="names of classes, numbers for a published model (default: all, at most 20)")
-        add("--per-class", type=COUNT, default=8, metavar="N",
-            help="images per class (default: %(default)s)")
-    if command == "progress":
-        add("--gif", type=output(".gif"), metavar="FILE", help="also as a film")
-    if command in (*COMPLETED, "attention"):
-        add("--class", dest="class_name", required=command == "edit", metavar="NAME",
-            help="what the image shows, or is to show (default: no class, but attention's own)")
-    if command in HOLES:
-        hole = parser.add_mutually_exclusive_group().add_argument
-        hole("--box", nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
-             metavar=("Y0", "X0", "Y1", "X1"),
-             help="a box, in fractions of the side (default: the middle)")
-        hole("--mask", type=Path, metavar="FILE",
-             help="an image in which what is to be generated is painted: in white on black, or in "
-                  "any colour on a transparent layer")
-        add("--paste", action="store_true", help="put the known pixels over the result")
-    if command == "upscale":
-        add("--small", type=COUNT, metavar="SIDE",
-            help="side to which images are averaged down at first (default: half)")
-    if command in COMPLETED:
-        add("--open-loop", action="store_true",
-            help="put the image's own tokens, as published, for comparison")
-    if command == "attention":
-        add("--cell", nargs=2, type=number(int, 0), metavar=("Y", "X"),
-            help="which cell (default: the middle)")
-    if command in (*COMPLETED, "evaluate"):
-        add("--seeds", nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
-            help="one result, or set of images, for each (default: 0 1 2)")
-    if command in ("grid", "progress", "export"):
-        add("--seed", type=SEED, default=0,
-            help="the same seed and --batch give the same images (default: %(default)s)")
-    if command in ("grid", "progress", *COMPLETED, "evaluate", "export"):
-        add("--cfg", type=number(float, 0, 100), default=DEFAULTS.cfg,
-            help="strength of classifier-free guidance; 0 is none (default: %(default)s)")
-        add("--top-k", type=number(int, 0), default=DEFAULTS.top_k,
-            help="draw from the k most likely tokens; 0 is no limit (default: %(default)s)")
-        add("--top-p", type=SHARE, default=DEFAULTS.top_p,
-            help="draw from the most likely tokens that hold this much probability "
-                 "(default: %(default)s)")
-        add("--batch", type=COUNT, default=DEFAULTS.batch,
-            help="images at a time (default: %(default)s)")
-    if command not in ("evaluate", "export"):
-        add("--out", type=output(".png"), metavar="FILE",
-            help=f"the picture to write (default: {command}.png, beside the transformer)")
-    add("--run", type=Path, default=Path("out/shapes"), metavar="FOLDER",
-        help="what train.py wrote (default: %(default)s)")
-    add("--tokenizer", type=Path, metavar="FILE",
-        help="another tokenizer than the run's: a .pt of train.py or a published .pth")
-    add("--var", type=Path, metavar="FILE",
-        help="another transformer than the run's: a .pt of train.py or a published .pth")
-    add_device_flags(parser)
-
-
-def output(ending: str) -> Callable[[str], Path]:
-    """The type of a flag that names a file to write, whose place is tried before it is drawn."""
-    def checked(text: str) -> Path:
-        path = Path(text)
-        if path.suffix.lower() not in ("", ending):
-            raise argparse.ArgumentTypeError(f"{text} would be a {ending} file; name it so")
-        if path.exists() and not path.is_file():
-            raise argparse.ArgumentTypeError(f"{text} is there and is no file")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
-        except OSError as error:
-            raise argparse.ArgumentTypeError(f"{text} cannot be written: {error}")
-        return path
-    return checked
+    for command, text in COMMANDS.items():
+        own = commands.add_parser(command, help=text, description=text.capitalize() + ".")
+        either = own.add_mutually_exclusive_group()
+        for having, name, meaning in FLAGS:
+            if command in having.split():
+                (either if name in ("--box", "--mask") else own).add_argument(name, **meaning)
+        own.add_argument("--run", type=Path, default=Path("out/shapes"),
+                         help="folder that train.py wrote (default: %(default)s)")
+        for name in ("tokenizer", "var"):
+            own.add_argument(f"--{name}", type=Path, metavar="FILE",
+                             help="another than the run's: a .pt of train.py or a published .pth")
+        add_device_flags(own)
+    options = parser.parse_args(arguments)
+    if options.command == "edit" and options.class_name is None:
+        raise UserError("edit needs --class NAME: what to edit towards")
+    return options
 
 
 if __name__ == "__main__":

@@ -126,21 +126,17 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return checked
 
 
-def output(ending: str) -> Callable[[str], Path]:
-    """The type of a flag that names a file to write; its place is tried before anything is done."""
-    def checked(text: str) -> Path:
-        path = Path(text)
-        if path.suffix.lower() not in ("", ending):
-            raise ArgumentTypeError(f"{text} would be a {ending} file; name it so")
-        if path.exists() and not path.is_file():
-            raise ArgumentTypeError(f"{text} is there and is no file")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
-        except OSError as error:
-            raise ArgumentTypeError(f"{text} cannot be written: {error.strerror}")
-        return path
-    return checked
+def output(text: str) -> Path:
+    """The type of a flag that names a file to write: its place is tried before anything is done."""
+    path = Path(text)
+    if path.exists() and not path.is_file():
+        raise ArgumentTypeError(f"{text} is there and is no file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ArgumentTypeError(f"{text} cannot be written: {error.strerror}")
+    return path
 
 
 def several(read: Callable) -> Callable:

@@ -194,9 +194,7 @@ def kept_classifier(run) -> Classifier:
     images_path = run.folder / "train_images.pt"
     with blaming(images_path):
         content = load_checkpoint(images_path, "set of training images")
-        images = content["images"]
-        labels = content["labels"]
-        data_set = content["data_set"]
+        images, labels, data_set = (content[name] for name in ("images", "labels", "data_set"))
         shape = {"channels": images.shape[1], "side": content["side"], "classes": classes}
     path = run.folder / "classifier.pt"
     if path.exists():
@@ -304,11 +302,9 @@ def evaluated_images(run, count: int) -> tuple[Tensor, Tensor]:
     Raises UserError where there are fewer, or no two halves.
     """
     total = len(run.held_out_images())
-    if count > total:
-        raise UserError(f"{count} images cannot be judged: there are {total} held-out images")
-    if count % 2:
-        raise UserError(f"{count} images cannot be judged: it must be even, as two halves are "
-                        f"compared")
+    if count > total or count % 2:
+        raise UserError(f"{count} images cannot be judged: there are {total} held-out images, and "
+                        f"two halves of them, equally many, are compared")
     order_N = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     images, labels_N = run.held_out[order_N[:count]]
     labels_N, by_label_N = labels_N.sort(stable=True)
