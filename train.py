@@ -11,6 +11,7 @@ A run is a folder. It ends up holding
     train_images.pt          some that it sees, for the classifier by which sample.py judges
     tokens.pt                all images as tokens, for the next training in this folder
     train.npy  held_out.npy  a folder's images, decoded once
+    decoded.pt               of which files, so that they are not decoded again
     log.jsonl                one line per ten steps, and what was measured on held-out images
     reconstructions.png      held-out images above their reconstructions
     samples.png              generated images, a row per class
@@ -251,7 +252,9 @@ class Stage:
                 numbers = average_over_processes(torch.stack([loss, norm, asked]))
                 mean_loss, mean_norm, stop = numbers.tolist()
                 self.check(mean_loss, mean_norm)
-                bar.set_postfix_str(f"loss {mean_loss:.4f}, {self.speed.text(bar)}", refresh=False)
+                if rank == 0:
+                    speed = self.speed.text(bar)
+                    bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed}", refresh=False)
                 if logged is not None:
                     values = {name: value.tolist() for name, value in logged.items()}
                     log.write(self.step, "train", loss=mean_loss, **values)
@@ -269,14 +272,14 @@ class Stage:
 
     def check(self, loss: float, norm: float) -> None:
         """Raises UserError for what is no number; nothing is saved after it."""
-        weights = get_total_norm(self.ema.parameters()).item()
-        if math.isfinite(loss) and math.isfinite(norm) and math.isfinite(weights):
+        largest = get_total_norm(self.ema.parameters(), math.inf).item()
+        if all(map(math.isfinite, (loss, norm, largest))):
             return
         kept = "there is no checkpoint yet"
         if self.saved:
             kept = f"the last good checkpoint, of step {self.saved}, is {self.path}"
         raise UserError(f"at step {self.step - 1} the {self.name} loss became {loss}, its gradient "
-                        f"{norm} and its weights {weights} long; {kept}; try a lower "
+                        f"{norm} and its largest weight {largest}; {kept}; try a lower "
                         f"--{self.name}-lr")
 
     def save(self, finished: bool) -> None:
