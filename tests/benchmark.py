@@ -1,4 +1,11 @@
-"""What the operations of kernels.py cost, and whole models: counted and timed.  python kernels.py
+"""What the operations of kernels.py cost, and whole models: counted and timed.
+
+    python -m tests.benchmark                 counts tiles and bytes, which takes no GPU, then times
+                                              what this machine can run beside what PyTorch offers
+    python -m tests.benchmark --generate      times one image of the published size, scale by scale
+    python -m tests.benchmark --registers     compiles every kernel for six GPUs that need not be
+                                              there, and prints what it takes of each
+    python -m tests.benchmark --tiles FILE    draws the tiles that attention visits
 
 Counts are of tiles, bytes, operations and graphs, at the sizes of the published models, and take no
 GPU. Times are of what this machine can run, beside what PyTorch offers, and beside a limit: what
@@ -17,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -26,14 +34,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-import sample
-import train
 import var
-from kernels import (
-    ATTENTION_TILES, HAS_TRITON, KeyRanges, adaln_triton, block_attention, forward_flops,
-    nearest_code, obvious_adaln, obvious_attention, obvious_nearest_code, obvious_sampling,
-    obvious_split_heads, sample_tokens, split_heads, table, triton,
-)
+from kernels import ATTENTION_TILES, HAS_TRITON, KeyRanges, block_attention, triton
+from sample import Run, Sampling
+from support.devices import Machine, forward_flops, pack
+from support.optim import adamw_and_muon
+from support.presets import PRESETS
 from tests.registers import print_registers
 from tokenizer import Tokenizer, TokenizerConfig
 from var import VAR, VARConfig
@@ -48,6 +54,9 @@ BENCHMARK_SCALES = {   # by tokens: the published models, a small one, PyTorch's
     130: (1, 2, 3, 4, 6, 8),
     521: (1, 2, 4, 6, 8, 20),
 }
+
+
+LENGTHS = (680, 2240, 9451)   # of the published models
 
 
 def tile_grid(L: int) -> Tensor:
@@ -75,7 +84,8 @@ def draw_tiles(file: str) -> None:
 
 
 class BytesMoved(TorchDispatchMode):
-    """Adds up what operations read and write. A view moves nothing, nor does mere room."""
+    """Adds up what operations read and write. A view moves nothing, nor does mere room, nor a
+    question about a tensor without numbers, which is no operation of ATen's."""
     total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -89,7 +99,8 @@ ROOM = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "ne
 
 
 def moves(function: torch._ops.OpOverload) -> bool:
-    return not function.is_view and function.overloadpacket.__name__ not in ROOM
+    name = function.overloadpacket.__name__
+    return function.namespace == "aten" and not function.is_view and name not in ROOM
 
 
 def array_bytes(*values) -> int:
@@ -98,49 +109,55 @@ def array_bytes(*values) -> int:
 
 
 def cases(new: Callable) -> dict[str, tuple]:
-    """{title: (ours, obvious, FLOP, backward, *inputs)} at width 1024; new(*shape) is a tensor.
+    """{title: (Triton's face, PyTorch's, FLOP, backward, *inputs)}; new(*shape) is a tensor.
 
     backward: how many times as many bytes as the forward it moves at the least; 0: there is none.
     """
     half = partial(new, dtype=torch.bfloat16)
     modulation = [half(64, 1024) for _ in range(3)]
+
+    def faces(operation: str, call: Callable) -> tuple[Callable, Callable]:
+        return tuple(partial(call, getattr(kernels, f"{operation}_{face}"))
+                     for face in ("triton", "torch"))
+
     return {
         "AdaLN, B 64 L 680 W 1024 float32 + bfloat16":
-            (lambda *inputs: adaln_triton(*inputs, torch.bfloat16), obvious_adaln, 0, 3 / 2,
+            (*faces("adaln", lambda adaln, *inputs: adaln(*inputs, torch.bfloat16)), 0, 3 / 2,
              new(64, 680, 1024), half(64, 680, 1024), *modulation),
         "nearest code, N 43520 V 4096 C 32 float32":
-            (nearest_code, obvious_nearest_code, 2 * 43520 * 4096 * 32, 0, new(43520, 32),
-             new(4096, 32)),
+            (*faces("nearest_code", lambda nearest, *inputs: nearest(*inputs)),
+             2 * 43520 * 4096 * 32, 0, new(43520, 32), new(4096, 32)),
         "heads, B 64 L 680 W 1024 bfloat16":
-            (partial(split_heads, heads=16), obvious_split_heads, 0, 4 / 3,
+            (*faces("split_heads", lambda split, *inputs: split(*inputs, 16)), 0, 4 / 3,
              half(64, 680, 3072), new(1024), new(1024), new(16)),
         "sampling, B 64 l 256 V 4096 float32":
-            (lambda logits, noise: sample_tokens(logits, None, 0.0, 900, 0.96, noise),
-             obvious_sampling, 0, 0, new(64, 256, 4096), new(64, 256, 4096)),
+            (*faces("sample_tokens", lambda sample, logits, noise: sample(
+                logits, None, 0.0, 900, 0.96, noise)),
+             0, 0, new(64, 256, 4096), new(64, 256, 4096)),
     }
 
 
 def print_counts() -> None:
     """At the sizes of the published models: tiles that are visited, bytes that are moved."""
-    new = partial(torch.empty, device="meta")   # shapes and dtypes without numbers
-    counted = cases(new)
     print("\nattention_forward, tiles            whole       cut    of all   visited")
-    for L in 680, 2240, 9451:
+    for L in LENGTHS:
         grid = tile_grid(L)
         skipped, cut, whole = grid.flatten().bincount(minlength=3).tolist()
         share = 1 - skipped / grid.numel()
         print(f"  L {L:<26,}{whole:11,}{cut:10,}{grid.numel():10,}{share:10.0%}")
-        qkv = new(3, 1, 16, L, 64, dtype=torch.bfloat16)
-        mask_LS = new(L, L, dtype=torch.bool)
-        counted[f"attention, B 1 H 16 L {L} D 64 bfloat16"] = (
-            block_attention, obvious_attention, 0, 0, *qkv, mask_LS)
-
-    print(f"\n{'bytes, in GB':50}{'obvious':>10}{'ours':>10}")
-    for title, (_, obvious, _, _, *inputs) in counted.items():
-        with BytesMoved() as moved:
-            output = obvious(*inputs)
-        ours = array_bytes([x for x in inputs if x.dtype != torch.bool], output)
-        print(f"  {title:48}{moved.total / 1e9:10.3f}{ours / 1e9:10.3f}")
+    print(f"\n{'bytes, in GB':50}{'PyTorch':>10}{'ours':>10}")
+    with FakeTensorMode():   # shapes and dtypes without numbers
+        counted = cases(torch.empty)
+        for L in LENGTHS:
+            qkv = torch.empty(3, 1, 16, L, 64, dtype=torch.bfloat16)
+            mask_LS = torch.empty(L, L, dtype=torch.bool)
+            counted[f"obvious attention, B 1 H 16 L {L} D 64 bfloat16"] = (
+                None, kernels.obvious_attention, 0, 0, *qkv, mask_LS)
+        for title, (_, pytorch, _, _, *inputs) in counted.items():
+            with BytesMoved() as moved:
+                output = pytorch(*inputs)
+            ours = array_bytes([x for x in inputs if x.dtype != torch.bool], output)
+            print(f"  {title:48}{moved.total / 1e9:10.3f}{ours / 1e9:10.3f}")
     print("  ours: every array once. What a kernel reads again, as attention the keys and values,\n"
           "  it finds in the GPU's cache as long as that has room.")
 
@@ -149,8 +166,8 @@ def print_counts() -> None:
 # Whole models: what a GPU is asked to do, counted without one
 
 Geometry = tuple[TokenizerConfig, VARConfig]
-TOKENIZER = train.PRESETS["imagenet256"].tokenizer_config(image_channels=3)
-PUBLISHED_D16 = (TOKENIZER, train.PRESETS["imagenet256"].var_config(TOKENIZER, classes=1000))
+PUBLISHED_D16 = (TokenizerConfig(**PRESETS["imagenet256"].tokenizer_shape(image_channels=3)),
+                 VARConfig(**PRESETS["imagenet256"].var_shape(classes=1000)))
 TO_DEVICE = {"lift_fresh", "scalar_tensor", "arange", "searchsorted"}
 READ_BACK = {"_local_scalar_dense", "nonzero", "bincount", "equal"}
 
@@ -178,8 +195,10 @@ class Work(BytesMoved):
         name = function.overloadpacket.__name__
         self.numbers["to device"] += name in TO_DEVICE
         self.numbers["read back"] += name in READ_BACK
-        if function.namespace == "aten":
-            self.numbers["operations" if moves(function) else "views"] += 1
+        if moves(function):
+            self.numbers["operations"] += 1
+        elif function.namespace == "aten":
+            self.numbers["views"] += 1
         return super().__torch_dispatch__(function, types, args, kwargs)
 
     def launch(self, kernel, programs, read, written, *numbers, **constants) -> None:
@@ -210,7 +229,8 @@ def count_sampling(geometry: Geometry, batch: int) -> dict[str, Counter[str]]:
     """Of a first generation with guidance, of a later one, of a layer in it at one scale, on
     average, and of decoding."""
     tokenizer, model = random_models(geometry)
-    tokenizer.settle_decoder(torch.bfloat16)
+    tokenizer.cast_decoder(torch.bfloat16)
+    model.cast_layers(torch.bfloat16)
     counts = {}
     for name in "first generation", "later generation":
         with counting() as work:
@@ -254,10 +274,14 @@ def training_step(model: nn.Module, optimizers: list, labels_B: Tensor, read_BlC
         optimizer.step()
 
 
+def adamw(model: VAR) -> list:
+    return adamw_and_muon(model, model.blocks, 1e-4, 0.05, False, torch.float32)
+
+
 def count_training(geometry: Geometry, batch: int) -> Counter[str]:
     """Of a training step that is not the first."""
     model = VAR(geometry[1]).train()
-    optimizers = model.optimizers(1e-4, 0.05, muon=False)
+    optimizers = adamw(model)
     for _ in range(2):
         with counting() as work:
             inputs = training_inputs(model.config, batch, torch.device("cpu"))
@@ -325,7 +349,7 @@ def print_work(geometry: Geometry, batch: int = 64) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Benchmark: python kernels.py
+# Times of single operations
 
 ATTENTION_CASES = {   # B, H, L, D
     "cuda": [(64, 16, 680, 64), (16, 16, 2240, 64), (2, 16, 9451, 64), (64, 16, 521, 72)],
@@ -419,7 +443,7 @@ def attention_alternatives(ranges: KeyRanges, scale: float, dtype: torch.dtype,
                     "dense additive bias": partial(pytorch, attn_mask=bias_LS)}
     if device.type == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        first_L, last_L = ranges.once(table, device)
+        first_L, last_L = ranges.once(kernels.table, device)
         block_mask = create_block_mask(lambda b, h, i, j: (j >= first_L[i]) & (j < last_L[i]),
                                        None, None, *mask_LS.shape, device=device)
         # Past a limit of recompilations PyTorch runs a function without compiling it, and
@@ -452,9 +476,9 @@ def benchmark_attention(dtype: torch.dtype, rate: float, cold: Tensor) -> dict:
 def benchmark_the_rest(rate: float, bandwidth: float, cold: Tensor) -> None:
     """All operations but attention, on a GPU."""
     for title, case in cases(partial(torch.rand, device="cuda", requires_grad=True)).items():
-        ours, obvious, flops, backward, *inputs = case
-        faces = {"ours": ours, "obvious": obvious,
-                 "obvious, compiled": torch.compile(obvious, dynamic=False)}
+        ours, pytorch, flops, backward, *inputs = case
+        faces = {"ours": ours, "PyTorch": pytorch,
+                 "PyTorch, compiled": torch.compile(pytorch, dynamic=False)}
         bytes_moved = array_bytes(inputs, ours(*inputs))
         limit = max(flops / rate, bytes_moved / bandwidth)
         print_table(title, {name: forward_only(face, *inputs) for name, face in faces.items()},
@@ -517,25 +541,30 @@ class Clock:
         return [begin.elapsed_time(end) / 1000 for begin, end in pairwise(self.marks)]
 
 
-def sampling_run(geometry: Geometry, device: torch.device, *flags: str) -> sample.Run:
-    """A run of random weights, as sample.py would load it with these flags."""
-    options = sample.parse(["--device", str(device), "--cfg", "1.5", "--top-p", "0.96", *flags])
-    sample.settle_device(options)
+def random_run(geometry: Geometry, machine: Machine) -> Run:
+    """A run of random weights, as sample.py would load it, packed for a CPU."""
     tokenizer, model = random_models(geometry)
-    sample.prepare(tokenizer, model, options)
-    if device.type == "cpu":
-        model.pack()
+    tokenizer.to(machine.device)
+    model.to(machine.device)
+    if machine.device.type == "cuda":
+        tokenizer.cast_decoder(machine.dtype)
+        model.cast_layers(machine.dtype)
+    else:
+        pack(model)
+    if machine.compile:
+        tokenizer.decoder.compile(dynamic=False)
+        model.compile_layers()
     classes = [str(label) for label in range(model.config.classes)]
-    return sample.Run(tokenizer, model, classes, None, options)
+    return Run(Path(), tokenizer, model, classes, None, machine, Sampling(1.5, 900, 0.96))
 
 
-def draw(run: sample.Run, batch: int) -> None:
+def draw(run: Run, batch: int) -> None:
     run.decode_to_bytes(run.generate([0] * batch, seed=0))
 
 
-def parts_of_drawing(run: sample.Run, batch: int) -> list[float]:
+def parts_of_drawing(run: Run, batch: int) -> list[float]:
     """Seconds of each scale, up to where the next begins, and of the decoder."""
-    clock = Clock(run.options.device)
+    clock = Clock(run.machine.device)
     through_layers = run.model.through_layers
 
     def marked(*arguments):
@@ -560,13 +589,13 @@ def sampling_flops(geometry: Geometry) -> tuple[int, int]:
     return forward_flops(model, labels_B, read_BlC), forward_flops(decoder, latent_BCSS)
 
 
-def benchmark_sampling(geometry: Geometry, ways: dict[str, list[str]], sizes: Sequence[int],
+def benchmark_sampling(geometry: Geometry, ways: dict[str, Machine], sizes: Sequence[int],
                        rate: float, bandwidth: float, cold: Tensor) -> None:
-    """ways: what flags of sample.py each is drawn with. sizes: of the batches.
+    """ways: the machine that each is drawn on. sizes: of the batches.
 
     rate, bandwidth: FLOP/s and bytes/s, for the limit.
     """
-    runs = {name: sampling_run(geometry, cold.device, *flags) for name, flags in ways.items()}
+    runs = {name: random_run(geometry, machine) for name, machine in ways.items()}
     flops = sampling_flops(geometry)
     for batch in sizes:
         by_flops = [batch * part / rate for part in flops]
@@ -593,7 +622,7 @@ def benchmark_scales(geometry: Geometry, rate: float, cold: Tensor) -> None:
     The first scales have few tokens to compute with and all weights to read: their limit is memory.
     """
     reading = read_rate(cold)
-    run = sampling_run(geometry, cold.device, "--precision", "fp32")
+    run = random_run(geometry, Machine(cold.device))
     times = list(map(min, zip(*(parts_of_drawing(run, 1) for _ in range(3)))))
     limits = scale_limits(geometry[1], rate, reading)
     limits.append((sampling_flops(geometry)[1] / rate, 0.0))
@@ -641,7 +670,7 @@ def benchmark_training(geometry: Geometry, batch: int, rate: float, bandwidth: f
     """A training step of ours, of ours compiled, and of a twin with PyTorch's dense mask."""
     model = VAR(geometry[1]).to(cold.device).train()
     inputs = training_inputs(model.config, batch, cold.device)
-    optimizers = model.optimizers(1e-4, 0.05, muon=False)
+    optimizers = adamw(model)
     ours = partial(training_step, model, optimizers, *inputs)
     compiled = torch.compile(model, dynamic=False)
     ways = {
@@ -672,6 +701,7 @@ def save_plot(curves: dict, file: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmark",
         description="Count and time every operation, against what PyTorch offers here.")
     parser.add_argument("--plot", metavar="FILE", help="save attention's time against L here")
     parser.add_argument("--tiles", metavar="FILE",
@@ -679,8 +709,7 @@ def main() -> None:
     parser.add_argument("--generate", action="store_true",
                         help="only time one image of the published size, in fp32, against its limit")
     parser.add_argument("--registers", action="store_true",
-                        help="only compile every kernel for sm_80, sm_90 and sm_100, and print what "
-                             "it takes of a GPU")
+                        help="only compile every kernel for six GPUs, and print what it takes of each")
     options = parser.parse_args()
     if options.registers:
         print_registers()
@@ -706,11 +735,16 @@ def main() -> None:
     benchmark_attention(torch.float32, rate, cold)
     if device.type == "cuda":
         benchmark_the_rest(rate, bandwidth, cold)
-        ways = {"ours": [], "ours, compiled": ["--compile"]}
+        ways = {"ours": Machine(device, torch.bfloat16),
+                "ours, compiled": Machine(device, torch.bfloat16, compile=True)}
         benchmark_sampling(PUBLISHED_D16, ways, [1, 8, 64], half_rate, bandwidth, cold)
         benchmark_training(PUBLISHED_D16, 64, half_rate, bandwidth, cold)
     else:
         print("\nThese were the PyTorch faces. To time the Triton kernels takes a GPU.")
     if options.plot:
         save_plot(curves, options.plot)
+
+
+if __name__ == "__main__":
+    main()
 

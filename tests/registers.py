@@ -1,4 +1,6 @@
-"""What each kernel takes of a GPU, from compiling it where there is none: python kernels.py --registers
+"""What each kernel takes of a GPU, from compiling it where there is none.
+
+    python -m tests.benchmark --registers
 
 The launch code of kernels.py says how it wants its kernels; here it is asked for all sizes that
 make a difference, and nothing is launched. A multiprocessor holds several programs at a time, so
@@ -28,7 +30,7 @@ from kernels import KeyRanges, triton
 
 
 class Card(NamedTuple):
-    """Of one multiprocessor. sm_80 is that of the consumer cards, too, which have the least."""
+    """The limits of one multiprocessor (CUDA C++ Programming Guide, compute capabilities)."""
     shared: int   # bytes that a program may take; each is given 1 kB more
     warps: int
     programs: int
@@ -36,11 +38,16 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    80: Card(99 * 1024, warps=48, programs=16),
-    90: Card(227 * 1024, warps=64, programs=32),
-    100: Card(227 * 1024, warps=64, programs=32),
+    80: Card(163 * 1024, warps=64, programs=32),    # A100
+    86: Card(99 * 1024, warps=48, programs=16),     # RTX 30
+    89: Card(99 * 1024, warps=48, programs=24),     # RTX 40
+    90: Card(227 * 1024, warps=64, programs=32),    # H100
+    100: Card(227 * 1024, warps=64, programs=32),   # B200
+    120: Card(99 * 1024, warps=48, programs=24),    # RTX 50
 }
-SPILLED = 16 if triton.__version__ >= "3.7" else 64   # bytes of a thread: 3.6 uses more registers
+THREADS = 1024         # a program has at the most
+TENSOR_COLUMNS = 512   # of tensor memory, which sm_100 has
+SPILLED = 32 if triton.__version__ >= "3.7" else 64   # bytes of a thread: 3.6 uses more registers
 HEADS = [(torch.bfloat16, 64), (torch.bfloat16, 72), (torch.bfloat16, 128), (torch.float16, 64),
          (torch.float32, 64), (torch.float32, 128)]
 Job = tuple[int, Callable]   # for which card, and what is to be launched there
@@ -101,9 +108,12 @@ def all_jobs() -> list[Job]:
 
 
 def some_jobs() -> list[Job]:
-    """The widest tiles for sm_80, whose shared memory is the least, and every kernel for each."""
-    jobs: list[Job] = [(80, partial(attention, torch.float32, 128))]
-    for card, head in (80, HEADS[2]), (90, HEADS[1]), (100, HEADS[0]):
+    """Every kernel for the consumer's card of least shared memory and for two of data centres.
+
+    The widest tiles are for the first.
+    """
+    jobs: list[Job] = [(86, partial(attention, torch.float32, 128))]
+    for card, head in (86, HEADS[2]), (90, HEADS[1]), (100, HEADS[0]):
         jobs.append((card, partial(attention, *head)))
         jobs.append((card, partial(heads, *head, True)))
         jobs.append((card, partial(adaln, torch.bfloat16, 1024)))
@@ -124,13 +134,15 @@ class Report(NamedTuple):
     registers: int   # of a thread
     stack: int       # bytes of a thread that were spilled
     shared: int      # bytes
+    columns: int     # of tensor memory
     programs: int    # that a multiprocessor holds at a time
     constants: dict[str, int]
 
     def fits(self) -> bool:
         """And next to nothing is spilled."""
-        card = CARDS[self.card]
-        return self.programs > 0 and self.shared <= card.shared and self.stack <= SPILLED
+        threads = 32 * self.constants["num_warps"]
+        return (self.programs > 0 and self.shared <= CARDS[self.card].shared
+                and threads <= THREADS and self.columns <= TENSOR_COLUMNS and self.stack <= SPILLED)
 
 
 def compile_for(job: Job) -> list[Report]:
@@ -163,7 +175,8 @@ def report(card: int, kernel, tensors: list, numbers: tuple, constants: dict) ->
     shared = compiled.metadata.shared
     held = programs(CARDS[card], registers, shared, constants["num_warps"])
     dtype = str(tensors[0].dtype).removeprefix("torch.")
-    return Report(card, kernel.__name__, dtype, registers, stack, shared, held, constants)
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Report(card, kernel.__name__, dtype, registers, stack, shared, columns, held, constants)
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
@@ -197,15 +210,16 @@ def compiled(jobs: list[Job]) -> Iterator[Report]:
 
 def print_registers() -> None:
     print(f"{'card':8}{'kernel':23}{'dtype':10}{'registers':>9}{'stack':>6}{'shared':>8}"
-          f"{'programs':>9}  constants")
+          f"{'columns':>8}{'programs':>9}  constants")
     seen: Counter[str] = Counter()
     for found in compiled(all_jobs()):
         constants = " ".join(f"{name.removeprefix('num_')} {value}"
                              for name, value in found.constants.items())
         row = (f"sm_{found.card:<5}{found.kernel:23}{found.dtype:10}{found.registers:9}"
-               f"{found.stack:6}{found.shared:8}{found.programs:9}  {constants}")
+               f"{found.stack:6}{found.shared:8}{found.columns:8}{found.programs:9}  {constants}")
         seen[row] += 1
         if seen[row] == 1:   # sizes that are compiled alike are shown once
             print(row + ("" if found.fits() else "  <- does not fit"), flush=True)
     print(f"{len(seen)} kernels. Registers and stack, in bytes, are a thread's; shared memory, in "
-          "bytes, a program's;\nprograms are those that a multiprocessor holds at a time.")
+          "bytes, and\ncolumns of tensor memory, a program's; programs are those that a multiprocessor "
+          "holds at a time.")

@@ -3,7 +3,7 @@
 With a GPU the Triton kernels run compiled, in every dtype and at real sizes. Without one they run in Triton's
 interpreter in fp32 (its bf16 product is wrong) at small sizes, and are compiled for GPUs that are not there:
 
-    python kernels.py --registers        compiles all, for sm_80, sm_90 and sm_100
+    python -m tests.benchmark --registers        compiles all, for six cards
 
 Random search has a fixed seed. To search on with fresh examples, a thousand a test:
 
@@ -26,17 +26,18 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import benchmark
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import benchmark
 import kernels
-import reference
 import tokenizer
 import var
 from kernels import KeyRanges
@@ -49,7 +50,7 @@ TERMS = {torch.float32: 64, torch.float16: 8, torch.bfloat16: 8}
 VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # 680 tokens: the published models at 256 x 256
 
 FRESH = settings().max_examples >= 1000   # the profile "fresh" of conftest.py
-draws = settings(max_examples=1000 if FRESH else 200 if GPU else 8, derandomize=not FRESH, deadline=None, database=None,
+draws = settings(max_examples=1000 if FRESH else 200 if GPU else 6, derandomize=not FRESH, deadline=None, database=None,
                  suppress_health_check=list(HealthCheck))
 needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
 
@@ -144,12 +145,12 @@ def assert_close(got: dict, value: dict, size: dict, dtype: torch.dtype, score_e
 @st.composite
 def key_ranges(draw) -> KeyRanges:
     if draw(st.booleans()):
-        sides = st.integers(1, 16 if GPU else 5)
+        sides = st.integers(1, 16 if GPU else 4)
         scales = [1] + sorted(draw(st.lists(sides, max_size=6 if GPU else 4)))
         ranges = KeyRanges.from_scales(scales, draw(st.sampled_from([None, 1, 2])))
         begin = draw(st.integers(0, len(ranges) - 1)) if draw(st.booleans()) else 0
         return ranges.rows(begin, draw(st.integers(begin + 1, len(ranges))) if begin else len(ranges))
-    L = draw(st.integers(1, 300 if GPU else 50))
+    L = draw(st.integers(1, 300 if GPU else 40))
     steps = st.lists(st.sampled_from([0, 0, 0, 1, 2, 9]), min_size=L, max_size=L)
     first, width = np.cumsum(draw(steps)), draw(st.lists(st.integers(1, 40), min_size=L, max_size=L))
     return KeyRanges(first, np.maximum.accumulate(first + width))
@@ -162,6 +163,8 @@ def heads(rng, pattern: str, layout: str, shape: tuple[int, int, int, int], dtyp
         return on_device(values(rng, pattern, (B, H, n, D)), dtype)
     if layout == "BLHD":
         return on_device(values(rng, pattern, (B, n, H, D)), dtype).transpose(1, 2)
+    if layout == "expanded":   # the strides of one token, that all have
+        return on_device(values(rng, pattern, (B, H, 1, D)), dtype).expand(B, H, n, D)
     if layout == "packed":
         return on_device(values(rng, pattern, (B, n, 3, H, D)), dtype)[:, :, 1].transpose(1, 2)
     return on_device(values(rng, pattern, (B, H, D, n)), dtype).mT
@@ -174,6 +177,7 @@ def check_block_attention(face, ranges, S, shape, dtype, scale=0.2, pattern="nor
     do = heads(rng, "normal" if pattern == "equal" else pattern, layout, (B, H, len(ranges), D), dtype)
     with poisoned():
         o = face_of("block_attention", face)(q, k, v, ranges, scale)
+        assert face == "torch" or o.transpose(1, 2).is_contiguous()   # so that joining the heads is a view
         got = dict(zip(("o", "dq", "dk", "dv"), (o, *torch.autograd.grad(o, (q, k, v), do))))
     value, size = reference.attention(*map(double, (q, k, v)), ranges.first, ranges.last, scale, double(do))
     score = scale * (np.abs(double(q)) @ np.abs(double(k)).swapaxes(2, 3)).max() * (1 + D / 32)
@@ -211,15 +215,16 @@ def test_attention_and_its_gradients(face, data):
     with attention_tiles(tiles):
         check_block_attention(face, ranges, ranges.last[-1] + draw(st.sampled_from([0, 0, 1, 30])), (B, H, D),
                               draw(st.sampled_from(dtypes(face))), draw(st.sampled_from([0.03, 0.25, 1.0])),
-                              draw(patterns), draw(st.sampled_from(["BHLD", "BLHD", "packed", "BHDL"])),
+                              draw(patterns), draw(st.sampled_from(["BHLD", "BLHD", "packed", "BHDL", "expanded"])),
                               draw(st.integers(0, 99)))
 
 
 @pytest.mark.parametrize("face", FACES)
 def test_attention_at_the_length_of_the_published_models(face):
-    ranges = KeyRanges.from_scales(VAR_SCALES, last_scales=None if GPU else 3)   # 3: tiles are cut on both sides
+    ranges = KeyRanges.from_scales(VAR_SCALES, last_scales=None if GPU else 2)   # 2: tiles are cut on both sides
     for dtype in dtypes(face):
-        check_block_attention(face, ranges, len(ranges), (2, 4, 64) if GPU else (1, 1, 64), dtype)
+        with attention_tiles(None if GPU else (128, 64)):   # few, as the interpreter takes as long for any
+            check_block_attention(face, ranges, len(ranges), (2, 4, 64) if GPU else (1, 1, 16), dtype)
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -279,13 +284,13 @@ if kernels.HAS_TRITON:
 
 @needs_triton
 @pytest.mark.skipif(GPU, reason="runs in the interpreter")
-@pytest.mark.parametrize("L", [680, 130, 521])
+@pytest.mark.parametrize("L", [680, 521])
 def test_the_tiles_that_are_counted_and_drawn_are_those_that_are_visited(L):
     grid = benchmark.tile_grid(L)
     plan_T4 = torch.zeros(len(grid), 4, dtype=torch.int32)
     ranges = KeyRanges.from_scales(benchmark.BENCHMARK_SCALES[L])
     table = ranges.once(kernels.table, torch.device(DEVICE))
-    kernels.launch(plan_kernel, len(grid), list(table), [plan_T4], L, TILE_L=128, TILE_S=64)
+    kernels.launch(plan_kernel, (len(grid),), list(table), [plan_T4], L, TILE_L=128, TILE_S=64)
     for tiles_S, (start, before, whole, cut) in zip(grid.tolist(), plan_T4.tolist()):
         assert (start, before, tiles_S) == (0, 0, [2] * whole + [1] * cut + [0] * (len(tiles_S) - whole - cut))
 
@@ -310,29 +315,34 @@ def test_attention_allocates_nothing_larger_than_its_inputs(monkeypatch):
     assert largest.numel == q.numel()
 
 
-@pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("change, message", [
-    (dict(k=torch.zeros(1, 2, 5, 16, dtype=torch.float16)), "one dtype"),
-    (dict(k=torch.zeros(1, 2, 5, 16, device="meta")), "k is on meta"),
-    (dict(k=torch.zeros(1, 2, 4, 16), v=torch.zeros(1, 2, 4, 16)), "5 queries and 4 keys"),
-    (dict(v=torch.zeros(1, 2, 4, 16)), r"\(1, 2, 4, 16\)"),
-    (dict(q=torch.zeros(1, 2, 6, 16)), "do not fit 6 queries"),
-    (dict(q=torch.zeros(0, 2, 5, 16)), r"\(0, 2, 5, 16\)"),
-    (dict(q=torch.zeros(1, 2, 5, 16, dtype=torch.int32)), "int32"),
-    (dict(scale=0.0), "scale must be positive: it is 0.0"),
-])
-def test_attention_names_what_it_cannot_take(face, change, message):
-    given = dict(q=torch.zeros(1, 2, 5, 16), k=torch.zeros(1, 2, 5, 16), v=torch.zeros(1, 2, 5, 16), scale=1.0) | change
-    with pytest.raises(ValueError, match=message):
-        face_of("block_attention", face)(given["q"], given["k"], given["v"], KeyRanges.from_scales((1, 2)), given["scale"])
+@pytest.mark.parametrize("begin, end, masked", [(0, 14, True), (5, 14, False)])
+def test_queries_that_all_see_the_same_keys_need_no_mask(begin, end, masked):
+    """As at one scale of a generation."""
+    ranges = KeyRanges.from_scales((1, 2, 3)).rows(begin, end)
+    assert (ranges.once(kernels.mask_in_sight, torch.device("cpu")) is not None) == masked
+
+
+@pytest.mark.parametrize("change", [
+    dict(k=torch.zeros(1, 2, 5, 16, dtype=torch.float16)), dict(k=torch.zeros(1, 2, 4, 16), v=torch.zeros(1, 2, 4, 16)),
+    dict(v=torch.zeros(1, 2, 4, 16)), dict(q=torch.zeros(1, 2, 6, 16)), dict(scale=0.0)])
+def test_attention_takes_only_what_fits(change):
+    given = dict(q=torch.zeros(1, 2, 5, 16), k=torch.zeros(1, 2, 5, 16), v=torch.zeros(1, 2, 5, 16),
+                 ranges=KeyRanges.from_scales((1, 2)), scale=1.0) | change
+    with pytest.raises(AssertionError):
+        kernels.block_attention(*given.values())
+
+
+@pytest.mark.parametrize("first, last", [([], []), ([0], [1, 2]), ([1, 0], [2, 2]), ([0, 0], [2, 1]), ([1], [1]), ([-1], [1])])
+def test_a_range_is_not_empty_and_its_ends_never_decrease(first, last):
+    with pytest.raises(AssertionError):
+        KeyRanges(first, last)
 
 
 @needs_triton
-@pytest.mark.parametrize("D, dtype, message", [(136, torch.float32, "head width of 16 to 128: it is 136"),
-                                               (8, torch.float32, "it is 8"), (16, torch.float64, "float64")])
-def test_the_triton_face_names_what_it_alone_cannot_take(D, dtype, message):
-    q = torch.zeros(1, 2, 5, D, dtype=dtype)
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("D", [8, 136])
+def test_the_triton_face_names_the_head_widths_that_it_takes(D):
+    q = torch.zeros(1, 2, 5, D)
+    with pytest.raises(ValueError, match=f"head width of 16 to 128: it is {D}"):
         kernels.block_attention_triton(q, q, q, KeyRanges.from_scales((1, 2)), 1.0)
 
 
@@ -381,7 +391,7 @@ def test_of_equally_near_codes_the_first_wins_wherever_it_is(face):
 @pytest.mark.parametrize("face", FACES)
 def test_nearest_code_at_the_published_size(face):
     rng = np.random.default_rng(0)
-    x, codebook = rng.standard_normal((680 if GPU else 70, 32)), rng.standard_normal((4096, 32))
+    x, codebook = rng.standard_normal((680 if GPU else 7, 32)), rng.standard_normal((4096, 32))
     codebook[1::2] = codebook[::2]   # every code twice: the first of the two must win
     index = face_of("nearest_code", face)(*(on_device(a, torch.float32) for a in (x, codebook))).cpu().numpy()
     assert index.dtype == np.int64 and np.array_equal(index, reference.distances(x, codebook, False).argmin(axis=1))
@@ -396,14 +406,6 @@ def test_nearest_code_stays_in_fp32_under_autocast(face, cosine):
         assert face_of("nearest_code", face)(x, codebook, cosine).item() == 1
 
 
-@pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("N, V, width, message", [(3, 0, 4, r"codebook .*\(0, 4\)"), (0, 3, 4, r"x .*\(0, 4\)"),
-                                                  (3, 3, 5, r"codebook must be .*: it is \(3, 5\)")])
-def test_nearest_code_names_what_it_cannot_take(face, N, V, width, message):
-    with pytest.raises(ValueError, match=message):
-        face_of("nearest_code", face)(torch.zeros(N, 4), torch.zeros(V, width))
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Adaptive layer norm
 
@@ -412,7 +414,7 @@ def test_nearest_code_names_what_it_cannot_take(face, N, V, width, message):
 @given(data=st.data())
 @draws
 def test_adaln_and_its_gradients(face, data):
-    B, L = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 5, 32, 33] + [70] * GPU))
+    B, L = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 5, 33] + [70] * GPU))
     W = data.draw(st.sampled_from([1, 2, 24, 64, 100] + [1024, 1920] * GPU))
     x_dtype, h_dtype, dtype, y_dtype = (data.draw(st.sampled_from(list(UNIT))) for _ in range(4))
     rng, pattern = np.random.default_rng(data.draw(st.integers(0, 99))), data.draw(patterns)
@@ -434,7 +436,7 @@ def test_adaln_and_its_gradients(face, data):
 
 @needs_triton
 def test_adaln_sums_gradients_in_one_order():
-    inputs = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in 2 * [(1, 40, 24)] + 3 * [(1, 24)]]
+    inputs = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in 2 * [(1, 33, 4)] + 3 * [(1, 4)]]
     outputs = kernels.adaln_triton(*inputs, torch.float32)
     once, again = (torch.autograd.grad(outputs, inputs, inputs[:2], retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, once, again))
@@ -447,16 +449,6 @@ def test_autocast_chooses_the_dtype_of_what_the_next_product_reads():
         assert [y.dtype for y in kernels.adaln(x, h, *modulation)] == [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("change, message", [(dict(h=torch.zeros(2, 3, 9)), r"h must be .*\(2, 3, 8\): it is \(2, 3, 9\)"),
-                                             (dict(scale=torch.zeros(3, 8)), r"scale must be .*\(2, 8\): it is \(3, 8\)")])
-def test_adaln_names_what_it_cannot_take(face, change, message):
-    x_BLW, m_BW = torch.zeros(2, 3, 8), torch.zeros(2, 8)
-    given = dict(x=x_BLW, h=x_BLW, gate=m_BW, scale=m_BW, shift=m_BW) | change
-    with pytest.raises(ValueError, match=message):
-        face_of("adaln", face)(*given.values(), torch.float32)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Heads
 
@@ -465,7 +457,7 @@ def test_adaln_names_what_it_cannot_take(face, change, message):
 @given(data=st.data())
 @draws
 def test_split_heads_and_its_gradients(face, data):
-    B, L = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 3, 33, 70]))
+    B, L = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 3, 33] + [70] * GPU))
     H, D = data.draw(st.sampled_from([1, 3])), data.draw(st.sampled_from([1, 16, 17, 64, 72, 128]))
     dtype, bias_dtype = (data.draw(st.sampled_from(dtypes(face))) for _ in range(2))
     rng, pattern = np.random.default_rng(data.draw(st.integers(0, 99))), data.draw(patterns)
@@ -525,23 +517,10 @@ def test_keys_and_values_go_where_there_is_room_and_nowhere_else(face, normalise
     assert (cache[:, :, :, :3] == 7).all() and (cache[:, :, :, 8:] == 7).all()
 
 
-@pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("change, message", [
-    (dict(product=torch.zeros(2, 5, 97)), r"product must be .*\(2, 5, 96\)"), (dict(heads=5), "for 5 heads"),
-    (dict(v_bias=torch.zeros(31)), r"v_bias must be .*\(32,\): it is \(31,\)"),
-    (dict(log_scale=torch.zeros(3)), r"log_scale must be .*\(2,\): it is \(3,\)"),
-    (dict(room=(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 4, 16))), r"v_room must be .*\(2, 2, 5, 16\)")])
-def test_split_heads_names_what_it_cannot_take(face, change, message):
-    given = dict(product=torch.zeros(2, 5, 96), q_bias=torch.zeros(32), v_bias=torch.zeros(32),
-                 log_scale=torch.zeros(2), heads=2, room=None) | change
-    with pytest.raises(ValueError, match=message):
-        face_of("split_heads", face)(*given.values())
-
-
 @needs_triton
 def test_room_that_the_kernel_cannot_fill_is_refused():
     room = torch.zeros(2, 2, 2, 16, 5).mT.unbind()
-    with pytest.raises(ValueError, match="room must have unbroken rows"):
+    with pytest.raises(AssertionError, match="cannot write to such strides"):
         kernels.split_heads_triton(torch.zeros(2, 5, 96), torch.zeros(32), torch.zeros(32), None, 2, room)
 
 
@@ -627,11 +606,11 @@ def test_rare_tokens_count_for_top_p(face, rank, kept):
     assert token == (rank if kept else 0)
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("face", FACES if GPU else ["torch"])   # both faces draw the same token
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (4, 1.0), (0, 0.8), (5, 0.9)])
 def test_frequencies_follow_the_distribution(face, top_k, top_p):
     """Chi-square: with n draws, sum (count - n p)^2 / (n p) passes mean + 5 standard deviations once in millions."""
-    draws = 60 if face == "triton" and not GPU else 20_000
+    draws = 20_000
     logits = np.array([1.0, 0.0, 2.0, 2.0, -1.0, 0.5, -9.0])
     noise = np.random.default_rng(3).exponential(size=(1, draws, len(logits)))
     cond = on_device(np.broadcast_to(logits, noise.shape), torch.float32)
@@ -644,16 +623,21 @@ def test_frequencies_follow_the_distribution(face, top_k, top_p):
     assert statistic <= freedom + 5 * np.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_sampling_names_what_it_cannot_take(face):
-    with pytest.raises(ValueError, match=r"cond .*\(1, 2, 0\)"):
-        face_of("sample_tokens", face)(torch.zeros(1, 2, 0), None, 0.0, 0, 1.0, torch.zeros(1, 2, 0))
-    with pytest.raises(ValueError, match=r"noise must be .*: it is \(1, 2, 4\)"):
-        face_of("sample_tokens", face)(torch.zeros(1, 2, 3), None, 0.0, 0, 1.0, torch.zeros(1, 2, 4))
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# The choice of a face
+# Shapes, and the choice of a face
+
+
+@pytest.mark.parametrize("operation, shapes", [
+    ("adaln", [(2, 3, 8), (2, 3, 9), (2, 8), (2, 8), (2, 8)]), ("adaln", [(2, 3, 8), (2, 3, 8), (2, 8), (3, 8), (2, 8)]),
+    ("nearest_code", [(3, 4), (3, 5)]), ("sample_tokens", [(1, 2, 3), (1, 2, 4), 0.0, 0, 1.0, (1, 2, 3)]),
+    ("sample_tokens", [(1, 2, 3), (1, 2, 3), 0.0, 0, 1.0, (1, 2, 4)]),
+    ("split_heads", [(2, 5, 97), (32,), (32,), (2,), 2]), ("split_heads", [(2, 5, 96), (32,), (31,), (2,), 2]),
+    ("split_heads", [(2, 5, 96), (32,), (32,), (3,), 2]), ("split_heads", [(2, 5, 96), (32,), (32,), (5,), 5]),
+    ("split_heads", [(2, 5, 96), (32,), (32,), (2,), 2, 2 * (torch.zeros(2, 2, 4, 16),)])])
+def test_shapes_that_do_not_fit_are_refused(operation, shapes):
+    inputs = [torch.zeros(x) if isinstance(x, tuple) and isinstance(x[0], int) else x for x in shapes]
+    with pytest.raises(AssertionError):
+        getattr(kernels, operation)(*inputs)
 
 
 def test_the_face_follows_the_tensors_unless_told_otherwise(monkeypatch):
@@ -663,6 +647,15 @@ def test_the_face_follows_the_tensors_unless_told_otherwise(monkeypatch):
     assert kernels.use_triton(cpu)
     monkeypatch.setattr(kernels, "FACE", "torch")
     assert not kernels.use_triton(torch.zeros(1, device=DEVICE))
+
+
+@pytest.mark.parametrize("major, hip, triton", [(7, None, False), (8, None, True), (12, None, True), (9, "6.4", False)])
+def test_the_triton_face_is_for_cards_of_nvidia_from_sm_80_on(major, hip, triton, monkeypatch):
+    monkeypatch.setattr(kernels, "FACE", None)
+    monkeypatch.setattr(kernels, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    assert kernels.use_triton(SimpleNamespace(is_cuda=True, device="cuda:0")) == triton
 
 
 def test_without_triton_the_pytorch_faces_do_everything():
@@ -764,7 +757,7 @@ def compiled(parts, backend) -> list:
     return graphs
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("face", FACES[-1:])
 def test_a_pass_of_training_is_one_graph(face, monkeypatch):
     from torch._dynamo.backends.debugging import aot_eager
     monkeypatch.setattr(kernels, "FACE", face)
@@ -810,22 +803,42 @@ def test_no_phi_is_computed_in_tf32(small_tokenizer, monkeypatch):
     assert allowed == 6 * [False]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler. Please specify via CC"),
-                                   subprocess.CalledProcessError(1, ["gcc"]), FileNotFoundError("gcc")], ids=type)
-def test_a_machine_without_a_compiler_is_told_what_it_lacks(error):
+def failing(error: Exception):
     class Kernel:
         def __getitem__(self, grid):
             raise error
-    with pytest.raises(RuntimeError, match="needs a C compiler and Python's headers"):
-        kernels.launch(Kernel(), 1, [torch.zeros(1)], [])
+    return Kernel()
+
+
+OutOfResources = type("OutOfResources", (Exception,), {})   # called as Triton's are
+PTXASError = type("PTXASError", (Exception,), {})
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("Failed to find C compiler. Please specify via CC"), "needs a C compiler and Python's headers"),
+    (subprocess.CalledProcessError(1, ["gcc"]), "needs a C compiler"), (FileNotFoundError("gcc"), "needs a C compiler"),
+    (RuntimeError("0 active drivers ([]). There should only be one."), "TRITON_INTERPRET=1 must be in the environment"),
+    (ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)"), "TRITON_INTERPRET=1 must be"),
+    (OutOfResources("shared memory, Required: 98304, Hardware limit: 65536"), "choose smaller tiles"),
+    (PTXASError("Value 'sm_130' is not defined"), "install a newer Triton")], ids=lambda x: type(x).__name__)
+def test_a_machine_that_cannot_start_kernels_is_told_what_it_lacks(error, said):
+    with pytest.raises(OSError, match=said) as raised:
+        kernels.launch(failing(error), (1,), [torch.zeros(1)], [])
+    assert type(raised.value) is kernels.LaunchError and "\n" not in str(raised.value)
 
 
 def test_any_other_error_of_a_kernel_stays_as_it_is():
-    class Kernel:
-        def __getitem__(self, grid):
-            raise RuntimeError("out of shared memory")
-    with pytest.raises(RuntimeError, match="^out of shared memory$"):
-        kernels.launch(Kernel(), 1, [torch.zeros(1)], [])
+    with pytest.raises(RuntimeError, match="^an error of ours$"):
+        kernels.launch(failing(RuntimeError("an error of ours")), (1,), [torch.zeros(1)], [])
+
+
+@needs_triton
+@pytest.mark.skipif(GPU, reason="of machines without a GPU")
+def test_a_kernel_outside_of_the_interpreter_asks_for_it():
+    """As where TRITON_INTERPRET is set after the import, or not at all."""
+    compiled = kernels.triton.runtime.JITFunction(kernels.adaln_forward.fn)
+    with pytest.raises(kernels.LaunchError, match="TRITON_INTERPRET=1 must be in the environment before Python starts"):
+        kernels.launch(compiled, (1, 1), [torch.zeros(1, 1, 4)] * 5, [torch.zeros(1, 1, 4)] * 2, 4, TILE_W=4)
 
 
 @pytest.mark.parametrize("L, rows, warps", [(1, 16, 4), (9, 16, 4), (25, 32, 4), (64, 64, 4), (100, 128, 8), (680, 128, 8)])
