@@ -223,7 +223,8 @@ def load_folder(
         folder = read_folder(listing, form, out, workers, stream)
     if folder.unreadable:
         names = in_short(", ".join(folder.unreadable))
-        say(f"{len(folder.unreadable)} images cannot be read and are left out: {names}")
+        again = "" if stream else f" (remove {out / DECODED} to try again)"
+        say(f"{len(folder.unreadable)} images cannot be read and are left out{again}: {names}")
     brightest = folder.held_out.tensors[0].max()
     if brightest < DARK:
         say(f"note: no pixel of the held-out images is over {brightest} of 255; of grey files that "
