@@ -137,7 +137,7 @@ def main() -> None:
     _, (share_R, excess_R), *others = costs.values()
     others_R = np.mean(others, axis=0)[1]
     say_verdicts(CLAIMS, [
-        100 * (last_R7 / large_R7 - 1)[:, 0],
+        100 * (last_R7[:, 0] / large_R7[:, 0] - 1),
         share_R,
         (last_R7 - large_R7)[:, 1],
         excess_R - others_R,

@@ -1,6 +1,5 @@
 """Before a test imports Triton: without a GPU its kernels run in Triton's interpreter, on NumPy."""
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,8 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import sample  # noqa: E402
-from program import TINY, run  # noqa: E402
+from program import TINY, ran, run  # noqa: E402
+
+from sample import load_run  # noqa: E402
+from support.data import draw_shapes  # noqa: E402
+from support.devices import choose_machine  # noqa: E402
+from support.evaluation import kept_classifier  # noqa: E402
 
 # The same examples every time; `pytest --hypothesis-profile fresh` looks for new ones.
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
@@ -59,12 +62,15 @@ def shapes(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def judged(shapes, tmp_path_factory) -> Path:
-    """The same run, for the pages of papers/, with a classifier that has learned little."""
-    out = shutil.copytree(shapes, tmp_path_factory.mktemp("judged") / "run")
-    (out / "classifier.pt").unlink(missing_ok=True)
+def judged(tmp_path_factory) -> Path:
+    """A shorter run on a tenth of that data, for the pages of papers/, and a classifier that has
+    learned little."""
+    out = tmp_path_factory.mktemp("judged") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "CLASSIFIER_STEPS", 20)
-        result = run("sample.py", "--run", out, "--evaluate", 40)
-    assert result.returncode == 0, result.stderr
+        patch.setattr("support.evaluation.CLASSIFIER_STEPS", 20)
+        patch.setattr("support.data.draw_shapes",
+                      lambda count, side, seed: draw_shapes(count // 10, side, seed))
+        ran("train.py", "--out", out, *TINY, "--image-size", 16, "--multipliers", "1,2,2",
+            "--code-channels", 8)
+        kept_classifier(load_run(out, choose_machine("cpu")))
     return out

@@ -1,18 +1,15 @@
 """What all pages share: which runs they take, when a claim holds, and what goes on from what."""
 import shutil
-from argparse import Namespace
+from dataclasses import replace
 from math import inf
 
 import pytest
 import torch
 
-import sample
 from papers import Claim, open_runs, parser_of, say_figures
 from papers.tuning import Tuning
-from program import ran, refused
-from sample import UserError
-
-ASK = ("--device", "cpu", "--count", "40")
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.cli import UserError
 
 
 @pytest.fixture
@@ -22,32 +19,37 @@ def copies(judged, tmp_path):
     for seed in range(3):
         folder = tmp_path / f"shapes-{seed}"
         shutil.copytree(judged, folder, ignore=lambda _, names: {"papers"} & set(names))
-        changed(folder, lambda content, seed=seed: content["identity"].update(seed=seed))
+        changed(folder, lambda content, seed=seed: content["made_with"].update(seed=seed))
         folders.append(folder)
     return folders
 
 
 def changed(folder, change, stage="var", kind="transformer"):
-    content = sample.load_checkpoint(folder / f"{stage}.pt", kind)
+    content = load_checkpoint(folder / f"{stage}.pt", kind)
     change(content)
     del content["kind"]
-    sample.save_checkpoint(folder / f"{stage}.pt", kind, **content)
+    save_checkpoint(folder / f"{stage}.pt", kind, **content)
 
 
-def opened(*folders, count=40):
+def opened(*folders, count=40, flags=()):
     return open_runs(parser_of("hmar", "").parse_args(
-        ["--run", *map(str, folders), *ASK[:2], "--count", str(count)]))
+        ["--run", *map(str, folders), "--device", "cpu", "--count", str(count), *flags]))
 
 
 def test_runs_differ_in_their_seed_alone(copies):
-    assert [run.options.seed for run in opened(*copies)] == [0, 1, 2]
+    runs = opened(*copies, flags=["--resume"])
+    assert [run.settings.seed for run in runs] == [0, 1, 2]
+    for run, folder in zip(runs, copies):
+        content = load_checkpoint(folder / "var.pt", "transformer")
+        assert vars(run.settings.preset) == content["preset"]
+        assert run.settings.resume and run.settings.out == run.folder == folder
     with pytest.raises(UserError, match="have the same seed, 1"):
         opened(copies[0], copies[1], copies[1])
-    changed(copies[2], lambda content: content["identity"].update(tokenizer_steps=9), "tokenizer",
+    changed(copies[2], lambda content: content["made_with"].update(tokenizer_steps=9), "tokenizer",
             "tokenizer")
     with pytest.raises(UserError, match="shapes-2 and .*shapes-0 differ in more than their seed"):
         opened(*copies)
-    changed(copies[1], lambda content: content["identity"].update(var_lr=0.5))
+    changed(copies[1], lambda content: content["made_with"].update(var_lr=0.5))
     with pytest.raises(UserError, match="differ in more than their seed"):
         opened(*copies[:2])
 
@@ -62,11 +64,10 @@ def test_a_run_that_cannot_be_judged_by(copies, change, message):
         opened(copies[0])
 
 
-def test_as_many_held_out_images_as_there_are(copies):
-    with pytest.raises(UserError, match="--count 41 must be even"):
-        opened(copies[0], count=41)
-    with pytest.raises(UserError, match="--count 2000: .*shapes-0 has 1000 held-out images"):
-        opened(copies[0], count=2000)
+@pytest.mark.parametrize("count", [41, 200])
+def test_as_many_held_out_images_as_there_are(judged, count):
+    with pytest.raises(UserError, match=f"{count} images cannot be judged: there are 100 held-out"):
+        opened(judged, count=count)
 
 
 @pytest.mark.parametrize("figure, verdict", [
@@ -93,14 +94,23 @@ def test_differences_are_taken_in_each_run(capsys):
     assert "*" not in capsys.readouterr().out   # of two runs nothing is an effect
 
 
-def test_what_was_tuned_goes_on_only_from_the_same_weights(copies):
-    command = ("papers.hmar", "--run", copies[0], *ASK, "--steps", 2)
-    ran(*command)
-    assert ran(*command, "--resume").count("is finished") == 3
-    assert "another lr" in refused(*command, "--resume", "--lr", 0.5)
+def test_what_was_tuned_goes_on_only_from_the_same_weights(copies, capsys):
     (run,) = opened(copies[0])
-    with torch.no_grad():
-        run.model.head.bias += 1
-    run.options = Namespace(**{**vars(run.options), "resume": True})
+
+    def tuning(lr=0.003, resume=True):
+        settings = replace(run.settings, resume=resume)
+        return Tuning(replace(run, settings=settings), run.model, "some", 2, lr)
+
+    first = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    stage = tuning(resume=False)
+    assert stage.settings.preset == replace(run.settings.preset, var_steps=2, var_lr=0.003)
+    tuned = stage.run().state_dict()
+    run.model.load_state_dict(first)   # it was changed
+    again = tuning()
+    assert all(torch.equal(weight, tuned[name]) for name, weight in again.run().state_dict().items())
+    assert f"{run.folder / 'papers' / 'some' / 'var.pt'} is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="another lr, 0.003 and not 0.5"):
+        tuning(lr=0.5).run()
+    run.model.head.bias.data += 1
     with pytest.raises(UserError, match="another first weights"):
-        Tuning(run, run.model, "hmar-plain", 2, 0.003).run()
+        tuning().run()

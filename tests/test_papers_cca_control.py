@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-
-import sample
-from papers import cca, control, open_runs, parser_of
-from papers.tuning import Tuning
 from program import ran, refused, rows_of
+
+from papers import UNFILTERED, cca, control, open_runs, parser_of
+from papers.tuning import Tuning
+from sample import DEFAULTS
+from support.checkpoint import load_checkpoint
+from support.evaluation import Judge, evaluated_images, kept_classifier
+from support.images import to_float
 
 
 @pytest.fixture
-def run(judged, tmp_path):
-    """A run whose tunings, of three steps, go elsewhere."""
-    options = parser_of("cca", "").parse_args(["--run", str(judged), "--device", "cpu"])
-    (run,) = open_runs(options)
-    run.options.steps = 3
-    run.options.lr = 1e-2
-    run.options.count = 40
+def run(judged):
+    (run,) = open_runs(parser_of("cca", "").parse_args(
+        ["--run", str(judged), "--device", "cpu", "--count", "40"]))
     return run
 
 
@@ -49,7 +48,7 @@ def test_the_contrastive_loss_by_hand(weight):
 
 
 def test_log_likelihood_is_that_of_sample(run):
-    images, labels = sample.evaluated_images(run, 10)
+    images, labels = evaluated_images(run, 10)
     tokens_NL = run.encode(images)[1]
     inputs = run.tokenizer.teacher_inputs(tokens_NL)
     with torch.no_grad():
@@ -74,18 +73,18 @@ class Watched(torch.nn.Module):
 @pytest.mark.parametrize("dropout", [0.0, 0.5, 1.0])
 def test_what_is_contrasted(run, dropout, monkeypatch):
     run.model.config = replace(run.model.config, label_dropout=dropout)
-    stage = cca.Contrast(run, 5.0)
+    stage = cca.Contrast(run, 5.0, 3, 1e-2)
     asked = []
     monkeypatch.setattr(cca, "contrastive_loss",
                         lambda *arguments: asked.append(arguments) or torch.zeros(()))
-    stage.replica = Watched(run.model, 0.1)
+    tuned = Watched(run.model, 0.1)
     stage.reference = Watched(run.model, 0.0)
     stage.reference.config = run.model.config
     labels = torch.tensor([3, 3, 1, 0] * 16)
     tokens = torch.randint(0, 32, (64, run.model.config.length), dtype=torch.int16)
-    stage.loss(tokens, labels)
+    stage.loss(tuned, tokens, labels)
     (own, other, contrast, weight), = asked
-    (seen,) = stage.replica.seen
+    (seen,) = tuned.seen
     assert weight == 5
     assert torch.equal(seen, stage.reference.seen[0])
     first, second = seen.chunk(2)
@@ -108,11 +107,10 @@ def test_what_is_contrasted(run, dropout, monkeypatch):
 
 def test_contrast_tunes_a_copy(run):
     before = copy.deepcopy(run.model.state_dict())
-    stage = cca.Contrast(run, 5.0)
+    stage = cca.Contrast(run, 5.0, 2, 1e-2)
     assert stage.reference is run.model is not stage.model
-    for name, value in stage.average.state_dict().items():
+    for name, value in stage.ema.state_dict().items():
         assert torch.equal(value, before[name])
-    run.options.overwrite = True
     tuned = stage.run()
     assert not torch.equal(tuned.head.weight, before["head.weight"])
     for name, value in run.model.state_dict().items():
@@ -138,15 +136,15 @@ def test_recall_is_compared_with_that_of_guidance_recognised_as_well():
 def test_what_is_evaluated(run, monkeypatch):
     """With which guidance and filters, and of that which figures: 0 to 3, or those that are
     filtered."""
-    run.options.weights = (1, 20)
-    monkeypatch.setattr(Tuning, "run", lambda stage: stage.options.out.name)
-    monkeypatch.setattr(cca, "evaluate", lambda part, *_: part)
+    monkeypatch.setattr(Tuning, "run", lambda stage: stage.settings.out.name)
+    monkeypatch.setattr(cca, "evaluate", lambda part, count, seeds: part)
     monkeypatch.setattr(cca, "figures_of", lambda part: [
-        (part.model, part.options.cfg, part.options.top_p, i) for i in range(7)])
-    found = {name: list(map(tuple, row.tolist())) for name, row in cca.study(run).items()}
+        (part.model, part.sampling.cfg, part.sampling.top_p, i) for i in range(7)])
+    rows = cca.study(run, (1, 20), 3, 1e-2, 40)
+    found = {name: list(map(tuple, row.tolist())) for name, row in rows.items()}
     unfiltered = lambda *kind: [tuple(map(str, (*kind, i))) for i in (0, 1, 2, 3)]   # noqa: E731
     filtered = lambda *kind: [tuple(map(str, (*kind, i))) for i in (0, 4, 5, 6)]   # noqa: E731
-    cfg, top_p = run.options.cfg, run.options.top_p
+    cfg, top_p = DEFAULTS.cfg, DEFAULTS.top_p
     assert found == {
         "plain, cfg 0": unfiltered("cca-plain", cfg, top_p),
         **{f"plain, cfg {x:g}": filtered("cca-plain", x, 1.0) for x in (0.5, 1.0, 2.0, 4.0)},
@@ -181,7 +179,7 @@ def test_the_page_on_contrast(judged):
 @pytest.fixture
 def shown(run):
     """A controlled model, held-out images' tokens and labels, and what is read of their edges."""
-    images, labels = sample.evaluated_images(run, 8)
+    images, labels = evaluated_images(run, 8)
     return control.Controlled(run).eval(), run.encode(images)[1], labels, control.edges_of(images)
 
 
@@ -218,7 +216,7 @@ def test_with_z_at_zero_it_is_the_plain_model(run, shown):
     model.show(edges)
     assert torch.equal(model(labels, inputs), plain)
     for cfg in (0.0, 2.0):
-        run.options.cfg = cfg
+        run.sampling = replace(DEFAULTS, cfg=cfg)
         with_edges = control.draw(replace(run, model=model), labels.tolist(), edges, 5)
         assert torch.equal(with_edges, run.decode(run.generate(labels.tolist(), 5)))
 
@@ -261,7 +259,7 @@ def test_edges_go_with_the_class(run, shown):
 def test_training_shows_the_edges_of_what_the_tokens_decode_to(run, shown):
     model, tokens_NL, labels, _ = shown
     stage = control.Steering(run, model, "steering", 3, 1e-3)
-    stage.loss_of(model, tokens_NL.short(), labels)
+    stage.loss(model, tokens_NL.short(), labels)
     edges_BLX = model.edges_BLX
     model.show(control.edges_of(run.decode(tokens_NL)))
     assert 0 < edges_BLX.mean() < 1
@@ -288,12 +286,11 @@ def test_drawing_is_what_was_taught(run, shown, monkeypatch):
 def test_each_batch_is_shown_its_own_edges(run, shown):
     model, _, labels, edges = shown
     torch.nn.init.normal_(model.control.weight)
-    run.options.batch = 3
+    run.sampling = replace(DEFAULTS, cfg=0.0, batch=3)
     kept = []
     run.model = model
     generate = model.generate
     model.generate = lambda *arguments: kept.append(model.edges_BLX) or generate(*arguments)
-    run.options.cfg = 0.0
     control.draw(run, labels.tolist(), edges, 0)
     model.show(edges)
     assert torch.equal(torch.cat(kept), model.edges_BLX)
@@ -313,7 +310,7 @@ def page(judged, tmp_path_factory) -> str:
 @pytest.mark.parametrize("name", ["plain", "frozen", "all"])
 def test_what_is_tuned(run, name, judged, page):
     path = judged / "papers" / f"control-{name}" / "var.pt"
-    state = sample.load_checkpoint(path, "transformer")["model"]
+    state = load_checkpoint(path, "transformer")["model"]
     changed = [key for key, value in run.model.state_dict().items() if not value.equal(state[key])]
     assert bool(changed) == (name != "frozen")
     assert state["control.weight"].any() == (name != "plain")
@@ -323,19 +320,18 @@ def test_the_page_on_control(run, judged, page):
     rows = rows_of(page, 6)
     assert list(rows) == ["reconstructions", "plain", "frozen", "all"]
     assert f"measured {rows['all'][1] - rows['plain'][1]:.4f}" in page
-    images, labels = sample.evaluated_images(run, 40)
+    images, labels = evaluated_images(run, 40)
     asked, got = (control.edges_of(x)[:, 0].numpy() > 0
                   for x in (images, run.decode(run.encode(images)[1])))
     expected = np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in zip(asked, got)])
     assert rows["reconstructions"][0] == rows["reconstructions"][3] == round(expected, 2)
     model = control.Controlled(run)
     path = judged / "papers" / "control-all" / "var.pt"
-    model.load_state_dict(sample.load_checkpoint(path, "transformer")["model"])
-    for begin, filters in ((0, sample.NO_FILTERS), (3, sample.FILTERS)):
-        vars(run.options).update(filters)
-        tuned = replace(run, model=model.eval())
+    model.load_state_dict(load_checkpoint(path, "transformer")["model"])
+    for begin, sampling in ((0, UNFILTERED), (3, DEFAULTS)):
+        tuned = replace(run, model=model.eval(), sampling=sampling)
         drawn = control.draw(tuned, labels.tolist(), control.edges_of(images), 0)
-        found = sample.Judge(sample.kept_classifier(run), images, run.classes)(drawn, labels)
+        found = Judge(kept_classifier(run), images, run.classes)(drawn, labels)
         assert rows["all"][begin + 1:begin + 3] == pytest.approx(
             [100 * found.recognised, 100 * found.recall], abs=0.006)
 
@@ -344,9 +340,10 @@ def test_what_is_claimed_of_control(judged, monkeypatch):
     rows = {"plain": [0.2, 50.0], "frozen": [0.3, 70.0], "all": [0.6, 65.0]}
     rows = {name: [*row, 0, 0, 0, 0] for name, row in rows.items()}
     monkeypatch.setattr(
-        control, "study", lambda run: (rows, replace(run, model=control.Controlled(run).eval())))
-    monkeypatch.setattr(sample, "save_picture", lambda *_: None)
-    said = ran("papers.control", "--run", judged, "--device", "cpu")
+        control, "study",
+        lambda run, *_: (rows, replace(run, model=control.Controlled(run).eval())))
+    monkeypatch.setattr(control, "save_picture", lambda *_: None)
+    said = ran("papers.control", "--run", judged, "--device", "cpu", "--count", 40)
     for claim, figure in zip(control.CLAIMS, (0.6, 15, 0.25), strict=True):
         assert f"claim: {claim.text}\n    measured {figure:.4f}: " in said
 
@@ -357,7 +354,7 @@ def test_the_picture_of_edges(run, judged, page):
     drawing = picture[66:130, -4 * 66:-3 * 66 + 62, 0][:, :64]   # 64 of 200: the lines at 16 and 48
     assert (drawing[30:34, 16:19] == 0).all() and (drawing[30:34, 46:48] == 0).all()
     assert (drawing[20:40, 24:40] == 255).all() and (drawing[:12] == 255).all()
-    images = sample.to_float(run.held_out.tensors[0][:1])
+    images = to_float(run.held_out.tensors[0][:1])
     asked = control.edges_of(images)[0, 0].numpy().repeat(4, axis=0).repeat(4, axis=1)
     assert np.array_equal(picture[:64, -4 * 66:-4 * 66 + 64, 0] == 0, asked == 1)
 
@@ -370,5 +367,6 @@ def test_mistakes_about_drawings(judged, tmp_path):
         "data:0 to": "data:9999",
     }
     for said, source in wrong.items():
-        found = refused("papers.control", "--run", judged, "--device", "cpu", "--image", source)
+        found = refused("papers.control", "--run", judged, "--device", "cpu", "--count", 40,
+                        "--image", source)
         assert said in found

@@ -7,16 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from program import ran, refused, rows_of
 
-import sample
 from kernels import obvious_attention
 from papers import damage, drafting, forgetful, open_runs, parser_of, roles, watermark
 from papers.tuning import kept_tokens
-from program import TINY, ran, refused, rows_of
-from tokenizer import PUBLISHED_SCALES
-from var import VAR
+from sample import DEFAULTS
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.evaluation import evaluated_images
+from support.published import PUBLISHED_SCALES
+from var import VAR, VARConfig
 
-COUNT = 24
+COUNT = 16
 
 
 def table_of(said: str, cells: int) -> dict[str, list[float]]:
@@ -25,33 +27,33 @@ def table_of(said: str, cells: int) -> dict[str, list[float]]:
 
 
 @pytest.fixture(scope="module")
-def folder3(shapes, tmp_path_factory):
-    """The short run, with three layers and a classifier of a few steps."""
+def folder3(judged, tmp_path_factory):
+    """The short run with a transformer of three layers, of which every one matters: its weights are
+    not trained but drawn."""
     out = tmp_path_factory.mktemp("papers") / "run"
-    shutil.copytree(shapes, out)
-    ran("train.py", "--out", out, "--stage", "var", "--overwrite", *TINY, "--image-size", 16,
-        "--scales", "1,2,4", "--multipliers", "1,2,2", "--tokenizer-steps", 150,
-        "--code-channels", 8, "--depth", 3, "--var-steps", 40)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "CLASSIFIER_STEPS", 20)
-        ran("sample.py", "--run", out, "--evaluate", 8, "--device", "cpu", "--seeds", 0)
+    shutil.copytree(judged, out, ignore=lambda _, names: {"papers"} & set(names))
+    content = load_checkpoint(out / "var.pt", "transformer")
+    del content["kind"]
+    content["config"]["depth"] = 3
+    torch.manual_seed(0)
+    model = VAR(VARConfig(**content["config"]))
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    save_checkpoint(out / "var.pt", "transformer", **{**content, "model": model.state_dict()})
     return out
 
 
 @pytest.fixture
 def run(folder3):
-    options = parser_of("drafting", "").parse_args(["--run", str(folder3), "--device", "cpu"])
-    options.delta = 2.0
-    (run,) = open_runs(options)
-    for weight in run.model.parameters():   # so that every layer and class matters
-        weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    (run,) = open_runs(parser_of("drafting", "").parse_args(
+        ["--run", str(folder3), "--device", "cpu", "--count", str(COUNT)]))
     return run
 
 
 @pytest.fixture
 def real(run):
     """Tokens and labels of held-out images."""
-    images, labels = sample.evaluated_images(run, 12)
+    images, labels = evaluated_images(run, COUNT)
     return run.encode(images)[1], labels
 
 
@@ -96,8 +98,8 @@ def test_composite_likelihood_is_the_sum_over_scales(run, real, other, n):
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_model_that_refines_its_own_drafts_is_plain(run, real, n, cfg):
     tokens, labels = real
-    run.options.cfg = cfg
-    run.options.batch = 5   # more than one batch: the noise goes on from one to the next
+    # More than one batch: the noise goes on from one to the next.
+    run.sampling = replace(DEFAULTS, cfg=cfg, batch=5)
     both = replace(run, model=drafting.Drafted(run.model, run.model, n))
     inputs = run.tokenizer.teacher_inputs(tokens)
     assert torch.equal(both.model(labels, inputs), run.model(labels, inputs))
@@ -109,7 +111,7 @@ def test_a_model_that_refines_its_own_drafts_is_plain(run, real, n, cfg):
 def test_each_model_draws_its_own_scales(run, real, other, n, cfg):
     """By hand: the tokens that the drafter draws, then the refiner from its own logits of them."""
     labels = real[1]
-    run.options.cfg = cfg
+    run.sampling = sampling = replace(DEFAULTS, cfg=cfg)
     own = run.model.config.spans[n].start
     drawn = replace(run, model=drafting.Drafted(run.model, other, n)).generate(labels.tolist(), 4)
     large = run.generate(labels.tolist(), 4)
@@ -124,7 +126,7 @@ def test_each_model_draws_its_own_scales(run, real, other, n, cfg):
         logits.append(other(torch.full_like(labels, other.config.classes), inputs))
     for k, span in enumerate(other.config.spans):
         both = torch.cat([x[:, span] for x in logits]).detach()
-        token = other.draw(both, k, cfg, run.options.top_k, run.options.top_p, generator)
+        token = other.draw(both, k, cfg, sampling.top_k, sampling.top_p, generator)
         if k >= n:   # what is drawn of earlier scales is of no use
             assert torch.equal(token, drawn[:, span])
 
@@ -192,13 +194,12 @@ def test_lists_are_halves_and_differ(V):
 def test_a_mark_is_delta_on_green_logits_with_guidance_too(run, real):
     tokens, labels = real
     green = watermark.green_list(0, run.model.config.vocabulary)
-    marked = watermark.marking(run, green)
+    marked = watermark.marking(run, green, 2.0)
     inputs = run.tokenizer.teacher_inputs(tokens)
     plain = run.model(labels, inputs)
     assert torch.allclose(marked.model(labels, inputs), plain + 2 * green, atol=1e-5)
     assert torch.equal(run.model(labels, inputs), plain)   # the run's own is as it was
-    run.options.delta = 100.0
-    drawn = watermark.marking(run, green).generate(labels.tolist(), 0)
+    drawn = watermark.marking(run, green, 100.0).generate(labels.tolist(), 0)
     assert green[drawn].all()
 
 
@@ -225,7 +226,7 @@ def test_what_a_detector_reads(run, real):
         assert not torch.equal(read[name], read["saved"])
 
 
-def test_the_page_on_the_watermark(folder3):
+def test_the_page_on_the_watermark(folder3, run, real):
     said = ran("papers.watermark", "--run", folder3, "--device", "cpu", "--count", COUNT,
                "--delta", 30)
     finds, scales, pools = table_of(said, 3), table_of(said, 5), table_of(said, 4)
@@ -233,7 +234,12 @@ def test_the_page_on_the_watermark(folder3):
     assert finds["never decoded"][0] == finds["saved"][0] < 20
     assert [scales[name][2] for name in ("1x1", "2x2", "4x4")] == [100, 100, 100]
     assert 20 < scales["4x4"][4] < 80
-    assert scales["4x4"][1] < scales["4x4"][0]
+    drawn = watermark.marking(run, watermark.green_list(0, 32), 30).generate(real[1].tolist(), 0)
+    read = run.encode(damage.saved(run.decode(drawn)))[1]
+    for name, span in zip(("1x1", "2x2", "4x4"), run.model.config.spans):
+        for found, others in zip(scales[name], (read, read.roll(1, dims=0))):
+            expected = 100 * (drawn == others)[:, span].double().mean().item()
+            assert found == pytest.approx(expected, abs=0.06)
     pools = [pools[f"{K} lists"] for K in watermark.POOLS]
     assert pools[0][1] == pools[0][2] == finds["saved"][0]
     assert pools[0][0] == finds["saved"][2]
@@ -305,7 +311,7 @@ def test_what_is_drawn_with_a_forgetful_cache_is_what_was_taught(run, real, cfg)
     seen = []
     draw = part.model.draw
     part.model.draw = lambda logits, *rest: seen.append(logits) or draw(logits, *rest)
-    part.options.cfg = cfg
+    part.sampling = replace(DEFAULTS, cfg=cfg)
     tokens = part.generate(labels.tolist(), 1)
     inputs = run.tokenizer.teacher_inputs(tokens)
     with torch.no_grad():
@@ -317,7 +323,7 @@ def test_what_is_drawn_with_a_forgetful_cache_is_what_was_taught(run, real, cfg)
 def test_bytes_are_what_a_cache_holds(run, real):
     labels = real[1]
     part = roles.forgetting(run, mixed(run))
-    part.options.cfg = 0.0
+    part.sampling = replace(DEFAULTS, cfg=0.0)
     pasts = part.model.new_caches()
     part.model.new_caches = lambda: pasts
     part.generate(labels.tolist(), 1)
@@ -396,7 +402,7 @@ def test_which_heads_a_cache_keeps(run, monkeypatch):
     assert looks.sum() == 3 and need[looks].min() > need[~looks].max()
 
 
-def test_the_page_on_roles(folder3, shapes, monkeypatch):
+def test_the_page_on_roles(folder3, judged, monkeypatch):
     monkeypatch.setattr(roles, "CALIBRATION", 20)
     monkeypatch.setattr(roles, "RANDOM", 2)
     said = ran("papers.roles", "--run", folder3, "--device", "cpu", "--count", COUNT)
@@ -420,4 +426,5 @@ def test_the_page_on_roles(folder3, shapes, monkeypatch):
     for claim, figure in zip(roles.CLAIMS, figures):
         measured = float(said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":"))
         assert measured == pytest.approx(figure, abs=0.006)
-    assert "one layer" in refused("papers.roles", "--run", shapes, "--device", "cpu")
+    assert "one layer" in refused(
+        "papers.roles", "--run", judged, "--device", "cpu", "--count", COUNT)

@@ -11,14 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from program import ran, refused, rows_of
 
-import sample
 from papers import (
-    hmar, hmar_markov, hmar_passes, masked, open_runs, parser_of, power_law, scaling,
+    UNFILTERED,
+    hmar,
+    hmar_markov,
+    hmar_passes,
+    masked,
+    open_runs,
+    parser_of,
+    power_law,
+    scaling,
 )
 from papers.masked import MaskedVAR
 from papers.tuning import Tuning, kept_tokens
-from program import ran, refused, rows_of
+from sample import DEFAULTS
+from support.checkpoint import load_checkpoint
+from support.evaluation import Judge, evaluated_images, kept_classifier
 from tokenizer import Tokenizer, TokenizerConfig
 from var import VAR, VARConfig
 
@@ -48,7 +58,7 @@ def told(run):
     (block,) = run.model.blocks
     torch.nn.init.normal_(block.modulation.weight)
     torch.nn.init.normal_(block.attention.out.weight)
-    images, labels = sample.evaluated_images(run, 8)
+    images, labels = evaluated_images(run, 8)
     return heeding(run.model), run.encode(images)[1], labels
 
 
@@ -122,24 +132,23 @@ def test_a_hint_is_the_code(run, told):
             assert torch.equal(hint[n, i], expected)
 
 
-def drawn_with(run, model, filters: dict, known=None) -> torch.Tensor:
-    options = SimpleNamespace(**{**vars(run.options), **filters})
-    return replace(run, model=model, options=options).generate([0, 3, 5, 5], 7, known)
+def drawn_with(run, model, sampling, known=None) -> torch.Tensor:
+    return replace(run, model=model, sampling=sampling).generate([0, 3, 5, 5], 7, known)
 
 
-@pytest.mark.parametrize("filters", [sample.FILTERS, sample.NO_FILTERS])
-def test_one_pass_draws_what_var_draws(run, told, filters):
+@pytest.mark.parametrize("sampling", [DEFAULTS, UNFILTERED])
+def test_one_pass_draws_what_var_draws(run, told, sampling):
     model, tokens_NL, _ = told
-    assert torch.equal(drawn_with(run, model, filters), drawn_with(run, run.model, filters))
-    originals, _ = sample.evaluated_images(run, 4)
+    assert torch.equal(drawn_with(run, model, sampling), drawn_with(run, run.model, sampling))
+    originals, _ = evaluated_images(run, 4)
     _, known = hmar_passes.left_halves(run, originals)
     untuned = MaskedVAR(run.model).eval()
-    completed = drawn_with(run, run.model, filters, known)
-    assert torch.equal(drawn_with(run, untuned, filters, known), completed)
-    assert not torch.equal(drawn_with(run, model, filters, known), completed)   # it heeds them
+    completed = drawn_with(run, run.model, sampling, known)
+    assert torch.equal(drawn_with(run, untuned, sampling, known), completed)
+    assert not torch.equal(drawn_with(run, model, sampling, known), completed)   # it heeds them
     two_scales = lambda rows: replace(known(rows), scales=2)   # noqa: E731
-    assert torch.equal(drawn_with(run, untuned, filters, two_scales),
-                       drawn_with(run, run.model, filters, two_scales))
+    assert torch.equal(drawn_with(run, untuned, sampling, two_scales),
+                       drawn_with(run, run.model, sampling, two_scales))
 
 
 @pytest.mark.parametrize("cfg", [0.0, 2.0])
@@ -206,7 +215,7 @@ def test_what_is_known_in_training(run, told, monkeypatch):
     asked = []
     monkeypatch.setattr(model, "told", lambda *rest: asked.append(rest) or logits)
     torch.manual_seed(0)
-    loss, to_log = stage.loss_of(model, tokens, torch.zeros(2000, dtype=torch.long))
+    loss, to_log = stage.loss(model, tokens, torch.zeros(2000, dtype=torch.long))
     assert to_log() == {}
     (_, given, _, known, shown), = asked
     assert torch.equal(given, tokens.long()) and torch.equal(shown, given)
@@ -271,7 +280,7 @@ def test_nats_with_drafts(run, told, leaks):
 
 def nats_by_hand(run, model, scale: int | None = None) -> float:
     """Of one pass, of all tokens or of one scale's."""
-    images, labels = sample.evaluated_images(run, 40)
+    images, labels = evaluated_images(run, 40)
     tokens_NL = run.encode(images)[1]
     with torch.no_grad():
         logits = model(labels, run.tokenizer.teacher_inputs(tokens_NL))
@@ -282,7 +291,7 @@ def nats_by_hand(run, model, scale: int | None = None) -> float:
 
 def tuned_model(folder, name: str, model):
     path = folder / "papers" / name / "var.pt"
-    model.load_state_dict(sample.load_checkpoint(path, "transformer")["model"])
+    model.load_state_dict(load_checkpoint(path, "transformer")["model"])
     return model.eval()
 
 
@@ -309,15 +318,13 @@ def test_the_pages_on_passes(run, folder):
         assert f"claim: {claim.text}\n" in said
     difference = rows["more passes, at random"][0] - rows["plain VAR"][0]
     assert f"measured {difference:.4f}: no verdict" in said
-    judge = sample.Judge(sample.kept_classifier(run), *sample.evaluated_images(run, 40)[:1],
-                         run.classes)
-    labels = sample.evaluated_images(run, 40)[1]
-    many = [1, 2, 4]
-    for name, kind, filters, passes in (
-            ("plain VAR, top-p 0.9", "plain", {**sample.NO_FILTERS, "top_p": 0.9}, [1, 1, 1]),
-            ("filtered: by confidence", "masked", sample.FILTERS, many)):
+    originals, labels = evaluated_images(run, 40)
+    judge = Judge(kept_classifier(run), originals, run.classes)
+    for name, kind, sampling, passes in (
+            ("plain VAR, top-p 0.9", "plain", replace(UNFILTERED, top_p=0.9), [1, 1, 1]),
+            ("filtered: by confidence", "masked", DEFAULTS, [1, 2, 4])):
         part = replace(run, model=models[kind])
-        images = hmar_passes.draw(part, labels.tolist(), None, filters, passes, True)
+        images = hmar_passes.draw(part, labels.tolist(), None, sampling, passes, True)
         found = judge(images, labels)
         expected = [100 * found.recognised, 100 * found.recall, 100 * found.precision,
                     found.frechet]
@@ -328,7 +335,7 @@ def test_the_pages_on_passes(run, folder):
 
 
 def test_halves_are_completed(run, folder):
-    originals, _ = sample.evaluated_images(run, 4)
+    originals, _ = evaluated_images(run, 4)
     known_HW, known = hmar_passes.left_halves(run, originals)
     assert known_HW[:, :8].all() and not known_HW[:, 8:].any()
     changed = originals.clone()
@@ -355,7 +362,7 @@ def test_the_weighted_loss(run):
     stage = hmar_markov.WeightedTuning(run, run.model, "none", 1, 1e-3)
     tokens_NL = kept_tokens(run)[0].tensors[0][:6]
     labels = torch.arange(6)
-    loss, to_log = stage.loss_of(run.model, tokens_NL, labels)
+    loss, to_log = stage.loss(run.model, tokens_NL, labels)
     logits = run.model(labels, run.tokenizer.teacher_inputs(tokens_NL.long()))
     expected = 0.0
     for weight, span in zip(hmar_markov.weights_of((1, 2, 4)), run.model.config.spans):
@@ -370,7 +377,7 @@ def test_the_page_on_own_scales(run, folder):
     rows = rows_of(said, 7)
     assert list(rows)[:3] == ["VAR", "own scale", "own scale, weights"]
     for name, last_scales in (("plain", None), ("own", 1), ("weighted", 1)):
-        content = sample.load_checkpoint(
+        content = load_checkpoint(
             folder / "papers" / f"hmar_markov-{name}" / "var.pt", "transformer")
         assert content["config"]["last_scales"] == last_scales
     own = VAR(replace(run.model.config, last_scales=1))
@@ -407,9 +414,9 @@ def test_a_power_law_is_found():
 
 
 def test_errors_of_held_out_tokens(run):
-    run.options.batch = 16
-    loss, error = scaling.errors(run)
-    images, labels = sample.evaluated_images(run, 40)
+    run.sampling = replace(DEFAULTS, batch=16)
+    loss, error = scaling.errors(run, 40)
+    images, labels = evaluated_images(run, 40)
     tokens_NL = run.encode(images)[1]
     nats = -run.log_likelihood(tokens_NL, labels.tolist()).mean().item()
     assert loss == pytest.approx(nats / 21, rel=1e-5)
@@ -430,7 +437,7 @@ def test_the_page_on_scaling(run, folder):
         model = tuned_model(folder, f"scaling-{depth}", VAR(config))
         parameters = sum(weight.numel() for weight in model.blocks.parameters())
         assert cells[0] == f"{parameters:,}"
-        errors = scaling.errors(replace(run, model=model))
+        errors = scaling.errors(replace(run, model=model), 40)
         assert list(map(float, cells[2:])) == pytest.approx(errors, abs=6e-5)
         found.append([parameters, float(cells[1]), *errors])
     images = 3 * 8
@@ -445,18 +452,15 @@ def test_the_page_on_scaling(run, folder):
     assert Image.open(folder / "papers" / "scaling.png").size == (810, 630)
     for wrong in ("1,2,3", "1,2,2,3", "4,3,2,1"):
         assert f"--depths {wrong} must" in refused(
-            "papers.scaling", "--run", folder, "--depths", wrong)
+            "papers.scaling", "--run", folder, *SHORT, "--depths", wrong)
 
 
 def test_tunings_start_from_the_runs_weights(run):
     """But for what is trained from scratch."""
     assert issubclass(hmar.MaskedTuning, Tuning)
-    run.options.steps = 1
-    run.options.lr = 1e-12
-    run.options.overwrite = True
     before = run.model.state_dict()
     for kind in ("plain", "masked", "leaking"):
-        model = hmar.tuned(run, kind).model
+        model = hmar.tuned(run, kind, 1, 1e-12).model
         assert getattr(model, "leaks", False) == (kind == "leaking")
         for name, value in before.items():
             if not name.startswith("code_embedding"):
