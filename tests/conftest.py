@@ -63,13 +63,13 @@ def shapes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def judged(tmp_path_factory) -> Path:
-    """A shorter run on a tenth of that data, for the pages of papers/, and a classifier that has
-    learned little."""
+    """A shorter run on a twentieth of that data, for the pages of papers/, and a classifier that
+    has learned little."""
     out = tmp_path_factory.mktemp("judged") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("support.evaluation.CLASSIFIER_STEPS", 20)
         patch.setattr("support.data.draw_shapes",
-                      lambda count, side, seed: draw_shapes(count // 10, side, seed))
+                      lambda count, side, seed: draw_shapes(count // 20, side, seed))
         ran("train.py", "--out", out, *TINY, "--image-size", 16, "--multipliers", "1,2,2",
             "--code-channels", 8)
         kept_classifier(load_run(out, choose_machine("cpu")))

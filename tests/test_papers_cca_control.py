@@ -18,11 +18,27 @@ from support.evaluation import Judge, evaluated_images, kept_classifier
 from support.images import to_float
 
 
-@pytest.fixture
-def run(judged):
+COUNT = 20
+SHORT = ("--device", "cpu", "--count", COUNT)
+
+
+@pytest.fixture(scope="module")
+def opened(judged):
     (run,) = open_runs(parser_of("cca", "").parse_args(
-        ["--run", str(judged), "--device", "cpu", "--count", "40"]))
+        ["--run", str(judged), *map(str, SHORT)]))
     return run
+
+
+@pytest.fixture
+def run(opened):
+    return replace(opened, model=copy.deepcopy(opened.model))
+
+
+@pytest.fixture(scope="module")
+def real(opened):
+    """Held-out images' tokens, labels and edges."""
+    images, labels = evaluated_images(opened, 8)
+    return opened.encode(images)[1], labels, control.edges_of(images)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -47,9 +63,8 @@ def test_the_contrastive_loss_by_hand(weight):
     assert cca.contrastive_loss(*tensors, weight).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_log_likelihood_is_that_of_sample(run):
-    images, labels = evaluated_images(run, 10)
-    tokens_NL = run.encode(images)[1]
+def test_log_likelihood_is_that_of_sample(run, real):
+    tokens_NL, labels, _ = real
     inputs = run.tokenizer.teacher_inputs(tokens_NL)
     with torch.no_grad():
         ours = cca.log_likelihood(run.model, tokens_NL, labels, inputs)
@@ -140,7 +155,7 @@ def test_what_is_evaluated(run, monkeypatch):
     monkeypatch.setattr(cca, "evaluate", lambda part, count, seeds: part)
     monkeypatch.setattr(cca, "figures_of", lambda part: [
         (part.model, part.sampling.cfg, part.sampling.top_p, i) for i in range(7)])
-    rows = cca.study(run, (1, 20), 3, 1e-2, 40)
+    rows = cca.study(run, (1, 20), 3, 1e-2, COUNT)
     found = {name: list(map(tuple, row.tolist())) for name, row in rows.items()}
     unfiltered = lambda *kind: [tuple(map(str, (*kind, i))) for i in (0, 1, 2, 3)]   # noqa: E731
     filtered = lambda *kind: [tuple(map(str, (*kind, i))) for i in (0, 4, 5, 6)]   # noqa: E731
@@ -155,12 +170,13 @@ def test_what_is_evaluated(run, monkeypatch):
     }
 
 
-def test_the_page_on_contrast(judged):
-    said = ran("papers.cca", "--run", judged, "--device", "cpu", "--count", 40, "--steps", 2,
-               "--weights", "1,20", "--lr", "0.02")
+def test_the_page_on_contrast(judged, monkeypatch):
+    monkeypatch.setattr(cca, "GUIDANCE", (0.5, 2.0))
+    said = ran("papers.cca", "--run", judged, *SHORT, "--steps", 2, "--weights", "1,20",
+               "--lr", "0.02")
     rows = rows_of(said, 4)
     assert list(rows) == [
-        "plain, cfg 0", "plain, cfg 0.5", "plain, cfg 1", "plain, cfg 2", "plain, cfg 4",
+        "plain, cfg 0", "plain, cfg 0.5", "plain, cfg 2",
         "CCA, lambda 1", "CCA, lambda 20", "plain, default", "CCA, default but cfg 0"]
     assert rows["plain, cfg 0"][0] == rows["plain, default"][0]
     assert rows["CCA, lambda 20"][0] == rows["CCA, default but cfg 0"][0] != rows["plain, cfg 0"][0]
@@ -177,10 +193,9 @@ def test_the_page_on_contrast(judged):
 
 
 @pytest.fixture
-def shown(run):
-    """A controlled model, held-out images' tokens and labels, and what is read of their edges."""
-    images, labels = evaluated_images(run, 8)
-    return control.Controlled(run).eval(), run.encode(images)[1], labels, control.edges_of(images)
+def shown(run, real):
+    """A controlled model, held-out images' tokens, labels and edges."""
+    return control.Controlled(run).eval(), *real
 
 
 def test_edges_of_a_square():
@@ -303,8 +318,7 @@ def page(judged, tmp_path_factory) -> str:
     ImageDraw.Draw(drawing).rectangle((50, 50, 150, 150), outline="black", width=14)
     path = tmp_path_factory.mktemp("drawn") / "star.png"
     drawing.save(path)
-    return ran("papers.control", "--run", judged, "--device", "cpu", "--count", 40, "--steps", 2,
-               "--image", "data:0", path)
+    return ran("papers.control", "--run", judged, *SHORT, "--steps", 2, "--image", "data:0", path)
 
 
 @pytest.mark.parametrize("name", ["plain", "frozen", "all"])
@@ -320,7 +334,7 @@ def test_the_page_on_control(run, judged, page):
     rows = rows_of(page, 6)
     assert list(rows) == ["reconstructions", "plain", "frozen", "all"]
     assert f"measured {rows['all'][1] - rows['plain'][1]:.4f}" in page
-    images, labels = evaluated_images(run, 40)
+    images, labels = evaluated_images(run, COUNT)
     asked, got = (control.edges_of(x)[:, 0].numpy() > 0
                   for x in (images, run.decode(run.encode(images)[1])))
     expected = np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in zip(asked, got)])
@@ -343,7 +357,7 @@ def test_what_is_claimed_of_control(judged, monkeypatch):
         control, "study",
         lambda run, *_: (rows, replace(run, model=control.Controlled(run).eval())))
     monkeypatch.setattr(control, "save_picture", lambda *_: None)
-    said = ran("papers.control", "--run", judged, "--device", "cpu", "--count", 40)
+    said = ran("papers.control", "--run", judged, *SHORT)
     for claim, figure in zip(control.CLAIMS, (0.6, 15, 0.25), strict=True):
         assert f"claim: {claim.text}\n    measured {figure:.4f}: " in said
 
@@ -367,6 +381,4 @@ def test_mistakes_about_drawings(judged, tmp_path):
         "data:0 to": "data:9999",
     }
     for said, source in wrong.items():
-        found = refused("papers.control", "--run", judged, "--device", "cpu", "--count", 40,
-                        "--image", source)
-        assert said in found
+        assert said in refused("papers.control", "--run", judged, *SHORT, "--image", source)

@@ -1,6 +1,7 @@
 """Three pages of papers/: drafts of a large model, a watermark, and heads that need the past."""
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from support.published import PUBLISHED_SCALES
 from var import VAR, VARConfig
 
 COUNT = 16
+SHORT = ("--device", "cpu", "--count", COUNT)
 
 
 def table_of(said: str, cells: int) -> dict[str, list[float]]:
@@ -43,18 +45,23 @@ def folder3(judged, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def run(folder3):
+@pytest.fixture(scope="module")
+def opened(folder3):
     (run,) = open_runs(parser_of("drafting", "").parse_args(
-        ["--run", str(folder3), "--device", "cpu", "--count", str(COUNT)]))
+        ["--run", str(folder3), *map(str, SHORT)]))
     return run
 
 
 @pytest.fixture
-def real(run):
+def run(opened):
+    return replace(opened, model=copy.deepcopy(opened.model))
+
+
+@pytest.fixture(scope="module")
+def real(opened):
     """Tokens and labels of held-out images."""
-    images, labels = evaluated_images(run, COUNT)
-    return run.encode(images)[1], labels
+    images, labels = evaluated_images(opened, COUNT)
+    return opened.encode(images)[1], labels
 
 
 @pytest.fixture
@@ -138,16 +145,17 @@ def test_takeovers(run, other):
     assert len(models["small from 4x4"].first.config.scales) == 2
 
 
-def test_the_page_on_drafting(folder3):
-    said = ran("papers.drafting", "--run", folder3, "--device", "cpu", "--count", COUNT,
-               "--steps", 3)
+def test_the_page_on_drafting(folder3, monkeypatch):
+    seconds = iter([4.0, 3.0, 2.5, 1.0])
+    monkeypatch.setattr(drafting, "repeat", lambda *_, **__: [9.0, next(seconds), 9.5])
+    said = ran("papers.drafting", "--run", folder3, *SHORT, "--steps", 3)
     nats = {name: row[0] for name, row in table_of(said, 7).items()}
     costs = table_of(said, 2)
     names = ["large alone", "small from 4x4", "small from 2x2", "small from 1x1"]
     assert list(costs) == names
     steps = np.diff([nats[name] for name in names]) / [16, 4, 1]
     assert [costs[name][1] for name in names] == pytest.approx([0, *steps], abs=0.02)
-    assert costs["large alone"][0] == 1
+    assert [costs[name][0] for name in names] == [1, 0.75, 0.625, 0.25]
     measured = [float(line.split()[1].rstrip(":")) for line in said.splitlines()
                 if line.startswith("    measured")]
     more = 100 * (nats["small from 4x4"] / nats["large alone"] - 1)
@@ -227,8 +235,7 @@ def test_what_a_detector_reads(run, real):
 
 
 def test_the_page_on_the_watermark(folder3, run, real):
-    said = ran("papers.watermark", "--run", folder3, "--device", "cpu", "--count", COUNT,
-               "--delta", 30)
+    said = ran("papers.watermark", "--run", folder3, *SHORT, "--delta", 30)
     finds, scales, pools = table_of(said, 3), table_of(said, 5), table_of(said, 4)
     assert finds["never decoded"][2] == 100   # all that was drawn is green
     assert finds["never decoded"][0] == finds["saved"][0] < 20
@@ -405,7 +412,7 @@ def test_which_heads_a_cache_keeps(run, monkeypatch):
 def test_the_page_on_roles(folder3, judged, monkeypatch):
     monkeypatch.setattr(roles, "CALIBRATION", 20)
     monkeypatch.setattr(roles, "RANDOM", 2)
-    said = ran("papers.roles", "--run", folder3, "--device", "cpu", "--count", COUNT)
+    said = ran("papers.roles", "--run", folder3, *SHORT)
     layers, caches, ranks = table_of(said, 4), table_of(said, 3), table_of(said, 2)
     asi, variance, past, need = np.transpose([layers[f"layer {n}"] for n in (1, 2, 3)])
     order = lambda x: x.argsort().argsort()   # noqa: E731
@@ -426,5 +433,4 @@ def test_the_page_on_roles(folder3, judged, monkeypatch):
     for claim, figure in zip(roles.CLAIMS, figures):
         measured = float(said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":"))
         assert measured == pytest.approx(figure, abs=0.006)
-    assert "one layer" in refused(
-        "papers.roles", "--run", judged, "--device", "cpu", "--count", COUNT)
+    assert "one layer" in refused("papers.roles", "--run", judged, *SHORT)
