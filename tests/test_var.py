@@ -336,6 +336,7 @@ def test_layers_in_half_precision_draw_the_tokens_that_autocast_does(changes):
         model.cast_layers(torch.bfloat16)
     for before, after in zip(*drawn):
         assert torch.equal(before, after)
+    assert drawn[0][1].dtype == torch.float32   # what is drawn from is in fp32, in training alone it is not
     assert model.blocks[0].mlp[0].weight.dtype == torch.bfloat16 and model.head.weight.dtype == torch.float32
 
 
