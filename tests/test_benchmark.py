@@ -1,4 +1,4 @@
-"""What `python kernels.py` counts, times and compiles for GPUs that are not there."""
+"""What `python -m tests.benchmark` counts, times and compiles for GPUs that are not there."""
 from __future__ import annotations
 
 import itertools
@@ -6,12 +6,13 @@ import re
 import sys
 from dataclasses import replace
 
+import benchmark
 import pytest
 import torch
 
-import benchmark
 import kernels
 from kernels import KeyRanges
+from support.devices import Machine, forward_flops, peak_flops
 from tests import registers
 from var import VAR
 
@@ -26,16 +27,16 @@ def test_operations_are_counted_also_where_a_kernel_or_a_fused_attention_does_th
 
     ranges = KeyRanges([0] * 70, [70] * 70)
     x_BHLD = torch.zeros(2, 3, 70, 16)
-    assert kernels.forward_flops(Model(), x_BHLD, torch.zeros(16, 16)) == 2 * 6 * 70 * (70 * 16 * 2 + 16 * 16)
+    assert forward_flops(Model(), x_BHLD, torch.zeros(16, 16)) == 2 * 6 * 70 * (70 * 16 * 2 + 16 * 16)
     dropout = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Dropout())
-    assert kernels.forward_flops(dropout, torch.zeros(3, 4)) == 2 * 3 * 4 * 5 and dropout.training
+    assert forward_flops(dropout, torch.zeros(3, 4)) == 2 * 3 * 4 * 5 and dropout.training
 
 
 def test_peaks_are_those_of_the_card(monkeypatch):
-    assert kernels.peak_flops(torch.device("cpu")) is None
+    assert peak_flops(Machine(torch.device("cpu"), torch.bfloat16)) is None
     for card, peak in ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA T4", None):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, card=card: card)
-        assert kernels.peak_flops(torch.device("cuda", 0)) == peak
+        assert peak_flops(Machine(torch.device("cuda", 0), torch.bfloat16)) == peak
 
 
 def test_bytes_are_those_read_and_written_and_a_view_moves_none():
@@ -45,20 +46,34 @@ def test_bytes_are_those_read_and_written_and_a_view_moves_none():
     assert moved.total == 2 * x.nbytes + (1 + 1) * 3 * 32 * 4 + 2 * 3 * 32 * 4
 
 
+def test_a_question_about_a_tensor_without_numbers_moves_nothing():
+    """Such a tensor is asked for its device by an operation that is not ATen's."""
+    with benchmark.counting() as work:
+        x = torch.empty(8, 16)
+        before = work.so_far()
+        assert x.device.type == "cpu" and x.shape == (8, 16) and x.is_contiguous() and not x.is_cuda
+        kernels.use_triton(x)
+        assert work.so_far() - before == {}
+        x + 1
+    assert work.total == 2 * x.nbytes
+
+
 @pytest.mark.skipif(GPU, reason="on a GPU this is the long benchmark itself")
 def test_the_benchmark_counts_and_times(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "ATTENTION_CASES", {"cpu": [(1, 1, 130, 64)]})
     monkeypatch.setattr(benchmark, "SECONDS", 0)
     monkeypatch.setattr(benchmark, "PUBLISHED_D16", small_geometry())
     monkeypatch.setattr(benchmark, "product_rate", lambda dtype, cold: 1e11)   # bf16 may be emulated, which takes long
-    monkeypatch.setattr(sys, "argv", ["kernels.py", "--plot", str(tmp_path / "plot.png")])
+    monkeypatch.setattr(benchmark, "LENGTHS", (680,))
+    monkeypatch.setattr(benchmark, "count_graphs", lambda geometry: {"sampling": 5, "training": 1, "breaks": 0})
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--plot", str(tmp_path / "plot.png")])
     benchmark.main()
     printed = capsys.readouterr().out
     mask_tiles = benchmark.tile_grid(680)
     assert re.search(rf"L 680 +{(mask_tiles == 2).sum()} +{(mask_tiles == 1).sum()} +{mask_tiles.numel()} ", printed)
     scores = 16 * 680 * 680   # q scaled, the scores, the masked scores and the weights, each written and read
     moved = 2 * (6 * scores + (2 + 4) * 680 * 1024) + 3 * 680 * 680   # and the mask, turned round
-    assert re.search(rf"attention, B 1 H 16 L 680 D 64 bfloat16 +{moved / 1e9:.3f} +{4 * 2 * 680 * 1024 / 1e9:.3f}", printed)
+    assert re.search(rf"obvious attention, B 1 H 16 L 680 D 64 bfloat16 +{moved / 1e9:.3f} +{4 * 2 * 680 * 1024 / 1e9:.3f}", printed)
     assert printed.count("dense boolean mask") == 4 and "failed" not in printed
     assert (tmp_path / "plot.png").stat().st_size > 0
 
@@ -66,7 +81,7 @@ def test_the_benchmark_counts_and_times(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("arguments", [["--tiles", "tiles.png"], ["--generate"]])
 def test_the_figure_and_the_time_of_one_image(arguments, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kernels.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     if arguments == ["--generate"]:
         monkeypatch.setattr(benchmark, "SECONDS", 0)
         monkeypatch.setattr(benchmark, "PUBLISHED_D16", small_geometry())
@@ -88,7 +103,7 @@ def test_limits_of_the_scales():
     model = VAR(small_geometry()[1]).eval()
     limits = benchmark.scale_limits(model.config, rate=1.0, reading=1.0)
     labels, read, _ = benchmark.training_inputs(model.config, 2, torch.device("cpu"))
-    counted = kernels.forward_flops(model, labels, read)
+    counted = forward_flops(model, labels, read)
     once = 2 * 2 * (6 * 64 * 64 * 2 + 64 * 2 * 64) + 2 * 2 * 4 * 32 * 64   # modulations, and what is read
     hidden = 2 * 4 * 1 * 4 * 64 * 2   # of the finer scale, which the whole pass computes and masks
     assert sum(by_flops for by_flops, _ in limits) == pytest.approx(counted - once - hidden, rel=1e-6)
@@ -110,8 +125,8 @@ def test_the_work_of_a_whole_model(monkeypatch, capsys):
     assert later["ours"] == 2 * (2 * 4 + 2)   # scales, layers; the head's AdaLN, and drawing
     one = benchmark.count_training(geometry, 2)
     assert one["read back"] == 0 and benchmark.count_training(geometry, 4)["bytes"] < 2 * one["bytes"]
-    monkeypatch.setattr(benchmark, "count_graphs", lambda _: {"sampling": 5, "training": 1, "breaks": 0})
-    benchmark.print_work(geometry, 2)
+    monkeypatch.setattr(benchmark, "count_training", lambda *_: later)
+    benchmark.print_work(geometry, 2)   # compiled: a graph of the first layer and one of all others a scale, and the decoder
     printed = capsys.readouterr().out
     assert "5 graphs for sampling, of 2 scales and the decoder, 1 for training; 0 breaks" in printed
     assert len(re.findall(r"^  (?:first|later) generation, B 1 ", printed, re.MULTILINE)) == 2
@@ -123,7 +138,7 @@ def test_whole_models_are_timed(monkeypatch, capsys):
     cold = torch.zeros(4 * 4096, dtype=torch.uint8)
     monkeypatch.setattr(benchmark, "SECONDS", 0)
     monkeypatch.setattr(torch, "compile", lambda model, **flags: model)
-    benchmark.benchmark_sampling(geometry, {"ours": ["--precision", "fp32"]}, [1, 2], 1e9, 1e9, cold)
+    benchmark.benchmark_sampling(geometry, {"ours": Machine(torch.device("cpu"))}, [1, 2], 1e9, 1e9, cold)
     benchmark.benchmark_training(geometry, 2, 1e9, 1e9, cold)
     printed = capsys.readouterr().out
     assert len(re.findall(r"ours: [\d.]+ images/s; ms per scale [\d.]+ [\d.]+, decoder ", printed)) == 2
@@ -135,14 +150,24 @@ def test_whole_models_are_timed(monkeypatch, capsys):
 
 @needs_triton
 def test_every_kernel_compiles_and_fits():
-    """The widest tiles for sm_80, which has the least shared memory, and every kernel for each card; all others are
-    compiled by  python kernels.py --registers."""
+    """For a card of readers, which has the least shared memory, with the widest tiles; and for one of data centres. All
+    sizes for all cards are compiled by  python -m tests.benchmark --registers."""
     found = list(registers.compiled(registers.some_jobs()))
     for report in found:
         assert report.fits(), report
-    assert {(report.card, report.kernel) for report in found} == set(itertools.product(registers.CARDS, [
+    assert {(report.card, report.kernel) for report in found} == set(itertools.product((86, 90), [
         "attention_forward", "attention_backward_q", "attention_backward_kv", "nearest_code_kernel",
         "adaln_forward", "adaln_backward", "split_heads_forward", "split_heads_backward", "sample_tokens_kernel"]))
+
+
+FITS = registers.Report(86, "kernel", "bfloat16", 255, 0, 1024, 0, 1, {"TILE_L": 64, "num_warps": 4})
+
+
+@pytest.mark.parametrize("change, fits", [
+    ({}, True), ({"stack": 72}, False), ({"programs": 0}, False), ({"columns": 513}, False), ({"shared": 101_376}, True),
+    ({"shared": 101_377}, False), ({"card": 80, "shared": 101_377}, True), ({"constants": {"num_warps": 33}}, False)])
+def test_what_fits_a_card(change, fits):
+    assert FITS._replace(**change).fits() == fits
 
 
 def test_how_many_programs_a_multiprocessor_holds():
@@ -157,11 +182,10 @@ def test_how_many_programs_a_multiprocessor_holds():
 
 @needs_triton
 def test_the_table_of_registers(monkeypatch, capsys):
-    card = registers.Report(80, "kernel", "bfloat16", 255, 72, 1024, 1, {"TILE_L": 64, "num_warps": 4})
-    fits = card._replace(stack=0)
-    monkeypatch.setattr(registers, "compiled", lambda jobs: iter([card, fits, fits]))
+    spills = FITS._replace(stack=72)
+    monkeypatch.setattr(registers, "compiled", lambda jobs: iter([spills, FITS, FITS]))
     registers.print_registers()
     head, first, second, *rest = capsys.readouterr().out.splitlines()
-    assert first.split()[:7] == ["sm_80", "kernel", "bfloat16", "255", "72", "1024", "1"]
+    assert first.split()[:8] == ["sm_86", "kernel", "bfloat16", "255", "72", "1024", "0", "1"]
     assert first.endswith("TILE_L 64 warps 4  <- does not fit") and not second.endswith("fit")
     assert rest[0].startswith("2 kernels.")
