@@ -2,12 +2,18 @@
 torchrun, and that a step waits for nothing. Skipped where there is none."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from program import ROOT, TINY, ran, start
 
 import sample
 import train
-from program import ROOT, TINY, ran, start
+from support.checkpoint import read_log
+from support.data import load_data
+from support.devices import Machine
+from support.presets import PRESETS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -22,15 +28,15 @@ def trained(folder, tmp_path_factory):
 
 
 def losses(out) -> list[float]:
-    return [x["loss"] for x in sample.read_log(out / "log.jsonl") if x["split"] == "train"]
+    return [x["loss"] for x in read_log(out / "log.jsonl") if x["split"] == "train"]
 
 
 def test_a_run_in_bf16(trained, tmp_path):
     found = losses(trained)
     assert found[3] < found[0] and found[-1] < found[4]   # of both stages
-    for flags in (["--per-class", 2], ["--task", "inpaint", "--image", "data:0"],
-                  ["--codes", "data:0"], ["--attention", "data:0"]):
-        ran("sample.py", "--run", trained, "--device", "cuda", "--out", tmp_path / "a.png", *flags)
+    for command in (["--per-class", 2], ["inpaint", "--image", "data:0"], ["codes", "--image", "data:0"],
+                    ["attention", "--image", "data:0"]):
+        ran("sample.py", *command, "--run", trained, "--device", "cuda", "--out", tmp_path / "a.png")
 
 
 def test_a_run_in_fp32_is_that_of_the_cpu(folder, finished, tmp_path):
@@ -56,18 +62,30 @@ def test_torchrun_and_compiled_parts(folder, tmp_path):
 
 
 def test_a_step_waits_for_nothing(folder, trained, tmp_path):
-    options = train.parse(["--data", str(folder), "--out", str(tmp_path), *map(str, ON_GPU)])
-    train.settle(options)
-    data = train.load_data(options)
+    """Its tensors come from the host, as batches do."""
+    machine = Machine(torch.device("cuda"), torch.bfloat16)
+    data = load_data(str(folder), 8, 3, tmp_path, tmp_path, 0, 0, False)
     tokenizer = sample.load_tokenizer(trained / "tokenizer.pt").to("cuda")
-    stage = train.VARStage(tokenizer, data, options)
-    rows = stage.rows[list(range(8))]
-    tensors = [tensor.pin_memory().to("cuda", non_blocking=True) for tensor in rows]
+    config = tokenizer.config
+    preset = replace(PRESETS["tiny"], image_size=8, scales=config.scales, vocabulary=config.vocabulary,
+                     code_channels=config.code_channels, depth=1, width=32, heads=2, var_steps=30, var_batch=8)
+    stage = train.VARStage(tokenizer, data, train.Settings(preset, machine, tmp_path))
+    tensors = [tensor.pin_memory() for tensor in stage.rows[list(range(8))]]
+
+    def step() -> None:
+        stage.model.zero_grad()
+        with machine.autocast():
+            loss, _ = stage.loss(stage.model, *tensors)
+        loss.backward()
+        for optimizer in stage.optimizers:
+            optimizer.step()
+        train.update_ema(stage.ema, stage.model, 0.9)
+
     for _ in range(3):   # what is made once, is
-        stage.advance(tensors, False)
+        step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            stage.advance(tensors, False)
+            step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
