@@ -618,7 +618,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
         own = commands.add_parser(command, help=text, description=text.capitalize() + ".")
-        either = own.add_mutually_exclusive_group()
+        either = own.add_mutually_exclusive_group() if command in HOLES.split() else own
         for having, name, meaning in FLAGS:
             if command in having.split():
                 (either if name in ("--box", "--mask") else own).add_argument(name, **meaning)

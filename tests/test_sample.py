@@ -11,117 +11,117 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from program import ran, refused
 
 import sample
-from program import ran, refused
-from var import VAR, PackedLinear
+from sample import Known, Run, load_images, load_run
+from support.devices import Machine, PackedLinear, choose_machine, pack
+from support.figures import attention_weights
+from support.images import known_pixels, legible, save_npz, to_bytes
+from var import VAR
 
 GAP = 2
 CELL = 64
+CPU = choose_machine("cpu", "fp32")
 
 
-def draw(shapes: Path, path: Path, *arguments) -> tuple[np.ndarray, str]:
+def draw(out: Path, path: Path, command: str, *arguments) -> tuple[np.ndarray, str]:
     """The picture a command writes, and what it says."""
-    said = ran("sample.py", "--run", shapes, "--precision", "fp32", "--out", path, *arguments)
+    said = ran("sample.py", *command.split(), "--run", out, "--precision", "fp32", "--out", path,
+               *arguments)
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB")), said
 
 
-def columns(picture: np.ndarray, count: int) -> list[np.ndarray]:
+def columns(picture, count: int) -> list[np.ndarray]:
     """The last `count` columns of a grid, without the gaps."""
+    picture = np.asarray(picture)
     begin = picture.shape[1] - count * (CELL + GAP)
     return [picture[:, begin + i * (CELL + GAP):][:, :CELL] for i in range(count)]
 
 
-def opened(shapes: Path, *arguments) -> tuple[sample.Run, sample.Given]:
-    """The run and 40 images of it, for numbers that a picture does not show."""
-    images = [f"data:{i}" for i in range(40)]
-    options = sample.parse(["--run", str(shapes), "--device", "cpu", "--precision", "fp32",
-                            "--task", "inpaint", "--image", *images, *map(str, arguments)])
-    sample.settle_device(options)
-    run = sample.load(options)
-    return run, sample.load_images(run, options.image)
+@pytest.fixture(scope="module")
+def run(judged) -> Run:
+    """For numbers that a picture does not show. Nobody changes it."""
+    return load_run(judged, CPU)
+
+
+@pytest.fixture(scope="module")
+def given(run) -> sample.Given:
+    return load_images(run, [f"data:{i}" for i in range(40)])
 
 
 # Completing images
 
 
-@pytest.mark.parametrize("task", ["inpaint", "outpaint", "edit", "upscale"])
-def test_completing_keeps_what_is_known(shapes, tmp_path, task):
-    flags = [] if task == "upscale" else ["--paste", "--box", 0, 0, 0.5, 1]
-    if task == "edit":
-        flags += ["--classes", "star"]
-    picture, said = draw(shapes, tmp_path / "a.png", "--task", task, "--image", "data:3", "data:5",
-                         "--seeds", 0, 1, *flags)
+@pytest.mark.parametrize("command", ["inpaint", "outpaint", "edit", "upscale"])
+def test_completing_keeps_what_is_known(judged, tmp_path, command):
+    flags = [] if command == "upscale" else ["--paste", "--box", 0, 0, 0.5, 1]
+    if command == "edit":
+        flags += ["--class", "star"]
+    picture, said = draw(judged, tmp_path / "a.png", f"{command} data:3 data:5 --seeds 0 1", *flags)
     assert picture.shape[0] == 2 * (CELL + GAP)
     original, shown, first, second = columns(picture, 4)
     assert not np.array_equal(first, second)   # two seeds
-    if task == "upscale":
+    if command == "upscale":
         assert not np.array_equal(original, shown) and not np.array_equal(shown, first)
         return
     top = np.s_[:CELL // 2]
     bottom = np.s_[CELL // 2:CELL]
-    known, made = (top, bottom) if task == "outpaint" else (bottom, top)
+    known, made = (top, bottom) if command == "outpaint" else (bottom, top)
     for column in (shown, first, second):
         assert np.array_equal(column[known], original[known])
     assert not np.array_equal(first[made], original[made])
     assert float(said.split("error ")[1].split()[0]) < 1e-4
 
 
-def test_upscaling_reads_the_small_image_alone(shapes, tmp_path):
+def test_upscaling_reads_the_small_image_alone(run):
     """Two images with the same small one have the same result."""
-    image = sample.load_held_out(shapes).tensors[0][3]
-    small = image.float().view(3, 8, 2, 8, 2).mean(dim=(2, 4), keepdim=True)
-    flat = small.expand(3, 8, 2, 8, 2).reshape(3, 16, 16)
-    rough = flat + torch.tensor([[8.0, -8.0], [-8.0, 8.0]]).repeat(8, 8)
-    for name, pixels in (("flat", flat), ("rough", rough.clamp(0, 255))):
-        array = pixels.round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(array).save(tmp_path / f"{name}.png")
-    results = []
-    for name in ("flat", "rough"):
-        picture, _ = draw(shapes, tmp_path / "a.png", "--task", "upscale", "--small", 4,
-                          "--image", tmp_path / f"{name}.png", "--seeds", 1)
-        results.append(columns(picture, 1)[0])
-    assert np.abs(results[0].astype(int) - results[1]).max() <= 8   # but for rounding to bytes
+    values = torch.randint(-48, 48, (1, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 64
+    flat = values.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    rough = flat + torch.tensor([[0.25, -0.25], [-0.25, 0.25]]).repeat(8, 8)   # sums are exact
+    found = []
+    for images in (flat, rough):
+        given = sample.Given(images, ["one"], [None])
+        picture = sample.complete(run, given, None, label=10, seeds=[1], small_side=4)
+        found.append(columns(picture, 3))
+    for column, (one, other) in enumerate(zip(*found)):   # itself, what is known, the result
+        assert np.array_equal(one, other) == (column > 0)
 
 
 @pytest.mark.parametrize("side, scales", [(15, 2), (8, 2), (7, 1), (4, 1), (1, 1)])
-def test_small_images_are_as_many_scales_as_they_have_pixels_for(shapes, side, scales):
+def test_small_images_are_as_many_scales_as_they_have_pixels_for(run, given, side, scales):
     """Of 16 pixels a side the scales are 1x1, 2x2 and 4x4, and a code is for 4 x 4 pixels."""
-    run, given = opened(shapes)
-    run.options.small = side
-    assert sample.from_small(run, given.images)[1] == scales
+    assert sample.from_small(given.images, side, run.tokenizer.config)[1] == scales
 
 
-def test_everything_known_is_the_reconstruction(shapes, tmp_path):
-    Image.new("L", (16, 16), "black").save(tmp_path / "nothing.png")
-    kept, _ = draw(shapes, tmp_path / "a.png", "--task", "inpaint", "--image", "data:3",
-                   "--mask", tmp_path / "nothing.png", "--seeds", 0)
-    plain, said = draw(shapes, tmp_path / "b.png", "--task", "reconstruct", "--image", "data:3")
-    assert np.array_equal(columns(kept, 1)[0], columns(plain, 1)[0][CELL + GAP:])
-    error = (columns(plain, 1)[0][:CELL].astype(float) - columns(plain, 1)[0][CELL + GAP:-GAP]) / 255
-    expected = 10 * np.log10(1 / np.square(error).mean())
-    assert float(said.split("PSNR ")[1].split()[0]) == pytest.approx(expected, abs=0.1)
+def test_everything_known_is_the_reconstruction(run, given):
+    two = sample.Given(given.images[:2], given.names[:2], given.labels[:2])
+    everywhere = torch.ones(16, 16)
+    kept = sample.complete(run, two, everywhere, run.model.config.classes, [0])
+    plain = sample.reconstruct(run, two)
+    first, second = np.split(columns(kept, 1)[0], 2)
+    below = np.s_[CELL + GAP:]
+    assert np.array_equal(first, columns(plain, 2)[0][below])
+    assert np.array_equal(second, columns(plain, 2)[1][below])
 
 
-def test_nothing_known_is_plain_generation(shapes, tmp_path):
-    Image.new("RGBA", (40, 30), "white").save(tmp_path / "all.png")
-    made, _ = draw(shapes, tmp_path / "a.png", "--task", "edit", "--classes", "heart",
-                   "--image", "data:3", "--mask", tmp_path / "all.png", "--seeds", 4)
-    plain, _ = draw(shapes, tmp_path / "b.png", "--classes", "heart", "--per-class", 1, "--seed", 4)
-    assert np.array_equal(columns(made, 1)[0], columns(plain, 1)[0])
+def test_nothing_known_is_plain_generation(run, given):
+    latents, _ = run.encode(given.images[:2])
+    nowhere = torch.zeros(1, 1, 4, 4)
+    made = run.generate([6, 2], 4, lambda rows: Known(latents[rows], nowhere, 3))
+    assert torch.equal(made, run.generate([6, 2], 4))
 
 
-def test_the_open_loop_puts_the_image_s_own_tokens(shapes, monkeypatch):
+def test_the_open_loop_puts_the_image_s_own_tokens(run, given, monkeypatch):
     """And the closed one others, as soon as a coarser scale was generated."""
+    known_HW = known_pixels((0, 0, 0.5, 1), 16)
     tokens = []
-    for loop in ([], ["--open-loop"]):
-        run, given = opened(shapes, "--box", 0, 0, 0.5, 1, "--seeds", 0, *loop)
-        decode = run.decode
-        monkeypatch.setattr(run, "decode", lambda x: tokens.append(x) or decode(x))
-        sample.complete(run, given)
-    known_HW = sample.known_pixels(run)
+    decode = Run.decode
+    monkeypatch.setattr(Run, "decode", lambda run, x: tokens.append(x) or decode(run, x))
+    for open_loop in (False, True):
+        sample.complete(run, given, known_HW, 10, [0], open_loop=open_loop)
     own_NL = run.encode(sample.fill_holes(given.images, known_HW))[1]
     known_L = torch.tensor([1] + [0, 0, 1, 1] + [0] * 8 + [1] * 8).bool()
     closed_NL, open_NL = tokens
@@ -130,9 +130,8 @@ def test_the_open_loop_puts_the_image_s_own_tokens(shapes, monkeypatch):
     assert torch.equal(closed_NL[:, 0], own_NL[:, 0])   # nothing was generated before it
 
 
-def test_the_encoder_does_not_see_the_hole(shapes):
-    run, given = opened(shapes)
-    known_HW = sample.known_pixels(run)
+def test_the_encoder_does_not_see_the_hole(given):
+    known_HW = known_pixels((0.25, 0.25, 0.75, 0.75), 16)
     filled = sample.fill_holes(given.images, known_HW)
     other = torch.where(known_HW > 0, given.images, torch.rand_like(given.images))
     assert torch.equal(filled, sample.fill_holes(other, known_HW))
@@ -149,38 +148,92 @@ def test_the_report_on_a_completion(capsys):
     result = images.clone()
     result[:, :, 0, 0] = 0.4    # one pixel of the 8 that are known
     result[:, :, :, 2:] = 1.0
-    sample.report([result, images], images, known_HW)
+    sample.say_completion([result, images], images, known_HW)
     said = capsys.readouterr().out
     assert f"error {0.2**2 / 8 / 2:.5f}" in said
     assert "mean step 0.3750, 1.50 of the image's own" in said
 
 
-# Pictures
+@pytest.mark.parametrize("mode, ground, paint", [
+    ("L", 0, 255),
+    ("RGB", "black", "blue"),
+    ("RGBA", "black", "white"),
+    ("RGBA", (255, 255, 255, 0), "white"),
+    ("RGBA", (0, 0, 0, 0), "red"),
+    ("RGBA", (255, 255, 255, 0), "black"),
+    ("LA", (0, 0), (60, 255)),
+    ("1", 0, 1),
+])
+def test_what_is_painted_in_a_mask_is_a_hole(tmp_path, mode, ground, paint):
+    mask = Image.new(mode, (40, 40), ground)
+    mask.paste(paint, (0, 20, 40, 40))
+    mask.save(tmp_path / "mask.png")
+    known_HW = known_pixels(tmp_path / "mask.png", 8)
+    assert known_HW[:4].min() == 1 and known_HW[4:].max() == 0
 
 
-def test_images_of_any_kind(shapes, tmp_path):
+def test_a_mask_is_refused_without_a_hole_or_without_anything_known(judged, tmp_path):
+    for name, mode, colour, lacks in (("black", "L", 0, "a hole"),
+                                      ("clear", "RGBA", (255, 0, 0, 0), "a hole"),
+                                      ("white", "RGB", "white", "anything that is known")):
+        path = tmp_path / f"{name}.png"
+        Image.new(mode, (30, 30), colour).save(path)
+        said = refused("sample.py", "inpaint", "data:3", "--run", judged, "--mask", path)
+        assert f"{name}.png leaves 16 x 16 pixels without {lacks}" in said
+    for command, lacks in (("inpaint", "anything that is known"), ("outpaint", "a hole")):
+        said = refused("sample.py", command, "data:3", "--run", judged, "--box", 0, 0, 1, 1)
+        assert said.endswith(f"without {lacks}")
+
+
+# Images of one's own
+
+
+def test_images_of_any_kind(judged, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     for mode, ending in (("L", "png"), ("RGBA", "webp"), ("P", "png"), ("RGB", "jpg"),
                          ("CMYK", "jpg"), ("1", "png"), ("I;16", "png")):
         Image.new(mode, (30, 50)).save(folder / f"{mode.replace(';', '')}.{ending}")
-    picture, said = draw(shapes, tmp_path / "a.png", "--task", "reconstruct", "--image", folder,
-                         "data:0")
+    (folder / "A.png").write_bytes(b"the first by name, and broken")
+    picture, said = draw(judged, tmp_path / "a.png", f"reconstruct {folder} data:0")
     assert said.count("PSNR") == 8 and picture.shape[0] == 2 * (CELL + GAP)
+    assert said.count("left out") == 1 and "A.png cannot be read as an image" in said
+    originals, results = np.split(columns(picture, 1)[0], [CELL + GAP])   # of data:0
+    mse = np.square((originals[:CELL].astype(float) - results[:CELL]) / 255).mean()
+    assert float(said.split("PSNR ")[-1].split()[0]) == pytest.approx(-10 * np.log10(mse), abs=0.1)
+    assert "cannot be read" in refused(
+        "sample.py", "reconstruct", folder / "A.png", "--run", judged)
+    for path in folder.iterdir():
+        path.write_bytes(b"broken")
+    assert "holds no image that can be read" in refused(
+        "sample.py", "reconstruct", folder, "--run", judged)
 
 
-def test_pictures_that_explain(shapes, tmp_path):
-    codes, _ = draw(shapes, tmp_path / "codes.png", "--codes", "data:3", "data:4")
+def test_names_in_letters_of_any_script():
+    assert legible("Ελλάδα", 3) == "Ελλάδα"
+    assert legible("cafe\u0301", 3) == "caf\u00e9"
+    for name in ("猫", "แมว", "बिल्ली", "고양이"):   # boxes, in the font of the pictures
+        assert legible(name, 3) == f"3 {name}"
+    classes = ["cafe\u0301", "caf\u00e8", "猫"]   # as a Mac keeps them, and as a keyboard types them
+    assert sample.class_indices(["caf\u00e9", "cafe\u0300", "猫"], classes) == [0, 1, 2]
+    with pytest.raises(sample.UserError, match="there is no class cat; there are"):
+        sample.class_indices(["猫", "cat"], classes)
+
+
+# Pictures
+
+
+def test_pictures_that_explain(judged, tmp_path):
+    codes, _ = draw(judged, tmp_path / "codes.png", "codes data:3 data:4")
     assert codes.shape[0] == 6 * (CELL + GAP)   # left over, codes, image so far
     coarse = columns(codes, 3)[0][CELL + GAP:2 * CELL + GAP]
     assert len(np.unique(coarse.reshape(-1, 3), axis=0)) == 1   # a single code
-    teaching, _ = draw(shapes, tmp_path / "teaching.png", "--teaching", "data:3")
+    teaching, _ = draw(judged, tmp_path / "teaching.png", "teaching data:3")
     second = np.s_[CELL + GAP:2 * CELL + GAP]   # the second row
     for read, code, s in zip(columns(teaching, 3), columns(codes, 3), (1, 2, 4)):
         assert len(np.unique(read[:CELL].reshape(-1, 3), axis=0)) <= s * s
         assert np.array_equal(read[second], code[second])   # what is to be predicted: its codes
-    attention, said = draw(shapes, tmp_path / "attention.png", "--attention", "data:3",
-                           "--cell", 0, 3)
+    attention, said = draw(judged, tmp_path / "attention.png", "attention data:3 --cell 0 3")
     assert len(np.unique(attention.reshape(-1, 3), axis=0)) > 20
     red = (columns(attention, 4)[0][:CELL] == (255, 0, 0)).all(axis=-1)   # around the cell
     rows, places = red.nonzero()
@@ -191,7 +244,17 @@ def test_pictures_that_explain(shapes, tmp_path):
     for row in shares:
         assert len(row) == 3 and sum(float(share.strip("%")) for share in row) == pytest.approx(
             100, abs=2)
-    draw(shapes, tmp_path / "a.png", "--gif", tmp_path / "a.gif", "--per-class", 2)
+
+
+def test_images_forming(judged, tmp_path):
+    picture, _ = draw(judged, tmp_path / "a.png", "progress --classes star heart --per-class 2",
+                      "--gif", tmp_path / "a.gif")
+    assert picture.shape[0] == 4 * (CELL + GAP)
+    plain, _ = draw(judged, tmp_path / "b.png", "--classes star heart --per-class 2")
+    at_last = np.split(columns(picture, 1)[0], 4)
+    for i, column in enumerate(columns(plain, 2)):
+        for j, cell in enumerate(np.split(column, 2)):
+            assert np.array_equal(cell, at_last[2 * j + i])
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 3 and film.info["loop"] == 0
         times = []
@@ -201,24 +264,22 @@ def test_pictures_that_explain(shapes, tmp_path):
         assert times == [400, 400, 2000]   # the finished images stay for a while
 
 
-def test_the_attention_drawn_is_that_of_the_cell(shapes, tmp_path, monkeypatch):
+def test_the_attention_drawn_is_that_of_the_cell(judged, tmp_path, monkeypatch):
     asked = []
-    attention_weights = VAR.attention_weights
 
     def noted(model, labels_B, inputs, query):
         asked.append((labels_B.tolist(), query))
         return attention_weights(model, labels_B, inputs, query)
 
-    monkeypatch.setattr(VAR, "attention_weights", noted)
-    label = sample.load_held_out(shapes).tensors[1][3].item()
-    for classes in ([], ["--classes", "star"]):
-        draw(shapes, tmp_path / "a.png", "--attention", "data:3", "--cell", 0, 3, *classes)
+    monkeypatch.setattr("support.figures.attention_weights", noted)
+    label = sample.load_held_out(judged).tensors[1][3].item()
+    for flags in ("", " --class star"):
+        draw(judged, tmp_path / "a.png", "attention data:3 --cell 0 3" + flags)
     assert asked == [([label], 1 + 4 + 3), ([4], 1 + 4 + 3)]
 
 
 @pytest.mark.parametrize("normalise_qk", [True, False])
-def test_attention_weights_are_what_the_layer_computes(shapes, normalise_qk):
-    run, given = opened(shapes)
+def test_attention_weights_are_what_the_layer_computes(run, given, normalise_qk):
     torch.manual_seed(0)
     model = VAR(replace(run.model.config, normalise_qk=normalise_qk)).eval()
     inputs = run.tokenizer.teacher_inputs(run.encode(given.images[:1])[1])
@@ -227,7 +288,7 @@ def test_attention_weights_are_what_the_layer_computes(shapes, normalise_qk):
     hook = block.register_forward_hook(
         lambda module, arguments, result: seen.update(x=arguments[0], o=result))
     with torch.no_grad():
-        weights_L = model.attention_weights(torch.tensor([2]), inputs, query=4)[0]
+        weights_L = attention_weights(model, torch.tensor([2]), inputs, query=4)[0]
         hook.remove()
         assert abs(weights_L.sum() - 1) < 1e-5
         assert weights_L[5:].abs().max() == 0   # scales 1x1 and 2x2 alone
@@ -244,20 +305,32 @@ def test_attention_weights_are_what_the_layer_computes(shapes, normalise_qk):
 # For evaluation
 
 
-def test_samples_for_evaluation(shapes, tmp_path):
-    for flags in ([], ["--rejection", 0.5]):
-        ran("sample.py", "--run", shapes, "--npz", 23, tmp_path / "a.npz", *flags)
+def test_samples_for_evaluation(judged, tmp_path):
+    for flags in (["--reference", tmp_path / "b.npz"], ["--rejection", 0.5]):
+        ran("sample.py", "export", 23, tmp_path / "a.npz", "--run", judged, *flags)
         images = np.load(tmp_path / "a.npz")["arr_0"]
         assert images.shape == (23, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 10
-    ran("sample.py", "--run", shapes, "--reference", tmp_path / "b.npz")
     reference = np.load(tmp_path / "b.npz")["arr_0"]
-    held_out = sample.load_held_out(shapes).tensors[0]
-    assert np.array_equal(reference, held_out.permute(0, 2, 3, 1))
+    held_out = sample.load_held_out(judged).tensors[0].permute(0, 2, 3, 1).numpy()
+    assert sorted(image.tobytes() for image in reference) == sorted(
+        image.tobytes() for image in held_out)
 
 
-def test_likelihoods(shapes):
+def test_the_rows_for_evaluation_are_of_all_classes_everywhere(tmp_path):
+    """ADM's program takes the Inception Score of each 5,000 rows."""
+    labels_N = np.repeat(np.arange(100), 30).astype(np.uint8)
+    images = np.zeros((3000, 1, 1, 1), np.uint8) + labels_N[:, None, None, None]
+    for name in ("a", "b"):
+        save_npz(tmp_path / f"{name}.npz", images)
+    rows_N = np.load(tmp_path / "a.npz")["arr_0"][:, 0, 0, 0]
+    assert np.array_equal(np.sort(rows_N), labels_N)
+    for part in np.split(rows_N, 5):
+        assert len(np.unique(part)) > 90
+    assert np.array_equal(rows_N, np.load(tmp_path / "b.npz")["arr_0"][:, 0, 0, 0])
+
+
+def test_likelihoods(run, given):
     """Against the sum over tokens, one at a time."""
-    run, given = opened(shapes)
     tokens_NL = run.encode(given.images[:3])[1]
     labels = [0, 4, 7]
     found_N = run.log_likelihood(tokens_NL, labels)
@@ -269,20 +342,18 @@ def test_likelihoods(shapes):
         torch.testing.assert_close(found_N[n], expected)
 
 
-def test_rejection_keeps_the_most_likely(shapes, monkeypatch):
-    run, _ = opened(shapes)
+def test_rejection_keeps_the_most_likely(run, monkeypatch):
     labels = [label for label in range(10) for _ in range(4)]
     tokens_NL = run.generate(labels, 0)
     likelihoods = run.log_likelihood(tokens_NL, labels).view(10, 4)
-    run.options.rejection = 0.5
     shown = []
 
-    def decode_to_bytes(tokens_NL):
+    def decode_to_bytes(run, tokens_NL):
         shown.append(tokens_NL)
         return np.zeros((len(tokens_NL), 16, 16, 3), np.uint8)
 
-    monkeypatch.setattr(run, "decode_to_bytes", decode_to_bytes)
-    sample.draw_many(run, 20)
+    monkeypatch.setattr(Run, "decode_to_bytes", decode_to_bytes)
+    sample.draw_many(run, 20, seed=0, rejection=0.5)
     kept = run.log_likelihood(shown[0], [label for label in range(10) for _ in range(2)])
     best = likelihoods.topk(2, dim=1).values
     torch.testing.assert_close(kept.view(10, 2).sort(dim=1).values, best.sort(dim=1).values)
@@ -291,11 +362,9 @@ def test_rejection_keeps_the_most_likely(shapes, monkeypatch):
 # How images come out
 
 
-def test_what_crosses_from_the_device_is_bytes(shapes, monkeypatch):
-    run, given = opened(shapes)
+def test_what_crosses_from_the_device_is_bytes(run, given, monkeypatch):
     tokens_NL = run.encode(given.images)[1]
-    images = run.decode(tokens_NL)
-    expected = sample.to_bytes(images)
+    expected = to_bytes(run.decode(tokens_NL))
     monkeypatch.setattr(sample, "at_a_time", lambda side: 16)
     crossed = []
     cpu = torch.Tensor.cpu
@@ -304,29 +373,36 @@ def test_what_crosses_from_the_device_is_bytes(shapes, monkeypatch):
     assert [(x.dtype, len(x)) for x in crossed] == 2 * [(torch.uint8, 16)] + [(torch.uint8, 8)]
 
 
-def test_every_pass_of_a_compiled_decoder_has_the_same_shape(shapes, monkeypatch):
-    run, given = opened(shapes)
+def test_every_pass_of_a_compiled_decoder_has_the_same_shape(run, given, monkeypatch):
     tokens_NL = run.encode(given.images)[1]
     whole = run.decode(tokens_NL)
     monkeypatch.setattr(sample, "at_a_time", lambda side: 16)
     passes = []
-    run.tokenizer.decoder.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    hook = run.tokenizer.decoder.register_forward_pre_hook(
+        lambda _, given: passes.append(len(given[0])))
     for compiled in (False, True):
-        run.options.compile = compiled
-        for images, few in ((run.decode(tokens_NL), 40), (run.decode(tokens_NL[:3]), 3)):
+        own = replace(run, machine=replace(CPU, compile=compiled))
+        for images, few in ((own.decode(tokens_NL), 40), (own.decode(tokens_NL[:3]), 3)):
             torch.testing.assert_close(images, whole[:few])
+    hook.remove()
     assert passes == [16, 16, 8, 3] + [16, 16, 16, 3]
 
 
-def test_a_settled_decoder_computes_in_its_dtype_alone(shapes):
-    run, given = opened(shapes)
+class HalfMachine(Machine):
+    """One whose autocast asks for another dtype than the decoder was cast to."""
+
+    def autocast(self):
+        return torch.autocast("cpu", torch.float16)
+
+
+def test_a_cast_decoder_computes_in_its_dtype_alone(judged, run, given):
     tokens_NL = run.encode(given.images)[1]
     whole = run.decode(tokens_NL)
-    run.tokenizer.settle_decoder(torch.bfloat16)
+    run = load_run(judged, HalfMachine(torch.device("cpu")))
+    run.tokenizer.cast_decoder(torch.bfloat16)
     seen = set()
     for part in run.tokenizer.decoder.modules():
         part.register_forward_hook(lambda *parts: seen.add(parts[-1].dtype))
-    run.options.autocast = lambda: torch.autocast("cpu", torch.float16)   # asks for another
     images = run.decode(tokens_NL)
     assert seen == {torch.bfloat16} and images.dtype == torch.float32
     assert 0 < (images - whole).abs().mean() < 0.02
@@ -335,7 +411,7 @@ def test_a_settled_decoder_computes_in_its_dtype_alone(shapes):
     assert run.encode(given.images)[0].dtype == torch.float32   # the encoder is as before
 
 
-def test_compiled_parts_draw_the_same_images(shapes, tmp_path, monkeypatch):
+def test_compiled_parts_draw_the_same_images(judged, tmp_path, monkeypatch):
     """Two graphs for each scale, the first layer's and that of all others, and the decoder's; in
     two batches, of which the second compiles nothing."""
     graphs = []
@@ -347,100 +423,107 @@ def test_compiled_parts_draw_the_same_images(shapes, tmp_path, monkeypatch):
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **flags: compile_module(
         module, backend=count, fullgraph=True, **flags))
-    monkeypatch.setattr(sample, "check_compiler", lambda device: None)
+    monkeypatch.setattr("support.devices.check_compiler", lambda device: None)
     torch._dynamo.reset()
-    plain, _ = draw(shapes, tmp_path / "a.png", "--batch", 40)
-    compiled, _ = draw(shapes, tmp_path / "b.png", "--batch", 40, "--compile")
-    depth = len(opened(shapes)[0].model.blocks)
-    assert len(graphs) == 3 * min(depth, 2) + 1
+    plain, _ = draw(judged, tmp_path / "a.png", "--per-class 2 --batch 10")
+    compiled, _ = draw(judged, tmp_path / "b.png", "--per-class 2 --batch 10 --compile")
+    assert len(graphs) == 3 + 1   # one layer
     assert np.array_equal(plain, compiled)
 
 
-# Mistakes
-
-
-def test_a_run_is_whole_without_its_data(finished, tmp_path):
-    run = shutil.copytree(finished, tmp_path / "run")
-    for path in run.glob("*.images"):
-        path.unlink()
-    (run / "tokens.pt").unlink()
-    ran("sample.py", "--run", run, "--codes", "data:1")
-    (run / "held_out.pt").write_bytes(b"nothing")
-    assert "held_out.pt cannot be read" in refused("sample.py", "--run", run, "--codes", "data:1")
-
-
-def test_mistakes(shapes, tmp_path):
-    def refusal(*arguments) -> str:
-        return refused("sample.py", "--run", shapes, *arguments)
-
-    ask = ("--image", "data:3", "--task")
-    assert "needs --image" in refusal("--task", "inpaint")
-    assert "needs --classes" in refusal(*ask, "edit")
-    assert "--box: 1.5 must be from 0 to 1" in refusal(*ask, "inpaint", "--box", 0, 0, 1.5, 1)
-    assert "nan must be from 0 to 1" in refusal(*ask, "inpaint", "--box", 0, 0, "nan", 1)
-    assert "hold at least a pixel" in refusal(*ask, "inpaint", "--box", 0.5, 0, 0.5, 1)
-    assert "less than the side" in refusal(*ask, "upscale", "--small", 16)
-    assert "--small: 0 must be" in refusal(*ask, "upscale", "--small", 0)
-    assert "data:0 to data:999" in refusal("--codes", "data:1000")
-    assert "cannot be read" in refusal("--codes", tmp_path / "missing.png")
-    assert "cannot be read" in refusal(*ask, "inpaint", "--mask", tmp_path / "missing.png")
-    assert "holds no images" in refusal("--codes", tmp_path)
-    assert "not allowed with argument --codes" in refusal("--codes", "data:1", "--attention", "data:1")
-    assert "one class here" in refusal(*ask, "edit", "--classes", "star", "heart")
-    assert "is there and is no file" in refusal("--out", tmp_path)
-    assert "is there and is no file" in refusal("--out", "/dev/null")
-    assert "must be a whole number, from 0" in refusal("--seed", 10**20)
-    assert "within the last map" in refusal("--attention", "data:3", "--cell", 4, 0)
-    for count in ("many", 0, 10**12):
-        assert "a number of images" in refusal("--npz", count, tmp_path / "a.npz")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is without oneDNN")
-def test_packed_products_are_the_same(finished):
-    options = sample.parse(["--run", str(finished), "--device", "cpu", "--precision", "fp32"])
-    sample.settle_device(options)
-    run = sample.load(options)
-    before = copy.deepcopy(run.model)
+def test_packed_products_are_the_same(run):
     tokens_NL = run.generate([0, 1, 0], 0)
     likelihoods = run.log_likelihood(tokens_NL, [0, 1, 0])
-    run.model.pack()
-    packed = [module for module in run.model.modules() if isinstance(module, PackedLinear)]
-    plain = [module for module in before.modules() if isinstance(module, torch.nn.Linear)]
+    packed_run = replace(run, model=copy.deepcopy(run.model))
+    pack(packed_run.model)
+    packed = [m for m in packed_run.model.modules() if isinstance(m, PackedLinear)]
+    plain = [module for module in run.model.modules() if isinstance(module, torch.nn.Linear)]
     assert len(packed) == len(plain) > 5
     assert any(module.bias is None for module in packed)   # queries, keys and values
-    assert torch.equal(run.generate([0, 1, 0], 0), tokens_NL)
-    assert torch.allclose(run.log_likelihood(tokens_NL, [0, 1, 0]), likelihoods, atol=1e-3)
+    assert torch.equal(packed_run.generate([0, 1, 0], 0), tokens_NL)
+    likelihood_N = packed_run.log_likelihood(tokens_NL, [0, 1, 0])
+    assert torch.allclose(likelihood_N, likelihoods, atol=1e-3)
 
 
-def test_a_picture_lies_beside_the_transformer_it_is_of(finished, tmp_path):
+def test_a_model_without_a_null_class_says_so_once(run, capsys):
+    """Where the null class is used: by guidance, or where no class is named."""
+    sample.say_once.cache_clear()
+    model = copy.copy(run.model)
+    model.config = replace(model.config, label_dropout=0.0)
+    own = replace(run, model=model, sampling=replace(run.sampling, cfg=0.0))
+    own.generate([1, 2], 0)
+    assert "null class" not in capsys.readouterr().out
+    own.generate([10], 0)
+    assert "never saw the null class" in capsys.readouterr().out
+    replace(own, sampling=run.sampling).generate([1, 2], 0)
+    run.generate([10], 0)
+    assert "null class" not in capsys.readouterr().out
+    sample.say_once.cache_clear()
+    replace(own, sampling=run.sampling).generate([1, 2], 0)
+    assert "never saw the null class" in capsys.readouterr().out
+
+
+# Files and mistakes
+
+
+def test_a_run_is_whole_without_its_data(judged, tmp_path):
+    """And a picture lies beside the transformer it is of."""
     for name in ("tokenizer.pt", "var.pt", "held_out.pt"):
-        shutil.copy(finished / name, tmp_path / name)
-    ran("sample.py", "--run", finished, "--tokenizer", tmp_path / "tokenizer.pt", "--var",
-        tmp_path / "var.pt", "--codes", "data:1")
+        shutil.copy(judged / name, tmp_path / name)
+    ran("sample.py", "codes", "data:1", "--run", "elsewhere", "--var", tmp_path / "var.pt",
+        "--tokenizer", judged / "tokenizer.pt")
     assert (tmp_path / "codes.png").exists()
+    (tmp_path / "held_out.pt").write_bytes(b"PK and nothing else")
+    assert "held_out.pt cannot be read" in refused("sample.py", "codes", "data:1", "--run", tmp_path)
 
 
-@pytest.mark.parametrize("flags, told", [
-    ("--image data:3", "--image does nothing for sample: it is for inpaint"),
-    ("--task upscale --image data:3 --paste", "--paste does nothing for upscale"),
-    ("--task reconstruct --image data:3 --mask mask.png", "--mask does nothing for reconstruct"),
-    ("--rejection 0.5", "--rejection does nothing for sample: it is for npz"),
-    ("--npz 3 a.npz --classes star", "--classes does nothing for npz"),
-    ("--npz 3 a.npz --out a.png", "--out does nothing for npz"),
-    ("--evaluate 8 --reference r.npz", "--reference does nothing for evaluate"),
-    ("--evaluate 8 --gif a.gif", "--gif does nothing for evaluate"),
-    ("--codes data:0 --progress", "--progress: not allowed with argument --codes"),
-    ("--task inpaint --progress", "--progress: not allowed with argument --task"),
-    ("--task reconstruct --image data:3 --reference r.npz", "--reference does nothing for reconst"),
-    ("--task inpaint --image data:3 --mask m.png --box 0 0 1 .5", "not allowed with argument --mask"),
-    ("--codes data:0 --cfg 3", "--cfg does nothing for codes"),
-    ("--reference r.npz --top-p 0.5", "--top-p does nothing for reference"),
-    ("--out same --gif same", "one file cannot hold both"),
-    ("--npz 3 x/../a.npz --reference a.npz", "one file cannot hold both"),
-    ("--codes data:0 --seed 3", "--seed does nothing for codes"),
-    ("--progress --cell 0 0", "--cell does nothing for progress"),
-    ("--small 3", "--small does nothing for sample: it is for upscale"),
-])
-def test_a_flag_that_would_do_nothing_is_refused(shapes, flags, told):
-    assert told in refused("sample.py", "--run", shapes, *flags.split())
+def test_what_does_not_belong_together_is_refused(judged, tmp_path):
+    content = torch.load(judged / "tokenizer.pt", weights_only=True)
+    content["model"]["quantizer.codebook_VC"] += 1
+    torch.save(content, tmp_path / "tokenizer.pt")
+    assert "trained on the tokens of another tokenizer" in refused(
+        "sample.py", "--run", judged, "--tokenizer", tmp_path / "tokenizer.pt")
+    assert "is a checkpoint of a tokenizer, not of a transformer" in refused(
+        "sample.py", "--run", judged, "--var", judged / "tokenizer.pt")
+
+
+def test_mistakes(judged, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    for command, told in {
+        "inpaint": "required: IMAGE",
+        "edit data:3": "edit needs --class",
+        "inpaint data:3 --box 0 0 1.5 1": "--box: 1.5 must be from 0 to 1",
+        "inpaint data:3 --box 0 0 nan 1": "nan must be from 0 to 1",
+        "inpaint data:3 --box 0.5 0 0.5 1": "without a hole",
+        "inpaint data:3 --mask m.png --box 0 0 1 .5": "not allowed with argument --mask",
+        f"inpaint data:3 --mask {tmp_path}/missing.png": "cannot be read",
+        "upscale data:3 --small 16": "less than the side",
+        "upscale data:3 --small 0": "--small: 0 must be",
+        "upscale data:3 --paste": "unrecognized arguments: --paste",
+        "codes data:1000": "the held-out images are data:0 to data:",
+        f"codes {tmp_path}/missing.png": "cannot be read",
+        f"codes {tmp_path}/empty": "holds no images",
+        "codes data:0 --cfg 3": "unrecognized arguments: --cfg 3",
+        "attention data:3 --cell 4 0": "within the last map",
+        "--classes star --class heart moon": "there is no class moon",
+        "--seed 100000000000000000000": "must be a whole number, from 0",
+        f"--out {tmp_path}": "is there and is no file",
+        "--out /dev/null": "is there and is no file",
+        "--image data:3": "unrecognized arguments: --image data:3",
+        "paint data:3": "invalid choice: 'paint'",
+        "export many a.npz": "count: many must be a whole number",
+        "export 0 a.npz": "0 must be a whole number",
+        f"export 3 {tmp_path}/file/a.npz --var missing.pt": "file/a.npz cannot be written",
+    }.items():
+        assert told in refused("sample.py", *command.split(), "--run", judged), command
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_every_command_has_a_help_of_its_own():
+    for command in sample.COMMANDS:
+        said = ran("sample.py", command, "--help")
+        assert ("--cfg" in said) == (command in sample.GENERATING.split())
+        assert ("--box" in said) == (command in ("inpaint", "outpaint", "edit"))
+    assert all(command in ran("sample.py", "--help") for command in sample.COMMANDS)
