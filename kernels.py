@@ -6,10 +6,10 @@
     block_attention    attention in which a query sees one range of keys  (var.py, every layer)
     sample_tokens      guidance, top-k, top-p and the draw                (var.py, generation)
 
-They come in this order, the easiest first, and each is told in the same steps: what PyTorch's
-version costs, the formula, the Triton kernel, the function that launches it, the PyTorch version.
-How a kernel is started stands last and need not be read. `adaln`, say, picks one of two versions,
-or faces, that agree; NumPy in float64 (tests/reference.py) is what the tests hold both to:
+They come in this order, the easiest first, each in the same steps: what PyTorch's version costs,
+the formula, the Triton kernel, what launches it, the PyTorch version. How a kernel is started
+stands last and need not be read. `adaln`, say, picks one of two faces, which agree with each other
+and with NumPy in float64 (tests/reference.py):
 
     adaln_triton    launches the Triton kernel: on NVIDIA's GPUs from sm_80 on (RTX 30, A100)
     adaln_torch     the same in PyTorch: on a CPU, a Mac, any other GPU
@@ -108,17 +108,18 @@ class Array(NamedTuple):
 
 
 @triton.jit
-def load_token(x_BLW, image, token, columns_W, W):
-    """x[image, token] in fp32, with zeros in the columns from W on."""
-    begin = image.to(tl.int64) * x_BLW.strides[0]   # in 64 bits: there may be over 2^31 numbers
+def load_token(x_BLW, token, columns_W, W):
+    """x[image, token] in fp32, of the program's image; zeros in the columns from W on."""
+    image = tl.program_id(1).to(tl.int64)   # in 64 bits: there may be over 2^31 numbers
+    begin = image * x_BLW.strides[0]
     places_W = x_BLW.start + begin + token * x_BLW.strides[1] + columns_W * x_BLW.strides[2]
     return tl.load(places_W, mask=columns_W < W, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_token(x_BLW, image, token, columns_W, W, x_W):
+def store_token(x_BLW, token, columns_W, W, x_W):
     """x[image, token] = x_W, in the dtype of x."""
-    begin = image.to(tl.int64) * x_BLW.strides[0]
+    begin = tl.program_id(1).to(tl.int64) * x_BLW.strides[0]
     places_W = x_BLW.start + begin + token * x_BLW.strides[1] + columns_W * x_BLW.strides[2]
     tl.store(places_W, x_W.to(x_BLW.start.dtype.element_ty), mask=columns_W < W)
 
@@ -136,17 +137,16 @@ def adaln_forward(x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, sum_BLW, y_BLW, 
                   TILE_W: tl.constexpr):
     """One token a program: x, h [B, L, W], gate, scale, shift [B, 1, W] -> x + gate h, y."""
     token = tl.program_id(0)
-    image = tl.program_id(1)
     columns_W = tl.arange(0, TILE_W)   # the side of a tile, which may be more than W
-    x_W = load_token(x_BLW, image, token, columns_W, W)
-    h_W = load_token(h_BLW, image, token, columns_W, W)
-    gate_W = load_token(gate_B1W, image, 0, columns_W, W)
+    x_W = load_token(x_BLW, token, columns_W, W)
+    h_W = load_token(h_BLW, token, columns_W, W)
+    gate_W = load_token(gate_B1W, 0, columns_W, W)
     sum_W = (x_W + gate_W * h_W).to(sum_BLW.start.dtype.element_ty)
-    store_token(sum_BLW, image, token, columns_W, W, sum_W)
+    store_token(sum_BLW, token, columns_W, W, sum_W)
     normed_W, _ = normalise(sum_W.to(tl.float32), columns_W, W)   # of what the backward will find
-    scale_W = load_token(scale_B1W, image, 0, columns_W, W)
-    shift_W = load_token(shift_B1W, image, 0, columns_W, W)
-    store_token(y_BLW, image, token, columns_W, W, normed_W * (1 + scale_W) + shift_W)
+    scale_W = load_token(scale_B1W, 0, columns_W, W)
+    shift_W = load_token(shift_B1W, 0, columns_W, W)
+    store_token(y_BLW, token, columns_W, W, normed_W * (1 + scale_W) + shift_W)
 
 
 @triton.jit
@@ -159,30 +159,29 @@ def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW
     in one order.
     """
     chunk = tl.program_id(0)
-    image = tl.program_id(1)
     columns_W = tl.arange(0, TILE_W)
-    gate_W = load_token(gate_B1W, image, 0, columns_W, W)
-    scale_W = load_token(scale_B1W, image, 0, columns_W, W)
+    gate_W = load_token(gate_B1W, 0, columns_W, W)
+    scale_W = load_token(scale_B1W, 0, columns_W, W)
     dgate_W = tl.zeros([TILE_W], tl.float32)
     dscale_W = tl.zeros([TILE_W], tl.float32)
     dshift_W = tl.zeros([TILE_W], tl.float32)
     end = tl.minimum(L, (chunk + 1) * TOKENS)
     for token in range(chunk * TOKENS, end):
-        sum_W = load_token(sum_BLW, image, token, columns_W, W)
+        sum_W = load_token(sum_BLW, token, columns_W, W)
         normed_W, inverse = normalise(sum_W, columns_W, W)
-        dy_W = load_token(dy_BLW, image, token, columns_W, W)
+        dy_W = load_token(dy_BLW, token, columns_W, W)
         dscale_W += dy_W * normed_W
         dshift_W += dy_W
         g_W = dy_W * (1 + scale_W)
         mean_gn = tl.sum(g_W * normed_W) / W
         dx_W = (g_W - tl.sum(g_W) / W - normed_W * mean_gn) * inverse
-        dx_W += load_token(dsum_BLW, image, token, columns_W, W)
-        store_token(dx_BLW, image, token, columns_W, W, dx_W)
-        dgate_W += dx_W * load_token(h_BLW, image, token, columns_W, W)
-        store_token(dh_BLW, image, token, columns_W, W, dx_W * gate_W)
-    store_token(dgate_BPW, image, chunk, columns_W, W, dgate_W)
-    store_token(dscale_BPW, image, chunk, columns_W, W, dscale_W)
-    store_token(dshift_BPW, image, chunk, columns_W, W, dshift_W)
+        dx_W += load_token(dsum_BLW, token, columns_W, W)
+        store_token(dx_BLW, token, columns_W, W, dx_W)
+        dgate_W += dx_W * load_token(h_BLW, token, columns_W, W)
+        store_token(dh_BLW, token, columns_W, W, dx_W * gate_W)
+    store_token(dgate_BPW, chunk, columns_W, W, dgate_W)
+    store_token(dscale_BPW, chunk, columns_W, W, dscale_W)
+    store_token(dshift_BPW, chunk, columns_W, W, dshift_W)
 
 
 def adaln_tiles(W: int) -> dict[str, int]:
@@ -219,7 +218,6 @@ class AdaLN(torch.autograd.Function):
 
 
 def adaln_triton(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
-    assert x_BLW.shape[2] <= 16384   # a token is held in registers
     modulation = [m_BW[:, None] for m_BW in (gate_BW, scale_BW, shift_BW)]
     return AdaLN.apply(x_BLW, h_BLW, *modulation, dtype)
 
@@ -236,10 +234,9 @@ def adaln(x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor, scale_BW: Tensor,
           shift_BW: Tensor) -> tuple[Tensor, Tensor]:
     """x + gate * h, and layer_norm of that * (1 + scale) + shift (paper: Sec. 3.3).
 
-    x, h [B, L, W]; gate, scale, shift [B, W], one each per image. The norm has eps 1e-6 and no
-    weights, and is computed in fp32: a mean and a variance in bf16 are worth little. The first
-    result has the dtype of x, the second that of autocast where it is on, for the matrix product
-    that comes next. All else may differ in dtype.
+    x, h [B, L, W]; gate, scale, shift [B, W]; of any dtypes. The norm has eps 1e-6 and no weights,
+    and is computed in fp32. The first result has the dtype of x, the second that of autocast where
+    it is on, for the matrix product that comes next.
     """
     B, L, W = x_BLW.shape
     assert h_BLW.shape == (B, L, W)
@@ -369,11 +366,11 @@ def full_precision() -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------
 # Heads
 #
-# One matrix product makes queries, keys and values. Before attention reads them they are given
-# their biases; queries and keys are normalised, so that scores stay bounded in deep models (paper:
-# Sec. 3.3), and each head learns a factor for its queries; and in generation keys and values go to
-# where the later scales find them. In PyTorch that is a dozen operations. With the product in bf16
-# they move 31 bytes for each of its numbers, where reading and writing it is 4.
+# One matrix product makes queries, keys and values. Then they are given their biases; queries and
+# keys are normalised, so that scores stay bounded in deep models (paper: Sec. 3.3), and each head
+# learns a factor for its queries; in generation keys and values go where later scales find them.
+# In PyTorch that is a dozen operations, which move 31 bytes for each number of a product in bf16,
+# where reading and writing it is 4.
 #
 #     q = a n(product_q + bias_q),     n(x) = x / |x|,     a = min(e^log_scale, 100)
 #     k = n(product_k)
@@ -389,46 +386,45 @@ LARGEST_LOG_SCALE = math.log(100)
 
 @triton.jit
 def aligned(stride, D: tl.constexpr):
-    """The stride, which `rows_first` made a multiple of 8 if D is one, so that it can be seen.
+    """The stride, which `rows_first` made a multiple of 8 if D is one, in a way that shows it.
 
     16 bytes are loaded at once where the compiler can prove that rows begin at multiples of 8
-    numbers. It proves that of stride // 8 * 8. With tl.multiple_of(stride, 8) it does not, because
-    the stride is a bare argument: D 72 was then loaded 2 bytes at a time (compiled for sm_90).
+    numbers. With tl.multiple_of(stride, 8) it did not: D 72 was loaded 2 bytes at a time (sm_90).
     """
     return stride // 8 * 8 if D % 8 == 0 else stride
 
 
 @triton.jit
-def matrix_of(x_BHLD, image, head, D: tl.constexpr):
-    """x[image, head] as a matrix [L, D], and the columns of its tiles.
+def matrix_of(x_BHLD, D: tl.constexpr):
+    """x of the program's image and head as a matrix [L, D], and the columns of its tiles.
 
     Its width is a power of two: D 72 is computed as 128, 1.8 times the products of its own.
     """
-    begin = image.to(tl.int64) * aligned(x_BHLD.strides[0], D)
-    begin += head.to(tl.int64) * aligned(x_BHLD.strides[1], D)
+    begin = tl.program_id(2).to(tl.int64) * aligned(x_BHLD.strides[0], D)
+    begin += tl.program_id(1).to(tl.int64) * aligned(x_BHLD.strides[1], D)
     strides = (aligned(x_BHLD.strides[2], D), 1)
     return Array(x_BHLD.start + begin, strides), tl.arange(0, triton.next_power_of_2(D))
 
 
 @triton.jit
-def load_head(x_BHLD, image, head, rows_T, L, D: tl.constexpr, CUT: tl.constexpr = True):
-    """The tile x[image, head, rows]: [T, D]."""
-    x_LD, columns_D = matrix_of(x_BHLD, image, head, D)
+def load_head(x_BHLD, rows_T, L, D: tl.constexpr, CUT: tl.constexpr = True):
+    """The tile x[image, head, rows], [T, D]."""
+    x_LD, columns_D = matrix_of(x_BHLD, D)
     return load_tile(x_LD, rows_T, L, columns_D, D, CUT)
 
 
 @triton.jit
-def store_head(x_BHLD, image, head, rows_T, L, D: tl.constexpr, x_TD):
+def store_head(x_BHLD, rows_T, L, D: tl.constexpr, x_TD):
     """x[image, head, rows] = x_TD, in the dtype of x."""
-    x_LD, columns_D = matrix_of(x_BHLD, image, head, D)
+    x_LD, columns_D = matrix_of(x_BHLD, D)
     places_TD = x_LD.start + rows_T[:, None] * x_LD.strides[0] + columns_D[None, :]
     inside_TD = (rows_T[:, None] < L) & (columns_D[None, :] < D)
     tl.store(places_TD, x_TD.to(x_LD.start.dtype.element_ty), mask=inside_TD)
 
 
 @triton.jit
-def learned_factor(log_scale_H, head, largest):
-    log_scale = tl.load(log_scale_H.start + head).to(tl.float32)
+def learned_factor(log_scale_H, largest):
+    log_scale = tl.load(log_scale_H.start + tl.program_id(1)).to(tl.float32)
     return tl.exp(tl.minimum(log_scale, largest))
 
 
@@ -455,22 +451,20 @@ def split_heads_forward(xq_BHLD, xk_BHLD, xv_BHLD, q_bias_BH1D, v_bias_BH1D, log
     All [B, H, L, D], log_scale [H], inverses [B, H, L, 1] in fp32.
     """
     rows_T = tl.program_id(0) * TILE_L + tl.arange(0, TILE_L)
-    head = tl.program_id(1)
-    image = tl.program_id(2)
-    q_bias_1D = load_head(q_bias_BH1D, image, head, tl.arange(0, 1), 1, D).to(tl.float32)
-    v_bias_1D = load_head(v_bias_BH1D, image, head, tl.arange(0, 1), 1, D).to(tl.float32)
-    q_TD = load_head(xq_BHLD, image, head, rows_T, L, D) + q_bias_1D
-    k_TD = load_head(xk_BHLD, image, head, rows_T, L, D).to(tl.float32)
-    v_TD = load_head(xv_BHLD, image, head, rows_T, L, D) + v_bias_1D
+    q_bias_1D = load_head(q_bias_BH1D, tl.arange(0, 1), 1, D).to(tl.float32)
+    v_bias_1D = load_head(v_bias_BH1D, tl.arange(0, 1), 1, D).to(tl.float32)
+    q_TD = load_head(xq_BHLD, rows_T, L, D) + q_bias_1D
+    k_TD = load_head(xk_BHLD, rows_T, L, D).to(tl.float32)
+    v_TD = load_head(xv_BHLD, rows_T, L, D) + v_bias_1D
     if NORMALISED:
         q_TD, q_inverse_T1 = unit_rows(q_TD)
         k_TD, k_inverse_T1 = unit_rows(k_TD)
-        q_TD *= learned_factor(log_scale_H, head, largest)
-        store_head(q_inverse_BHL1, image, head, rows_T, L, 1, q_inverse_T1)
-        store_head(k_inverse_BHL1, image, head, rows_T, L, 1, k_inverse_T1)
-    store_head(q_BHLD, image, head, rows_T, L, D, q_TD)
-    store_head(k_BHLD, image, head, rows_T, L, D, k_TD)
-    store_head(v_BHLD, image, head, rows_T, L, D, v_TD)
+        q_TD *= learned_factor(log_scale_H, largest)
+        store_head(q_inverse_BHL1, rows_T, L, 1, q_inverse_T1)
+        store_head(k_inverse_BHL1, rows_T, L, 1, k_inverse_T1)
+    store_head(q_BHLD, rows_T, L, D, q_TD)
+    store_head(k_BHLD, rows_T, L, D, k_TD)
+    store_head(v_BHLD, rows_T, L, D, v_TD)
 
 
 @triton.jit
@@ -484,27 +478,25 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL1, k_inverse_BHL1, log_sca
     is left by column.
     """
     tile_1 = tl.program_id(0) + tl.arange(0, 1)   # as [1], a row for store_head
-    head = tl.program_id(1)
-    image = tl.program_id(2)
     rows_T = tile_1 * TILE_L + tl.arange(0, TILE_L)
-    dq_TD = load_head(dq_BHLD, image, head, rows_T, L, D).to(tl.float32)
-    dk_TD = load_head(dk_BHLD, image, head, rows_T, L, D).to(tl.float32)
-    dv_TD = load_head(dv_BHLD, image, head, rows_T, L, D).to(tl.float32)
+    dq_TD = load_head(dq_BHLD, rows_T, L, D).to(tl.float32)
+    dk_TD = load_head(dk_BHLD, rows_T, L, D).to(tl.float32)
+    dv_TD = load_head(dv_BHLD, rows_T, L, D).to(tl.float32)
     if NORMALISED:
-        factor = learned_factor(log_scale_H, head, largest)
-        q_TD = load_head(q_BHLD, image, head, rows_T, L, D).to(tl.float32)
-        k_TD = load_head(k_BHLD, image, head, rows_T, L, D).to(tl.float32)
+        factor = learned_factor(log_scale_H, largest)
+        q_TD = load_head(q_BHLD, rows_T, L, D).to(tl.float32)
+        k_TD = load_head(k_BHLD, rows_T, L, D).to(tl.float32)
         dlog_scale_1D = tl.sum(q_TD * dq_TD, 0, keep_dims=True)
-        store_head(dlog_scale_BHPD, image, head, tile_1, tiles, D, dlog_scale_1D)
-        q_inverse_T1 = load_head(q_inverse_BHL1, image, head, rows_T, L, 1)
-        k_inverse_T1 = load_head(k_inverse_BHL1, image, head, rows_T, L, 1)
+        store_head(dlog_scale_BHPD, tile_1, tiles, D, dlog_scale_1D)
+        q_inverse_T1 = load_head(q_inverse_BHL1, rows_T, L, 1)
+        k_inverse_T1 = load_head(k_inverse_BHL1, rows_T, L, 1)
         dq_TD = unit_backward(q_TD / factor, dq_TD * factor, q_inverse_T1)
         dk_TD = unit_backward(k_TD, dk_TD, k_inverse_T1)
-    store_head(dxq_BHLD, image, head, rows_T, L, D, dq_TD)
-    store_head(dxk_BHLD, image, head, rows_T, L, D, dk_TD)
-    store_head(dxv_BHLD, image, head, rows_T, L, D, dv_TD)
-    store_head(dq_bias_BHPD, image, head, tile_1, tiles, D, tl.sum(dq_TD, 0, keep_dims=True))
-    store_head(dv_bias_BHPD, image, head, tile_1, tiles, D, tl.sum(dv_TD, 0, keep_dims=True))
+    store_head(dxq_BHLD, rows_T, L, D, dq_TD)
+    store_head(dxk_BHLD, rows_T, L, D, dk_TD)
+    store_head(dxv_BHLD, rows_T, L, D, dv_TD)
+    store_head(dq_bias_BHPD, tile_1, tiles, D, tl.sum(dq_TD, 0, keep_dims=True))
+    store_head(dv_bias_BHPD, tile_1, tiles, D, tl.sum(dv_TD, 0, keep_dims=True))
 
 
 def rows_first(x_BHLD: Tensor) -> Tensor:
@@ -706,7 +698,7 @@ def table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
 #
 # The obvious version writes the scores, the masked scores and the weights, each B H L S numbers,
 # and reads them again: at B 64, H 16, L 680 in bf16 6 x 0.95 GB, where q, k, v and o together are
-# 0.36 GB. And it computes all L S scores, of which the next-scale mask keeps 62 %.
+# 0.36 GB. And it computes all L S scores, of which the mask keeps 62 %.
 #
 # Here a program holds a tile of queries and walks over the tiles of keys in its range, and over
 # no others. It keeps the softmax right as it goes (Milakov and Gimelshein, arXiv 1805.02867;
@@ -791,10 +783,8 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
     [B, H, L, 1] fp32. The scale comes divided by ln 2.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)   # the last queries see most: first of a head
-    head = tl.program_id(1)
-    image = tl.program_id(2)
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
-    q_TD = load_head(q_BHLD, image, head, queries_T, L, D)
+    q_TD = load_head(q_BHLD, queries_T, L, D)
     # Not -inf: if a query sees nothing of its first tile, -inf - (-inf) would be NaN.
     highest_T1 = tl.full([TILE_L, 1], -3.0e38, tl.float32)
     total_T1 = tl.zeros([TILE_L, 1], tl.float32)
@@ -803,7 +793,7 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             keys_T = tile_partners(n, start, before, whole, CUT, TILE_S)
-            k_TD = load_head(k_BHSD, image, head, keys_T, S, D, CUT)
+            k_TD = load_head(k_BHSD, keys_T, S, D, CUT)
             scores_TS = product(q_TD, k_TD.T)
             if CUT:
                 seen_TS = seen_by(queries_T, L, first_L, last_L, keys_T)
@@ -812,11 +802,11 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
             weights_TS = tl.exp2(scores_TS * scale - new_T1)
             shrink_T1 = tl.exp2(highest_T1 - new_T1)
             total_T1 = total_T1 * shrink_T1 + tl.sum(weights_TS, 1, keep_dims=True)
-            v_TD = load_head(v_BHSD, image, head, keys_T, S, D, CUT)
+            v_TD = load_head(v_BHSD, keys_T, S, D, CUT)
             o_TD = o_TD * shrink_T1 + product(weights_TS.to(v_TD.dtype), v_TD)
             highest_T1 = new_T1
-    store_head(o_BHLD, image, head, queries_T, L, D, o_TD / total_T1)
-    store_head(log2sum_BHL1, image, head, queries_T, L, 1, highest_T1 + tl.log2(total_T1))
+    store_head(o_BHLD, queries_T, L, D, o_TD / total_T1)
+    store_head(log2sum_BHL1, queries_T, L, 1, highest_T1 + tl.log2(total_T1))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -858,22 +848,20 @@ def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHL
     divided by ln 2; dq is left without it.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
-    image = tl.program_id(2)
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
-    q_TD = load_head(q_BHLD, image, head, queries_T, L, D)
-    o_TD = load_head(o_BHLD, image, head, queries_T, L, D)
-    do_TD = load_head(do_BHLD, image, head, queries_T, L, D)
-    log2sum_T1 = load_head(log2sum_BHL1, image, head, queries_T, L, 1)
+    q_TD = load_head(q_BHLD, queries_T, L, D)
+    o_TD = load_head(o_BHLD, queries_T, L, D)
+    do_TD = load_head(do_BHLD, queries_T, L, D)
+    log2sum_T1 = load_head(log2sum_BHL1, queries_T, L, 1)
     delta_T1 = tl.sum(o_TD.to(tl.float32) * do_TD.to(tl.float32), 1, keep_dims=True)
-    store_head(delta_BHL1, image, head, queries_T, L, 1, delta_T1)
+    store_head(delta_BHL1, queries_T, L, 1, delta_T1)
     dq_TD = tl.zeros(q_TD.shape, tl.float32)
     start, before, whole, cut = plan_tiles(first_L, last_L, tile, L, TILE_L, TILE_S)
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             keys_T = tile_partners(n, start, before, whole, CUT, TILE_S)
-            k_TD = load_head(k_BHSD, image, head, keys_T, S, D, CUT)
-            v_TD = load_head(v_BHSD, image, head, keys_T, S, D, CUT)
+            k_TD = load_head(k_BHSD, keys_T, S, D, CUT)
+            v_TD = load_head(v_BHSD, keys_T, S, D, CUT)
             scores_TS = product(q_TD, k_TD.T) * scale
             weights_TS = tl.exp2(scores_TS - log2sum_T1)
             if CUT:
@@ -883,7 +871,7 @@ def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHL
             dscores_TS = weights_TS * (dweights_TS - delta_T1)
             dq_TD += product(dscores_TS.to(k_TD.dtype), k_TD)
     dq_TD *= scale * 0.6931471805599453   # ln 2
-    store_head(dq_BHLD, image, head, queries_T, L, D, dq_TD)
+    store_head(dq_BHLD, queries_T, L, D, dq_TD)
 
 
 @triton.jit
@@ -895,21 +883,19 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
     Arrays as in attention_backward_q, but the table is the transposed one: first, last [S].
     """
     tile = tl.program_id(0)   # the first keys are seen by most: first of a head
-    head = tl.program_id(1)
-    image = tl.program_id(2)
     keys_T = tile * TILE_S + tl.arange(0, TILE_S)
-    k_TD = load_head(k_BHSD, image, head, keys_T, S, D)
-    v_TD = load_head(v_BHSD, image, head, keys_T, S, D)
+    k_TD = load_head(k_BHSD, keys_T, S, D)
+    v_TD = load_head(v_BHSD, keys_T, S, D)
     dk_TD = tl.zeros(k_TD.shape, tl.float32)
     dv_TD = tl.zeros(k_TD.shape, tl.float32)
     start, before, whole, cut = plan_tiles(first_S, last_S, tile, S, TILE_S, TILE_L)
     for CUT in tl.static_range(2):
         for n in range(cut if CUT else whole):
             queries_T = tile_partners(n, start, before, whole, CUT, TILE_L)
-            q_TD = load_head(q_BHLD, image, head, queries_T, L, D, CUT)
-            do_TD = load_head(do_BHLD, image, head, queries_T, L, D, CUT)
-            log2sum_T1 = load_head(log2sum_BHL1, image, head, queries_T, L, 1)
-            delta_T1 = load_head(delta_BHL1, image, head, queries_T, L, 1)
+            q_TD = load_head(q_BHLD, queries_T, L, D, CUT)
+            do_TD = load_head(do_BHLD, queries_T, L, D, CUT)
+            log2sum_T1 = load_head(log2sum_BHL1, queries_T, L, 1)
+            delta_T1 = load_head(delta_BHL1, queries_T, L, 1)
             scores_ST = product(k_TD, q_TD.T) * scale
             weights_ST = tl.exp2(scores_ST - log2sum_T1.T)
             if CUT:
@@ -920,14 +906,13 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
             dscores_ST = weights_ST * (dweights_ST - delta_T1.T)
             dk_TD += product(dscores_ST.to(q_TD.dtype), q_TD)
     dk_TD *= scale * 0.6931471805599453   # ln 2
-    store_head(dk_BHSD, image, head, keys_T, S, D, dk_TD)
-    store_head(dv_BHSD, image, head, keys_T, S, D, dv_TD)
+    store_head(dk_BHSD, keys_T, S, D, dk_TD)
+    store_head(dv_BHSD, keys_T, S, D, dv_TD)
 
 
-# Queries and keys in a tile, warps, stages. The largest of those tried that spill next to no
-# register and fit in shared memory, which is 99 kB on the consumer cards (sm_86, sm_89, sm_120)
-# and more on the others (sm_80, sm_90, sm_100). fp32 is multiplied without tensor cores, which
-# would round it to TF32, and wants small tiles.
+# Queries and keys in a tile, warps, stages: the largest of those tried that spill next to no
+# register and fit in 99 kB of shared memory, all that consumer cards have (sm_86, sm_89, sm_120).
+# fp32 is multiplied without tensor cores, which would round it to TF32, and wants small tiles.
 ATTENTION_TILES = {
     "forward": [
         (128, 64, 8, 3),   # 16 bits, D up to 64
@@ -1014,7 +999,6 @@ def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
     D = q_BHLD.shape[3]
     if not 16 <= D <= 128:
         raise ValueError(f"the Triton kernel takes a head width of 16 to 128: it is {D}")
-    assert q_BHLD.dtype in (torch.float32, torch.float16, torch.bfloat16)
     # Keys after those in sight may hold anything, as in a cache that is not yet full.
     seen = ranges.last[-1]
     return BlockAttention.apply(
@@ -1080,18 +1064,17 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
 # -------------------------------------------------------------------------------------------------
 # Sampling
 #
-# PyTorch's version sorts the k highest logits of a row and moves the row some twenty times: in all
-# 98 bytes for each logit, where reading it and its noise in fp32 is 8. The kernel reads a
-# row once, keeps it in registers, and sorts nothing:
+# PyTorch's version sorts the k highest logits of a row and moves the row time and again: 98 bytes
+# for each logit, where reading it and its noise in fp32 is 8. The kernel reads a row once, keeps it
+# in registers, and sorts nothing:
 #
 #     keep a token if the tokens ranked before it hold less than `target` of weight
 #
 # is top-k with every weight 1 and target k, and top-p with the probabilities and p. All it takes
 # is the threshold: the largest number such that the tokens from there up hold at least the target.
-# It is found bit by bit from the top, each bit in one sum over the row, 32 in all, because the
-# bits of a float, read as an unsigned integer, can be put in the order of the floats: of positive
-# numbers flip the sign bit, so that they come after the negative ones; of negative numbers flip
-# all bits, since theirs grow as the number falls.
+# It is found bit by bit from the top, in 32 sums over the row, because the bits of a float, read as
+# an unsigned integer, can be put in the order of the floats: of positive numbers flip the sign bit,
+# of negative numbers, whose bits grow as the number falls, flip all.
 #
 # Probabilities are counted in whole units of 2^-40 of the largest: integer sums are the same in
 # every order, so that both faces draw the same token.
@@ -1116,12 +1099,11 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, to
                          GUIDED: tl.constexpr, TILE_V: tl.constexpr):
     """One place a program: cond, uncond, noise [B, l, V] -> token [B, l], int64."""
     place = tl.program_id(0)
-    image = tl.program_id(1)
     tokens_V = tl.arange(0, TILE_V)
     kept_V = tokens_V < V
-    logits_V = load_token(cond_BlV, image, place, tokens_V, V)
+    logits_V = load_token(cond_BlV, place, tokens_V, V)
     if GUIDED:
-        uncond_V = load_token(uncond_BlV, image, place, tokens_V, V)
+        uncond_V = load_token(uncond_BlV, place, tokens_V, V)
         logits_V = logits_V + guidance * (logits_V - uncond_V)
     logits_V = tl.where(kept_V, logits_V, -float("inf"))
     bits_V = tl.where(logits_V == 0, 0.0, logits_V).to(tl.uint32, bitcast=True)   # -0 is 0
@@ -1134,15 +1116,14 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, to
         target = (tl.sum(units_V).to(tl.float32) * top_p).to(tl.int64)
         target = tl.maximum(target, 1)   # the most likely token stays, whatever p
         kept_V &= ranked_within(keys_V, units_V, target)
-    noise_V = load_token(noise_BlV, image, place, tokens_V, V)
+    noise_V = load_token(noise_BlV, place, tokens_V, V)
     score_V = tl.where(kept_V, logits_V - tl.log(noise_V), -float("inf"))
     token = tl.argmax(score_V, 0)
-    tl.store(token_Bl.start + image * tl.num_programs(0) + place, token.to(tl.int64))
+    tl.store(token_Bl.start + tl.program_id(1) * tl.num_programs(0) + place, token.to(tl.int64))
 
 
 def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV):
     B, l, V = cond_BlV.shape
-    assert V <= 65536   # a row is held in registers
     token_Bl = torch.empty(B, l, dtype=torch.int64, device=cond_BlV.device)
     GUIDED = uncond_BlV is not None
     TILE_V = triton.next_power_of_2(V)
@@ -1208,8 +1189,8 @@ def launch(kernel: Callable, programs: Sequence[int], read: list[Tensor], writte
            *numbers: float, **constants: int) -> None:
     """Start a kernel on the arrays it reads, the arrays it writes, and numbers.
 
-    torch.compile cannot look into it, and needs to know what is written: there a launch is one
-    operator of PyTorch's, which elsewhere would take longer to call than many a kernel to run.
+    For torch.compile, which cannot look into it, a launch is one operator of PyTorch's, whose call
+    takes longer than many a kernel.
     """
     if torch.compiler.is_compiling():
         launch_compiled(kernel.__name__, programs, read, written, list(numbers),
@@ -1233,10 +1214,7 @@ def launch_nothing(*arguments) -> None:
 
 def start(kernel: Callable, programs: Sequence[int], tensors: Sequence[Tensor],
           numbers: Sequence[float], constants: dict[str, int]) -> None:
-    """Where the tensors are: Triton alone takes the current GPU, which may be another.
-
-    Raises LaunchError where the machine lacks what Triton needs.
-    """
+    """Where the tensors are: Triton alone takes the current GPU. Raises LaunchError."""
     with torch.cuda.device_of(tensors[0]):
         try:
             kernel[tuple(programs)](*as_arrays(tensors), *numbers, **constants)
@@ -1259,7 +1237,7 @@ LAUNCHER = ("Triton could not build its launcher, for which it needs a C compile
             "headers (Debian: apt install gcc python3-dev)")
 ON_A_CPU = ("Triton sees no GPU, or a tensor that is on none: for its interpreter "
             "TRITON_INTERPRET=1 must be in the environment before Python starts")
-WITHOUT = 'or set FACE = "torch" in kernels.py, which does without Triton'
+WITHOUT = 'or set FACE = "torch" in kernels.py'
 LACKING = {   # by a word of Triton's error
     "C compiler": LAUNCHER,
     "CalledProcessError": LAUNCHER,

@@ -34,8 +34,8 @@ def losses(out) -> list[float]:
 def test_a_run_in_bf16(trained, tmp_path):
     found = losses(trained)
     assert found[3] < found[0] and found[-1] < found[4]   # of both stages
-    for command in (["--per-class", 2], ["inpaint", "--image", "data:0"], ["codes", "--image", "data:0"],
-                    ["attention", "--image", "data:0"]):
+    for command in (["--per-class", 2], ["inpaint", "data:0"], ["codes", "data:0"],
+                    ["attention", "data:0"]):
         ran("sample.py", *command, "--run", trained, "--device", "cuda", "--out", tmp_path / "a.png")
 
 
