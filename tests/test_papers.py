@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from papers import Claim, open_runs, parser_of, say_figures
-from papers.tuning import Tuning
+from papers.tuning import Tuning, kept_tokens
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.cli import UserError
 
@@ -114,3 +114,6 @@ def test_what_was_tuned_goes_on_only_from_the_same_weights(copies, capsys):
     run.model.head.bias.data += 1
     with pytest.raises(UserError, match="another first weights"):
         tuning().run()
+    run.tokenizer.quantizer.codebook_VC.data += 1
+    with pytest.raises(UserError, match="tokens.pt .*the tokens are of another tokenizer"):
+        kept_tokens(run)

@@ -393,7 +393,7 @@ def test_which_heads_a_cache_keeps(run, monkeypatch):
     seen = []
     monkeypatch.setattr(roles, "statistics", lambda *given: (
         seen.append(given), forgetful.statistics(*given))[1])
-    _, _, caches = roles.study(run)
+    layers, _, caches = roles.study(run)
     ((_, tokens, labels),) = seen
     assert len(tokens) == 20 and len(set(labels.tolist())) > 5
     train = kept_tokens(run)[0]
@@ -402,6 +402,7 @@ def test_which_heads_a_cache_keeps(run, monkeypatch):
     looks = caches["by variance"][0]
     assert looks.sum() == 3 and variance[looks].min() > variance[~looks].max()
     asi = (1 - past.mean(dim=1)) * largest.mean(dim=1)
+    assert [row[0] for row in layers.values()] == pytest.approx(asi.tolist())
     assert caches["by ASI"][0][asi.argmin()].all() and caches["by ASI"][0].sum() == 3
     alone = [~torch.eye(6).bool()[n].view(3, 2) for n in range(6)]
     need = roles.rises(run, torch.stack(alone), (tokens, labels)).view(3, 2)

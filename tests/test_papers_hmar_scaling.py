@@ -337,15 +337,35 @@ def test_the_pages_on_passes(run, folder):
     for name, kind, sampling, passes in (
             ("plain VAR, top-p 0.9", "plain", replace(UNFILTERED, top_p=0.9), [1, 1, 1]),
             ("filtered: by confidence", "masked", DEFAULTS, [1, 2, 4])):
-        part = replace(run, model=models[kind])
-        images = hmar_passes.draw(part, labels.tolist(), None, sampling, passes, True)
-        found = judge(images, labels)
+        models[kind].passes = passes
+        models[kind].surest = True
+        part = replace(run, model=models[kind], sampling=sampling)
+        found = judge(run.decode(part.generate(labels.tolist(), 0)), labels)
         expected = [100 * found.recognised, 100 * found.recall, 100 * found.precision,
                     found.frechet]
         assert rows[name][:4] == pytest.approx(expected, abs=0.006)
     picture = Image.open(folder / "papers" / "hmar_passes.png")
     assert picture.size[1] == 6 * 66
     assert "--passes 1,2 must be" in refused("papers.hmar_passes", *flags, "--passes", "1,2")
+
+
+def test_what_is_drawn_and_how(run, monkeypatch):
+    """The model, how it is sampled, in which passes, and of what half something is known."""
+    asked = []
+
+    def draw(model, labels, known, *how):
+        asked.append((model, set(labels) == {10}, known is not None, *how))
+        return evaluated_images(run, COUNT)[0]
+
+    monkeypatch.setattr(hmar_passes, "tuned", lambda run, kind, steps, lr: (kind, steps, lr))
+    monkeypatch.setattr(hmar_passes, "draw", draw)
+    monkeypatch.setattr(hmar_passes, "save_picture", lambda *_: None)
+    rows = hmar_passes.measure(run, [1, 3, 5], 7, 0.5, COUNT)
+    assert list(rows) == list(hmar_passes.DRAWN)
+    for (name, (kind, sampling, more, surest)), found in zip(hmar_passes.DRAWN.items(), asked):
+        half = name.startswith("halves")
+        passes = [1, 3, 5] if more else [1, 1, 1]
+        assert found == ((kind, 7, 0.5), half, half, sampling, passes, surest)
 
 
 def test_halves_are_completed(run, folder):
