@@ -107,7 +107,8 @@ def test_what_was_tuned_goes_on_only_from_the_same_weights(copies, capsys):
     tuned = stage.run().state_dict()
     run.model.load_state_dict(first)   # it was changed
     again = tuning()
-    assert all(torch.equal(weight, tuned[name]) for name, weight in again.run().state_dict().items())
+    for name, weight in again.run().state_dict().items():
+        assert torch.equal(weight, tuned[name])
     assert f"{run.folder / 'papers' / 'some' / 'var.pt'} is finished" in capsys.readouterr().out
     with pytest.raises(UserError, match="another lr, 0.003 and not 0.5"):
         tuning(lr=0.5).run()
