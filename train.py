@@ -44,7 +44,7 @@ from support.checkpoint import (
 )
 from support.cli import Interrupt, Stopped, UserError, run_program
 from support.data import (
-    PUBLISHED, Data, balanced_subset, classifier_images, load_data, read_batches,
+    Data, balanced_subset, classifier_images, load_data, read_batches, shuffled,
 )
 from support.devices import (
     Machine, Speed, average_over_processes, choose_machine, gather_over_processes, join_processes,
@@ -56,7 +56,8 @@ from support.images import at_a_time, grid_of_pairs, save_picture, to_float
 from support.losses import DetailLosses
 from support.optim import adamw_and_muon, learning_rate, update_ema
 from support.presets import (
-    Preset, TokenizerPreset, VARPreset, chosen_preset, given_values, training_flags,
+    Preset, TokenizerPreset, VARPreset, check_folder, check_sizes, chosen_preset, given_values,
+    training_flags,
 )
 from tokenizer import Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig
 from var import VAR, Block, VARConfig
@@ -94,7 +95,8 @@ def main() -> None:
         config = tokenizer.config
         channels = config.image_channels
         preset = preset.of_tokenizer(asdict(config), config.image_side, given_values(options))
-    check_preset(preset, channels, stages, options.grad_accumulation, machine)
+    check_preset(preset, channels, machine)
+    check_sizes(preset, stages, rank_and_world()[1] * options.grad_accumulation)
     data = load_data(options.data, preset.image_size, channels, out, options.data_dir,
                      options.seed, options.workers, options.stream, options.white_level)
     settings = Settings(
@@ -119,6 +121,19 @@ def main() -> None:
         say(f"{out} is complete; python sample.py --run {out} draws from it")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_preset(preset: Preset, channels: int, machine: Machine) -> None:
+    """Raises UserError for values of which no model can be made."""
+    try:
+        TokenizerConfig(**preset.tokenizer_shape(channels))
+        VARConfig(**preset.var_shape(classes=1))
+    except ValueError as error:
+        raise UserError(str(error))
+    width = preset.width // preset.heads
+    if use_triton(torch.empty(0, device=machine.device)) and not 16 <= width <= 128:
+        raise UserError(f"--width {preset.width} over --heads {preset.heads} must be 16 to 128 on "
+                        f"a GPU")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,21 +339,6 @@ class Stage:
         return False
 
 
-def shuffled(count: int, batch: int, seed: int, begin: int, end: int) -> Iterator[list[int]]:
-    """The rows of train steps begin .. end-1: each pass over the data in a new order, fixed by the
-    seed."""
-    epoch = -1
-    for step in range(begin, end):
-        rows = []
-        for place in range(step * batch, (step + 1) * batch):
-            if place // count != epoch:
-                epoch = place // count
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                order = torch.randperm(count, generator=generator)
-            rows.append(int(order[place % count]))
-        yield rows
-
-
 def wrap_layers(model: nn.Module, settings: Settings) -> None:
     """What --checkpoint-activations and --compile do to a model. The quantizer's many small steps
     stay as they are."""
@@ -396,8 +396,8 @@ class TokenizerStage(Stage):
     def before_step(self) -> None:
         if self.step != self.quantized_from:
             return
-        # Only now is there a latent worth taking codes from. (The EMA model, at decay 0, is the
-        # model itself, but never compiled: these batches have other shapes.)
+        # Only now is there a latent worth taking codes from. (`ema`, at decay 0 the model itself,
+        # is never compiled: these batches have other shapes.)
         settings = self.settings
         (rows,) = shuffled(len(self.rows), min(512, len(self.rows)), settings.seed, 0, 1)
         latents = []
@@ -511,7 +511,9 @@ class VARStage(Stage):
         labels_B = labels_B.to(device, non_blocking=True)
         inputs = self.tokenizer.teacher_inputs(tokens_BL)                      # [B, L-1, C]
         logits_BLV = model(labels_B, inputs).float()                           # [B, L, V]
-        loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
+        # Rows of V numbers side by side: for [B, V, L] they would be copied first.
+        loss_N = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction="none")
+        loss_BL = loss_N.view_as(tokens_BL)
 
         def to_log() -> dict[str, Tensor]:
             hit_BL = (logits_BLV.argmax(dim=-1) == tokens_BL).float()
@@ -602,48 +604,6 @@ def tokenise(tokenizer: Tokenizer, images: Dataset, settings: Settings, what: st
         dist.all_gather_object(shares, own_share)
     tokens_NL, labels_N = map(torch.cat, zip(*shares))
     return tokens_NL, labels_N
-
-
-# --------------------------------------------------------------------------------------------------
-# What is refused, before anything is lost or days are spent
-
-
-def check_folder(data: str, out: Path, stages: list[str], resume: bool) -> None:
-    """Raises UserError for a folder with a training in it, and for one inside the data."""
-    folder = Path(data).resolve()
-    if data not in ("shapes", *PUBLISHED) and out.resolve().is_relative_to(folder):
-        raise UserError(f"--out {out} lies in --data {data}, and its pictures would be taken for "
-                        f"data; name a folder elsewhere")
-    there = [path for path in (out / f"{name}.pt" for name in stages) if path.exists()]
-    if there and not resume:
-        raise UserError(f"{there[0]} is there already: --resume goes on with it, --out names "
-                        f"another folder")
-    if resume and not there:
-        print(f"nothing in {out} to go on from: a new training begins")
-
-
-def check_preset(preset: Preset, channels: int, stages: list[str], grad_accumulation: int,
-                 machine: Machine) -> None:
-    """Raises UserError for values that do not go together."""
-    try:
-        config = TokenizerConfig(**preset.tokenizer_shape(channels))
-        VARConfig(**preset.var_shape(classes=1))
-    except ValueError as error:
-        raise UserError(str(error))
-    if config.image_side != preset.image_size:
-        raise UserError(f"--image-size {preset.image_size} does not fit: scales up to "
-                        f"{preset.scales[-1]} at downsampling {config.downsampling} are images of "
-                        f"{config.image_side}")
-    width = preset.width // preset.heads
-    if use_triton(torch.empty(0, device=machine.device)) and not 16 <= width <= 128:
-        raise UserError(f"--width {preset.width} over --heads {preset.heads} must be 16 to 128 on "
-                        f"a GPU")
-    count = rank_and_world()[1] * grad_accumulation
-    for name in stages:
-        batch = getattr(preset, f"{name}_batch")
-        if batch % count:
-            raise UserError(f"--{name}-batch {batch} does not divide into {count} micro-batches, "
-                            f"of so many processes times --grad-accumulation")
 
 
 if __name__ == "__main__":

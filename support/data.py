@@ -112,6 +112,21 @@ def classifier_images(data: Data, workers: int) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
+def shuffled(count: int, batch: int, seed: int, begin: int, end: int) -> Iterator[list[int]]:
+    """The rows of train steps begin .. end-1: each pass over the data in a new order, fixed by the
+    seed."""
+    epoch = -1
+    for step in range(begin, end):
+        rows = []
+        for place in range(step * batch, (step + 1) * batch):
+            if place // count != epoch:
+                epoch = place // count
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                order = torch.randperm(count, generator=generator)
+            rows.append(int(order[place % count]))
+        yield rows
+
+
 def read_batches(
     dataset: Dataset, rows_of_batches: Iterable[list[int]], workers: int, device: torch.device
 ) -> Iterator[list[Tensor]]:

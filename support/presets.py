@@ -220,3 +220,31 @@ def chosen_preset(options: Namespace) -> Preset:
             print(f"images of side {preset.image_size} are tokenised at scales "
                   f"{','.join(map(str, preset.scales))}")
     return preset
+
+
+def check_sizes(preset: Preset, stages: list[str], micro_batches: int) -> None:
+    """Raises UserError for sizes that do not fit each other. micro_batches: of all processes."""
+    downsampling = 2 ** (len(preset.multipliers) - 1)
+    side = preset.scales[-1] * downsampling
+    if side != preset.image_size:
+        raise UserError(f"--image-size {preset.image_size} does not fit: scales up to "
+                        f"{preset.scales[-1]} at downsampling {downsampling} are images of {side}")
+    for name in stages:
+        batch = getattr(preset, f"{name}_batch")
+        if batch % micro_batches:
+            raise UserError(f"--{name}-batch {batch} does not divide into {micro_batches} "
+                            f"micro-batches, of so many processes times --grad-accumulation")
+
+
+def check_folder(data: str, out: Path, stages: list[str], resume: bool) -> None:
+    """Raises UserError for a folder with a training in it, and for one inside the data."""
+    folder = Path(data).resolve()
+    if data not in ("shapes", *PUBLISHED) and out.resolve().is_relative_to(folder):
+        raise UserError(f"--out {out} lies in --data {data}, and its pictures would be taken for "
+                        f"data; name a folder elsewhere")
+    there = [path for path in (out / f"{name}.pt" for name in stages) if path.exists()]
+    if there and not resume:
+        raise UserError(f"{there[0]} is there already: --resume goes on with it, --out names "
+                        f"another folder")
+    if resume and not there:
+        print(f"nothing in {out} to go on from: a new training begins")
