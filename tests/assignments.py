@@ -18,18 +18,23 @@ from __future__ import annotations
 import argparse
 import ast
 import builtins
+import csv
 import json
 import marshal
 import os
 import re
+import select
 import shutil
 import subprocess
+import symtable
 import sys
 import tempfile
 import textwrap
 import types
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -38,7 +43,7 @@ from handouts import ASSIGNMENTS, Assignment
 
 ROOT = Path(__file__).parent.parent
 TAKEN = ["*.py", "*.md", "LICENSE", "requirements.txt", ".pytest.ini", ".gitignore", ".github/**/*",
-         "papers/**/*.py", "tests/**/*.py", "tests/golden/*"]
+         "support/*.py", "papers/**/*.py", "tests/**/*.py", "tests/golden/*"]
 LECTURERS = {"assignments.py", "handouts.py", "nursery.py", "mutations.py", "test_assignments.py"}
 SECONDS = 120           # a graded test may take
 RULE = re.compile("# -{20,}")     # begins a section of a file
@@ -53,14 +58,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command")
     for name, what in (("handout", "print the text a student gets"),
-                       ("cut", "make a student's folder"), ("grade", "grade one")):
+                       ("cut", "make a student's folder"),
+                       ("grade", "grade folders, or the folders in a folder")):
         command = commands.add_parser(name, help=what)
         command.add_argument("number", type=int, choices=ASSIGNMENTS, metavar="NUMBER")
-        if name != "handout":
+        if name == "cut":
             command.add_argument("folder", type=Path, metavar="FOLDER")
+            command.add_argument("--run", type=Path, metavar="RUN",
+                                 help="a trained run, for the experiments: the folder links to it")
         if name == "grade":
+            command.add_argument("folders", type=Path, metavar="FOLDER", nargs="+")
             command.add_argument("--json", type=Path, metavar="FILE",
-                                 help="for the points (default: FOLDER/grade-NUMBER.json)")
+                                 help="for the points, as Gradescope reads them")
+            command.add_argument("--csv", type=Path, metavar="FILE", help="for a line a folder")
+            command.add_argument("--jobs", type=int, default=1, metavar="N",
+                                 help="how many folders at a time (default: 1)")
     options = parser.parse_args()
     if options.command is None:
         print(overview())
@@ -70,17 +82,21 @@ def main() -> None:
         if options.command == "handout":
             print(handout(assignment))
         elif options.command == "cut":
-            cut(assignment, options.folder)
+            cut(assignment, options.folder, options.run)
             print(f"wrote {options.folder}: begin with HANDOUT.md")
         else:
-            file = options.json or options.folder / f"grade-{options.number}.json"
-            with Nursery() as nursery:
-                result = grade(assignment, options.folder, nursery)
-            file.write_text(json.dumps(result, indent=1) + "\n")
-            print(told(result))
-            sys.exit(result["points"] < result["of"])
+            results = grade_all(assignment, options.folders, options.jobs)
+            if options.json:
+                scores = {name: gradescope(result) for name, result in results.items()}
+                content = scores if len(scores) > 1 else next(iter(scores.values()))
+                options.json.write_text(json.dumps(content, indent=1) + "\n")
+            if options.csv:
+                with options.csv.open("w", newline="") as file:
+                    csv.writer(file).writerows(table(assignment, results))
+            sys.exit(any(result["points"] < result["of"] for result in results.values()))
     except (Mistake, OSError) as mistake:
-        sys.exit(f"error: {mistake}")
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
 
 
 def overview() -> str:
@@ -100,8 +116,9 @@ def overview() -> str:
 
 def path_of(name: str) -> str:
     """Of the file that a qualified name is in, from the root."""
-    module = name.split(".")[0]
-    return f"tests/{module}.py" if module == "reference" else f"{module}.py"
+    file = f"{name.split('.')[0]}.py"
+    places = (file, f"tests/{file}", f"support/{file}")
+    return next((place for place in places if (ROOT / place).exists()), file)
 
 
 def by_file(names: tuple[str, ...]) -> dict[str, list[str]]:
@@ -194,10 +211,15 @@ def repository(folder: Path) -> None:
         (folder / "tests" / name).unlink(missing_ok=True)
 
 
-def cut(assignment: Assignment, folder: Path) -> None:
+def cut(assignment: Assignment, folder: Path, run: Path | None = None) -> None:
     if folder.exists():
         raise Mistake(f"{folder} exists: name a new folder")
+    if run and not (run / "var.pt").exists():
+        raise Mistake(f"{run} is no trained run: it has no var.pt")
     repository(folder)
+    if run:     # where the programs look for one that is not named
+        (folder / "out").mkdir()
+        (folder / "out" / "shapes").symlink_to(run.resolve())
     left_out = {}
     for file, names in by_file(assignment.give_aways).items():
         module = names[0].split(".")[0]
@@ -345,19 +367,10 @@ def shown(source: str, name: str) -> str:
 
 PLAIN = set("""
     abs all any bool dict divmod enumerate filter float int isinstance len list map max min pow
-    print range reversed round set slice sorted str sum super tuple zip
-    True False None NotImplementedError ValueError AssertionError
+    print range reversed round set slice sorted str sum tuple zip
+    NotImplementedError ValueError AssertionError
 """.split())
-MODULES = {"torch", "torch.nn", "torch.nn.functional", "numpy", "math", "triton",
-           "triton.language", "triton.language.math", "torch.distributed"}
-IMPORTED = {"Tensor", "accumulate", "groupby", "pairwise", "partial"}   # may be used if it is there
-REACHING = set("""
-    os sys io save load tofile fromfile from_file memmap savez savetxt loadtxt genfromtxt hub ops
-    compile f_back f_globals f_locals f_builtins f_code gi_frame gi_code cr_frame ag_frame tb_frame
-    tb_next func_globals manual_seed seed set_rng_state set_default_dtype set_default_device
-    set_num_threads set_printoptions use_deterministic_algorithms register_module_forward_hook
-    register_forward_hook register_forward_pre_hook register_full_backward_hook mro
-""".split())
+MODULES = {"torch", "torch.nn.functional", "math", "triton", "triton.language"}
 REFUSED = {
     ast.Import: "imports", ast.ImportFrom: "imports", ast.ClassDef: "defines a class",
     ast.Global: "uses `global`", ast.Match: "uses `match`", ast.AsyncFunctionDef: "is asynchronous",
@@ -366,98 +379,115 @@ REFUSED = {
 
 
 class Reader(ast.NodeVisitor):
-    """Reads a body and says what in it is refused, a sentence each; notes the modules it uses."""
+    """Reads a body and says what in it is refused, a sentence each.
 
-    def __init__(self, name: str, node: Function, source: str, names: list[str]):
+    Allowed are PLAIN, the names outside that the original bodies use, and attributes that those
+    use, that the file's classes have, or that nursery.py allows: `asked`, for it to answer. What a
+    body binds, in whatever scope, has none of the names that could be meant outside of it.
+    """
+
+    def __init__(self, name: str, text: str, source: str, bodies: list[str], names: list[str]):
         self.name = name
         self.sentences: list[str] = []
+        self.asked: set[str] = set()        # as torch.nn.functional.silu, or Tensor.sum
         self.forbidden = set(names)
         self.imports = imports_of(source)
-        self.dotted: set[str] = set()       # as torch.nn.functional.silu, to be held to MODULES
-        self.own = stored(node)
-        self.own |= {x.arg for x in ast.walk(node) if isinstance(x, ast.arg)}
-        self.own |= {x.name for x in ast.walk(node) if isinstance(x, Function) and x is not node}
-        inner = {x.arg for x in ast.walk(node) if isinstance(x, ast.arg)
-                 if x not in node.args.args}
-        if "self" in self.own & (inner | stored(node)):
-            self.refuse("gives self another meaning")
-        documented = ast.get_docstring(node) is not None
-        for statement in node.body[documented:]:
+        originals = [find(source, body) for body in bodies]
+        inside = [x for original in originals for x in ast.walk(original)]
+        symbols = [x for body in bodies for x in symbols_of(scope_of(text_of(source, body)))]
+        self.used = {x.get_name() for x in symbols if x.is_global()} - self.forbidden
+        bound = {x.get_name() for x in symbols if not x.is_global()}
+        self.set = {x.attr for x in inside if stored_attribute(x)}
+        self.attributes = {x.attr for x in inside if isinstance(x, ast.Attribute)} | {
+            x.attr for x in ast.walk(tree_of(source)) if stored_attribute(x)} | {
+            x.name for owner in tree_of(source).body if isinstance(owner, ast.ClassDef)
+            for x in owner.body if isinstance(x, Function)}
+        self.outside = {*dir(builtins), *self.imports, *self.forbidden} | {
+            getattr(x, "name", None) for x in tree_of(source).body}
+        self.outside = self.outside - bound | {"self"}
+        node = ast.parse(textwrap.dedent(text)).body[0]
+        self.read_scope(scope_of(text), {x.arg for x in ast.walk(node.args) if isinstance(x, ast.arg)})
+        for statement in node.body[ast.get_docstring(node) is not None:]:
             self.visit(statement)
 
     def refuse(self, what: str) -> None:
         self.sentences.append(f"{self.name} {what}")
+
+    def read_scope(self, scope: symtable.SymbolTable, given: set[str]) -> None:
+        """Hold each name to what Python itself takes it for. given: the arguments."""
+        for symbol in scope.get_symbols():
+            name = symbol.get_name()
+            if "__" in name:
+                self.refuse(f"uses {name}, a name with a double underscore")
+            elif symbol.is_global():
+                if name in self.forbidden:
+                    self.refuse(f"uses {name}, which this assignment forbids")
+                elif not (name in PLAIN or name in self.used
+                          or self.imports.get(name) in MODULES):
+                    self.refuse(f"uses {name}, which no solution needs")
+            elif name in self.outside and (symbol.is_assigned() or symbol.is_parameter()
+                                           or symbol.is_namespace()):
+                if name not in given or symbol.is_assigned() and name == "self":
+                    self.refuse(f"gives {name} another meaning")
+        for inner in scope.get_children():
+            self.read_scope(inner, set())
 
     def visit(self, node: ast.AST) -> None:
         if type(node) in REFUSED:
             self.refuse(REFUSED[type(node)])
         super().visit(node)
 
-    def visit_name(self, name: str) -> None:
-        if "__" in name:
-            self.refuse(f"uses {name}, a name with a double underscore")
-        if name in self.forbidden - self.own:
-            self.refuse(f"uses {name}, which this assignment forbids")
-
     def visit_Name(self, node: ast.Name) -> None:
-        self.visit_name(node.id)
-        if node.id in self.own:
-            if node.id in self.imports:
-                self.refuse(f"gives {node.id} another meaning")
-        elif node.id in self.imports:
-            if self.imports[node.id] in MODULES:
-                self.refuse(f"hands {node.id} around, a module")
-            elif node.id not in IMPORTED and not self.of_project(node.id):
-                self.refuse(f"uses {node.id}, which no solution needs")
-        elif hasattr(builtins, node.id) and node.id not in PLAIN:
-            self.refuse(f"uses {node.id}, which no solution needs")
-
-    def of_project(self, name: str) -> bool:
-        return (ROOT / f"{self.imports[name].split('.')[0]}.py").exists()
+        """Not reached from `self.x` and `torch.x`."""
+        if node.id == "self":
+            self.refuse("hands self around, or calls it")
+        elif self.imports.get(node.id) in MODULES:
+            self.refuse(f"hands {node.id} around, a module")
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        self.visit_name(node.attr)
         chain = dotted(node)
         root = chain.partition(".")[0]
-        in_triton = self.imports.get(root) == "triton.language"     # tl.load
-        if node.attr in REACHING and not in_triton or node.attr.startswith("_"):
-            self.refuse(f"uses .{node.attr}, which no solution needs")
-        if not isinstance(node.ctx, ast.Load) and root != "self":
-            self.refuse(f"changes {ast.unparse(node)}, which is not its own")
         module = self.imports.get(root)
+        if "__" in node.attr:
+            self.refuse(f"uses {node.attr}, a name with a double underscore")
+        elif node.attr in self.forbidden:
+            self.refuse(f"uses {node.attr}, which this assignment forbids")
+        if not isinstance(node.ctx, ast.Load) and not (
+                chain == f"self.{node.attr}" and node.attr in self.set):
+            self.refuse(f"changes {ast.unparse(node)}, which is not its own")
         if module in MODULES:
-            self.dotted.add(f"{module}.{chain.partition('.')[2]}")
-        if module in MODULES and isinstance(node.value, ast.Name):
-            self.visit_name(root)
-        else:
+            if root in self.forbidden:
+                self.refuse(f"uses {root}, which this assignment forbids")
+            self.asked.add(f"{module}.{chain.partition('.')[2]}")
+        elif node.attr not in self.attributes:
+            self.asked.add(f"Tensor.{node.attr}")
+        if module not in MODULES and chain != f"self.{node.attr}":
             self.visit(node.value)
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
         root = dotted(node.value).partition(".")[0]
-        if not isinstance(node.ctx, ast.Load) and root and root not in self.own | {"self"}:
+        if not isinstance(node.ctx, ast.Load) and root in self.outside - {"self"}:
             self.refuse(f"changes {ast.unparse(node.value)}, which is not its own")
         self.generic_visit(node)
-
-    def visit_arg(self, node: ast.arg) -> None:
-        self.visit_name(node.arg)
-
-    def visit_keyword(self, node: ast.keyword) -> None:
-        self.visit_name(node.arg or "")
-        self.visit(node.value)
 
     def visit_Constant(self, node: ast.Constant) -> None:
         if isinstance(node.value, (str, bytes)) and "__" in str(node.value):
             self.refuse("has a text with a double underscore in it")
 
-    def visit_FunctionDef(self, node: Function) -> None:
-        self.visit_name(node.name)
-        self.generic_visit(node)
+
+def scope_of(text: str) -> symtable.SymbolTable:
+    return symtable.symtable(textwrap.dedent(text), "body", "exec").get_children()[-1]
 
 
-def stored(node: Function) -> set[str]:
-    """The names that a function gives a value."""
-    return {x.id for x in ast.walk(node)
-            if isinstance(x, ast.Name) and not isinstance(x.ctx, ast.Load)}
+def symbols_of(scope: symtable.SymbolTable) -> list[symtable.Symbol]:
+    inside = [symbols_of(inner) for inner in scope.get_children()]
+    return sum(inside, scope.get_symbols())
+
+
+def stored_attribute(node: ast.AST) -> bool:
+    """Whether it is self.x as it gets a value."""
+    return (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            and dotted(node.value) == "self")
 
 
 def dotted(node: ast.AST) -> str:
@@ -502,19 +532,30 @@ class Nursery:
         return self
 
     def __exit__(self, *_) -> None:
-        self.process.stdin.close()
+        with suppress(OSError):
+            self.process.stdin.close()
         self.process.wait()
 
     def ask(self, **request):
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        """Raises Mistake if there is no answer: the process crashed, or hangs."""
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            if select.select([self.process.stdout], [], [], request.get("seconds", 0) + 60)[0]:
+                return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            pass
+        self.process.kill()
+        raise Mistake("the process that runs tests crashed, or did not answer")
 
-    def run(self, folder: Path, tests: list[str], seconds: float) -> dict:
-        """{passed, failed: {case: message}, seconds}, in a copy of the folder that goes with it."""
+    def run(self, folder: Path, tests: list[str], seconds: float, watch: list[str] = ()) -> dict:
+        """{passed, failed: {case: message}, seconds}, in a copy of the folder that goes with it.
+
+        watch: functions that may not change the tensors they are given.
+        """
         with tempfile.TemporaryDirectory() as place:
             copy = os.path.realpath(place)
             shutil.copytree(folder, copy, dirs_exist_ok=True)
-            return self.ask(folder=copy, tests=tests, seconds=seconds)
+            return self.ask(folder=copy, tests=tests, seconds=seconds, watch=list(watch))
 
 
 def grade(assignment: Assignment, folder: Path, nursery: Nursery,
@@ -533,13 +574,13 @@ def grade(assignment: Assignment, folder: Path, nursery: Nursery,
         for test, of in assignment.points.items():
             result = dict(passed=False, failed={test: "refused"}, seconds=0.0)
             if not refused:
-                result = nursery.run(Path(place), [test], seconds)
+                result = nursery.run(Path(place), [test], seconds, list(assignment.bodies))
             message = next(iter(result["failed"].values()), "")
             tests.append(dict(test=test, points=of if result["passed"] else 0, of=of,
                               message=message, seconds=result["seconds"]))
     points = sum(test["points"] for test in tests)
     return dict(assignment=assignment.number, points=points, of=assignment.of, refused=refused,
-                tests=tests)
+                tests=tests, bodies=bodies, seconds=round(sum(x["seconds"] for x in tests), 1))
 
 
 def solution(assignment: Assignment, folder: Path,
@@ -560,13 +601,15 @@ def solution(assignment: Assignment, folder: Path,
             if node is None or signature(node) != signature(find(ours, name)):
                 refused.append(f"{name} is missing, or has another signature than in the original")
                 continue
-            reader = Reader(name, node, ours, forbidden(assignment))
+            text = text_of(source, name)
+            reader = Reader(name, text, ours, names, forbidden(assignment))
             refused += reader.sentences
-            modules = [x for x in sorted(reader.dotted - MODULES)]
-            for dotted_name, is_module in zip(modules, nursery.ask(names=modules)):
-                if is_module:
-                    refused.append(f"{name} uses {dotted_name}, which no solution needs")
-            bodies[name] = text_of(source, name)
+            asked = sorted(reader.asked)
+            for each, is_allowed in zip(asked, nursery.ask(names=asked)):
+                if not is_allowed:
+                    each = each.removeprefix("Tensor")
+                    refused.append(f"{name} uses {each}, which no solution needs")
+            bodies[name] = text
     return bodies, list(dict.fromkeys(refused))
 
 
@@ -581,12 +624,102 @@ def carry(bodies: dict[str, str], folder: Path) -> None:
         path.write_text(with_body(path.read_text(), name, text))
 
 
+def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[str, dict]:
+    """{name: result} of all folders, each told as it ends; whatever happens to one of them."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise Mistake(f"{folder} is no folder")
+    files = by_file(assignment.bodies)
+    folders = [inner for folder in folders for inner in (
+        [folder] if any((folder / file).exists() for file in files)
+        else sorted(x for x in folder.iterdir() if x.is_dir()) or [folder])]
+    pairs = zip(names_of(folders), folders)
+
+    def one(pair: tuple[str, Path]) -> tuple[str, dict]:
+        name, folder = pair
+        try:
+            with Nursery() as nursery:
+                result = grade(assignment, folder, nursery)
+        except Exception as error:      # the others are to be graded all the same
+            result = none(assignment, f"could not be graded: {type(error).__name__}: {error}")
+        print(f"{name}\n{textwrap.indent(told(result), '    ')}", flush=True)
+        return name, result
+
+    with ThreadPoolExecutor(jobs) as pool:
+        results = dict(pool.map(one, pairs))
+    first: dict[str, str] = {normal({body: text_of((ROOT / path_of(body)).read_text(), body)
+                                     for body in assignment.bodies}): "the original"}
+    for name, result in results.items():
+        text = normal(result["bodies"]) if result["bodies"] else None
+        result["identical"] = first.get(text, "")
+        if text and text not in first:
+            first[text] = name
+    width = max(map(len, results))
+    for name, result in results.items():
+        said = [f"{len(result['refused'])} times refused"] * bool(result["refused"])
+        said += [f"identical to {result['identical']}"] * bool(result["identical"])
+        points = f"{result['points']:3} of {result['of']}  {result['seconds']:6.1f} s"
+        print(f"{name:{width}}  {points}  {', '.join(said)}".rstrip())
+    return results
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """The folders' own names, or with what is above where two have the same."""
+    names = [folder.resolve().name for folder in folders]
+    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
+
+
+def none(assignment: Assignment, why: str) -> dict:
+    tests = [dict(test=test, points=0, of=of, message=why, seconds=0.0)
+             for test, of in assignment.points.items()]
+    return dict(assignment=assignment.number, points=0, of=assignment.of, refused=[why],
+                tests=tests, seconds=0.0, bodies={})
+
+
+def normal(bodies: dict[str, str]) -> str:
+    """Bodies without what a copy would change first: layout, comments and the names they bind."""
+    parts = []
+    for name in sorted(bodies):
+        node = ast.parse(textwrap.dedent(bodies[name])).body[0]
+        own = {x.get_name() for x in symbols_of(scope_of(bodies[name])) if not x.is_global()}
+        numbers: dict[str, str] = {}
+        for inner in ast.walk(node):
+            for field in ("id", "arg", "name"):
+                if getattr(inner, field, None) in own:
+                    word = getattr(inner, field)
+                    setattr(inner, field, numbers.setdefault(word, f"_{len(numbers)}"))
+        documented = ast.get_docstring(node) is not None
+        parts.append(ast.dump(ast.Module(node.body[documented:], [])))
+    return "\n".join(parts)
+
+
+def table(assignment: Assignment, results: dict[str, dict]) -> list[list]:
+    """The lines of the CSV."""
+    tests = [test.partition("::")[2] for test in assignment.points]
+    lines = [["name", "points", "of", "seconds", "refused", "identical to", *tests]]
+    for name, result in results.items():
+        points = [test["points"] for test in result["tests"]]
+        lines.append([name, result["points"], result["of"], result["seconds"],
+                      "; ".join(result["refused"]), result["identical"], *points])
+    return lines
+
+
+def gradescope(result: dict) -> dict:
+    """As results.json of an autograder there."""
+    tests = [dict(name=test["test"], score=test["points"], max_score=test["of"],
+                  status="passed" if test["points"] == test["of"] else "failed",
+                  output=test["message"]) for test in result["tests"]]
+    output = "\n".join(f"refused: {sentence}" for sentence in result["refused"])
+    return dict(score=result["points"], output=output, execution_time=round(result["seconds"]),
+                tests=tests)
+
+
 def told(result: dict) -> str:
-    lines = [f"{test['points']:3} of {test['of']:2}  {test['test']}" for test in result["tests"]]
-    for i, test in reversed(list(enumerate(result["tests"]))):
+    lines = []
+    for test in result["tests"]:
+        lines.append(f"{test['points']:3} of {test['of']:2}  {test['test']}")
         if test["points"] < test["of"] and not result["refused"]:
-            said = textwrap.indent(test["message"][:1000], " " * 12)
-            lines.insert(i + 1, said)
+            lines.append(textwrap.indent(test["message"][:1000], " " * 12))
     lines += [f"refused: {sentence}" for sentence in result["refused"]]
     return "\n".join([*lines, f"{result['points']} of {result['of']} points"])
 

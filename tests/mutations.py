@@ -26,7 +26,7 @@ PLANTED = {
         ('mode="area"', 'mode="bicubic"'),
         ("f_BCss.flatten(2).transpose(1, 2)", "f_BCss.mT.flatten(2).transpose(1, 2)"),
         ("f_BCss.flatten(2).transpose(1, 2)", "f_BCss.reshape(len(f_BCss), s * s, -1)"),
-        ("self.scales[k]", "self.scales[k - 1]"),
+        ("self.areas_XS.split(self.scales)[k]", "self.areas_XS.split(self.scales)[k - 1]"),
     ],
     "tokenizer.Quantizer.encode": [
         ("self.read(f_BCSS - f_hat_BCSS, k)", "self.read(f_BCSS, k)"),
@@ -67,10 +67,10 @@ PLANTED = {
         ("f_BCSS + (f_hat_BCSS - f_BCSS).detach()", "f_hat_BCSS + (f_BCSS - f_hat_BCSS).detach()"),
         ("f_BCSS + (f_hat_BCSS - f_BCSS).detach()", "f_BCSS + f_hat_BCSS - f_BCSS.detach()"),
         ("if self.training:", "if True:"),
-        ("self.new_hits_V + counts_V", "counts_V"),
+        ("self.last_residuals = residuals", "self.last_residuals += residuals"),
         ("residuals.append(residual_BlC)", "residuals.append(self.read(f_BCSS - f_hat_BCSS, k))"),
         ("residuals.append(residual_BlC)", "residuals.append(self.read(f_BCSS.detach(), k))"),
-        ("torch.cat(tokens, dim=1).flatten()", "tokens[-1].flatten()"),
+        ("torch.cat(tokens, dim=1)", "tokens[-1]"),
     ],
     # 3 A living codebook
     "tokenizer.Quantizer.start_from": [
@@ -84,27 +84,25 @@ PLANTED = {
         ("torch.randint(len(residual_NC), (end - begin,))",
          "torch.randint(self.scales[k] ** 2, (end - begin,))"),
     ],
-    "tokenizer.Quantizer.remember": [
-        ("1 - HITS_MEMORY", "HITS_MEMORY"),
-        ("self.new_hits_V = 0", "pass"),
-        ("self.hits_V.lerp_(self.new_hits_V.to(self.hits_V), 1 - HITS_MEMORY)",
-         "self.hits_V.add_(self.new_hits_V.to(self.hits_V))"),
-        ("self.hits_V.lerp_(self.new_hits_V.to(self.hits_V), 1 - HITS_MEMORY)",
-         "self.hits_V.mul_(HITS_MEMORY).add_(self.new_hits_V)"),
-        ("dist.all_reduce(self.new_hits_V)", "pass"),
+    "tokenizer.Quantizer.update_hits": [
+        ("1 - HITS_DECAY", "HITS_DECAY"),
+        ("1 - HITS_DECAY", "0.5"),
+        ("lerp_(counts_V.to(self.hits_V), 1 - HITS_DECAY)", "add_(counts_V.to(self.hits_V))"),
+        ("lerp_(counts_V.to(self.hits_V), 1 - HITS_DECAY)", "mul_(HITS_DECAY).add_(counts_V)"),
+        ("lerp_(counts_V.to(self.hits_V), 1 - HITS_DECAY)",
+         "copy_(self.hits_V.lerp(counts_V / counts_V.sum(), 1 - HITS_DECAY))"),
         ("self.hits_V.lerp_", "self.hits_V.lerp"),
     ],
     "tokenizer.Quantizer.revive": [
-        ("self.hits_V < DEAD_BELOW * average", "self.hits_V < DEAD_BELOW"),
-        ("self.hits_V < DEAD_BELOW * average", "self.hits_V == 0"),
-        ("self.hits_V < DEAD_BELOW * average", "self.hits_V > DEAD_BELOW * average"),
-        ("self.hits_V[dead_N] = average", "self.hits_V[dead_N] = 0"),
-        ("self.hits_V[dead_N] = average", "pass"),
-        ("self.hits_V[dead_N] = average", "self.hits_V.fill_(average)"),
+        ("self.hits_V < DEAD_BELOW * mean", "self.hits_V < DEAD_BELOW"),
+        ("self.hits_V < DEAD_BELOW * mean", "self.hits_V == 0"),
+        ("self.hits_V < DEAD_BELOW * mean", "self.hits_V > DEAD_BELOW * mean"),
+        ("self.hits_V[dead_N] = mean", "self.hits_V[dead_N] = 0"),
+        ("self.hits_V[dead_N] = mean", "pass"),
+        ("self.hits_V[dead_N] = mean", "self.hits_V.fill_(mean)"),
         ('for name in ("exp_avg", "exp_avg_sq"):', 'for name in ("exp_avg",):'),
         ("[name][dead_N] = 0", "[name].zero_()"),
-        ("over_processes(residual_BlC).flatten(0, 1)", "residual_BlC.flatten(0, 1)"),
-        ("over_processes(residual_BlC).flatten(0, 1)", "over_processes(residual_BlC)[0]"),
+        ("residual_BlC.flatten(0, 1)", "residual_BlC[0]"),
         ("return len(dead_N)", "return self.hits_V.numel() - len(dead_N)"),
         ("self.codebook_VC[code_n] = residual_MC[place_n]",
          "self.codebook_VC[code_n] = residual_MC.mean(dim=0)"),
@@ -157,6 +155,9 @@ PLANTED = {
         ("torch.arange(ranges.last[-1]", "torch.arange(len(ranges)"),
     ],
     "kernels.mask_in_sight": [
+        ("[:, ranges.first[0]:]", "[:, :ranges.last[-1]]"),
+        ("mask_LS.to(device)", "mask_LS.float().to(device)"),
+        ("[:, ranges.first[0]:]", "[:, ranges.first[-1]:]"),
         ("[:, ranges.first[0]:]", ""),
         ("if mask_LS.all()", "if mask_LS.any()"),
         ("None if mask_LS.all() else ", ""),
@@ -426,7 +427,7 @@ PLANTED = {
         ("weights_ST = tl.exp2(", "weights_ST = tl.exp("),
     ],
     # 13 In-painting
-    "var.Known.put": [
+    "sample.Known.put": [
         ("torch.where(self.places(quantizer, k), own_Bl, drawn_Bl)",
          "torch.where(self.places(quantizer, k), drawn_Bl, own_Bl)"),
         ("if k >= self.scales:", "if k > self.scales:"),
@@ -436,7 +437,7 @@ PLANTED = {
         ("self.tokens(quantizer, f_hat_BCSS, k)",
          "self.tokens(quantizer, quantizer.empty(len(drawn_Bl)), k)"),
     ],
-    "var.Known.tokens": [
+    "sample.Known.tokens": [
         ("self.latent_BCSS - f_hat_BCSS", "self.latent_BCSS"),
         ("self.latent_BCSS - f_hat_BCSS", "f_hat_BCSS - self.latent_BCSS"),
         ("quantizer.nearest(quantizer.read(self.latent_BCSS - f_hat_BCSS, k))",
@@ -446,7 +447,7 @@ PLANTED = {
         ("if self.own_tokens_BL is not None:", "if self.own_tokens_BL is not None and k == 0:"),
         ("if self.own_tokens_BL is not None:", "if False:"),
     ],
-    "var.Known.places": [
+    "sample.Known.places": [
         ("share_Bl >= 0.5 if s == S else share_Bl > 0", "share_Bl > 0"),
         ("share_Bl >= 0.5 if s == S else share_Bl > 0", "share_Bl >= 0.5"),
         ("share_Bl >= 0.5 if s == S else share_Bl > 0",

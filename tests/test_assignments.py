@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import json
 import sys
 import tempfile
@@ -12,9 +13,8 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 import assignments
+import pytest
 from assignments import ROOT, Nursery, carry, find, grade, path_of, repository, text_of
 from handouts import ASSIGNMENTS, Assignment
 from mutations import PLANTED
@@ -76,7 +76,7 @@ def first_failure(name: str, text: str, nursery: Nursery) -> str | None:
     with tempfile.TemporaryDirectory() as place:
         handed_in(Path(place), {name: text})
         for test in tests:
-            if not nursery.run(Path(place), [test], SECONDS)["passed"]:
+            if not nursery.run(Path(place), [test], SECONDS, [name])["passed"]:
                 CAUGHT_LAST[name] = test
                 return test
     return None
@@ -121,12 +121,13 @@ def test_the_list_and_the_handouts_name_what_there_is(capsys, monkeypatch):
 
 @pytest.mark.parametrize("arguments, told", [
     (["grade", "3", "nowhere"], "nowhere is no folder"), (["cut", "3", "."], ". exists")])
-def test_mistakes_are_told_in_a_sentence(arguments, told, monkeypatch):
+def test_mistakes_are_told_in_a_sentence(arguments, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["assignments.py", *arguments])
     monkeypatch.setattr(Nursery, "__enter__", lambda self: self)
     monkeypatch.setattr(Nursery, "__exit__", lambda *_: None)
-    with pytest.raises(SystemExit, match=f"error: {told}"):
+    with pytest.raises(SystemExit) as ended:
         assignments.main()
+    assert ended.value.code == 2 and f"error: {told}" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------
@@ -217,35 +218,79 @@ FORGED = {   # a body of `teacher_inputs` -> what is said of it
     'print("1 passed")\nimport os\nos._exit(0)': "imports",
     "raise SystemExit(0)": "uses SystemExit",
     "raise KeyboardInterrupt": "uses KeyboardInterrupt",
-    "exit(0)": "uses exit",
     'exec("x = 1")': "uses exec",
     'open("tests/conftest.py", "w").write("")': "uses open",
     'getattr(torch, "o" + "s").remove("x")': "uses getattr",
-    "torch.os.remove('x')": "uses .os",
-    "torch.serialization.pathlib.Path('tests').unlink()": "uses torch.serialization,",
-    "torch.utils.data.dataset": "uses torch.utils,",
-    "np.lib.npyio.os.unlink('x')": "uses .os",
-    "hashlib.sys.exit(0)": "uses .sys",
+    "torch.os.remove('x')": "uses torch.os.remove",
+    "torch.serialization.pathlib.Path('tests').unlink()": "uses torch.serialization.pathlib",
+    "torch.utils.data.dataset": "uses torch.utils",
+    "np.lib.npyio.os.unlink('x')": "uses np,",
+    "F.torch.save(self.phis, 'x')": "uses torch.nn.functional.torch.save",
+    "F.handle_torch_function(print, ())": "uses torch.nn.functional.handle_torch_function",
+    "torch.from_file('x')": "uses torch.from_file",
+    "torch.hub.load('x', 'y')": "uses torch.hub",
+    "torch.load('x')": "uses torch.load,",
+    "torch.manual_seed(0)": "uses torch.manual_seed",
+    "torch.Tensor.backward": "uses torch.Tensor",
+    "torch.overrides": "uses torch.overrides",
+    "tokens_BL.apply_(print)": "uses .apply_",
+    "tokens_BL.set_(tokens_BL)": "uses .set_",
+    "tokens_BL.untyped_storage()": "uses .untyped_storage",
+    "tokens_BL.data = tokens_BL": "changes tokens_BL.data",
+    "tokens_BL.numpy()": "uses .numpy",
+    "tokens_BL.grad_fn": "uses .grad_fn",
+    "tokens_BL.register_hook(print)": "uses .register_hook",
     "t = torch\nt.testing.assert_close = lambda *a, **k: None": "hands torch around",
+    "[torch for _ in ()]": "hands torch around",
     "torch.testing.assert_close = lambda *a, **k: None": "changes torch.testing.assert_close",
     "torch.equal = lambda *a: True": "changes torch.equal",
     "Tensor.allclose = lambda *a: True": "changes Tensor.allclose",
     "def patch(self):\n    self.allclose = print\npatch(Tensor)": "gives self another meaning",
     "T = torch.Tensor\nT.shape = (2, 29, 4)": "changes T.shape",
     "for torch.equal in [print]:\n    pass": "changes torch.equal",
+    "with torch.no_grad() as torch.equal:\n    pass": "changes torch.equal",
+    "del torch.equal": "changes torch.equal",
+    "self.read = lambda *a: torch.zeros(1)": "changes self.read",
     "Quantizer.read = Quantizer.empty": "changes Quantizer.read",
     "().__class__.__base__.__subclasses__()": "double underscore",
     "self.read.__globals__['os']": "double underscore",
-    "'{0.__class__}'.format(self)": "a text with a double underscore",
+    "'{0.__class__}'.format(1)": "a text with a double underscore",
+    "('{0._' + '_class_' + '_}').format(1)": "uses .format,",
+    "f'{1:{().__class__}}'": "double underscore",
+    "'%s' % self": "hands self around",
     "(x for x in ()).gi_frame.f_back": "uses .gi_frame",
+    "try:\n    1 / 0\nexcept ValueError as e:\n    e.with_traceback": "uses .with_traceback",
     "class Liar:\n    pass\nreturn Liar()": "defines a class",
     "match self:\n    case object(shape=x):\n        pass": "uses `match`",
     "global PHI_STRENGTH\nPHI_STRENGTH = 0": "uses `global`",
     "return self.decode(tokens_BL)": "uses decode, which this assignment forbids",
-    "torch.save(self, 'x')": "uses .save",
+    "lambda decode: 0\nreturn self.decode(tokens_BL)": "uses decode, which this assignment",
+    "[0 for open in ()]\nopen('x')": "gives open another meaning",
+    "lambda eval: 0\neval('1')": "uses eval",
+    "(exec := 1)": "gives exec another meaning",
+    "[(exec := x) for x in ()]": "gives exec another meaning",
+    "def f(x=eval('1')):\n    pass": "uses eval",
+    "@eval\ndef f():\n    pass": "uses eval",
+    "f'{eval(str(1))}'": "uses eval",
+    "for open in ():\n    pass": "gives open another meaning",
+    "try:\n    pass\nexcept ValueError as open:\n    pass": "gives open another meaning",
+    "nearest_code = 1": "gives nearest_code another meaning",
+    "load_module(1)": "uses load_module",
+    "Tokenizer(1)": "uses Tokenizer",
+    "return self(tokens_BL)": "hands self around, or calls it",
+    "f = self\nreturn f(tokens_BL)": "hands self around",
+    "return [*map(self, [tokens_BL])][0]": "hands self around",
+    "return self.forward(tokens_BL)": "uses forward, which this assignment forbids",
+    "return super().teacher_inputs(tokens_BL)": "uses super",
+    "type('x', (), {})": "uses type",
+    "partial(print)": "uses partial",
+    "torch.save(1, 'x')": "uses torch.save",
     "self._forward_hooks": "uses ._forward_hooks",
+    "self.register_forward_hook(print)": "uses .register_forward_hook",
+    "self.apply(print)": "uses .apply",
+    "self.load_state_dict({})": "uses .load_state_dict",
     "breakpoint()": "uses breakpoint",
-    "torch = self": "torch",
+    "torch = 1": "gives torch another meaning",
 }
 
 
@@ -351,18 +396,74 @@ def test_points_are_told_and_written(nursery, tmp_path, capsys, monkeypatch):
     name = "tokenizer.Quantizer.teacher_inputs"
     handed_in(tmp_path, {name: mutants(name)[0]})
     monkeypatch.setattr(assignments, "ASSIGNMENTS", {4: FEW})
-    monkeypatch.setattr(sys, "argv", ["assignments.py", "grade", "4", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["assignments.py", "grade", "4", str(tmp_path),
+                                      "--json", str(tmp_path / "points.json")])
     monkeypatch.setattr(Nursery, "__enter__", lambda self: nursery)
     monkeypatch.setattr(Nursery, "__exit__", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         assignments.main()
-    result = json.loads((tmp_path / "grade-4.json").read_text())
+    result = json.loads((tmp_path / "points.json").read_text())
     printed = capsys.readouterr().out
-    assert ended.value.code and 0 <= result["points"] < result["of"] == FEW.of
-    assert printed.endswith(f"{result['points']} of {FEW.of} points\n")
+    assert ended.value.code == 1 and 0 <= result["score"] < FEW.of
+    assert f"{result['score']} of {FEW.of} points\n" in printed
     for test in result["tests"]:
-        assert f"{test['points']:3} of {test['of']:2}  {test['test']}" in printed
-        assert bool(test["message"]) == (test["points"] < test["of"])
+        assert f"{test['score']:3} of {test['max_score']:2}  {test['name']}" in printed
+        assert bool(test["output"]) == (test["status"] == "failed")
+
+
+def test_a_class_is_graded_whatever_happens_to_one(tmp_path, capsys, monkeypatch):
+    """One command, several at once: right, copied, wrong, refused, crashing, no folder of ours."""
+    name = "tokenizer.Quantizer.teacher_inputs"
+    renamed = text(name).replace("inputs", "x").replace("def teacher_x", "def teacher_inputs")
+    bodies = {"anna": text(name), "bert": mutants(name)[0], "cleo": with_lines(name, "open('x')"),
+              "dora": mutants(name)[0].replace("tokens_Bl", "t"), "emil": renamed}
+    for student, body in bodies.items():
+        (tmp_path / "class" / student).mkdir(parents=True)
+        source = assignments.with_body(source_of(name), name, body)
+        (tmp_path / "class" / student / path_of(name)).write_text(source)
+    (tmp_path / "class" / "fritz").mkdir()
+    real = assignments.solution
+
+    def solution(assignment, folder, nursery):
+        if folder.name == "dora":
+            nursery.process.kill()
+        return real(assignment, folder, nursery)
+
+    one = replace(FEW, points={next(iter(FEW.points)): 3})
+    monkeypatch.setattr(assignments, "solution", solution)
+    monkeypatch.setattr(assignments, "ASSIGNMENTS", {4: one})
+    monkeypatch.setattr(sys, "argv", [
+        "assignments.py", "grade", "4", str(tmp_path / "class"), "--csv", str(tmp_path / "class.csv"),
+        "--json", str(tmp_path / "class.json"), "--jobs", "2"])
+    with pytest.raises(SystemExit) as ended:
+        assignments.main()
+    assert ended.value.code == 1
+    lines = {line["name"]: line for line in csv.DictReader((tmp_path / "class.csv").open())}
+    assert {student: line["points"] for student, line in lines.items()} == {
+        "anna": "3", "bert": "0", "cleo": "0", "dora": "0", "emil": "3", "fritz": "0"}
+    assert lines["anna"]["identical to"] == lines["emil"]["identical to"] == "the original"
+    assert "uses open" in lines["cleo"]["refused"] and "crashed" in lines["dora"]["refused"]
+    assert "cannot be read" in lines["fritz"]["refused"] and not lines["bert"]["refused"]
+    assert json.loads((tmp_path / "class.json").read_text())["anna"]["score"] == 3
+    assert "identical to the original" in capsys.readouterr().out
+
+
+def test_copies_are_known_by_what_they_do():
+    name = "tokenizer.Quantizer.forward"
+    same = text(name).replace("residual_BlC", "r").replace("    # Straight", "    # straight")
+    other = text(name).replace("f_BCSS.detach()", "f_BCSS")
+    assert assignments.normal({name: same}) == assignments.normal({name: text(name)})
+    assert assignments.normal({name: other}) != assignments.normal({name: text(name)})
+
+
+def test_an_input_that_is_changed_costs_points(nursery, tmp_path):
+    """And a body that wipes what it was given, for the test to compare with."""
+    name = "tokenizer.Quantizer.teacher_inputs"
+    body = "tokens_BL.zero_()\n" + "\n".join(ast.unparse(x) for x in find(source_of(name), name).body[1:])
+    result = graded(replace(FEW, points={next(iter(FEW.points)): 3}), tmp_path, nursery,
+                    {name: with_lines(name, body)})
+    assert result["points"] == 0 and not result["refused"]
+    assert "changes a tensor that it is given" in result["tests"][0]["message"]
 
 
 # -------------------------------------------------------------------------------------------------

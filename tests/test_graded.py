@@ -1,17 +1,14 @@
 """What the assignments promise and no other test holds a solution to: small cases, worked out."""
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import kernels
-import sample
-import tokenizer as tokenizers
-from kernels import KeyRanges
 from test_kernels import DEVICE, attention_tiles
 from test_tokenizer import quantizer, tokenizer
 from test_var import Recorder, config, known_left, lively
+
+import kernels
+import sample
+from kernels import KeyRanges
 from var import VAR, LayerCache
 
 # -------------------------------------------------------------------------------------------------
@@ -68,23 +65,22 @@ def test_the_first_codes_are_of_any_images():
     assert made.codebook_VC[:10, 0].max() > 50
 
 
-def test_the_hits_and_residuals_of_all_processes_count(monkeypatch):
-    """As if there were a second process in which everything is twice as much."""
-    made = quantizer()
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "all_reduce", lambda hits_V: hits_V.mul_(3))
-    made.new_hits_V = torch.arange(8)
-    made.remember()
-    torch.testing.assert_close(made.hits_V, 0.99 + 0.03 * torch.arange(8.0, dtype=torch.float64))
-    gathered = []
-    monkeypatch.setattr(tokenizers, "over_processes", lambda x: gathered.append(x) or x + 100)
-    made.residuals = [torch.ones(2, s * s, 2, dtype=torch.float64) for s in made.scales]
-    made.hits_V[:] = torch.tensor([1.0] * 2 + [0.0] * 6)
+def test_the_codebook_stays_the_parameter_that_it_was():
+    """An optimizer and a checkpoint hold on to it; and integers count hits of any size."""
+    made = quantizer(vocabulary=9).requires_grad_()
+    codebook_VC, hits_V = made.codebook_VC, made.hits_V
+    made.start_from(torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True))
+    made.update_hits(torch.full((9,), 2**24 + 1))
+    made.hits_V[0] = 0
     optimizer = torch.optim.AdamW(made.parameters())
-    moments = {name: torch.ones(8, 2) for name in ("exp_avg", "exp_avg_sq")}
-    optimizer.state[made.codebook_VC] = moments
-    assert made.revive(optimizer) == 6
-    assert len(gathered) == 3 and made.codebook_VC[2:].eq(101).all()
+    moments = {name: torch.ones(9, 2) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[codebook_VC] = dict(moments)
+    assert made.revive([torch.ones(2, s * s, 2).double() for s in made.scales], optimizer) == 1
+    assert made.codebook_VC is codebook_VC and codebook_VC.is_leaf and codebook_VC.requires_grad
+    assert made.hits_V is hits_V and hits_V.dtype == torch.float64 and codebook_VC[0].eq(1).all()
+    assert moments["exp_avg_sq"][1:].eq(1).all()
+    made.hits_V.fill_(1.0)
+    assert made.revive([torch.ones(2, s * s, 2).double() for s in made.scales], optimizer) == 0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -107,30 +103,6 @@ def test_the_table_of_scales(last_scales, first, last):
 def test_a_token_sees_its_own_scale_at_least(last_scales):
     with pytest.raises(ValueError, match=f"last_scales is {last_scales}"):
         KeyRanges.from_scales((1, 2), last_scales)
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers in a tensor that is made."""
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.numel = max(self.numel, out.numel())
-        return out
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("last_scales, numbers", [(None, 256 * 641), (1, 256 * 256)])
-def test_long_runs_of_queries_need_no_mask(last_scales, numbers):
-    """Nothing as large as queries times keys, and the same numbers as with a mask."""
-    ranges = KeyRanges.from_scales((1, 8, 8, 16, 16), last_scales)
-    q, k, v = torch.randn(3, 1, 1, len(ranges), 16)
-    with Largest() as largest:
-        o = kernels.block_attention_torch(q, k, v, ranges, 0.3)
-    assert largest.numel <= numbers
-    scores = (0.3 * q @ k.mT).masked_fill(~ranges.dense(), -torch.inf)
-    torch.testing.assert_close(o, scores.softmax(dim=-1) @ v)
 
 
 # -------------------------------------------------------------------------------------------------
