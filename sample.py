@@ -68,33 +68,29 @@ def main() -> None:
             save_npz(options.file, draw_many(run, options.count, options.seed, options.rejection))
             return
         case "grid":
-            names = options.classes or run.classes[:20]
-            picture = draw_samples(run, names, options.per_class, options.seed)
+            picture = draw_samples(run, options.classes, options.per_class, options.seed)
         case "progress":
-            names = options.classes or run.classes[:20]
-            picture = draw_progress(run, names, options.per_class, options.seed, options.gif)
+            picture = draw_progress(run, options.classes, options.per_class, options.seed,
+                                    options.gif)
         case "codes":
             picture = draw_codes(run, load_images(run, options.images))
         case "teaching":
             picture = draw_teaching(run, load_images(run, options.images))
         case "attention":
             given = load_images(run, options.images)
-            label = class_or_none(run, options.class_name)
-            if options.class_name is None and given.labels[0] is not None:
-                label = given.labels[0]
+            label = asked_class(run, options.class_name, given.labels[0])
             picture = draw_attention(run, given.images, label, options.cell)
         case "reconstruct":
             picture = reconstruct(run, load_images(run, options.images))
         case _:   # images are completed
             known_HW = None
             if options.command != "upscale":
-                known_HW = known_pixels(
-                    options.mask or options.box, run.tokenizer.config.image_side,
-                    outside=options.command != "outpaint")
-            picture = complete(
-                run, load_images(run, options.images), known_HW,
-                class_or_none(run, options.class_name), options.seeds, options.small,
-                options.open_loop, options.paste)
+                side = run.tokenizer.config.image_side
+                known_HW = known_pixels(options.mask or options.box, side,
+                                        outside=options.command != "outpaint")
+            label = asked_class(run, options.class_name)
+            picture = complete(run, load_images(run, options.images), known_HW, label,
+                               options.seeds, options.small, options.open_loop, options.paste)
     path = options.out or run.folder / f"{options.command}.png"
     save_picture(path, picture)
     print(f"wrote {path}")
@@ -232,22 +228,22 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
     """
     tokenizer_path = tokenizer or folder / "tokenizer.pt"
     var_path = var or folder / "var.pt"
-    held_out = None
+    held_out = learned_from = None
     with blaming(var_path):
-        if is_ours(var_path):
+        if var_path.suffix == ".pt":   # ours; published ones are .pth, .safetensors and so on
             content = load_checkpoint(var_path, "transformer")
             model = VAR(VARConfig(**content["config"]))
             model.load_state_dict(content["model"])
             classes = content["classes"]
-            tokenizer = load_tokenizer(tokenizer_path)
-            if fingerprint(tokenizer) != content["made_with"]["tokenizer"]:
-                raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
-                                f"{tokenizer_path}")
+            learned_from = content["made_with"]["tokenizer"]
             held_out = load_held_out(var_path.parent)
         else:
             model = VAR.from_official(read_tensors(var_path, "published checkpoint"))
             classes = [str(label) for label in range(model.config.classes)]
-            tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
+    tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
+    if learned_from not in (None, fingerprint(tokenizer)):
+        raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
+                        f"{tokenizer_path}")
     for name in ("scales", "vocabulary", "code_channels"):
         found = getattr(tokenizer.config, name)
         expected = getattr(model.config, name)
@@ -267,17 +263,12 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
 def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokenizer:
     """A tokenizer of ours, or a published one, whose scales the caller may name."""
     with blaming(path):
-        if not is_ours(path):
+        if path.suffix != ".pt":
             return Tokenizer.from_official(read_tensors(path, "published checkpoint"), scales)
         content = load_checkpoint(path, "tokenizer")
         tokenizer = Tokenizer(TokenizerConfig(**content["config"]))
         tokenizer.load_state_dict(content["model"])
         return tokenizer.eval()
-
-
-def is_ours(path: Path) -> bool:
-    """train.py writes .pt files; published ones are called .pth, .safetensors and so on."""
-    return path.suffix == ".pt"
 
 
 def load_held_out(folder: Path) -> TensorDataset:
@@ -292,14 +283,14 @@ def load_held_out(folder: Path) -> TensorDataset:
 # Drawing images of classes
 
 
-def draw_samples(run: Run, names: list[str], per_class: int, seed: int) -> Image.Image:
-    """A row of images for each class."""
+def draw_samples(run: Run, names: list[str] | None, per_class: int, seed: int) -> Image.Image:
+    """A row of images for each class; names: None for all, at most 20."""
     labels, tokens_NL = drawn(run, names, per_class, seed)
     return grid_of_classes(labels, run.decode_to_bytes(tokens_NL))
 
 
 def draw_progress(
-    run: Run, names: list[str], per_class: int, seed: int, gif: Path | None
+    run: Run, names: list[str] | None, per_class: int, seed: int, gif: Path | None
 ) -> Image.Image:
     """A row for each image, after each scale. gif: where to write a film of all images forming."""
     labels, tokens_NL = drawn(run, names, per_class, seed)
@@ -309,8 +300,11 @@ def draw_progress(
     return grid(zip(np.repeat(labels, per_class), zip(*frames_KN)))
 
 
-def drawn(run: Run, names: list[str], per_class: int, seed: int) -> tuple[list[str], Tensor]:
+def drawn(
+    run: Run, names: list[str] | None, per_class: int, seed: int
+) -> tuple[list[str], Tensor]:
     """How to call each class in a picture, and the tokens [N, L] of its images."""
+    names = names or run.classes[:20]
     chosen = class_indices(names, run.classes)
     tokens_NL = run.generate(np.repeat(chosen, per_class).tolist(), seed)
     return list(map(legible, names, chosen)), tokens_NL
@@ -326,9 +320,11 @@ def class_indices(names: list[str], classes: list[str]) -> list[int]:
     return chosen
 
 
-def class_or_none(run: Run, name: str | None) -> int:
-    """The number of a class, the null class where no name is given."""
-    return run.model.config.classes if name is None else class_indices([name], run.classes)[0]
+def asked_class(run: Run, name: str | None, own: int | None = None) -> int:
+    """The class of that name; else the image's own, or the null class where that is not known."""
+    if name is not None:
+        return class_indices([name], run.classes)[0]
+    return run.model.config.classes if own is None else own
 
 
 def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
@@ -564,46 +560,47 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     ("export", "--rejection", dict(
         type=SHARE, default=1.0, help="keep this share of what is drawn, the most likely")),
     (CLASSES, "--classes", dict(
-        nargs="+", metavar="NAME",
-        help="names of classes, numbers for a published model (default: all, at most 20)")),
-    (CLASSES, "--per-class", dict(
-        type=COUNT, default=8, help="images per class (default: %(default)s)")),
+        nargs="+", metavar="NAME", help="numbers for a published model; all, at most 20, if not "
+        "given")),
+    (CLASSES, "--per-class", dict(type=COUNT, default=8, help="images per class")),
     ("progress", "--gif", dict(type=output, help="where to write a film of them, too")),
     (f"{COMPLETED} attention", "--class", dict(
-        dest="class_name", metavar="NAME",
-        help="what the images are to show (default: no class; for attention the image's own)")),
+        dest="class_name", metavar="NAME", help="what the images are to show; no class if not "
+        "given, and for attention the image's own")),
     (HOLES, "--box", dict(
         nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
-        metavar=("Y0", "X0", "Y1", "X1"), help="in fractions of the side (default: the middle)")),
+        metavar=("Y0", "X0", "Y1", "X1"), help="the hole, in fractions of the side")),
     (HOLES, "--mask", dict(
         type=Path, help="instead of a box, an image in which what is to be generated is painted: "
         "in white on black, or in any colour on a transparent layer")),
     (HOLES, "--paste", dict(action="store_true", help="put the known pixels over the results")),
     ("upscale", "--small", dict(
-        type=COUNT, help="side to which images are averaged down at first (default: half)")),
+        type=COUNT, help="side to which images are averaged down at first; half if not given")),
     (COMPLETED, "--open-loop", dict(
         action="store_true", help="put the image's own tokens, as published, for comparison")),
     ("attention", "--cell", dict(
-        nargs=2, type=number(int, 0), metavar=("Y", "X"), help="which cell (default: the middle)")),
+        nargs=2, type=number(int, 0), metavar=("Y", "X"), help="if not the middle")),
     (f"{COMPLETED} evaluate", "--seeds", dict(
         nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
-        help="one result, or one set of generated images, for each (default: 0 1 2)")),
+        help="one result, or one set of generated images, for each")),
     (f"{CLASSES} export", "--seed", dict(
-        type=SEED, default=0,
-        help="the same seed and --batch give the same images (default: %(default)s)")),
+        type=SEED, default=0, help="the same seed and --batch give the same images")),
     (GENERATING, "--cfg", dict(
         type=number(float, 0, 100), default=DEFAULTS.cfg,
-        help="classifier-free guidance at the last scale; 0 is none (default: %(default)s)")),
+        help="classifier-free guidance at the last scale; 0 is none")),
     (GENERATING, "--top-k", dict(
         type=number(int, 0), default=DEFAULTS.top_k,
-        help="draw from the k most likely tokens; 0 is no limit (default: %(default)s)")),
+        help="draw from the k most likely tokens; 0 is no limit")),
     (GENERATING, "--top-p", dict(
-        type=SHARE, default=DEFAULTS.top_p,
-        help="draw from the most likely tokens of this probability (default: %(default)s)")),
-    (GENERATING, "--batch", dict(
-        type=COUNT, default=DEFAULTS.batch, help="images at a time (default: %(default)s)")),
+        type=SHARE, default=DEFAULTS.top_p, help="draw from the most likely ones that hold this")),
+    (GENERATING, "--batch", dict(type=COUNT, default=DEFAULTS.batch, help="images at a time")),
     (f"{CLASSES} {COMPLETED} {SHOWN}", "--out", dict(
-        type=output, help="the PNG to write (default: COMMAND.png, beside the transformer)")),
+        type=output, help="the PNG; if not given, named for the command, beside the transformer")),
+    (" ".join(COMMANDS), "--run", dict(
+        type=Path, default=Path("out/shapes"), help="the folder that train.py wrote")),
+    (" ".join(COMMANDS), "--tokenizer", dict(
+        type=Path, help="another than the run's: a .pt of train.py or a published .pth")),
+    (" ".join(COMMANDS), "--var", dict(type=Path, help="another transformer, likewise")),
 ]
 
 
@@ -619,14 +616,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for command, text in COMMANDS.items():
         own = commands.add_parser(command, help=text, description=text.capitalize() + ".")
         either = own.add_mutually_exclusive_group() if command in HOLES.split() else own
-        for having, name, meaning in FLAGS:
-            if command in having.split():
-                (either if name in ("--box", "--mask") else own).add_argument(name, **meaning)
-        own.add_argument("--run", type=Path, default=Path("out/shapes"),
-                         help="folder that train.py wrote (default: %(default)s)")
-        for name in ("tokenizer", "var"):
-            own.add_argument(f"--{name}", type=Path, metavar="FILE",
-                             help="another than the run's: a .pt of train.py or a published .pth")
+        for whose, name, how in FLAGS:
+            if command in whose.split():
+                default = " (default: %(default)s)" if "default" in how else ""
+                group = either if name in ("--box", "--mask") else own
+                group.add_argument(name, **{**how, "help": how["help"] + default})
         add_device_flags(own)
     options = parser.parse_args(arguments)
     if options.command == "edit" and options.class_name is None:
