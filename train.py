@@ -408,13 +408,15 @@ class TokenizerStage(Stage):
         self.model.quantizer.start_from(torch.cat(latents))
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Callable]:
-        """|x - y|^2 + 0.2 |x - y|_1 + L_vq, and the losses for detail, each times its weight."""
+        """|x - y|^2 + 0.2 |x - y|_1 + L_vq, and edges and detail, each times its weight."""
         quantize = self.step >= self.quantized_from
         originals = to_float(images.to(self.settings.machine.device, non_blocking=True))
         reconstructions, losses = model(originals, quantize)
         if quantize:
             self.hits_V += self.model.quantizer.count(self.model.quantizer.last_tokens_BL)
+        losses["edges"] = edge_loss(originals, reconstructions)
         likeness = losses["mse"] + L1_WEIGHT * losses["l1"]
+        likeness = likeness + self.settings.preset.edge_weight * losses["edges"]
         likeness, for_detail = self.helpers(
             originals, reconstructions, likeness, self.model.decoder.conv_out.weight,
             adversarial=self.step >= self.adversarial_from)
@@ -465,6 +467,13 @@ class TokenizerStage(Stage):
         images = self.images[:36]
         results = run.decode(run.encode(images)[1])
         save_picture(settings.out / "reconstructions.png", grid_of_pairs(images, results))
+
+
+def edge_loss(x: Tensor, y: Tensor) -> Tensor:
+    """mean | |dx| - |dy| |, d being steps between neighbouring pixels: an edge may lie a little
+    off, where its pixels' error is least if it is blurred, but should be as steep."""
+    errors = [F.l1_loss(y.diff(dim=axis).abs(), x.diff(dim=axis).abs()) for axis in (2, 3)]
+    return sum(errors) / 2
 
 
 def finished_tokenizer(path: Path, scales: tuple[int, ...]) -> Tokenizer:

@@ -297,7 +297,7 @@ class VAR(nn.Module):
         labels_B: Tensor,
         cfg: float = 1.5,
         top_k: int = 900,
-        top_p: float = 0.96,
+        top_p: float | tuple[float, float] = 0.96,
         generator: torch.Generator | None = None,
         known: Any = None,
     ) -> Tensor:
@@ -305,6 +305,7 @@ class VAR(nn.Module):
 
         cfg: strength of classifier-free guidance at the last scale, see `draw`; 0 is none.
         top_k, top_p: how many tokens, and how much probability, to draw from: see `sample_tokens`.
+            Two numbers for top_p are those of the first and of the last scale, see `draw`.
         generator: on the device of the labels; the same state gives the same tokens.
         known: what is known of the images that are only to be completed: any object with the `put`
             of `sample.Known`, which puts their own tokens in place of those drawn.
@@ -343,7 +344,7 @@ class VAR(nn.Module):
         k: int,
         cfg: float,
         top_k: int,
-        top_p: float,
+        top_p: float | tuple[float, float],
         generator: torch.Generator | None,
     ) -> Tensor:
         """Draw tokens [B, l] of scale k. With guidance there are 2 B logits: class, null class.
@@ -355,16 +356,19 @@ class VAR(nn.Module):
 
         t starts at 0: the coarse scales choose among all images of the class, and pressed to be
         typical they would always choose alike. It grows because the finer ones have less and less
-        to choose, and what is not typical there is mostly a mistake.
+        to choose, and what is not typical there is mostly a mistake. For the same reason top_p may
+        fall from one number to another, linearly over the scales.
         """
-        last = len(self.config.scales) - 1
-        guidance = cfg * k / max(last, 1)
+        progress = k / max(len(self.config.scales) - 1, 1)   # 0 at the first scale, 1 at the last
+        guidance = cfg * progress
+        first, final = top_p if isinstance(top_p, tuple) else (top_p, top_p)
         cond_BlV = logits_BlV
         uncond_BlV = None
         if cfg:
             cond_BlV, uncond_BlV = logits_BlV.chunk(2)
         noise_BlV = torch.empty(cond_BlV.shape, device=cond_BlV.device)
         noise_BlV.exponential_(generator=generator)
+        top_p = first + (final - first) * progress
         return sample_tokens(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
 
     def new_caches(self) -> list[LayerCache]:

@@ -433,7 +433,7 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
 
     sampling: the run's.
     """
-    asked = f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}"
+    asked = f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p}"
     sets = {
         "held-out, half against half": [found.originals],
         "reconstructions": [found.reconstructions],

@@ -1,0 +1,122 @@
+"""The commands of sample.py and their flags. Boilerplate."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from support.cli import COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output
+
+COMMANDS = {
+    "grid": "draw a row of images for each class; the command if none is named",
+    "progress": "draw a row for each image: what it looks like after each scale, coarse to fine",
+    "inpaint": "complete images: a box or what is painted in a mask is generated, the rest known",
+    "outpaint": "complete images: what is outside the box is generated",
+    "edit": "in-paint towards a class",
+    "upscale": "complete images of which the coarse scales are known",
+    "reconstruct": "encode images and decode them",
+    "codes": "draw what each scale finds left over, its codes, and the image so far",
+    "teaching": "draw what the transformer reads in training, above what it has to predict",
+    "attention": "draw what a cell of the last scale attends to, in every layer",
+    "evaluate": "print how good generated images are, and reconstructed and held-out ones",
+    "export": "write samples for the field's evaluation programs",
+}
+CLASSES = "grid progress"
+HOLES = "inpaint outpaint edit"
+COMPLETED = f"{HOLES} upscale"
+GENERATING = f"{CLASSES} {COMPLETED} evaluate export"
+SHOWN = "reconstruct codes teaching attention"
+
+
+class OneOrTwo(argparse.Action):
+    """One number as it is, two as a tuple."""
+
+    def __call__(self, parser, options, values, flag=None):
+        if len(values) > 2:
+            parser.error(f"{flag} takes one number, or two: these are {len(values)}")
+        setattr(options, self.dest, values[0] if len(values) == 1 else tuple(values))
+
+
+FLAGS = [   # the commands that have it, its name, and what argparse has to know
+    (f"{COMPLETED} {SHOWN}", "images", dict(
+        nargs="+", metavar="IMAGE", help="files, folders, or data:17 for a held-out image; "
+        "teaching and attention are of the first")),
+    ("evaluate", "count", dict(type=number(int, 8), help="images of each kind, an even number")),
+    ("export", "count", dict(
+        type=number(int, 1, 1_000_000), help="samples, balanced over the classes")),
+    ("export", "file", dict(type=output, help="where to write them, as ADM's program reads them")),
+    ("export", "--reference", dict(type=output, help="where to write the held-out images, too")),
+    ("export", "--rejection", dict(
+        type=SHARE, default=1.0, help="keep this share of what is drawn, the most likely")),
+    (CLASSES, "--classes", dict(
+        nargs="+", metavar="NAME", help="numbers for a published model; all, at most 20, if not "
+        "given")),
+    (CLASSES, "--per-class", dict(type=COUNT, default=8, help="images per class")),
+    ("progress", "--gif", dict(type=output, help="where to write a film of them, too")),
+    (f"{COMPLETED} attention", "--class", dict(
+        dest="class_name", metavar="NAME", help="what the images are to show; no class if not "
+        "given, and for attention the image's own")),
+    (HOLES, "--box", dict(
+        nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
+        metavar=("Y0", "X0", "Y1", "X1"), help="the hole, in fractions of the side")),
+    (HOLES, "--mask", dict(
+        type=Path, help="instead of a box, an image in which what is to be generated is painted: "
+        "in white on black, or in any colour on a transparent layer")),
+    (HOLES, "--paste", dict(action="store_true", help="put the known pixels over the results")),
+    ("upscale", "--small", dict(
+        type=COUNT, help="side to which images are averaged down at first; half if not given")),
+    (COMPLETED, "--open-loop", dict(
+        action="store_true", help="put the image's own tokens, as published, for comparison")),
+    ("attention", "--cell", dict(
+        nargs=2, type=number(int, 0), metavar=("Y", "X"), help="if not the middle")),
+    (f"{COMPLETED} evaluate", "--seeds", dict(
+        nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
+        help="one result, or one set of generated images, for each")),
+    (f"{CLASSES} export", "--seed", dict(
+        type=SEED, default=0, help="the same seed and --batch give the same images")),
+    (GENERATING, "--cfg", dict(
+        type=number(float, 0, 100), help="classifier-free guidance at the last scale; 0 is none")),
+    (GENERATING, "--top-k", dict(
+        type=number(int, 0), help="draw from the k most likely tokens; 0 is no limit")),
+    (GENERATING, "--top-p", dict(
+        type=SHARE, nargs="+", action=OneOrTwo, metavar="P", help="draw from the most likely "
+        "tokens that hold this probability; two numbers are those of the first and last scale")),
+    (GENERATING, "--batch", dict(type=COUNT, help="images at a time")),
+    (f"{CLASSES} {COMPLETED} {SHOWN}", "--out", dict(
+        type=output, help="the PNG; if not given, named for the command, beside the transformer")),
+    (" ".join(COMMANDS), "--run", dict(
+        type=Path, default=Path("out/shapes"), help="the folder that train.py wrote")),
+    (" ".join(COMMANDS), "--tokenizer", dict(
+        type=Path, help="another than the run's: a .pt of train.py or a published .pth")),
+    (" ".join(COMMANDS), "--var", dict(type=Path, help="another transformer, likewise")),
+]
+
+
+def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argparse.Namespace:
+    """What is asked for. defaults: of the flags that say how tokens are drawn."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = arguments[0] if arguments else "--"
+    if first.startswith("-") and first not in ("-h", "--help"):
+        arguments = ["grid", *arguments]
+    parser = Parser(description="Draw with a trained VAR, and look into it.",
+                    epilog="Each has its own flags: python sample.py grid --help")
+    parser.set_defaults(**defaults, small=None, paste=False)   # for commands without them
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command, text in COMMANDS.items():
+        own = commands.add_parser(command, help=text, description=text.capitalize() + ".")
+        either = own.add_mutually_exclusive_group() if command in HOLES.split() else own
+        for whose, name, how in FLAGS:
+            if command in whose.split():
+                value = name.removeprefix("--").replace("-", "_")
+                if value in defaults:
+                    how = {**how, "default": defaults[value]}
+                if "default" in how:
+                    how = {**how, "help": how["help"] + " (default: %(default)s)"}
+                group = either if name in ("--box", "--mask") else own
+                group.add_argument(name, **how)
+        add_device_flags(own)
+    options = parser.parse_args(arguments)
+    if options.command == "edit" and options.class_name is None:
+        raise UserError("edit needs --class NAME: what to edit towards")
+    return options
