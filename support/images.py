@@ -83,10 +83,11 @@ class Walk:
         return folders, images
 
     def meet(self, real: Path, linked: bool) -> bool:
-        """Whether a real folder is new."""
-        known = real in self.met or linked and real.is_relative_to(self.root)
+        """Whether a real folder is new; one inside of the root will be met, or was, by itself."""
+        if real in self.met or linked and real.is_relative_to(self.root):
+            return False
         self.met.add(real)
-        return not known
+        return True
 
     def images_below(self, folder: Path) -> list[Path]:
         """The images in a folder, then those in its sub-folders."""
