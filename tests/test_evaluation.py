@@ -9,7 +9,7 @@ import pytest
 import torch
 from program import ran, refused
 
-from sample import Run, load_run
+from sample import Run, Sampling, load_run
 from support.checkpoint import load_checkpoint
 from support.cli import UserError
 from support.devices import choose_machine
@@ -188,7 +188,7 @@ def test_a_judge_compares_half_by_half():
 @pytest.fixture(scope="module")
 def opened(judged) -> Run:
     """Nobody changes it."""
-    return load_run(judged, CPU)
+    return load_run(judged, CPU, Sampling(cfg=2.0, top_k=900, top_p=0.6))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from program import ran, refused
 
 import sample
 from sample import Known, Run, load_images, load_run
+from support.commands import COMMANDS, GENERATING, HOLES
 from support.devices import Machine, PackedLinear, choose_machine, pack
 from support.figures import attention_weights
 from support.images import known_pixels, legible, save_npz, to_bytes
@@ -511,6 +512,7 @@ def test_mistakes(judged, tmp_path):
         "--seed 100000000000000000000": "must be a whole number, from 0",
         f"--out {tmp_path}": "is there and is no file",
         "--out /dev/null": "is there and is no file",
+        "--top-p 1 .8 .6": "--top-p takes one number, or two",
         "--image data:3": "unrecognized arguments: --image data:3",
         "paint data:3": "invalid choice: 'paint'",
         "export many a.npz": "count: many must be a whole number",
@@ -522,8 +524,8 @@ def test_mistakes(judged, tmp_path):
 
 
 def test_every_command_has_a_help_of_its_own():
-    for command in sample.COMMANDS:
+    for command in COMMANDS:
         said = ran("sample.py", command, "--help")
-        assert ("--cfg" in said) == (command in sample.GENERATING.split())
-        assert ("--box" in said) == (command in ("inpaint", "outpaint", "edit"))
-    assert all(command in ran("sample.py", "--help") for command in sample.COMMANDS)
+        assert ("--cfg" in said) == (command in GENERATING.split())
+        assert ("--box" in said) == (command in HOLES.split())
+    assert all(command in ran("sample.py", "--help") for command in COMMANDS)
