@@ -470,8 +470,8 @@ class TokenizerStage(Stage):
 
 
 def edge_loss(x: Tensor, y: Tensor) -> Tensor:
-    """mean | |dx| - |dy| |, d being steps between neighbouring pixels: an edge may lie a little
-    off, where its pixels' error is least if it is blurred, but should be as steep."""
+    """mean | |dy| - |dx| |, d being the step between neighbouring pixels. Squared error is least
+    where an uncertain edge is blurred; this one asks for steps as large as the original's."""
     errors = [F.l1_loss(y.diff(dim=axis).abs(), x.diff(dim=axis).abs()) for axis in (2, 3)]
     return sum(errors) / 2
 

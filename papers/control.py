@@ -17,9 +17,11 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from papers import UNFILTERED, Claim, Trained, open_runs, parser_of, say_figures, say_verdicts
+from papers import (
+    FILTERED, UNFILTERED, Claim, Trained, open_runs, parser_of, say_figures, say_verdicts,
+)
 from papers.tuning import Tuning
-from sample import DEFAULTS, Run, class_indices, load_images
+from sample import Run, class_indices, load_images
 from support.cli import COUNT, run_program
 from support.evaluation import Judge, evaluated_images, kept_classifier
 from support.images import grid, save_picture, to_bytes
@@ -111,7 +113,7 @@ def study(run: Trained, steps: int, count: int) -> tuple[dict[str, list[float]],
         stage = kind(run, model, f"control-{name}", steps, lr, optimizers)
         tuned = replace(run, model=stage.run())
         rows[name] = []
-        for sampling in (UNFILTERED, DEFAULTS):
+        for sampling in (UNFILTERED, FILTERED):
             part = replace(tuned, sampling=sampling)
             rows[name] += figures(draw(part, labels_N.tolist(), asked_N1HW, seed=0))
     return rows, tuned

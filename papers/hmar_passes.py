@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from papers import UNFILTERED, Claim, Trained, open_runs, parser_of, say_figures, say_verdicts
+from papers import (
+    FILTERED, UNFILTERED, Claim, Trained, open_runs, parser_of, say_figures, say_verdicts,
+)
 from papers.hmar import add_flags, tuned
-from sample import DEFAULTS, Known, Run, Sampling, fill_holes
+from sample import Known, Run, Sampling, fill_holes
 from support.cli import COUNT, UserError, run_program, several
 from support.evaluation import Judge, evaluated_images, kept_classifier, seam
 from support.images import grid, save_picture, to_bytes
@@ -48,13 +50,13 @@ DRAWN = {
     "more passes, at random": ("masked", UNFILTERED, True, False),
     "by confidence": ("masked", UNFILTERED, True, True),
     "by confidence, leaking": ("leaking", UNFILTERED, True, True),
-    "filtered: plain VAR": ("plain", DEFAULTS, False, False),
-    "filtered: at random": ("masked", DEFAULTS, True, False),
-    "filtered: by confidence": ("masked", DEFAULTS, True, True),
-    "halves: plain VAR": ("plain", DEFAULTS, False, False),
-    "halves: one pass": ("masked", DEFAULTS, False, False),
-    "halves: at random": ("masked", DEFAULTS, True, False),
-    "halves: by confidence": ("masked", DEFAULTS, True, True),
+    "filtered: plain VAR": ("plain", FILTERED, False, False),
+    "filtered: at random": ("masked", FILTERED, True, False),
+    "filtered: by confidence": ("masked", FILTERED, True, True),
+    "halves: plain VAR": ("plain", FILTERED, False, False),
+    "halves: one pass": ("masked", FILTERED, False, False),
+    "halves: at random": ("masked", FILTERED, True, False),
+    "halves: by confidence": ("masked", FILTERED, True, True),
 }
 
 

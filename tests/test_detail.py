@@ -28,7 +28,7 @@ from support.presets import Preset
 
 DETAILED = Preset(   # both losses, the discriminator's from step 6 of 12
     image_size=8, scales=(1, 2, 4), multipliers=(1, 2), tokenizer_width=8, vocabulary=32,
-    code_channels=4, tokenizer_steps=12, warmup=5, perceptual_weight=0.1, adversarial_weight=0.4,
+    code_channels=4, edge_weight=0.5, tokenizer_steps=12, warmup=5, perceptual_weight=0.1, adversarial_weight=0.4,
     adversarial_from=0.5, discriminator_width=8, discriminator_lr=1.5e-3)
 FP32 = Machine(torch.device("cpu"), torch.float32)
 
@@ -178,6 +178,16 @@ def test_the_balance_of_gradients():
     (likeness + found * adversarial).backward()   # the graph is still there
 
 
+def test_edges_are_to_be_as_steep():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 2, 3, 5, 4))
+    errors = [np.abs(np.abs(np.diff(y, axis=axis)) - np.abs(np.diff(x, axis=axis))).mean()
+              for axis in (2, 3)]
+    found = train.edge_loss(torch.from_numpy(x), torch.from_numpy(y))
+    assert found.item() == pytest.approx(np.mean(errors))
+    assert train.edge_loss(torch.from_numpy(x), torch.from_numpy(1 - x)) < 1e-12
+
+
 # In training
 
 
@@ -196,7 +206,8 @@ def test_a_step_adds_the_losses_up(tmp_path):
     discriminator = stage.helpers.discriminator
     classifier = stage.helpers.classifier
     perceptual = perceptual_distance(classifier.maps(x), classifier.maps(y))
-    likeness = (x - y).square().mean() + 0.2 * (x - y).abs().mean() + 0.1 * perceptual
+    likeness = (x - y).square().mean() + 0.2 * (x - y).abs().mean()
+    likeness = likeness + 0.5 * train.edge_loss(x, y) + 0.1 * perceptual
     reward = -discriminator(y).mean()
     weight = 0.4 * balance(likeness, reward, model.decoder.conv_out.weight)
     own, right = discriminator.loss(x, y)

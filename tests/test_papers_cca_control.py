@@ -10,9 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 from program import ran, refused, rows_of
 
-from papers import UNFILTERED, cca, control, open_runs, parser_of
+from papers import FILTERED, UNFILTERED, cca, control, open_runs, parser_of
 from papers.tuning import Tuning
-from sample import DEFAULTS
 from support.checkpoint import load_checkpoint
 from support.evaluation import Judge, evaluated_images, kept_classifier
 from support.images import to_float
@@ -159,7 +158,7 @@ def test_what_is_evaluated(run, monkeypatch):
     found = {name: list(map(tuple, row.tolist())) for name, row in rows.items()}
     unfiltered = lambda *kind: [tuple(map(str, (*kind, i))) for i in (0, 1, 2, 3)]   # noqa: E731
     filtered = lambda *kind: [tuple(map(str, (*kind, i))) for i in (0, 4, 5, 6)]   # noqa: E731
-    cfg, top_p = DEFAULTS.cfg, DEFAULTS.top_p
+    cfg, top_p = FILTERED.cfg, FILTERED.top_p
     assert found == {
         "plain, cfg 0": unfiltered("cca-plain", cfg, top_p),
         **{f"plain, cfg {x:g}": filtered("cca-plain", x, 1.0) for x in (0.5, 1.0, 2.0, 4.0)},
@@ -231,7 +230,7 @@ def test_with_z_at_zero_it_is_the_plain_model(run, shown):
     model.show(edges)
     assert torch.equal(model(labels, inputs), plain)
     for cfg in (0.0, 2.0):
-        run.sampling = replace(DEFAULTS, cfg=cfg)
+        run.sampling = replace(FILTERED, cfg=cfg)
         with_edges = control.draw(replace(run, model=model), labels.tolist(), edges, 5)
         assert torch.equal(with_edges, run.decode(run.generate(labels.tolist(), 5)))
 
@@ -301,7 +300,7 @@ def test_drawing_is_what_was_taught(run, shown, monkeypatch):
 def test_each_batch_is_shown_its_own_edges(run, shown):
     model, _, labels, edges = shown
     torch.nn.init.normal_(model.control.weight)
-    run.sampling = replace(DEFAULTS, cfg=0.0, batch=3)
+    run.sampling = replace(FILTERED, cfg=0.0, batch=3)
     kept = []
     run.model = model
     generate = model.generate
@@ -342,7 +341,7 @@ def test_the_page_on_control(run, judged, page):
     model = control.Controlled(run)
     path = judged / "papers" / "control-all" / "var.pt"
     model.load_state_dict(load_checkpoint(path, "transformer")["model"])
-    for begin, sampling in ((0, UNFILTERED), (3, DEFAULTS)):
+    for begin, sampling in ((0, UNFILTERED), (3, FILTERED)):
         tuned = replace(run, model=model.eval(), sampling=sampling)
         drawn = control.draw(tuned, labels.tolist(), control.edges_of(images), 0)
         found = Judge(kept_classifier(run), images, run.classes)(drawn, labels)

@@ -11,9 +11,10 @@ import torch
 from program import ran, refused, rows_of
 
 from kernels import obvious_attention
-from papers import damage, drafting, forgetful, open_runs, parser_of, roles, watermark
+from papers import (
+    FILTERED, damage, drafting, forgetful, open_runs, parser_of, roles, watermark,
+)
 from papers.tuning import kept_tokens
-from sample import DEFAULTS
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.evaluation import evaluated_images
 from support.published import PUBLISHED_SCALES
@@ -106,7 +107,7 @@ def test_composite_likelihood_is_the_sum_over_scales(run, real, other, n):
 def test_a_model_that_refines_its_own_drafts_is_plain(run, real, n, cfg):
     tokens, labels = real
     # More than one batch: the noise goes on from one to the next.
-    run.sampling = replace(DEFAULTS, cfg=cfg, batch=5)
+    run.sampling = replace(FILTERED, cfg=cfg, batch=5)
     both = replace(run, model=drafting.Drafted(run.model, run.model, n))
     inputs = run.tokenizer.teacher_inputs(tokens)
     assert torch.equal(both.model(labels, inputs), run.model(labels, inputs))
@@ -118,7 +119,7 @@ def test_a_model_that_refines_its_own_drafts_is_plain(run, real, n, cfg):
 def test_each_model_draws_its_own_scales(run, real, other, n, cfg):
     """By hand: the tokens that the drafter draws, then the refiner from its own logits of them."""
     labels = real[1]
-    run.sampling = sampling = replace(DEFAULTS, cfg=cfg)
+    run.sampling = sampling = replace(FILTERED, cfg=cfg)
     own = run.model.config.spans[n].start
     drawn = replace(run, model=drafting.Drafted(run.model, other, n)).generate(labels.tolist(), 4)
     large = run.generate(labels.tolist(), 4)
@@ -318,7 +319,7 @@ def test_what_is_drawn_with_a_forgetful_cache_is_what_was_taught(run, real, cfg)
     seen = []
     draw = part.model.draw
     part.model.draw = lambda logits, *rest: seen.append(logits) or draw(logits, *rest)
-    part.sampling = replace(DEFAULTS, cfg=cfg)
+    part.sampling = replace(FILTERED, cfg=cfg)
     tokens = part.generate(labels.tolist(), 1)
     inputs = run.tokenizer.teacher_inputs(tokens)
     with torch.no_grad():
@@ -330,7 +331,7 @@ def test_what_is_drawn_with_a_forgetful_cache_is_what_was_taught(run, real, cfg)
 def test_bytes_are_what_a_cache_holds(run, real):
     labels = real[1]
     part = roles.forgetting(run, mixed(run))
-    part.sampling = replace(DEFAULTS, cfg=0.0)
+    part.sampling = replace(FILTERED, cfg=0.0)
     pasts = part.model.new_caches()
     part.model.new_caches = lambda: pasts
     part.generate(labels.tolist(), 1)

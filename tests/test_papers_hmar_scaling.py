@@ -15,6 +15,7 @@ from PIL import Image
 from program import ran, refused, rows_of
 
 from papers import (
+    FILTERED,
     UNFILTERED,
     hmar,
     hmar_markov,
@@ -27,7 +28,6 @@ from papers import (
 )
 from papers.masked import MaskedVAR
 from papers.tuning import Tuning, kept_tokens
-from sample import DEFAULTS
 from support.checkpoint import load_checkpoint
 from support.evaluation import Judge, evaluated_images, kept_classifier
 from tokenizer import Tokenizer, TokenizerConfig
@@ -150,7 +150,7 @@ def drawn_with(run, model, sampling, known=None) -> torch.Tensor:
     return replace(run, model=model, sampling=sampling).generate([0, 3, 5, 5], 7, known)
 
 
-@pytest.mark.parametrize("sampling", [DEFAULTS, UNFILTERED])
+@pytest.mark.parametrize("sampling", [FILTERED, UNFILTERED])
 def test_one_pass_draws_what_var_draws(run, told, sampling):
     model, tokens_NL, _ = told
     assert torch.equal(drawn_with(run, model, sampling), drawn_with(run, run.model, sampling))
@@ -336,7 +336,7 @@ def test_the_pages_on_passes(run, folder):
     judge = Judge(kept_classifier(run), originals, run.classes)
     for name, kind, sampling, passes in (
             ("plain VAR, top-p 0.9", "plain", replace(UNFILTERED, top_p=0.9), [1, 1, 1]),
-            ("filtered: by confidence", "masked", DEFAULTS, [1, 2, 4])):
+            ("filtered: by confidence", "masked", FILTERED, [1, 2, 4])):
         models[kind].passes = passes
         models[kind].surest = True
         part = replace(run, model=models[kind], sampling=sampling)
@@ -448,7 +448,7 @@ def test_a_power_law_is_found():
 
 
 def test_errors_of_held_out_tokens(run):
-    run.sampling = replace(DEFAULTS, batch=16)
+    run.sampling = replace(FILTERED, batch=16)
     loss, error = scaling.errors(run, COUNT)
     images, labels = evaluated_images(run, COUNT)
     tokens_NL = run.encode(images)[1]

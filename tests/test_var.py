@@ -273,6 +273,16 @@ def test_guidance_grows_from_nothing_at_the_first_scale_to_cfg_at_the_last(monke
     assert asked == pytest.approx(guidances)
 
 
+def test_top_p_falls_from_the_first_scale_to_the_last(monkeypatch):
+    model, asked = lively(VAR(config(scales=(1, 2, 3)))), []
+    sample_tokens = kernels.sample_tokens
+    monkeypatch.setattr("var.sample_tokens", lambda *given: asked.append(given[4])
+                        or sample_tokens(*given))
+    for top_p in (0.7, (1.0, 0.6)):
+        model.generate(tokenizer(scales=(1, 2, 3)), torch.tensor([0]), top_p=top_p)
+    assert asked == [0.7] * 3 + [1.0, 0.8, 0.6]
+
+
 @torch.no_grad()
 def test_drawing_a_scale_and_the_caches_can_be_replaced():
     """Where other models of the family differ: what is drawn, and what a layer remembers."""
