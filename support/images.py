@@ -152,7 +152,7 @@ def decode_image(
         raise UserError(f"{path} cannot be read as an image: Pillow knows no such format")
     except Exception as error:   # damaged files make Pillow raise nearly anything
         raise UserError(f"{path} cannot be read as an image: {in_short(error)}")
-    return np.atleast_3d(pixels).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
 
 def settle_transparency(image: Image.Image) -> None:

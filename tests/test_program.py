@@ -114,7 +114,8 @@ def test_a_finished_run_is_left_as_it_is(folder, finished, tmp_path):
 def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path, how):
     same = ["--data", folder, *TINY, "--label-dropout", 0, "--tokenizer-steps", 30,
             "--var-steps", 12,
-            "--var-lr", 1e-3]   # at a high rate, rounding errors double every few steps
+            "--var-lr", 1e-3,   # at a high rate, rounding errors double every few steps
+            "--edge-weight", 0]   # the sign of a step near 0 is rounding, too
     if how == "two processes":   # the adversarial loss, whose weight is a micro-batch's, at last
         same += ["--adversarial-weight", 0.4, "--discriminator-width", 8,
                  "--adversarial-from", 0.9, "--grad-accumulation", 2]
@@ -135,7 +136,7 @@ def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path, h
     keys = [[(line["stage"], line["step"], line["split"]) for line in log] for log in logs]
     assert keys[0] == keys[1]
     losses = [[line["loss"] for line in log if line["split"] == "train"] for log in logs]
-    assert np.allclose(*losses, rtol=0, atol=1e-5)
+    assert np.allclose(*losses, rtol=0, atol=0 if how == "stream" else 1e-5)
 
 
 @pytest.mark.long
