@@ -545,6 +545,7 @@ class Nursery:
         except (OSError, ValueError):
             pass
         self.process.kill()
+        self.process.wait()
         raise Mistake("the process that runs tests crashed, or did not answer")
 
     def run(self, folder: Path, tests: list[str], seconds: float, watch: list[str] = ()) -> dict:
@@ -633,20 +634,28 @@ def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[st
     folders = [inner for folder in folders for inner in (
         [folder] if any((folder / file).exists() for file in files)
         else sorted(x for x in folder.iterdir() if x.is_dir()) or [folder])]
-    pairs = zip(names_of(folders), folders)
+    pairs = list(zip(names_of(folders), folders))
 
-    def one(pair: tuple[str, Path]) -> tuple[str, dict]:
-        name, folder = pair
-        try:
+    def some(pairs: list[tuple[str, Path]]) -> list[tuple[str, dict]]:
+        """One process that runs tests serves many folders; after a crash the next gets a new one."""
+        graded = []
+        while len(graded) < len(pairs):
             with Nursery() as nursery:
-                result = grade(assignment, folder, nursery)
-        except Exception as error:      # the others are to be graded all the same
-            result = none(assignment, f"could not be graded: {type(error).__name__}: {error}")
-        print(f"{name}\n{textwrap.indent(told(result), '    ')}", flush=True)
-        return name, result
+                for name, folder in pairs[len(graded):]:
+                    try:
+                        result = grade(assignment, folder, nursery)
+                    except Exception as error:      # the others are to be graded all the same
+                        why = f"could not be graded: {type(error).__name__}: {error}"
+                        result = none(assignment, why)
+                    print(f"{name}\n{textwrap.indent(told(result), '    ')}", flush=True)
+                    graded.append((name, result))
+                    if nursery.process.poll() is not None:
+                        break
+        return graded
 
     with ThreadPoolExecutor(jobs) as pool:
-        results = dict(pool.map(one, pairs))
+        shares = pool.map(some, (pairs[i::jobs] for i in range(jobs)))
+        results = dict(sorted(sum(shares, [])))
     first: dict[str, str] = {normal({body: text_of((ROOT / path_of(body)).read_text(), body)
                                      for body in assignment.bodies}): "the original"}
     for name, result in results.items():

@@ -67,7 +67,8 @@ LIST = [
             C] and images are [B, C, s, s]: a `reshape` between the two compiles, runs, and is
             wrong. Upsampling is bicubic, averaging is over areas; phi is called like a function,
             and which phi serves which scale stands in `phi_of_scale`. `decode` also takes the first
-            few maps alone.
+            few maps alone. Compute outside of autocast, in the dtype of what you are given; a sum
+            is a new tensor: training fails if `accumulate` changes f_hat in place.
         """,
         question="""
             How much does phi repair? `PHI_STRENGTH` is 0.5 as published. Train three tokenizers, a
@@ -78,7 +79,7 @@ LIST = [
                 import tokenizer
                 import train
                 tokenizer.PHI_STRENGTH = float(sys.argv.pop())
-                main()
+                train.main()
 
                 for s in 0 0.5 1; do
                     python phi.py --stage tokenizer --tokenizer-steps 800 --out out/phi-$s $s
@@ -116,8 +117,8 @@ LIST = [
             Hints. Write down first, for each of the three results (value, gradient to the encoder,
             gradient to the codebook and the phis), where it must come from; then place each
             `detach`. The loss is a mean over scales of means over numbers. What the next scale
-            reads must not be part of the gradient. `residuals` and `new_hits_V` are for assignment
-            3: kept and counted only in training, and a step may be computed in several parts.
+            reads must not be part of the gradient. `last_tokens_BL` and `last_residuals` are
+            for assignment 3: kept in training mode only, of the last pass only, without a graph.
         """,
         question="""
             Why is every scale's sum held to the latent, and not the last alone? Change your
@@ -129,7 +130,7 @@ LIST = [
 
             Compare the PSNR after 1x1, 2x2, ... that both print at the end. A good answer says what
             happens to the coarse scales and to the last, shows pictures of the first scale alone
-            (`python sample.py --codes data:3` needs a transformer, so decode `tokens_BL[:, :1]`
+            (`python sample.py codes --image data:3` needs a transformer, so decode `tokens_BL[:, :1]`
             yourself), and argues which of the two the transformer would rather predict.
         """,
     ),
@@ -155,15 +156,15 @@ LIST = [
         text="""
             A code that is never the nearest gets no gradient, so it will never be the nearest: the
             codebook collapses. Three functions keep it alive. `start_from` puts the first codes
-            where residuals are, `remember` keeps a running count of hits, `revive` moves dead codes
-            to where they are needed.
+            where residuals are, `update_hits` keeps a running mean of hits, `revive` moves dead
+            codes to where they are needed.
 
             Hints. In `start_from` codes that do not exist yet must not be chosen: search only the
             part that is filled. Each scale gets an equal share of the codes, also where K does not
             divide V. In `revive` the scale is drawn first and the place second; draw from the
-            residuals of all images, and of all processes (`over_processes`). Whatever the optimizer
-            remembers of a code is about the code that was there before. `remember` adds up over
-            processes first, where there are several.
+            residuals of all images. Whatever the optimizer remembers of a code is about the code
+            that was there before. The stage in train.py counts, and sums over processes. The
+            codebook stays the parameter that it is: it is changed in place, outside of any graph.
         """,
         question="""
             What happens without revival? Nothing is below 0 times the average:
@@ -172,7 +173,7 @@ LIST = [
                 import tokenizer
                 import train
                 tokenizer.DEAD_BELOW = 0
-                main()
+                train.main()
 
                 python train.py --stage tokenizer --tokenizer-steps 800 --out out/revived
                 python dead.py --stage tokenizer --tokenizer-steps 800 --out out/dead
@@ -249,15 +250,14 @@ LIST = [
         text="""
             In next-scale prediction a token sees one unbroken range of keys, so a mask is a table
             of two columns: `first` and `last`. You write the table of a pyramid, the same table by
-            keys instead of queries, and attention that follows it in PyTorch, with one call for
-            each run of queries that see the same keys. `F.scaled_dot_product_attention` may be
-            used; a mask as large as queries times keys may not be made.
+            keys instead of queries, and attention that follows it in PyTorch:
+            which keys are in sight of anybody, the mask over those, and none where all queries see
+            all of them. `F.scaled_dot_product_attention` may be used.
 
             Hints. Draw the table for scales (1, 2, 3) on paper, for "all so far", for 1 and for 2
             scales in sight. In the transposed table a key may be seen by nobody: then first and
             last are equal. `torch.searchsorted` on a sorted column answers "how many are at most
-            x", and right=True or False is the whole exercise. Short runs may share a call, with a
-            small mask between them.
+            x", and right=True or False is the whole exercise.
         """,
         question="""
             How far must a token see? Train three transformers on one tokenizer, about a minute and
@@ -340,6 +340,7 @@ LIST = [
             TRANSFORMER + "test_guidance_grows_from_nothing_at_the_first_scale_to_cfg_at_the_"
                           "last": 2,
             TRANSFORMER + "test_guidance": 1,
+            TRANSFORMER + "test_top_p_falls_from_the_first_scale_to_the_last": 1,
             TRANSFORMER + "test_one_scale_alone_generates": 1,
             TRANSFORMER + "test_an_interrupted_generation_leaves_nothing_behind": 1,
             GRADED + "test_no_guidance_does_not_pay_for_it": 1,
@@ -372,15 +373,15 @@ LIST = [
                 import torch
                 import sample
                 import var
+                from support.devices import choose_machine
+                from support.images import grid_of_classes, save_picture, to_bytes
 
-                options = sample.parse([])
-                settle_device(options)
-                run = sample.load(options)
+                run = sample.load_run(Path("out/shapes"), choose_machine("cpu"))
                 last = len(run.tokenizer.config.scales) - 1
                 kernel = var.sample_tokens
 
                 def constant(cond, uncond, guidance, *rest):
-                    return kernel(cond, uncond, options.cfg / 2, *rest)
+                    return kernel(cond, uncond, run.sampling.cfg / 2, *rest)
 
                 for name, draw in (("growing", kernel), ("constant", constant)):
                     var.sample_tokens = draw
@@ -430,20 +431,23 @@ LIST = [
             included. Probabilities are counted in whole units of 2^-40 of the largest (see the
             section's comment): sums are exact, and the Triton kernel draws the same token. The
             target is the float32 product of the sum and p, cut to a whole number. All in float32;
-            the caller's tensors stay as they are.
+            the caller's tensors stay as they are. Logits are (1 + t) cond - t uncond, or cond alone
+            where uncond is None; top_k <= 0 or >= V keeps all, and so does top_p 1. The result is
+            int64 [B, l], on the device of the logits.
         """,
         question="""
             What does top-p trade? Draw with five values and measure how likely the samples are to
             the model itself and how different they are from each other:
 
                 # variety.py
+                from pathlib import Path
                 import torch
                 import sample
+                from support.devices import choose_machine
 
                 for top_p in (0.5, 0.6, 0.75, 0.9, 1.0):
-                    options = sample.parse(["--cfg", "0", "--top-p", str(top_p)])
-                    settle_device(options)
-                    run = sample.load(options)
+                    sampling = sample.Sampling(0.0, 900, top_p)
+                    run = sample.load_run(Path("out/shapes"), choose_machine("cpu"), sampling)
                     labels = [label for label in range(10) for _ in range(16)]
                     tokens_NL = run.generate(labels, seed=0)
                     nats = -run.log_likelihood(tokens_NL, labels).mean() / tokens_NL.shape[1]
@@ -497,7 +501,7 @@ LIST = [
                     x = torch.empty(64, 680, 1024, dtype=dtype, device="meta")
                     gate = torch.empty(64, 1024, dtype=dtype, device="meta")
                     with benchmark.BytesMoved() as moved:
-                        kernels.obvious_adaln(x, x, gate, gate, gate)
+                        kernels.adaln_torch(x, x, gate, gate, gate, dtype)
                     print(dtype, moved.total / x.numel(), "bytes per number of x")
 
             Set that beside the bytes of your own kernel, from its loads and stores, forward and
@@ -537,13 +541,13 @@ LIST = [
             change:
 
                 # half.py
+                from pathlib import Path
                 import sample
                 import tokenizer
-                import torch
+                from support.devices import choose_machine
+                from support.images import to_float
 
-                options = sample.parse([])
-                settle_device(options)
-                run = sample.load(options)
+                run = sample.load_run(Path("out/shapes"), choose_machine("cpu"))
                 images = to_float(run.held_out.tensors[0][:200])
                 nearest = tokenizer.nearest_code
 
@@ -707,7 +711,7 @@ LIST = [
 
                 for box in "0.25 0.25 0.75 0.75" "0 0 0.5 1" "0.6 0.6 0.9 0.9"; do
                     for loop in "" --open-loop; do
-                        python sample.py --task inpaint --image data:{0..49} --seeds 0 1 \\
+                        python sample.py inpaint --image data:{0..49} --seeds 0 1 \\
                             --box $box $loop --out x.png
                     done
                 done

@@ -274,16 +274,17 @@ PLANTED = {
         ("modulations, ranges, caches)", "modulations, ranges, self.new_caches())"),
     ],
     "var.VAR.draw": [
-        ("cfg * k / max(last, 1)", "cfg"),
-        ("cfg * k / max(last, 1)", "cfg * (k + 1) / len(self.config.scales)"),
-        ("cfg * k / max(last, 1)", "cfg * k / len(self.config.scales)"),
-        ("cfg * k / max(last, 1)", "cfg * k / last"),
-        ("cfg * k / max(last, 1)", "cfg * (last - k) / max(last, 1)"),
+        ("cfg * progress", "cfg"),
+        ("cfg * progress", "cfg * (k + 1) / len(self.config.scales)"),
+        ("cfg * progress", "cfg * k / len(self.config.scales)"),
+        ("cfg * progress", "cfg * k / (len(self.config.scales) - 1)"),
+        ("cfg * progress", "cfg * (1 - progress)"),
         ("cond_BlV, uncond_BlV = logits_BlV.chunk(2)",
          "uncond_BlV, cond_BlV = logits_BlV.chunk(2)"),
         ("noise_BlV.exponential_(generator=generator)", "noise_BlV.uniform_(generator=generator)"),
         ("noise_BlV.exponential_(generator=generator)", "noise_BlV.exponential_()"),
         ("top_k, top_p, noise_BlV)", "0, 1.0, noise_BlV)"),
+        ("top_p = first + (final - first) * progress", "top_p = first"),
     ],
     # 8 Sampling
     "kernels.sample_tokens_torch": [
