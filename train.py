@@ -103,9 +103,6 @@ def main() -> None:
         preset, machine, out, options.seed, options.resume, options.checkpoint_every,
         options.grad_accumulation, options.checkpoint_activations, options.workers)
     first = rank_and_world()[0] == 0
-    if first:
-        images, labels = data.held_out.tensors
-        save_checkpoint(out / "held_out.pt", "set of held-out images", images=images, labels=labels)
     if "tokenizer" in stages:
         tokenizer = TokenizerStage(data, settings, options.perceptual).run()
     elif options.tokenizer and first:
@@ -115,9 +112,7 @@ def main() -> None:
     if first:
         curves = draw_curves(read_log(out / "log.jsonl"), preset.scales)
         save_picture(out / "curves.png", curves)
-        images, labels = classifier_images(data, options.workers)
-        save_checkpoint(out / "train_images.pt", "set of training images", images=images,
-                        labels=labels, side=preset.image_size, data_set=data.digest)
+        data.keep_classifier_images(out, options.workers)
         say(f"{out} is complete; python sample.py --run {out} draws from it")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -211,6 +206,8 @@ class Stage:
                 return self.ema
         else:
             self.begin()
+        if rank == 0:   # not before: a checkpoint of other images is refused, and changes nothing
+            self.data.keep_held_out(settings.out)
         log = Log(settings.out / "log.jsonl", self.name, self.step)
         order = shuffled(len(self.rows), self.batch, settings.seed, self.step, self.steps)
         batches = read_batches(self.rows, map(own_part, order), settings.workers, machine.device)

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from support.checkpoint import download
+from support.checkpoint import download, save_checkpoint
 from support.cli import UserError, in_short
 from support.devices import rank_and_world, say, wait_for_others
 from support.evaluation import CLASSIFIER_IMAGES, averaged_down
@@ -36,6 +36,18 @@ class Data:
     @property
     def channels(self) -> int:
         return self.held_out.tensors[0].shape[1]
+
+    def keep_held_out(self, out: Path) -> None:
+        """In a run's folder, for sample.py."""
+        images, labels = self.held_out.tensors
+        save_checkpoint(out / "held_out.pt", "set of held-out images", images=images, labels=labels)
+
+    def keep_classifier_images(self, out: Path, workers: int) -> None:
+        """In a run's folder, for the classifier by which sample.py judges."""
+        images, labels = classifier_images(self, workers)
+        side = self.held_out.tensors[0].shape[-1]
+        save_checkpoint(out / "train_images.pt", "set of training images", images=images,
+                        labels=labels, side=side, data_set=self.digest)
 
 
 def load_data(

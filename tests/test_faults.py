@@ -154,7 +154,7 @@ def write_other_tokenizer(finished: Path, path: Path) -> Path:
 def test_resuming_with_other_images_is_refused_and_changes_nothing(folder, finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
     data = shutil.copytree(folder, tmp_path / "data")
-    (data / "cat" / "03.png").unlink()
+    (data / "cat" / "00.jpg").unlink()   # it is held out
     before = (out / "held_out.pt").read_bytes()
     told = refused("train.py", "--data", data, "--out", out, *TINY, "--resume")
     assert "made with another data set" in told
