@@ -91,10 +91,12 @@ def main() -> None:
     preset = chosen_preset(options)
     channels = options.channels
     if "tokenizer" not in stages:
-        tokenizer = finished_tokenizer(options.tokenizer or out / "tokenizer.pt", preset.scales)
+        given = given_values(options)
+        path = options.tokenizer or out / "tokenizer.pt"
+        tokenizer = finished_tokenizer(path, given.get("scales"))
         config = tokenizer.config
         channels = config.image_channels
-        preset = preset.of_tokenizer(asdict(config), config.image_side, given_values(options))
+        preset = preset.of_tokenizer(asdict(config), config.image_side, given)
     check_preset(preset, channels, machine)
     check_sizes(preset, stages, rank_and_world()[1] * options.grad_accumulation)
     data = load_data(options.data, preset.image_size, channels, out, options.data_dir,
@@ -473,7 +475,7 @@ def edge_loss(x: Tensor, y: Tensor) -> Tensor:
     return sum(errors) / 2
 
 
-def finished_tokenizer(path: Path, scales: tuple[int, ...]) -> Tokenizer:
+def finished_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
     """A trained tokenizer of ours, or a published one, whose tensors do not tell its scales."""
     if path.suffix == ".pt" and "training" in load_checkpoint(path, "tokenizer"):
         raise UserError(f"{path} is not trained to its end; --stage tokenizer --resume, in its "

@@ -89,6 +89,20 @@ WRAPPED = {
 }
 
 
+def test_a_transformer_is_trained_on_a_published_tokenizer(case, folder, tmp_path):
+    """It is read before any image, and takes the place of the preset's flags for tokenizers."""
+    torch.save(case[0]["vae"], tmp_path / "vae.pth")
+    config = Tokenizer.from_official(case[0]["vae"]).config
+    flags = ["--data", folder, "--out", tmp_path / "run", "--tokenizer", tmp_path / "vae.pth",
+             "--device", "cpu"]
+    told = refused("train.py", *flags, "--image-size", 256)
+    assert f"--image-size 256 is not that of the tokenizer, which has {config.image_side}" in told
+    assert "--vocabulary 7 is not that" in refused("train.py", *flags, "--vocabulary", 7)
+    assert not (tmp_path / "run").exists()   # nothing was decoded
+    ran("train.py", *flags, "--var-steps", 1, "--var-batch", 2, "--width", 32, "--depth", 1)
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
 def test_wrapped_and_prefixed_files_are_opened(case, wrap):
     for part, read in (("vae", tokenizer_of), ("var", transformer_of)):
