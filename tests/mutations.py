@@ -21,9 +21,11 @@ PLANTED = {
         ("enabled=False", "enabled=True, dtype=torch.bfloat16"),
     ],
     "tokenizer.Quantizer.read": [
-        ('mode="area"', 'mode="bilinear"'),
-        ('mode="area"', 'mode="nearest"'),
-        ('mode="area"', 'mode="bicubic"'),
+        ("area_sS @ f_BCSS @ area_sS.T", "area_sS.sign() @ f_BCSS @ area_sS.sign().T"),
+        ("area_sS @ f_BCSS @ area_sS.T",
+         "f_BCSS[:, :, ::f_BCSS.shape[2] // len(area_sS), ::f_BCSS.shape[3] // len(area_sS)]"
+         "[:, :, :len(area_sS), :len(area_sS)]"),
+        ("area_sS @ f_BCSS @ area_sS.T", "area_sS @ f_BCSS.mT @ area_sS.T"),
         ("f_BCss.flatten(2).transpose(1, 2)", "f_BCss.mT.flatten(2).transpose(1, 2)"),
         ("f_BCss.flatten(2).transpose(1, 2)", "f_BCss.reshape(len(f_BCss), s * s, -1)"),
         ("self.areas_XS.split(self.scales)[k]", "self.areas_XS.split(self.scales)[k - 1]"),
