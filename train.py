@@ -76,7 +76,7 @@ class Settings:
     checkpoint_every: int = 1000          # steps
     grad_accumulation: int = 1            # micro-batches in a step, on each process
     checkpoint_activations: bool = False  # compute layers twice, to keep less in memory
-    workers: int = 0                      # processes that read image files
+    workers: int = 0                      # threads that read image files
 
 
 def main() -> None:

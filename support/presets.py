@@ -181,7 +181,7 @@ def training_flags(description: str) -> Parser:
     add("--white-level", type=number(int, 1, 65535), metavar="N",
         help="the white of 16-bit files that do not use all bits, as 4095 for 12")
     add("--workers", type=STEPS, default=min(8, own_cores()),
-        help="processes that read the images of a folder (default: %(default)s)")
+        help="threads that read the images of a folder (default: %(default)s)")
     add("--stream", action="store_true",
         help="read a folder's images as training goes, instead of decoding them once")
     add_preset_flags(parser)
