@@ -139,7 +139,7 @@ def decode_image(
         with Image.open(io.BytesIO(content)) as image:
             image.verify()   # compares a PNG's checksums; afterwards it must be opened anew
         with Image.open(io.BytesIO(content)) as image:
-            whiten_transparency(image)
+            transparency_in_eight_bits(image)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):
                 image = in_eight_bits(image, white)
@@ -155,7 +155,7 @@ def decode_image(
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
 
-def whiten_transparency(image: Image.Image) -> None:
+def transparency_in_eight_bits(image: Image.Image) -> None:
     """A PNG names its transparent colour in the bits of the file; Pillow compares it in eight."""
     if image.format == "PNG" and "transparency" in image.info:
         scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(image.tile[0].args)
