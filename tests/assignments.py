@@ -406,7 +406,8 @@ class Reader(ast.NodeVisitor):
             getattr(x, "name", None) for x in tree_of(source).body}
         self.outside = self.outside - bound | {"self"}
         node = ast.parse(textwrap.dedent(text)).body[0]
-        self.read_scope(scope_of(text), {x.arg for x in ast.walk(node.args) if isinstance(x, ast.arg)})
+        given = {x.arg for x in ast.walk(node.args) if isinstance(x, ast.arg)}
+        self.read_scope(scope_of(text), given)
         for statement in node.body[ast.get_docstring(node) is not None:]:
             self.visit(statement)
 
@@ -637,7 +638,7 @@ def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[st
     pairs = list(zip(names_of(folders), folders))
 
     def some(pairs: list[tuple[str, Path]]) -> list[tuple[str, dict]]:
-        """One process that runs tests serves many folders; after a crash the next gets a new one."""
+        """One process runs the tests of many folders; after a crash the next gets a new one."""
         graded = []
         while len(graded) < len(pairs):
             with Nursery() as nursery:

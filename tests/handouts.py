@@ -130,7 +130,7 @@ LIST = [
 
             Compare the PSNR after 1x1, 2x2, ... that both print at the end. A good answer says what
             happens to the coarse scales and to the last, shows pictures of the first scale alone
-            (`python sample.py codes --image data:3` needs a transformer, so decode `tokens_BL[:, :1]`
+            (`python sample.py codes data:3` needs a transformer, so decode `tokens_BL[:, :1]`
             yourself), and argues which of the two the transformer would rather predict.
         """,
     ),
@@ -677,7 +677,8 @@ LIST = [
     Assignment(
         number=13,
         title="In-painting",
-        bodies=("sample.Known.put", "sample.Known.tokens", "sample.Known.places", "sample.fill_holes"),
+        bodies=("sample.Known.put", "sample.Known.tokens", "sample.Known.places",
+                "sample.fill_holes"),
         give_aways=("tokenizer.Quantizer.encode", "tokenizer.Quantizer.forward",
                     "tokenizer.Quantizer.start_from"),
         forbidden=(),
@@ -711,7 +712,7 @@ LIST = [
 
                 for box in "0.25 0.25 0.75 0.75" "0 0 0.5 1" "0.6 0.6 0.9 0.9"; do
                     for loop in "" --open-loop; do
-                        python sample.py inpaint --image data:{0..49} --seeds 0 1 \\
+                        python sample.py inpaint data:{0..49} --seeds 0 1 \\
                             --box $box $loop --out x.png
                     done
                 done

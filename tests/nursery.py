@@ -214,7 +214,7 @@ class Outcomes:
 
 
 def watched(function, name: str):
-    """The function, which fails if it changes a tensor that it was given; room is there for that."""
+    """The function, which fails if it changes a tensor it was given, other than `room`."""
     import torch
     from torch.utils._pytree import tree_leaves
 
