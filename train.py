@@ -97,7 +97,7 @@ def main() -> None:
         config = tokenizer.config
         channels = config.image_channels
         preset = preset.of_tokenizer(asdict(config), config.image_side, given)
-    check_preset(preset, channels, machine)
+    check_preset(preset, machine)
     check_sizes(preset, stages, rank_and_world()[1] * options.grad_accumulation)
     data = load_data(options.data, preset.image_size, channels, out, options.data_dir,
                      options.seed, options.workers, options.stream, options.white_level)
@@ -120,10 +120,10 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def check_preset(preset: Preset, channels: int, machine: Machine) -> None:
+def check_preset(preset: Preset, machine: Machine) -> None:
     """Raises UserError for values of which no model can be made."""
     try:
-        TokenizerConfig(**preset.tokenizer_shape(channels))
+        TokenizerConfig(**preset.tokenizer_shape(image_channels=3))
         VARConfig(**preset.var_shape(classes=1))
     except ValueError as error:
         raise UserError(str(error))

@@ -129,6 +129,8 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
 def output(text: str) -> Path:
     """The type of a flag that names a file to write: its place is tried before anything is done."""
     path = Path(text)
+    if path.suffix in (".pt", ".pth", ".safetensors"):
+        raise ArgumentTypeError(f"{text} is named as checkpoints are, and would take one's place")
     if path.exists() and not path.is_file():
         raise ArgumentTypeError(f"{text} is there and is no file")
     try:

@@ -53,7 +53,7 @@ class Data:
 def load_data(
     name: str,
     side: int,
-    channels: int,
+    channels: int | None,
     out: Path,
     data_dir: Path,
     seed: int,
@@ -64,7 +64,8 @@ def load_data(
     """Images to train on, and images to hold out.
 
     name: shapes, a published set, looked for and downloaded to `data_dir`, or a folder, which is
-    decoded to files in `out`, or read as training goes with `stream`. channels, workers and white
+    decoded to files in `out`, or read as training goes with `stream`. channels, if not None, are
+    those asked for; a folder is read so, in colour if not asked. workers and white
     (see folders.Form) are for folders; seed is for shapes. Raises UserError.
     """
     rank, _ = rank_and_world()
@@ -78,7 +79,7 @@ def load_data(
         read = read_cifar10 if name == "cifar10" else read_idx
         data = data_of(*read(name, data_dir, side), PUBLISHED[name].classes)
     elif Path(name).is_dir():
-        form = Form(side, channels, white)
+        form = Form(side, channels or 3, white)
         folder, classes = load_folder(Path(name), form, out, workers, stream)
         data = Data(folder.train, folder.held_out, classes, folder.digest)
     else:
@@ -86,6 +87,9 @@ def load_data(
                         f"{', '.join(PUBLISHED)}")
     if rank == 0:
         wait_for_others()
+    if channels not in (None, data.channels):
+        raise UserError(f"{name} has images of {data.channels} channels, and {channels} are asked "
+                        f"for, by --channels or the tokenizer")
     say(f"{name}: {len(data.train)} training and {len(data.held_out)} held-out images, "
         f"{len(data.classes)} classes: {in_short(', '.join(data.classes), 100)}")
     return data

@@ -176,8 +176,8 @@ def training_flags(description: str) -> Parser:
     add = parser.add_argument_group("images").add_argument
     add("--data-dir", type=Path, default=Path("data"),
         help="where published data sets are looked for, and downloaded to")
-    add("--channels", type=int, choices=(1, 3), default=3,
-        help="3 for colour or 1 for grey, of images in a folder")
+    add("--channels", type=int, choices=(1, 3),
+        help="3 for colour or 1 for grey, of images in a folder (default: 3)")
     add("--white-level", type=number(int, 1, 65535), metavar="N",
         help="the white of 16-bit files that do not use all bits, as 4095 for 12")
     add("--workers", type=STEPS, default=min(8, own_cores()),

@@ -384,6 +384,8 @@ def test_mistakes_in_training(folder, tmp_path):
     for device in ("nonsense", "meta"):
         assert "cannot be used" in refusal("--device", device)
     assert "would be taken for data" in refusal(out=folder / "out")
+    assert "shapes has images of 3 channels, and 1 are asked" in refusal("--channels", 1,
+                                                                         data="shapes")
     assert not (tmp_path / "out" / "tokenizer.pt").exists()
 
 

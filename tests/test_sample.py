@@ -494,6 +494,7 @@ def test_mistakes(judged, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for command, told in {
         "inpaint": "required: IMAGE",
+        f"--out {tmp_path}/var.pt": "named as checkpoints are",
         "edit data:3": "edit needs --class",
         "inpaint data:3 --box 0 0 1.5 1": "--box: 1.5 must be from 0 to 1",
         "inpaint data:3 --box 0 0 nan 1": "nan must be from 0 to 1",
