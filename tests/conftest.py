@@ -28,7 +28,7 @@ settings.load_profile("same")
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """A data set of one's own: two classes, several modes and formats, one file that is no image."""
+    """A data set of one's own: two classes, several modes and formats, one that is no image."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for label, name in enumerate(("cat", "dog")):
@@ -46,17 +46,6 @@ def finished(folder, tmp_path_factory) -> Path:
     """A whole run on that folder."""
     out = tmp_path_factory.mktemp("run")
     result = run("train.py", "--data", folder, "--out", out, *TINY)
-    assert result.returncode == 0, result.stderr
-    return out
-
-
-@pytest.fixture(scope="session")
-def shapes(tmp_path_factory) -> Path:
-    """A short run on the built-in data: its reconstructions already resemble the images."""
-    out = tmp_path_factory.mktemp("shapes")
-    result = run("train.py", "--out", out, *TINY, "--image-size", 16, "--scales", "1,2,4",
-                 "--multipliers", "1,2,2", "--tokenizer-steps", 150, "--var-steps", 60,
-                 "--code-channels", 8)
     assert result.returncode == 0, result.stderr
     return out
 
