@@ -46,7 +46,7 @@ from support.presets import add_preset_flags, chosen_preset
 CPU = torch.device("cpu")
 
 
-def load(name, out: Path = Path("unused"), side: int = 8, channels: int = 3, **others) -> Data:
+def load(name, out: Path = Path("unused"), side: int = 8, channels: int | None = None, **others) -> Data:
     return load_data(str(name), side, channels, out, **{
         "data_dir": Path("unused"), "seed": 0, "workers": 2, "stream": False, **others})
 
