@@ -7,7 +7,7 @@
     python sample.py codes data:3                    an image's token maps, and what each adds
     python sample.py evaluate 1000                   how good the images are, in figures
     python sample.py export 50000 samples.npz        for the field's evaluation programs
-    python sample.py --tokenizer vae_ch160v4096z32.pth --var var_d16.pth --classes 207 980
+    python sample.py --published d16 --classes 207 980
 
 train.py writes a run's folder, out/shapes for one; a published pair of checkpoints does as well.
 `python sample.py --help` names all commands, and each has a --help of its own.
@@ -40,6 +40,7 @@ from support.images import (
     at_a_time, batches, composed, grid, grid_of_classes, grid_of_pairs, known_pixels, legible,
     read_images, save_film, save_npz, save_picture, to_bytes, to_float,
 )
+from support.published import class_names, published_pair
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig
 from var import VAR, VARConfig
 
@@ -48,7 +49,10 @@ def main() -> None:
     options = parse(asdict(DEFAULTS))
     machine = choose_machine(options.device, options.precision, options.compile)
     sampling = Sampling(options.cfg, options.top_k, options.top_p, options.batch)
-    run = load_run(options.run, machine, sampling, options.tokenizer, options.var)
+    others = options.tokenizer, options.var
+    if options.published:
+        others = published_pair(options.published)
+    run = load_run(options.run, machine, sampling, *others)
     if machine.dtype != torch.float32:
         run.model.cast_layers(machine.dtype)
     elif machine.device.type == "cpu" and not machine.compile:
@@ -238,7 +242,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
             held_out = load_held_out(var_path.parent)
         else:
             model = VAR.from_official(read_tensors(var_path, "published checkpoint"))
-            classes = [str(label) for label in range(model.config.classes)]
+            classes = class_names(model.config.classes)
     tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
     if learned_from not in (None, fingerprint(tokenizer)):
         raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
@@ -306,12 +310,16 @@ def drawn(
     names = names or run.classes[:20]
     chosen = class_indices(names, run.classes)
     tokens_NL = run.generate(np.repeat(chosen, per_class).tolist(), seed)
-    return list(map(legible, names, chosen)), tokens_NL
+    labels = [name if composed(name) in map(composed, run.classes) else f"{name} {run.classes[i]}"
+              for name, i in zip(names, chosen)]
+    return list(map(legible, labels, chosen)), tokens_NL
 
 
 def class_indices(names: list[str], classes: list[str]) -> list[int]:
-    """The numbers of classes. é may be one letter or two, by keyboard and file system."""
-    index = {composed(name): i for i, name in enumerate(classes)}
+    """The numbers of classes, named or numbered. é may be one letter or two, by keyboard and file
+    system."""
+    index = {str(i): i for i in range(len(classes))}
+    index |= {composed(name): i for i, name in enumerate(classes)}   # which come before numbers
     chosen = [index.get(composed(name)) for name in names]
     if None in chosen:
         there = ", ".join(classes) if len(classes) <= 20 else f"{classes[0]} to {classes[-1]}"

@@ -10,6 +10,7 @@ import pickle
 import socket
 import zipfile
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -126,13 +127,16 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def download(url: str, path: Path) -> None:
-    """Fetch a file, with a progress bar. Raises UserError where the network does not have it."""
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Fetch a file, with a progress bar; it is there when it is whole, and has the SHA-256 given.
+
+    Raises UserError where the network does not have it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(30)   # seconds without a byte
     try:
-        torch.hub.download_url_to_file(url, str(path))
-    except OSError as error:
+        torch.hub.download_url_to_file(url, str(path), sha256)
+    except (OSError, HTTPException, RuntimeError) as error:   # the last for another SHA-256
         raise UserError(f"cannot download {url} ({error}); fetch it by other means, as {path}")
 
 

@@ -50,8 +50,8 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     ("export", "--rejection", dict(
         type=SHARE, default=1.0, help="keep this share of what is drawn, the most likely")),
     (CLASSES, "--classes", dict(
-        nargs="+", metavar="NAME", help="numbers for a published model; all, at most 20, if not "
-        "given")),
+        nargs="+", metavar="NAME", help="or numbers, as of a published model, whose names take "
+        "torchvision; all, at most 20, if not given")),
     (CLASSES, "--per-class", dict(type=COUNT, default=8, help="images per class")),
     ("progress", "--gif", dict(type=output, help="where to write a film of them, too")),
     (f"{COMPLETED} attention", "--class", dict(
@@ -90,6 +90,9 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (" ".join(COMMANDS), "--tokenizer", dict(
         type=Path, help="another than the run's: a .pt of train.py or a published .pth")),
     (" ".join(COMMANDS), "--var", dict(type=Path, help="another transformer, likewise")),
+    (" ".join(COMMANDS), "--published", dict(
+        choices=("d16", "d20", "d24", "d30", "d36"), help="instead of a run, the authors' models, "
+        "downloaded to data/published: 1.2, 2.4, 4.1, 8.0, or 9.4 GB, and 0.4 for the tokenizer")),
 ]
 
 

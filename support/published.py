@@ -7,11 +7,31 @@ them.
 """
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from support.checkpoint import download
+
+# The files that the authors' README links to, as they are since May 2024. The SHA-256 are those of
+# Hugging Face's LFS pointers; the pages with those of d24 and d30 were not to be had, and they are
+# as recorded in github.com/amy499/var-scale-audit (configs), which agrees in the other files.
+URL = ("https://huggingface.co/FoundationVision/var/resolve/"
+       "6d0ee6598a42f75079aa79e58b012b57b284c91b/")
+FOLDER = Path("data/published")
+TOKENIZER_FILE = "vae_ch160v4096z32.pth"
+FILES = {
+    TOKENIZER_FILE: "7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c",
+    "var_d16.pth": "4f6151aad91c94e03e224dd7358d8389fa05301c0c291279566998efb54b0ecb",
+    "var_d20.pth": "f7d232978e6fe82a4f2e0f5d82b012e01b1aa5abfe93ce2b56104ec0e878a10f",
+    "var_d24.pth": "12c03619b2d3906ed19fe59539a90aadf60d72287dbaa31cf540435e76ddf789",
+    "var_d30.pth": "7b11551dd4d794c7d6ed10b3d2822d42efe609a86128171b646e543dd2633b56",
+    "var_d36.pth": "660201c829c6f7b775b9119867c12c11aaa68c72770dc33653eec1fa67e27d4d",
+}
 
 PUBLISHED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # of the 256-pixel models
 
@@ -49,6 +69,25 @@ TRANSFORMER_NAMES = [
     (r"\.ffn\.fc1\.", ".mlp.0."),
     (r"\.ffn\.fc2\.", ".mlp.2."),
 ]
+
+
+def published_pair(model: str) -> list[Path]:
+    """The authors' tokenizer and one of their transformers, "d16" say, downloaded if not there."""
+    paths = [FOLDER / name for name in (TOKENIZER_FILE, f"var_{model}.pth")]
+    for path in paths:
+        if not path.exists():
+            download(URL + path.name, path, FILES[path.name])
+    return paths
+
+
+def class_names(count: int) -> list[str]:
+    """ImageNet's, if there are so many and torchvision is installed; else numbers."""
+    if count == 1000:
+        # RuntimeError: torchvision is there, but of another PyTorch
+        with contextlib.suppress(ImportError, RuntimeError):
+            from torchvision.models import ResNet18_Weights
+            return ResNet18_Weights.DEFAULT.meta["categories"]
+    return [str(label) for label in range(count)]
 
 
 def tokenizer_of(content: dict, scales: tuple[int, ...] | None = None) -> tuple[dict, dict]:

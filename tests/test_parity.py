@@ -1,5 +1,11 @@
 """The published implementation's numbers, reproduced from deterministic weights (tests/golden/weights.py)."""
+import contextlib
+import hashlib
 import json
+import sys
+import threading
+import types
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +15,11 @@ from golden import weights
 from PIL import Image
 from program import ran, refused
 
-from support.published import PUBLISHED_SCALES, tokenizer_of, transformer_of
+from sample import class_indices
+from support import published
+from support.published import PUBLISHED_SCALES, class_names, tokenizer_of, transformer_of
 from tokenizer import Tokenizer
-from var import VAR
+from var import VAR, VARConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -70,6 +78,125 @@ def test_published_files_are_sampled_from_as_downloaded(case, tmp_path):
     with Image.open(tmp_path / "x.png") as image:
         assert image.height == 2 * 66 and len(np.unique(np.asarray(image))) > 20
     assert "not a published VAR transformer" in refused("sample.py", "--var", paths["vae"], *flags)
+
+
+@contextlib.contextmanager
+def served(files: dict[str, bytes], missing: int = 0):
+    """A server of these files on the loopback address; it breaks off so many bytes before the end.
+
+    Yields its address and the names that are asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path[1:])
+            content = files[self.path[1:]]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:len(content) - missing])
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/", asked
+        finally:
+            server.shutdown()
+
+
+@pytest.fixture
+def zoo(case, tmp_path, monkeypatch):
+    """The small published models as the contents of files, taken for d16 and its tokenizer."""
+    files = {}
+    for part, name in (("vae", "vae_ch160v4096z32.pth"), ("var", "var_d16.pth")):
+        torch.save(case[0][part], tmp_path / "saved")
+        files[name] = (tmp_path / "saved").read_bytes()
+        monkeypatch.setitem(published.FILES, name, hashlib.sha256(files[name]).hexdigest())
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    return files
+
+
+FLAGS = ["--published", "d16", "--classes", "2", "7", "--per-class", "1"]
+
+
+def test_published_models_are_downloaded_once(zoo, monkeypatch):
+    with served(zoo) as (url, asked):
+        monkeypatch.setattr(published, "URL", url)
+        ran("sample.py", *FLAGS)
+        assert asked == list(zoo)
+    assert {path.name for path in Path("data/published").iterdir()} == {*zoo, "grid.png"}
+    ran("sample.py", *FLAGS, "--out", "again.png")   # nobody serves any more
+    assert Path("again.png").read_bytes() == Path("data/published/grid.png").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["another", "broken off", "nobody there"])
+def test_published_models_are_whole_or_not_there(zoo, damage, monkeypatch):
+    content = {**zoo, "var_d16.pth": zoo["var_d16.pth"] + b"more"} if damage == "another" else zoo
+    with served(content, missing=1 if damage == "broken off" else 0) as (url, _):
+        monkeypatch.setattr(published, "URL", url)
+        if damage != "nobody there":
+            told = refused("sample.py", *FLAGS)
+    if damage == "nobody there":
+        told = refused("sample.py", *FLAGS)
+    name = "var_d16.pth" if damage == "another" else "vae_ch160v4096z32.pth"
+    assert f"cannot download {url}{name} (" in told
+    assert told.endswith(f"fetch it by other means, as {Path('data/published') / name}")
+    assert name not in {path.name for path in Path("data/published").iterdir()}
+    assert not list(Path("data/published").glob("*.partial"))
+
+
+def test_a_published_file_that_was_put_there_half_is_told(zoo):
+    Path("data/published").mkdir(parents=True)
+    for name, content in zoo.items():
+        Path("data/published", name).write_bytes(content[:len(content) // 2])
+    assert "var_d16.pth cannot be read, it is damaged" in refused("sample.py", *FLAGS)
+
+
+@pytest.mark.parametrize("depth, side, million, size", [
+    (16, 16, 310, 1_243_116_346), (20, 16, 600, 2_405_720_018), (24, 16, 1000, 4_135_702_618),
+    (30, 16, 2000, 8_042_296_286), (36, 32, 2300, 9_436_153_085)])
+def test_the_published_transformers_are_told_by_their_shapes(depth, side, million, size):
+    """Names and shapes as the authors' VAR has them, without values: as many parameters as their
+    README says, and as many bytes as the file has; those of d24 and d30 are of their first version."""
+    scales = PUBLISHED_SCALES if side == 16 else (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+    W, L, shared = 64 * depth, sum(s * s for s in scales), depth == 36
+    block = {"attn.scale_mul_1H11": [1, depth, 1, 1], "attn.q_bias": [W], "attn.v_bias": [W], "attn.zero_k_bias": [W],
+             "attn.mat_qkv.weight": [3 * W, W], "attn.proj.weight": [W, W], "attn.proj.bias": [W],
+             "ffn.fc1.weight": [4 * W, W], "ffn.fc1.bias": [4 * W], "ffn.fc2.weight": [W, 4 * W], "ffn.fc2.bias": [W]}
+    block |= {"ada_gss": [1, 1, 6, W]} if shared else {"ada_lin.1.weight": [6 * W, W], "ada_lin.1.bias": [6 * W]}
+    shapes = {"pos_start": [1, 1, W], "pos_1LC": [1, L, W], "attn_bias_for_masking": [1, 1, L, L],
+              "word_embed.weight": [W, 32], "word_embed.bias": [W], "class_emb.weight": [1001, W],
+              "lvl_embed.weight": [10, W], "head_nm.ada_lin.1.weight": [2 * W, W], "head_nm.ada_lin.1.bias": [2 * W],
+              "head.weight": [4096, W], "head.bias": [4096]}
+    shapes |= {"shared_ada_lin.1.weight": [6 * W, W], "shared_ada_lin.1.bias": [6 * W]} if shared else {}
+    shapes |= {f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()}
+    content = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    content["lvl_1L"] = torch.tensor([[k for k, s in enumerate(scales) for _ in range(s * s)]])
+    values, state = transformer_of(content)
+    config = VARConfig(**values)
+    assert config.scales == scales and config.shared_adaln == shared
+    assert (config.depth, config.heads, config.width, config.classes) == (depth, depth, W, 1000)
+    assert sum(x.numel() for x in state.values()) == pytest.approx(million * 1e6, rel=0.05)
+    assert 4 * sum(x.numel() for x in content.values()) == pytest.approx(size, rel=1e-3)
+    assert len(published.FILES[f"var_d{depth}.pth"]) == 64
+
+
+def test_classes_of_imagenet_have_names_where_torchvision_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)   # as if it were not installed
+    assert class_names(1000) == [str(i) for i in range(1000)]
+    known = [f"kind {i}" for i in range(1000)]
+    weights = types.SimpleNamespace(DEFAULT=types.SimpleNamespace(meta={"categories": known}))
+    for name, module in (("torchvision", types.ModuleType("torchvision")),
+                         ("torchvision.models", types.SimpleNamespace(ResNet18_Weights=weights))):
+        monkeypatch.setitem(sys.modules, name, module)
+    names = class_names(1000)
+    assert class_indices(["kind 207", "980"], names) == [207, 980]
+    assert class_names(10) == list("0123456789")
+    assert class_indices(["1", "2"], ["zero", "2", "1"]) == [2, 1]   # names come before numbers
 
 
 WRAPPED = {
