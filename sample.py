@@ -90,8 +90,9 @@ def main() -> None:
                 known_HW = known_pixels(options.mask or options.box, side,
                                         outside=options.command != "outpaint")
             label = asked_class(run, options.class_name)
-            picture = complete(run, load_images(run, options.images), known_HW, label,
-                               options.seeds, options.small, options.open_loop, options.paste)
+            picture = complete(
+                run, load_images(run, options.images), known_HW, label, options.seeds,
+                options.small, options.open_loop, options.paste, options.particles)
     path = options.out or run.folder / f"{options.command}.png"
     save_picture(path, picture)
     print(f"wrote {path}")
@@ -198,9 +199,13 @@ class Run:
         """What the first 1, 2, ... K scales decode to: bytes [N, side, side, channels] for each."""
         return [self.decode_to_bytes(tokens_NL[:, :span.stop]) for span in self.model.config.spans]
 
-    @torch.no_grad()
     def log_likelihood(self, tokens_NL: Tensor, labels: list[int]) -> Tensor:
         """log p(tokens | class) [N], in nats, without guidance."""
+        return self.log_likelihoods(tokens_NL, labels).sum(dim=1)
+
+    @torch.no_grad()
+    def log_likelihoods(self, tokens_NL: Tensor, labels: list[int]) -> Tensor:
+        """The same of each token, given those of coarser scales: [N, L]."""
         device = self.machine.device
         labels_N = torch.tensor(labels)
         likelihoods = []
@@ -211,7 +216,7 @@ class Run:
                 logits_BLV = self.model(labels_B, self.tokenizer.teacher_inputs(tokens_BL))
             logits_BVL = logits_BLV.float().transpose(1, 2)
             nats_BL = F.cross_entropy(logits_BVL, tokens_BL, reduction="none")
-            likelihoods.append(-nats_BL.sum(dim=1).cpu())
+            likelihoods.append(-nats_BL.cpu())
         return torch.cat(likelihoods)
 
     def held_out_images(self) -> Tensor:
@@ -412,11 +417,13 @@ class Known:
     scales: at how many of the scales, from the coarsest, anything is known.
     own_tokens_BL: if given, the images' tokens, computed beforehand, are put as they are: the open
         loop, as published.
+    free: whether the coarse maps are drawn in the holes, too: see `most_likely`.
     """
     latent_BCSS: Tensor
     where_B1SS: Tensor
     scales: int
     own_tokens_BL: Tensor | None = None
+    free: bool = False
 
     def put(self, drawn_Bl: Tensor, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
         """The tokens drawn for scale k [B, l], with the images' own where they are known."""
@@ -444,11 +451,14 @@ class Known:
         finest side, where a cell covers 4 x 4 of the finest or more, all cells are known, in the
         holes too. They say how large forms and colours go on there, and leave to the finer maps
         what is seen in them. On those, cells of which any part is known; and on the finest, those
-        of which half is, so that a hole ends where it was asked to.
+        of which half is, so that a hole ends where it was asked to. If coarse maps are free, that
+        is the rule on all.
         """
         s = quantizer.scales[k]
         S = quantizer.scales[-1]
         share_Bl = quantizer.read(self.where_B1SS, k).squeeze(-1)
+        if self.free:
+            return share_Bl >= 0.5
         if 4 * s <= S:
             share_Bl = share_Bl.amax(dim=1, keepdim=True).expand_as(share_Bl)
         return share_Bl >= 0.5 if s == S else share_Bl > 0
@@ -457,12 +467,15 @@ class Known:
 def complete(
     run: Run, given: Given, known_HW: Tensor | None, label: int, seeds: Sequence[int],
     small_side: int | None = None, open_loop: bool = False, paste: bool = False,
+    particles: int = 0,
 ) -> Image.Image:
     """In-painting and its kin: a row for each image, what is known of it, and a result per seed.
 
     known_HW: 1 where images are known and 0 where they are generated; None: everywhere, but the
         coarse scales alone, of images averaged down to `small_side`.
     open_loop: see `Known`. paste: put the known pixels over the results.
+    particles: how many results to choose each from, see `most_likely`; 0 is as published: one,
+        whose coarse maps are those of the border.
     """
     images = given.images
     device = run.machine.device
@@ -478,18 +491,44 @@ def complete(
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
     where_11SS = where_11SS.to(device)
 
-    def known_of(rows: slice) -> Known:
-        own_tokens_BL = tokens_NL[rows].to(device) if open_loop else None
-        return Known(latent_NCSS[rows].to(device), where_11SS, scales, own_tokens_BL)
+    image_N = torch.arange(len(images)).repeat_interleave(max(1, particles))
 
-    labels = [label] * len(images)
-    results = [run.decode(run.generate(labels, seed, known_of)) for seed in seeds]
+    def known_of(rows: slice) -> Known:
+        image_B = image_N[rows]
+        own_tokens_BL = tokens_NL[image_B].to(device) if open_loop else None
+        return Known(latent_NCSS[image_B].to(device), where_11SS, scales, own_tokens_BL,
+                     free=particles > 0)
+
+    results = []
+    for seed in seeds:
+        drawn_NL = run.generate([label] * len(image_N), seed, known_of)
+        if particles:
+            drawn_NL = most_likely(run, drawn_NL, label, known_of(slice(0, 1)), particles)
+        results.append(run.decode(drawn_NL))
     if paste:
         results = [torch.where(known_HW > 0, images, result) for result in results]
     if not known_HW.all():
         say_completion(results, images, known_HW)
     columns = map(to_bytes, (images, shown, *results))
     return grid(zip(given.names, zip(*columns)))
+
+
+def most_likely(run: Run, tokens_NL: Tensor, label: int, known: Known, particles: int) -> Tensor:
+    """Of each image's particles, a row each, the one that its known part speaks for.
+
+    What fits an image's known half is p(hole | known), and it cannot be drawn from: a scale's
+    tokens are drawn before the finer ones of the known part are looked at. But the model tells how
+    likely these are after what was drawn. So many particles each draw what is in the hole from
+    p(tokens | coarser ones), and are weighed by what they passed over, the product of
+    p(known token | coarser ones). (Importance sampling draws one by these weights; the heaviest is
+    better than that.)
+    """
+    quantizer = run.tokenizer.quantizer
+    places = [known.places(quantizer, k) for k in range(len(quantizer.scales))]
+    known_1L = torch.cat(places, dim=1).cpu()
+    weights_NL = run.log_likelihoods(tokens_NL, [label] * len(tokens_NL)) * known_1L
+    best_n = weights_NL.sum(dim=1).view(-1, particles).argmax(dim=1)
+    return tokens_NL.unflatten(0, (-1, particles))[torch.arange(len(best_n)), best_n]
 
 
 def say_completion(results: list[Tensor], images: Tensor, known_HW: Tensor) -> None:

@@ -63,6 +63,9 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (HOLES, "--mask", dict(
         type=Path, help="instead of a box, an image in which what is to be generated is painted: "
         "in white on black, or in any colour on a transparent layer")),
+    (HOLES, "--particles", dict(
+        type=number(int, 0), default=0, help="choose each result from so many, drawn from the "
+        "coarsest scale on, by how well they fit what is known; 0: coarse scales from the border")),
     (HOLES, "--paste", dict(action="store_true", help="put the known pixels over the results")),
     ("upscale", "--small", dict(
         type=COUNT, help="side to which images are averaged down at first; half if not given")),
@@ -104,7 +107,7 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
         arguments = ["grid", *arguments]
     parser = Parser(description="Draw with a trained VAR, and look into it.",
                     epilog="Each has its own flags: python sample.py grid --help")
-    parser.set_defaults(**defaults, small=None, paste=False)   # for commands without them
+    parser.set_defaults(**defaults, small=None, paste=False, particles=0)   # for commands without them
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
         own = commands.add_parser(command, help=text, description=text.capitalize() + ".")

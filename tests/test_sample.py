@@ -530,3 +530,30 @@ def test_every_command_has_a_help_of_its_own():
         assert ("--cfg" in said) == (command in GENERATING.split())
         assert ("--box" in said) == (command in HOLES.split())
     assert all(command in ran("sample.py", "--help") for command in COMMANDS)
+
+
+def test_of_many_particles_the_one_whose_known_part_is_likely_is_kept(judged, monkeypatch):
+    """By log p of the known tokens alone, summed over the scales; each image among its own."""
+    run = load_run(judged, choose_machine("cpu"))
+    quantizer = run.tokenizer.quantizer
+    where_11SS = torch.zeros(1, 1, 4, 4)
+    where_11SS[..., :2] = 1   # the left half
+    known = Known(torch.zeros(1, quantizer.codebook_VC.shape[1], 4, 4), where_11SS, 3,
+                         free=True)
+    places = [known.places(quantizer, k)[0].tolist() for k in range(3)]
+    assert places == [[True], [True, False] * 2, [True, True, False, False] * 4]
+    nats_NL = -torch.rand(6, 21)
+    nats_NL[0, -1] = nats_NL[4, -1] = -100.0   # where nothing is known: no matter
+    monkeypatch.setattr(type(run), "log_likelihoods", lambda self, tokens, labels: nats_NL)
+    tokens_NL = torch.arange(6)[:, None].expand(6, 21)
+    weights_N = nats_NL[:, sum(places, [])].sum(dim=1)
+    best = [weights_N[:3].argmax().item(), 3 + weights_N[3:].argmax().item()]
+    assert sample.most_likely(run, tokens_NL, 0, known, 3)[:, 0].tolist() == best
+
+
+def test_particles_complete_images(judged, tmp_path):
+    flags = ["inpaint", "data:1", "data:2", "--box", 0, 0.5, 1, 1, "--seeds", 0, "--run", judged]
+    for particles in (0, 3):
+        ran("sample.py", *flags, "--particles", particles, "--out", tmp_path / f"{particles}.png")
+    none, three = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in (0, 3))
+    assert none.shape == three.shape and not np.array_equal(none, three)
