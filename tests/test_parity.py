@@ -15,7 +15,7 @@ from golden import weights
 from PIL import Image
 from program import ran, refused
 
-from sample import class_indices
+from sample import class_indices, drawn
 from support import published
 from support.published import PUBLISHED_SCALES, class_names, tokenizer_of, transformer_of
 from tokenizer import Tokenizer
@@ -195,6 +195,8 @@ def test_classes_of_imagenet_have_names_where_torchvision_is(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     names = class_names(1000)
     assert class_indices(["kind 207", "980"], names) == [207, 980]
+    run = types.SimpleNamespace(classes=names, generate=lambda labels, seed: labels)
+    assert drawn(run, ["207", "kind 3"], 2, seed=0) == (["207 kind 207", "kind 3"], [207, 207, 3, 3])
     assert class_names(10) == list("0123456789")
     assert class_indices(["1", "2"], ["zero", "2", "1"]) == [2, 1]   # names come before numbers
 
