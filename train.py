@@ -202,14 +202,15 @@ class Stage:
         preset = settings.preset
         machine = settings.machine
         rank, _ = rank_and_world()
-        if settings.resume and self.path.exists():
-            if self.resume():
-                say(f"{self.path} is finished")
-                return self.ema
-        else:
-            self.begin()
+        begun = settings.resume and self.path.exists()
+        finished = begun and self.resume()
         if rank == 0:   # not before: a checkpoint of other images is refused, and changes nothing
             self.data.keep_held_out(settings.out)
+        if finished:
+            say(f"{self.path} is finished")
+            return self.ema
+        if not begun:
+            self.begin()
         log = Log(settings.out / "log.jsonl", self.name, self.step)
         order = shuffled(len(self.rows), self.batch, settings.seed, self.step, self.steps)
         batches = read_batches(self.rows, map(own_part, order), settings.workers, machine.device)
@@ -277,8 +278,11 @@ class Stage:
                 if saved or stop:   # the last step, too: should a picture fail, no step is lost
                     self.save(finished=False)
                 if stop:
-                    raise Stopped(f"stopped after step {self.step} of {self.steps} and saved to "
-                                  f"{settings.out}; the same command with --resume goes on")
+                    break
+            asked = torch.tensor(float(interrupt.asked), device=machine.device)
+            if average_over_processes(asked) > 0:   # by now, or while the last step was saved
+                raise Stopped(f"stopped after step {self.step} of {self.steps} and saved to "
+                              f"{settings.out}; the same command with --resume goes on")
         if rank == 0:
             self.finish(log)
         self.save(finished=True)
@@ -485,10 +489,11 @@ def finished_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
 
 def keep_copy(tokenizer: Tokenizer, source: Path, own: Path) -> None:
     """A run is complete: it holds the tokenizer that its transformer is trained on."""
-    if own.exists() and fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
+    if not own.exists():
+        save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config),
+                        model=tokenizer.state_dict(), made_with={"copied from": str(source)})
+    elif fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
         raise UserError(f"{own} is another tokenizer than {source}; choose another --out")
-    save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config),
-                    model=tokenizer.state_dict(), made_with={"copied from": str(source)})
 
 
 # --------------------------------------------------------------------------------------------------

@@ -218,7 +218,8 @@ def test_numbers_are_read_every_tenth_step_and_before_a_checkpoint(tmp_path, mon
     monkeypatch.setattr(train, "average_over_processes",
                         lambda x: seen.append(stage.step) or x)
     stage.run()
-    assert seen == [1, 5, 10, 11, 15, 20, 21, 25, 30, 31, 35, 40]   # logged; eight measurements
+    # What is logged, eight measurements, and whether a signal came at the last.
+    assert seen == [1, 5, 10, 11, 15, 20, 21, 25, 30, 31, 35, 40, 40]
 
 
 def test_a_training_goes_on_with_another_learning_rate(folder, tmp_path):
@@ -226,6 +227,35 @@ def test_a_training_goes_on_with_another_learning_rate(folder, tmp_path):
     with at_step(40, 3, lambda: signal.raise_signal(signal.SIGINT)):
         assert run("train.py", *flags).returncode == 130
     ran("train.py", *flags, "--resume", "--tokenizer-lr", "0.0005")
+
+
+@pytest.mark.parametrize("method", ["validate", "save"])
+def test_a_signal_while_the_last_step_is_measured_or_saved_is_obeyed(tmp_path, method):
+    stage = tokenizer_stage(tmp_path)
+    real = getattr(stage, method)
+
+    def late(*arguments, **named):
+        if stage.step == stage.steps:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments, **named)
+
+    setattr(stage, method, late)
+    with pytest.raises(cli.Stopped, match="stopped after step 40 of 40"):
+        stage.run()
+    assert "training" in torch.load(stage.path, weights_only=True)
+
+
+def test_a_run_s_own_tokenizer_is_not_replaced_by_its_copy(folder, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    for name in ("var.pt", "held_out.pt"):
+        (out / name).unlink()
+    before = (out / "tokenizer.pt").read_bytes()
+    flags = ["--data", folder, "--out", out, *TINY]
+    ran("train.py", *flags, "--tokenizer", out / "tokenizer.pt")
+    assert (out / "tokenizer.pt").read_bytes() == before
+    (out / "held_out.pt").unlink()
+    ran("train.py", *flags, "--resume")   # both are finished, and what was lost is there again
+    assert (out / "held_out.pt").exists() and same_run(out, finished)
 
 
 def test_a_training_is_not_overwritten(folder, finished, tmp_path):
