@@ -492,6 +492,9 @@ def complete(
     where_11SS = where_11SS.to(device)
 
     image_N = torch.arange(len(images)).repeat_interleave(max(1, particles))
+    labels = [label] * len(image_N)
+    if label == len(run.classes) <= particles:
+        labels = [i % len(run.classes) for i in range(particles)] * len(images)
 
     def known_of(rows: slice) -> Known:
         image_B = image_N[rows]
@@ -501,9 +504,9 @@ def complete(
 
     results = []
     for seed in seeds:
-        drawn_NL = run.generate([label] * len(image_N), seed, known_of)
+        drawn_NL = run.generate(labels, seed, known_of)
         if particles:
-            drawn_NL = most_likely(run, drawn_NL, label, known_of(slice(0, 1)), particles)
+            drawn_NL = most_likely(run, drawn_NL, labels, known_of(slice(0, 1)), particles)
         results.append(run.decode(drawn_NL))
     if paste:
         results = [torch.where(known_HW > 0, images, result) for result in results]
@@ -513,7 +516,9 @@ def complete(
     return grid(zip(given.names, zip(*columns)))
 
 
-def most_likely(run: Run, tokens_NL: Tensor, label: int, known: Known, particles: int) -> Tensor:
+def most_likely(
+    run: Run, tokens_NL: Tensor, labels: list[int], known: Known, particles: int
+) -> Tensor:
     """Of each image's particles, a row each, the one that its known part speaks for.
 
     What fits an image's known half is p(hole | known), and it cannot be drawn from: a scale's
@@ -522,11 +527,14 @@ def most_likely(run: Run, tokens_NL: Tensor, label: int, known: Known, particles
     p(tokens | coarser ones), and are weighed by what they passed over, the product of
     p(known token | coarser ones). (Importance sampling draws one by these weights; the heaviest is
     better than that.)
+
+    Where no class is asked for, particles try the classes in turn, if there are enough of them, and
+    the weights tell which the known part is of, too.
     """
     quantizer = run.tokenizer.quantizer
     places = [known.places(quantizer, k) for k in range(len(quantizer.scales))]
     known_1L = torch.cat(places, dim=1).cpu()
-    weights_NL = run.log_likelihoods(tokens_NL, [label] * len(tokens_NL)) * known_1L
+    weights_NL = run.log_likelihoods(tokens_NL, labels) * known_1L
     best_n = weights_NL.sum(dim=1).view(-1, particles).argmax(dim=1)
     return tokens_NL.unflatten(0, (-1, particles))[torch.arange(len(best_n)), best_n]
 

@@ -548,7 +548,7 @@ def test_of_many_particles_the_one_whose_known_part_is_likely_is_kept(judged, mo
     tokens_NL = torch.arange(6)[:, None].expand(6, 21)
     weights_N = nats_NL[:, sum(places, [])].sum(dim=1)
     best = [weights_N[:3].argmax().item(), 3 + weights_N[3:].argmax().item()]
-    assert sample.most_likely(run, tokens_NL, 0, known, 3)[:, 0].tolist() == best
+    assert sample.most_likely(run, tokens_NL, [0] * 6, known, 3)[:, 0].tolist() == best
 
 
 def test_particles_complete_images(judged, tmp_path):
@@ -557,3 +557,34 @@ def test_particles_complete_images(judged, tmp_path):
         ran("sample.py", *flags, "--particles", particles, "--out", tmp_path / f"{particles}.png")
     none, three = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in (0, 3))
     assert none.shape == three.shape and not np.array_equal(none, three)
+
+
+@pytest.mark.parametrize("label, particles, tried", [
+    (None, 4, [0, 1, 2, 0]),   # no class is told: all in turn
+    (None, 2, [3, 3]),         # too few for that: the null class
+    (1, 4, [1] * 4),
+    (None, 0, [3]),
+])
+def test_particles_try_the_classes_in_turn_where_none_is_told(
+    judged, monkeypatch, label, particles, tried
+):
+    run = load_run(judged, choose_machine("cpu"))
+    run.classes = run.classes[:3]
+    label = 3 if label is None else label
+    seen = []
+
+    def generate(self, labels, seed, known_of):
+        seen.append(labels)
+        return torch.zeros(len(labels), 21, dtype=torch.int64)
+
+    def weigh(self, tokens_NL, labels):
+        seen.append(labels)
+        return torch.zeros(tokens_NL.shape)
+
+    monkeypatch.setattr(Run, "generate", generate)
+    monkeypatch.setattr(Run, "log_likelihoods", weigh)
+    known_HW = torch.ones(run.tokenizer.config.image_side, run.tokenizer.config.image_side)
+    known_HW[:, :4] = 0
+    given = load_images(run, ["data:1", "data:2"])
+    sample.complete(run, given, known_HW, label, [0], particles=particles)
+    assert seen == [tried * 2] * (2 if particles else 1)
