@@ -94,9 +94,8 @@ def main() -> None:
         given = given_values(options)
         path = options.tokenizer or out / "tokenizer.pt"
         tokenizer = finished_tokenizer(path, given.get("scales"))
-        config = tokenizer.config
-        channels = config.image_channels
-        preset = preset.of_tokenizer(asdict(config), config.image_side, given)
+        channels = tokenizer.config.image_channels
+        preset = preset.of_tokenizer(asdict(tokenizer.config), tokenizer.config.image_side, given)
     check_preset(preset, machine)
     check_sizes(preset, stages, rank_and_world()[1] * options.grad_accumulation)
     data = load_data(options.data, preset.image_size, channels, out, options.data_dir,
@@ -108,12 +107,11 @@ def main() -> None:
     if "tokenizer" in stages:
         tokenizer = TokenizerStage(data, settings, options.perceptual).run()
     elif options.tokenizer and first:
-        keep_copy(tokenizer, options.tokenizer, out / "tokenizer.pt")
+        keep_copy(tokenizer, path, out / "tokenizer.pt")
     if "var" in stages:
         VARStage(tokenizer.to(machine.device), data, settings).run()
     if first:
-        curves = draw_curves(read_log(out / "log.jsonl"), preset.scales)
-        save_picture(out / "curves.png", curves)
+        save_picture(out / "curves.png", draw_curves(read_log(out / "log.jsonl"), preset.scales))
         data.keep_classifier_images(out, options.workers)
         say(f"{out} is complete; python sample.py --run {out} draws from it")
     if dist.is_initialized():
@@ -256,8 +254,7 @@ class Stage:
                 self.step += 1
                 bar.update()
 
-                # Reading a number waits for the GPU, so it is done every tenth step, and before
-                # anything is measured or saved.
+                # Reading a number waits for the GPU: every tenth step, and before what follows.
                 last = self.step == self.steps
                 measured = last or self.step % max(1, self.steps // 8) == 0
                 saved = last or self.step % settings.checkpoint_every == 0
