@@ -71,7 +71,8 @@ FACE = None   # "triton" or "torch" decides for the whole program; None: by wher
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Below sm_80 Triton has no tensor cores, which PyTorch has; for AMD's GPUs nobody tuned it."""
+    """Whether to launch Triton's kernels: on NVIDIA's GPUs from sm_80 on, below which Triton has no
+    tensor cores and PyTorch has. For AMD's nobody tuned them."""
     if FACE is not None:
         return FACE == "triton"
     if not HAS_TRITON or not tensor.is_cuda or torch.version.hip is not None:
@@ -255,8 +256,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 # -------------------------------------------------------------------------------------------------
 # Nearest code
 #
-# PyTorch's version writes and reads the N V distances: at N 43,520 and V 4096 in fp32 2 x 0.71 GB,
-# to find 43,520 indices from 5.6 MB of vectors and 0.5 MB of codes.
+# PyTorch's version writes and reads the N V distances: over all scales of 64 images, N 43,520 and
+# V 4096, in fp32 2 x 0.71 GB, to find 43,520 indices from 5.6 MB of vectors and 0.5 MB of codes.
 #
 #     |x - e|^2 = |x|^2 - 2 x.e + |e|^2,  and |x|^2 is the same for every code:
 #
@@ -1137,7 +1138,7 @@ def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV
 
 
 def sample_tokens_torch(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV):
-    """Sorts the k highest logits, no order: how many of them stay, and so the threshold."""
+    """Sorts the k highest logits to find how many stay; the last of these is the threshold."""
     logits_BlV = cond_BlV.float()
     V = cond_BlV.shape[-1]
     if uncond_BlV is not None:

@@ -138,8 +138,8 @@ def check_preset(preset: Preset, machine: Machine) -> None:
 class Stage:
     """A training: its loop, its log and its checkpoints. A subclass says what is trained, on what.
 
-    There are two of the model: `model` is trained, and `ema`, a running average of its weights, is
-    what is measured, shown and kept. The average blurs out the noise of single steps.
+    Of the model there is a second, `ema`, a running average of its weights, which blurs out the
+    noise of single steps (at decay 0, the tokenizer's, a copy). It is measured, shown and kept.
 
     name            of the stage: in flags, in the log, in the file's name
     kind            what its checkpoint is called

@@ -107,7 +107,8 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
         arguments = ["grid", *arguments]
     parser = Parser(description="Draw with a trained VAR, and look into it.",
                     epilog="Each has its own flags: python sample.py grid --help")
-    parser.set_defaults(**defaults, small=None, paste=False, particles=0)   # for commands without them
+    # For commands that are without these:
+    parser.set_defaults(**defaults, small=None, paste=False, particles=0)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
         own = commands.add_parser(command, help=text, description=text.capitalize() + ".")
