@@ -7,9 +7,9 @@
     sample_tokens      guidance, top-k, top-p and the draw                (var.py, generation)
 
 They come in this order, the easiest first, each in the same steps: what PyTorch's version costs,
-the formula, the Triton kernel, what launches it, the PyTorch version. How a kernel is started
-stands last and need not be read. `adaln`, say, picks one of two faces, which agree with each other
-and with NumPy in float64 (tests/reference.py):
+the formula, the Triton kernel, what launches it, the PyTorch version. How any kernel is launched
+stands last and need not be read. `adaln`, say, picks one of two backends, which agree with each
+other and with NumPy in float64 (tests/reference.py):
 
     adaln_triton    launches the Triton kernel: on NVIDIA's GPUs from sm_80 on (RTX 30, A100)
     adaln_torch     the same in PyTorch: on a CPU, a Mac, any other GPU
@@ -25,7 +25,7 @@ Five words that Triton needs:
     warp         32 threads of the GPU, which execute each instruction together. A program is
                  num_warps of them, and the numbers of a tile are dealt out to their threads.
     stage        With num_stages = 3, a loop already fetches what its next two rounds will need
-                 while it computes this one, into shared memory, where each stage takes its room.
+                 while it computes this one, into shared memory.
 
 Axes: B batch, H heads, L queries, S keys, D head width, W model width, V vocabulary, C channels
 of a code, N vectors, l tokens of one scale. Inside the kernels T is a tile of an axis: q_TD is a
@@ -35,7 +35,7 @@ Without a GPU the kernels run in Triton's interpreter, slowly, and print() and p
 With TRITON_INTERPRET=1 in the environment of `python`:
 
     >>> import torch, kernels
-    >>> kernels.FACE = "triton"
+    >>> kernels.BACKEND = "triton"
     >>> x, y = kernels.adaln(*torch.randn(2, 2, 5, 24), *torch.zeros(3, 2, 24))
     >>> y.shape
     torch.Size([2, 5, 24])
@@ -67,14 +67,14 @@ except ImportError:   # as on a Mac: the kernels stay plain functions that nobod
     triton = SimpleNamespace(jit=lambda function: function, __version__="not installed")
     HAS_TRITON = False
 
-FACE = None   # "triton" or "torch" decides for the whole program; None: by where the tensors live
+BACKEND = None   # "triton" or "torch" for the whole program; None: by where the tensors live
 
 
 def use_triton(tensor: Tensor) -> bool:
     """Whether to launch Triton's kernels: on NVIDIA's GPUs from sm_80 on, below which Triton has no
     tensor cores and PyTorch has. For AMD's nobody tuned them."""
-    if FACE is not None:
-        return FACE == "triton"
+    if BACKEND is not None:
+        return BACKEND == "triton"
     if not HAS_TRITON or not tensor.is_cuda or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_properties(tensor.device).major >= 8   # kept by PyTorch
@@ -82,7 +82,7 @@ def use_triton(tensor: Tensor) -> bool:
 
 class Array(NamedTuple):
     """A tensor as kernels get it: a pointer to its first number, and a stride for every axis."""
-    start: Any
+    pointer: Any
     strides: tuple[int, ...]
 
 
@@ -113,7 +113,7 @@ def load_token(x_BLW, token, columns_W, W):
     """x[image, token] in fp32, of the program's image; zeros in the columns from W on."""
     image = tl.program_id(1).to(tl.int64)   # in 64 bits: there may be over 2^31 numbers
     begin = image * x_BLW.strides[0]
-    places_W = x_BLW.start + begin + token * x_BLW.strides[1] + columns_W * x_BLW.strides[2]
+    places_W = x_BLW.pointer + begin + token * x_BLW.strides[1] + columns_W * x_BLW.strides[2]
     return tl.load(places_W, mask=columns_W < W, other=0.0).to(tl.float32)
 
 
@@ -121,8 +121,8 @@ def load_token(x_BLW, token, columns_W, W):
 def store_token(x_BLW, token, columns_W, W, x_W):
     """x[image, token] = x_W, in the dtype of x."""
     begin = tl.program_id(1).to(tl.int64) * x_BLW.strides[0]
-    places_W = x_BLW.start + begin + token * x_BLW.strides[1] + columns_W * x_BLW.strides[2]
-    tl.store(places_W, x_W.to(x_BLW.start.dtype.element_ty), mask=columns_W < W)
+    places_W = x_BLW.pointer + begin + token * x_BLW.strides[1] + columns_W * x_BLW.strides[2]
+    tl.store(places_W, x_W.to(x_BLW.pointer.dtype.element_ty), mask=columns_W < W)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def adaln_forward(x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, sum_BLW, y_BLW, 
     x_W = load_token(x_BLW, token, columns_W, W)
     h_W = load_token(h_BLW, token, columns_W, W)
     gate_W = load_token(gate_B1W, 0, columns_W, W)
-    sum_W = (x_W + gate_W * h_W).to(sum_BLW.start.dtype.element_ty)
+    sum_W = (x_W + gate_W * h_W).to(sum_BLW.pointer.dtype.element_ty)
     store_token(sum_BLW, token, columns_W, W, sum_W)
     normed_W, _ = normalise(sum_W.to(tl.float32), columns_W, W)   # of what the backward will find
     scale_W = load_token(scale_B1W, 0, columns_W, W)
@@ -242,8 +242,8 @@ def adaln(x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor, scale_BW: Tensor,
     B, L, W = x_BLW.shape
     assert h_BLW.shape == (B, L, W)
     assert gate_BW.shape == scale_BW.shape == shift_BW.shape == (B, W)
-    face = adaln_triton if use_triton(x_BLW) else adaln_torch
-    return face(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, product_dtype(x_BLW))
+    backend = adaln_triton if use_triton(x_BLW) else adaln_torch
+    return backend(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, product_dtype(x_BLW))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -262,8 +262,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
 #     |x - e|^2 = |x|^2 - 2 x.e + |e|^2,  and |x|^2 is the same for every code:
 #
 #     nearest = argmin_v |e_v|^2 - 2 x.e_v
-#
-# For the cosine e has norm 1, so the first term is left out: argmax x.e = argmin 0 - 2 x.e.
 
 
 @triton.jit
@@ -276,7 +274,7 @@ def load_tile(x_NC, rows_T, N, columns_T, C, CUT: tl.constexpr = True):
     inside_TT = columns_T[None, :] < C
     if CUT:
         inside_TT &= rows_T[:, None] < N
-    return tl.load(x_NC.start + places_TT, mask=inside_TT, other=0.0)
+    return tl.load(x_NC.pointer + places_TT, mask=inside_TT, other=0.0)
 
 
 @triton.jit
@@ -304,7 +302,7 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
             x_TC = load_tile(x_NC, rows_T, N, channels_T, C)
             e_TC = load_tile(e_VC, codes_T, V, channels_T, C)
             dots_TV += product(x_TC, e_TC.T)
-        squares_T = tl.load(squares_V.start + codes_T, mask=codes_T < V, other=float("inf"))
+        squares_T = tl.load(squares_V.pointer + codes_T, mask=codes_T < V, other=float("inf"))
         distance_TV = squares_T[None, :] - 2 * dots_TV
         closer_TV = distance_TV < best_TV   # not <=: of equal distances the lower index stays
         best_TV = tl.where(closer_TV, distance_TV, best_TV)
@@ -313,21 +311,13 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
     least_T1 = tl.min(best_TV, 1, keep_dims=True)
     nearest_TV = tl.where(best_TV == least_T1, index_TV, V)
     index_T = tl.min(nearest_TV, 1)
-    tl.store(index_N.start + rows_T, index_T.to(tl.int64), mask=rows_T < N)
+    tl.store(index_N.pointer + rows_T, index_T.to(tl.int64), mask=rows_T < N)
 
 
-def code_terms(x_NC, codebook_VC, cosine):
-    """x_NC, e_VC and squares_V, in fp32: the nearest code is argmin_v squares_v - 2 x.e_v."""
-    e_VC = codebook_VC.float()
+def nearest_code_triton(x_NC, codebook_VC):
+    x_NC = x_NC.detach().float()
+    e_VC = codebook_VC.detach().float()
     squares_V = e_VC.square().sum(dim=1)
-    if cosine:
-        e_VC = F.normalize(e_VC, dim=1)
-        squares_V = torch.zeros_like(squares_V)
-    return x_NC.float(), e_VC, squares_V
-
-
-def nearest_code_triton(x_NC, codebook_VC, cosine=False):
-    x_NC, e_VC, squares_V = code_terms(x_NC.detach(), codebook_VC.detach(), cosine)
     N, C = x_NC.shape
     index_N = torch.empty(N, dtype=torch.int64, device=x_NC.device)
     tiles = dict(TILE_N=64, TILE_V=64, TILE_C=16 if C <= 16 else 32)
@@ -336,21 +326,21 @@ def nearest_code_triton(x_NC, codebook_VC, cosine=False):
     return index_N
 
 
-def nearest_code_torch(x_NC, codebook_VC, cosine=False):
+def nearest_code_torch(x_NC, codebook_VC):
     with torch.no_grad(), torch.autocast(x_NC.device.type, enabled=False):
-        x_NC, e_VC, squares_V = code_terms(x_NC, codebook_VC, cosine)
-        return torch.addmm(squares_V, x_NC, e_VC.T, alpha=-2).argmin(dim=1)
+        e_VC = codebook_VC.float()
+        squares_V = e_VC.square().sum(dim=1)
+        return torch.addmm(squares_V, x_NC.float(), e_VC.T, alpha=-2).argmin(dim=1)
 
 
-def nearest_code(x_NC: Tensor, codebook_VC: Tensor, cosine: bool = False) -> Tensor:
+def nearest_code(x_NC: Tensor, codebook_VC: Tensor) -> Tensor:
     """argmin_v |x_n - e_v|^2 as int64 [N]; the lowest index wins a tie (paper: eq. 3).
 
-    cosine: argmax_v of the cosine of x_n and e_v instead, for a codebook of directions. Always in
-    fp32: half precision changes codes.
+    Always in fp32: half precision changes codes.
     """
     assert x_NC.shape[1] == codebook_VC.shape[1]
-    face = nearest_code_triton if use_triton(x_NC) else nearest_code_torch
-    return face(x_NC, codebook_VC, cosine)
+    backend = nearest_code_triton if use_triton(x_NC) else nearest_code_torch
+    return backend(x_NC, codebook_VC)
 
 
 @contextlib.contextmanager
@@ -404,7 +394,7 @@ def matrix_of(x_BHLD, D: tl.constexpr):
     begin = tl.program_id(2).to(tl.int64) * aligned(x_BHLD.strides[0], D)
     begin += tl.program_id(1).to(tl.int64) * aligned(x_BHLD.strides[1], D)
     strides = (aligned(x_BHLD.strides[2], D), 1)
-    return Array(x_BHLD.start + begin, strides), tl.arange(0, triton.next_power_of_2(D))
+    return Array(x_BHLD.pointer + begin, strides), tl.arange(0, triton.next_power_of_2(D))
 
 
 @triton.jit
@@ -418,14 +408,14 @@ def load_head(x_BHLD, rows_T, L, D: tl.constexpr, CUT: tl.constexpr = True):
 def store_head(x_BHLD, rows_T, L, D: tl.constexpr, x_TD):
     """x[image, head, rows] = x_TD, in the dtype of x."""
     x_LD, columns_D = matrix_of(x_BHLD, D)
-    places_TD = x_LD.start + rows_T[:, None] * x_LD.strides[0] + columns_D[None, :]
+    places_TD = x_LD.pointer + rows_T[:, None] * x_LD.strides[0] + columns_D[None, :]
     inside_TD = (rows_T[:, None] < L) & (columns_D[None, :] < D)
-    tl.store(places_TD, x_TD.to(x_LD.start.dtype.element_ty), mask=inside_TD)
+    tl.store(places_TD, x_TD.to(x_LD.pointer.dtype.element_ty), mask=inside_TD)
 
 
 @triton.jit
 def learned_factor(log_scale_H, largest):
-    log_scale = tl.load(log_scale_H.start + tl.program_id(1)).to(tl.float32)
+    log_scale = tl.load(log_scale_H.pointer + tl.program_id(1)).to(tl.float32)
     return tl.exp(tl.minimum(log_scale, largest))
 
 
@@ -518,12 +508,12 @@ def three_heads(product_BLX: Tensor, heads: int) -> tuple[Tensor, ...]:
     return product_BLX.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
-def launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
-    """q, k and v [B, H, L, D], k and v in `room` if there is one, and of q and k 1 / |x|."""
+def launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots=None):
+    """q, k, v [B, H, L, D], k and v in `kv_slots` if these are given, and 1 / |x| of q and k."""
     views = three_heads(product_BLX.contiguous(), heads)
     B, H, L, D = views[0].shape
     q_BHLD = product_BLX.new_empty(B, H, L, D)
-    k_BHLD, v_BHLD = room or (torch.empty_like(q_BHLD), torch.empty_like(q_BHLD))
+    k_BHLD, v_BHLD = kv_slots or (torch.empty_like(q_BHLD), torch.empty_like(q_BHLD))
     inverse_2BHL1 = product_BLX.new_empty(2, B, H, L, 1, dtype=torch.float32)
     biases = [bias_W.reshape(H, 1, D).expand(B, H, 1, D) for bias_W in (q_bias_W, v_bias_W)]
     normalised = log_scale_H is not None
@@ -566,11 +556,11 @@ class SplitHeads(torch.autograd.Function):
         return dproduct_BLX, dq_bias_HD.flatten(), dv_bias_HD.flatten(), dlog_scale_H, None
 
 
-def split_heads_triton(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
-    if room is None:
+def split_heads_triton(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots=None):
+    if kv_slots is None:
         return SplitHeads.apply(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads)
-    assert all(rows_first(x) is x for x in room), "the kernel cannot write to such strides"
-    return launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)[:3]
+    assert all(rows_first(x) is x for x in kv_slots), "the kernel cannot write to such strides"
+    return launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots)[:3]
 
 
 def inverse_norm(x_BHLD):
@@ -578,7 +568,7 @@ def inverse_norm(x_BHLD):
     return x_BHLD.square().sum(dim=-1, keepdim=True).clamp(min=1e-24).rsqrt()
 
 
-def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=None):
+def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots=None):
     q_BLW, k_BLW, v_BLW = product_BLX.float().chunk(3, dim=2)
     whole = q_BLW + q_bias_W.float(), k_BLW, v_BLW + v_bias_W.float()
     q_BHLD, k_BHLD, v_BHLD = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in whole)
@@ -587,27 +577,29 @@ def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room=
         q_BHLD = q_BHLD * (factor_H[:, None, None] * inverse_norm(q_BHLD))
         k_BHLD = k_BHLD * inverse_norm(k_BHLD)
     q_BHLD, k_BHLD, v_BHLD = (x.to(product_BLX.dtype) for x in (q_BHLD, k_BHLD, v_BHLD))
-    if room is None:
+    if kv_slots is None:
         return q_BHLD, k_BHLD, v_BHLD
-    return q_BHLD, room[0].copy_(k_BHLD), room[1].copy_(v_BHLD)
+    k_slots_BHLD, v_slots_BHLD = kv_slots
+    return q_BHLD, k_slots_BHLD.copy_(k_BHLD), v_slots_BHLD.copy_(v_BHLD)
 
 
 def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
                 log_scale_H: Tensor | None, heads: int,
-                room: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                kv_slots: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, H, L, D] of a product [B, L, 3 W], in its dtype.
 
     log_scale_H: the learned scale of each head; None leaves queries and keys as they are.
-    room: where to put keys and values, [B, H, L, D] both, as in a slice of a cache, and where
-        they are returned. For generation: no gradient goes through.
+    kv_slots: where to write keys and values, [B, H, L, D] both, as in a slice of a KV cache. For
+        generation: no gradient goes through.
     """
     B, L, X = product_BLX.shape
     W = len(q_bias_W)
     assert X == 3 * W and len(v_bias_W) == W and W % heads == 0
     assert log_scale_H is None or len(log_scale_H) == heads
-    assert room is None or room[0].shape == room[1].shape == (B, heads, L, W // heads)
-    face = split_heads_triton if use_triton(product_BLX) else split_heads_torch
-    return face(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, room)
+    if kv_slots is not None:
+        assert kv_slots[0].shape == kv_slots[1].shape == (B, heads, L, W // heads)
+    backend = split_heads_triton if use_triton(product_BLX) else split_heads_torch
+    return backend(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -630,7 +622,7 @@ class KeyRanges:
     def __init__(self, first: Sequence[int], last: Sequence[int]):
         self.first = tuple(map(int, first))
         self.last = tuple(map(int, last))
-        self.made: dict[tuple, Any] = {}
+        self.cache: dict[tuple, Any] = {}
         assert len(self.first) == len(self.last) > 0
         assert list(self.first) == sorted(self.first) and list(self.last) == sorted(self.last)
         assert self.first[0] >= 0 and all(a < b for a, b in zip(self.first, self.last))
@@ -658,7 +650,7 @@ class KeyRanges:
 
     def rows(self, begin: int, end: int) -> KeyRanges:
         """The table of the queries begin .. end-1, as for one scale; keys keep their numbers."""
-        return self.once(slice_ranges, begin, end)
+        return self.cached(slice_ranges, begin, end)
 
     def dense(self) -> Tensor:
         """The same mask as a bool [L, S], S the last key in sight + 1."""
@@ -668,20 +660,20 @@ class KeyRanges:
         return (keys_S >= first_L1) & (keys_S < last_L1)
 
     def prepare(self, device: torch.device) -> None:
-        """Make what both faces read on a device.
+        """Make what both backends read on a device.
 
         Before torch.compile looks: it would see no table in the first call and one in the second,
         and compile all over again.
         """
         for make in (table, transposed_table, mask_in_sight):
-            self.once(make, device)
+            self.cached(make, device)
 
-    def once(self, make: Callable, *arguments) -> Any:
+    def cached(self, make: Callable, *arguments) -> Any:
         """make(self, *arguments), kept: a second generation makes no table and copies none."""
         key = (make, *arguments)
-        if key not in self.made:
-            self.made[key] = make(self, *arguments)
-        return self.made[key]
+        if key not in self.cache:
+            self.cache[key] = make(self, *arguments)
+        return self.cache[key]
 
 
 def slice_ranges(ranges: KeyRanges, begin: int, end: int) -> KeyRanges:
@@ -719,11 +711,6 @@ def table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
 #     log2sum = highest + log2(total)          of the sum of all 2^score: the backward needs it
 
 
-def obvious_attention(q_BHLD, k_BHSD, v_BHSD, mask_LS):
-    scores_BHLS = (q_BHLD * q_BHLD.shape[3]**-0.5) @ k_BHSD.mT
-    return scores_BHLS.masked_fill(~mask_LS, -torch.inf).softmax(dim=-1) @ v_BHSD
-
-
 # A tile of keys is whole if every query of the tile of queries sees all of it, and cut if a range
 # ends or begins in it, or the array does. Only cut tiles need masks, and few are: of the tiles
 # that L 9451 visits, 3 %. So the kernels have two loops, written as one:
@@ -745,10 +732,10 @@ def plan_tiles(first, last, tile, length, ROWS: tl.constexpr, TILE: tl.constexpr
     """
     begin = tile * ROWS
     final = tl.minimum(length, begin + ROWS) - 1
-    start = tl.load(first.start + begin)
-    all_start = tl.load(first.start + final)
-    all_end = tl.load(last.start + begin)
-    end = tl.load(last.start + final)
+    start = tl.load(first.pointer + begin)
+    all_start = tl.load(first.pointer + final)
+    all_end = tl.load(last.pointer + begin)
+    end = tl.load(last.pointer + final)
     before = tl.cdiv(all_start - start, TILE)
     whole = tl.maximum(all_end - start - before * TILE, 0) // TILE
     left = end - start - (before + whole) * TILE
@@ -770,8 +757,8 @@ def tile_partners(n, start, before, whole, CUT: tl.constexpr, TILE: tl.constexpr
 def seen_by(rows_T, length, first, last, partners_T):
     """Bool [T rows, T partners]: which partner lies in the range of which row of the table."""
     rows_T = tl.minimum(rows_T, length - 1)
-    first_T1 = tl.load(first.start + rows_T)[:, None]
-    last_T1 = tl.load(last.start + rows_T)[:, None]
+    first_T1 = tl.load(first.pointer + rows_T)[:, None]
+    last_T1 = tl.load(last.pointer + rows_T)[:, None]
     return (partners_T[None, :] >= first_T1) & (partners_T[None, :] < last_T1)
 
 
@@ -832,7 +819,7 @@ def transposed_table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, T
     They begin after the queries whose range ends at or before j, and end with the last one whose
     range has begun.
     """
-    first_L, last_L = ranges.once(table, device)
+    first_L, last_L = ranges.cached(table, device)
     keys_S = torch.arange(ranges.last[-1], dtype=torch.int32, device=device)
     first_S = torch.searchsorted(last_L, keys_S, right=True, out_int32=True)
     last_S = torch.searchsorted(first_L, keys_S, right=True, out_int32=True)
@@ -952,7 +939,7 @@ def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
 
 
 def new_heads(x_BHLD: Tensor) -> Tensor:
-    """Room for numbers like x, laid out as [B, L, H, D]: joining the heads copies nothing."""
+    """An empty tensor like x, laid out as [B, L, H, D]: joining the heads copies nothing."""
     B, H, L, D = x_BHLD.shape
     return x_BHLD.new_empty(B, L, H, D).transpose(1, 2)
 
@@ -968,7 +955,7 @@ class BlockAttention(torch.autograd.Function):
         ctx.sizes = scale / math.log(2), L, S
         tiles = attention_tiles("forward", q_BHLD)
         launch(attention_forward, (triton.cdiv(L, tiles["TILE_L"]), H, B),
-               [*qkv, *ranges.once(table, q_BHLD.device)], [o_BHLD, log2sum_BHL1],
+               [*qkv, *ranges.cached(table, q_BHLD.device)], [o_BHLD, log2sum_BHL1],
                *ctx.sizes, **tiles)
         ctx.ranges = ranges
         ctx.save_for_backward(*qkv, o_BHLD, log2sum_BHL1)
@@ -978,8 +965,8 @@ class BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do_BHLD):
         *qkv, o_BHLD, log2sum_BHL1 = ctx.saved_tensors
-        by_query = ctx.ranges.once(table, do_BHLD.device)
-        by_key = ctx.ranges.once(transposed_table, do_BHLD.device)
+        by_query = ctx.ranges.cached(table, do_BHLD.device)
+        by_key = ctx.ranges.cached(transposed_table, do_BHLD.device)
         do_BHLD = rows_first(do_BHLD)
         delta_BHL1 = torch.empty_like(log2sum_BHL1)
         dq_BHLD, dk_BHSD, dv_BHSD = map(new_heads, qkv)
@@ -1036,7 +1023,7 @@ def block_attention_torch(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
         attention = plain_attention
         q_BHLD, k_BHSD, v_BHSD = q_BHLD.float(), k_BHSD.float(), v_BHSD.float()
     keys = slice(ranges.first[0], ranges.last[-1])
-    mask_LS = ranges.once(mask_in_sight, q_BHLD.device)
+    mask_LS = ranges.cached(mask_in_sight, q_BHLD.device)
     o_BHLD = attention(q_BHLD, k_BHSD[:, :, keys], v_BHSD[:, :, keys],
                        attn_mask=mask_LS, scale=scale)
     return o_BHLD.to(dtype)
@@ -1058,8 +1045,8 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
     S = k_BHSD.shape[2]
     assert k_BHSD.shape == v_BHSD.shape == (B, H, S, D)
     assert len(ranges) == L and ranges.last[-1] <= S
-    face = block_attention_triton if use_triton(q_BHLD) else block_attention_torch
-    return face(q_BHLD, k_BHSD, v_BHSD, ranges, scale)
+    backend = block_attention_triton if use_triton(q_BHLD) else block_attention_torch
+    return backend(q_BHLD, k_BHSD, v_BHSD, ranges, scale)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1078,7 +1065,7 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
 # of negative numbers, whose bits grow as the number falls, flip all.
 #
 # Probabilities are counted in whole units of 2^-40 of the largest: integer sums are the same in
-# every order, so that both faces draw the same token.
+# every order, so that both backends draw the same token.
 
 
 @triton.jit
@@ -1120,7 +1107,7 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, to
     noise_V = load_token(noise_BlV, place, tokens_V, V)
     score_V = tl.where(kept_V, logits_V - tl.log(noise_V), -float("inf"))
     token = tl.argmax(score_V, 0)
-    tl.store(token_Bl.start + tl.program_id(1) * tl.num_programs(0) + place, token.to(tl.int64))
+    tl.store(token_Bl.pointer + tl.program_id(1) * tl.num_programs(0) + place, token.to(tl.int64))
 
 
 def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV):
@@ -1178,8 +1165,8 @@ def sample_tokens(cond_BlV: Tensor, uncond_BlV: Tensor | None, guidance: float, 
     """
     assert noise_BlV.shape == cond_BlV.shape
     assert uncond_BlV is None or uncond_BlV.shape == cond_BlV.shape
-    face = sample_tokens_triton if use_triton(cond_BlV) else sample_tokens_torch
-    return face(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
+    backend = sample_tokens_triton if use_triton(cond_BlV) else sample_tokens_torch
+    return backend(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1197,7 +1184,7 @@ def launch(kernel: Callable, programs: Sequence[int], read: list[Tensor], writte
         launch_compiled(kernel.__name__, programs, read, written, list(numbers),
                         ",".join(constants), list(constants.values()))
     else:
-        start(kernel, programs, read + written, numbers, constants)
+        run_kernel(kernel, programs, read + written, numbers, constants)
 
 
 @torch.library.custom_op("var::launch", mutates_args=["written"])
@@ -1205,7 +1192,7 @@ def launch_compiled(kernel: str, programs: Sequence[int], read: list[Tensor],
                     written: list[Tensor], numbers: list[Number], names: str,
                     values: list[int]) -> None:
     constants = dict(zip(names.split(","), values))
-    start(globals()[kernel], programs, read + written, numbers, constants)
+    run_kernel(globals()[kernel], programs, read + written, numbers, constants)
 
 
 @launch_compiled.register_fake
@@ -1213,7 +1200,7 @@ def launch_nothing(*arguments) -> None:
     """What torch.compile calls to learn the shapes of the outputs: there are none."""
 
 
-def start(kernel: Callable, programs: Sequence[int], tensors: Sequence[Tensor],
+def run_kernel(kernel: Callable, programs: Sequence[int], tensors: Sequence[Tensor],
           numbers: Sequence[float], constants: dict[str, int]) -> None:
     """Where the tensors are: Triton alone takes the current GPU. Raises LaunchError."""
     with torch.cuda.device_of(tensors[0]):
@@ -1238,7 +1225,7 @@ LAUNCHER = ("Triton could not build its launcher, for which it needs a C compile
             "headers (Debian: apt install gcc python3-dev)")
 ON_A_CPU = ("Triton sees no GPU, or a tensor that is on none: for its interpreter "
             "TRITON_INTERPRET=1 must be in the environment before Python starts")
-WITHOUT = 'or set FACE = "torch" in kernels.py'
+WITHOUT = 'or set BACKEND = "torch" in kernels.py'
 LACKING = {   # by a word of Triton's error
     "C compiler": LAUNCHER,
     "CalledProcessError": LAUNCHER,

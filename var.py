@@ -86,7 +86,7 @@ class LayerCache:
         self.length = length
         self.filled = 0
 
-    def room(self, product_BlX: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    def slots(self, product_BlX: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Return where the keys and values of the next scale, made of this product, go."""
         B, l, X = product_BlX.shape
         if self.filled == 0:
@@ -129,9 +129,9 @@ class Attention(nn.Module):
         if self.normalise_qk:   # then each head learns how sharply it attends
             scale = 1.0
             log_scale_H = self.log_scale_H11.flatten()
-        room = None if cache is None else cache.room(product_BLX, self.heads)
+        kv_slots = None if cache is None else cache.slots(product_BLX, self.heads)
         q_BHLD, k_BHSD, v_BHSD = split_heads(
-            product_BLX, self.q_bias, self.v_bias, log_scale_H, self.heads, room)
+            product_BLX, self.q_bias, self.v_bias, log_scale_H, self.heads, kv_slots)
         if cache is not None:
             k_BHSD, v_BHSD = cache.so_far()
         return q_BHLD, k_BHSD, v_BHSD, scale

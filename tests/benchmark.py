@@ -109,32 +109,37 @@ def array_bytes(*values) -> int:
 
 
 def cases(new: Callable) -> dict[str, tuple]:
-    """{title: (Triton's face, PyTorch's, FLOP, backward, *inputs)}; new(*shape) is a tensor.
+    """{title: (Triton's, PyTorch's, FLOP, backward, *inputs)}; new(*shape) is a tensor.
 
     backward: how many times as many bytes as the forward it moves at the least; 0: there is none.
     """
     half = partial(new, dtype=torch.bfloat16)
     modulation = [half(64, 1024) for _ in range(3)]
 
-    def faces(operation: str, call: Callable) -> tuple[Callable, Callable]:
-        return tuple(partial(call, getattr(kernels, f"{operation}_{face}"))
-                     for face in ("triton", "torch"))
+    def both(operation: str, call: Callable) -> tuple[Callable, Callable]:
+        return tuple(partial(call, getattr(kernels, f"{operation}_{backend}"))
+                     for backend in ("triton", "torch"))
 
     return {
         "AdaLN, B 64 L 680 W 1024 float32 + bfloat16":
-            (*faces("adaln", lambda adaln, *inputs: adaln(*inputs, torch.bfloat16)), 0, 3 / 2,
+            (*both("adaln", lambda adaln, *inputs: adaln(*inputs, torch.bfloat16)), 0, 3 / 2,
              new(64, 680, 1024), half(64, 680, 1024), *modulation),
         "nearest code, N 43520 V 4096 C 32 float32":
-            (*faces("nearest_code", lambda nearest, *inputs: nearest(*inputs)),
+            (*both("nearest_code", lambda nearest, *inputs: nearest(*inputs)),
              2 * 43520 * 4096 * 32, 0, new(43520, 32), new(4096, 32)),
         "heads, B 64 L 680 W 1024 bfloat16":
-            (*faces("split_heads", lambda split, *inputs: split(*inputs, 16)), 0, 4 / 3,
+            (*both("split_heads", lambda split, *inputs: split(*inputs, 16)), 0, 4 / 3,
              half(64, 680, 3072), new(1024), new(1024), new(16)),
         "sampling, B 64 l 256 V 4096 float32":
-            (*faces("sample_tokens", lambda sample, logits, noise: sample(
+            (*both("sample_tokens", lambda sample, logits, noise: sample(
                 logits, None, 0.0, 900, 0.96, noise)),
              0, 0, new(64, 256, 4096), new(64, 256, 4096)),
     }
+
+
+def obvious_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_LS: Tensor) -> Tensor:
+    scores_BHLS = (q_BHLD * q_BHLD.shape[3]**-0.5) @ k_BHSD.mT
+    return scores_BHLS.masked_fill(~mask_LS, -torch.inf).softmax(dim=-1) @ v_BHSD
 
 
 def print_counts() -> None:
@@ -152,7 +157,7 @@ def print_counts() -> None:
             qkv = torch.empty(3, 1, 16, L, 64, dtype=torch.bfloat16)
             mask_LS = torch.empty(L, L, dtype=torch.bool)
             counted[f"obvious attention, B 1 H 16 L {L} D 64 bfloat16"] = (
-                None, kernels.obvious_attention, 0, 0, *qkv, mask_LS)
+                None, obvious_attention, 0, 0, *qkv, mask_LS)
         for title, (_, pytorch, _, _, *inputs) in counted.items():
             with BytesMoved() as moved:
                 output = pytorch(*inputs)
@@ -217,7 +222,7 @@ def counting() -> Iterator[Work]:
     """
     work = Work()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(kernels, "FACE", "triton"))
+        stack.enter_context(mock.patch.object(kernels, "BACKEND", "triton"))
         stack.enter_context(mock.patch.object(kernels, "launch", work.launch))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(torch.autocast("cpu", torch.bfloat16))
@@ -302,7 +307,7 @@ def count_graphs(geometry: Geometry) -> dict[str, int]:
         graphs.append(graph)
         return graph
 
-    def start(kernel, programs, tensors, numbers, constants) -> None:
+    def run_kernel(kernel, programs, tensors, numbers, constants) -> None:
         tensors[-1].zero_()   # of tokens any will do that is one
 
     narrow = (replace(geometry[0], width=geometry[0].norm_groups, multipliers=(1,), blocks=1),
@@ -312,7 +317,8 @@ def count_graphs(geometry: Geometry) -> dict[str, int]:
     counting_compile = lambda module, **flags: compile_module(module, backend=count, **flags)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with (mock.patch.object(kernels, "FACE", "triton"), mock.patch.object(kernels, "start", start),
+    with (mock.patch.object(kernels, "BACKEND", "triton"),
+          mock.patch.object(kernels, "run_kernel", run_kernel),
           mock.patch.object(nn.Module, "compile", counting_compile)):
         tokenizer.decoder.compile(dynamic=False)
         model.compile_layers()
@@ -443,7 +449,7 @@ def attention_alternatives(ranges: KeyRanges, scale: float, dtype: torch.dtype,
                     "dense additive bias": partial(pytorch, attn_mask=bias_LS)}
     if device.type == "cuda":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        first_L, last_L = ranges.once(kernels.table, device)
+        first_L, last_L = ranges.cached(kernels.table, device)
         block_mask = create_block_mask(lambda b, h, i, j: (j >= first_L[i]) & (j < last_L[i]),
                                        None, None, *mask_LS.shape, device=device)
         # Past a limit of recompilations PyTorch runs a function without compiling it, and
@@ -465,7 +471,7 @@ def benchmark_attention(dtype: torch.dtype, rate: float, cold: Tensor) -> dict:
         qkv = [x.requires_grad_() for x in qkv]
         alternatives = attention_alternatives(ranges, D**-0.5, dtype, cold.device)
         for what, timed, products in zip(curves, (forward_only, with_gradients), (2, 7)):
-            calls = {name: timed(face, *qkv) for name, face in alternatives.items()}
+            calls = {name: timed(call, *qkv) for name, call in alternatives.items()}
             title = f"attention {what}, B {B} H {H} L {L} D {D} {str(dtype)[6:]}"
             times = print_table(title, calls, products * flops / rate, cold)
             for name, seconds in times.items() if D == 64 else ():
@@ -477,15 +483,15 @@ def benchmark_the_rest(rate: float, bandwidth: float, cold: Tensor) -> None:
     """All operations but attention, on a GPU."""
     for title, case in cases(partial(torch.rand, device="cuda", requires_grad=True)).items():
         ours, pytorch, flops, backward, *inputs = case
-        faces = {"ours": ours, "PyTorch": pytorch,
+        calls = {"ours": ours, "PyTorch": pytorch,
                  "PyTorch, compiled": torch.compile(pytorch, dynamic=False)}
         bytes_moved = array_bytes(inputs, ours(*inputs))
         limit = max(flops / rate, bytes_moved / bandwidth)
-        print_table(title, {name: forward_only(face, *inputs) for name, face in faces.items()},
+        print_table(title, {name: forward_only(call, *inputs) for name, call in calls.items()},
                     limit, cold)
         if backward:
             print_table(title + ", and backward",
-                        {name: with_gradients(face, *inputs) for name, face in faces.items()},
+                        {name: with_gradients(call, *inputs) for name, call in calls.items()},
                         (1 + backward) * bytes_moved / bandwidth, cold)
 
 
@@ -657,7 +663,7 @@ def scale_limits(config: VARConfig, rate: float, reading: float) -> list[tuple[f
 def dense_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyRanges,
                     scale: float) -> Tensor:
     """What most implementations of VAR do."""
-    mask_LS = ranges.once(dense_mask, q_BHLD.device)
+    mask_LS = ranges.cached(dense_mask, q_BHLD.device)
     return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask=mask_LS, scale=scale)
 
 
@@ -740,7 +746,7 @@ def main() -> None:
         benchmark_sampling(PUBLISHED_D16, ways, [1, 8, 64], half_rate, bandwidth, cold)
         benchmark_training(PUBLISHED_D16, 64, half_rate, bandwidth, cold)
     else:
-        print("\nThese were the PyTorch faces. To time the Triton kernels takes a GPU.")
+        print("\nThese were the PyTorch functions. To time the Triton kernels takes a GPU.")
     if options.plot:
         save_plot(curves, options.plot)
 

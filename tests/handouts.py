@@ -234,7 +234,7 @@ LIST = [
         title="The mask as a table",
         bodies=("kernels.KeyRanges.from_scales", "kernels.transposed_table",
                 "kernels.mask_in_sight", "kernels.block_attention_torch"),
-        give_aways=("kernels.obvious_attention", "reference.attention"),
+        give_aways=("benchmark.obvious_attention", "reference.attention"),
         forbidden=("block_attention", "block_attention_triton", "BlockAttention", "launch"),
         points={
             GRADED + "test_the_table_of_scales": 2,
@@ -331,7 +331,7 @@ LIST = [
     Assignment(
         number=7,
         title="Generation",
-        bodies=("var.LayerCache.room", "var.LayerCache.so_far", "var.VAR.generate", "var.VAR.draw"),
+        bodies=("var.LayerCache.slots", "var.LayerCache.so_far", "var.VAR.generate", "var.VAR.draw"),
         give_aways=("tokenizer.Quantizer.teacher_inputs",),
         forbidden=("forward",),
         points={
@@ -409,7 +409,7 @@ LIST = [
         forbidden=("sample_tokens", "sample_tokens_triton", "launch"),
         points={
             KERNELS + "test_a_draw_is_the_best_of_the_tokens_kept[torch]": 2,
-            KERNELS + "test_both_faces_draw_the_same_token": 1,
+            KERNELS + "test_both_backends_draw_the_same_token": 1,
             KERNELS + "test_top_k_keeps_k_whatever_their_sign_and_their_ties": 2,
             KERNELS + "test_top_p_keeps_what_holds_p_of_what_top_k_left": 2,
             KERNELS + "test_frequencies_follow_the_distribution": 1,
@@ -471,7 +471,7 @@ LIST = [
             KERNELS + "test_adaln_and_its_gradients[triton]": 6,
             GRADED + "test_a_row_narrower_than_its_tile_and_far_from_zero_is_normalised": 1,
             KERNELS + "test_adaln_sums_gradients_in_one_order": 1,
-            TRANSFORMER + "test_both_faces_give_the_same_loss_and_gradients": 2,
+            TRANSFORMER + "test_both_backends_give_the_same_loss_and_gradients": 2,
         },
         hours="4-6",
         after=(),
@@ -578,7 +578,7 @@ LIST = [
         bodies=("kernels.plan_tiles", "kernels.attention_forward"),
         give_aways=("kernels.attention_backward_q", "kernels.attention_backward_kv",
                     "kernels.plain_attention", "kernels.block_attention_torch",
-                    "kernels.obvious_attention", "reference.attention"),
+                    "benchmark.obvious_attention", "reference.attention"),
         forbidden=ONLY_TRITON,
         points={
             KERNELS + "test_attention_and_its_gradients[triton]": 3,
@@ -630,12 +630,12 @@ LIST = [
         title="Attention in Triton: backward",
         bodies=("kernels.attention_backward_q", "kernels.attention_backward_kv"),
         give_aways=("kernels.plain_attention", "kernels.block_attention_torch",
-                    "kernels.obvious_attention", "reference.attention"),
+                    "benchmark.obvious_attention", "reference.attention"),
         forbidden=ONLY_TRITON,
         points={
             KERNELS + "test_attention_and_its_gradients[triton]": 6,
             KERNELS + "test_attention_at_the_length_of_the_published_models[triton]": 2,
-            TRANSFORMER + "test_both_faces_give_the_same_loss_and_gradients": 2,
+            TRANSFORMER + "test_both_backends_give_the_same_loss_and_gradients": 2,
         },
         hours="6-10",
         after=(11,),

@@ -188,7 +188,8 @@ PLANTED = {
         ("k_BHLD * inverse_norm(k_BHLD)", "k_BHLD * inverse_norm(q_BHLD)"),
         ("k_BHLD * inverse_norm(k_BHLD)",
          "k_BHLD * (factor_H[:, None, None] * inverse_norm(k_BHLD))"),
-        ("return q_BHLD, room[0].copy_(k_BHLD), room[1].copy_(v_BHLD)", "return q_BHLD, *room"),
+        ("return q_BHLD, k_slots_BHLD.copy_(k_BHLD), v_slots_BHLD.copy_(v_BHLD)",
+         "return q_BHLD, *kv_slots"),
         ("(x.to(product_BLX.dtype) for x in (q_BHLD, k_BHLD, v_BHLD))", "q_BHLD, k_BHLD, v_BHLD"),
     ],
     "var.Attention.project": [
@@ -201,7 +202,7 @@ PLANTED = {
         ("self.q_bias, self.v_bias, log", "self.v_bias, self.q_bias, log"),
         ("log_scale_H = self.log_scale_H11.flatten()", "log_scale_H = log_scale_H"),
         ("k_BHSD, v_BHSD = cache.so_far()", "v_BHSD, k_BHSD = cache.so_far()"),
-        ("k_BHSD, v_BHSD = cache.so_far()", "k_BHSD, v_BHSD = room"),
+        ("k_BHSD, v_BHSD = cache.so_far()", "k_BHSD, v_BHSD = kv_slots"),
     ],
     "var.Block.forward": [
         ("gate1_BW, scale2_BW, shift2_BW)\n", "gate1_BW, scale1_BW, shift1_BW)\n"),
@@ -237,7 +238,7 @@ PLANTED = {
         ("block.modulation(c_BW)", "self.blocks[0].modulation(c_BW)"),
     ],
     # 7 Generation
-    "var.LayerCache.room": [
+    "var.LayerCache.slots": [
         ("self.filled += l", "self.filled = l"),
         ("self.filled == 0", "True"),
         ("self.length, X // 3 // heads", "l, X // 3 // heads"),
@@ -372,13 +373,13 @@ PLANTED = {
     "kernels.plan_tiles": [
         ("tl.minimum(length, begin + ROWS) - 1", "begin + ROWS - 1"),
         ("tl.minimum(length, begin + ROWS) - 1", "tl.minimum(length - 1, begin + ROWS)"),
-        ("all_start = tl.load(first.start + final)", "all_start = tl.load(first.start + begin)"),
-        ("all_end = tl.load(last.start + begin)", "all_end = tl.load(last.start + final)"),
-        ("end = tl.load(last.start + final)\n", "end = tl.load(last.start + begin)\n"),
+        ("all_start = tl.load(first.pointer + final)", "all_start = tl.load(first.pointer + begin)"),
+        ("all_end = tl.load(last.pointer + begin)", "all_end = tl.load(last.pointer + final)"),
+        ("end = tl.load(last.pointer + final)\n", "end = tl.load(last.pointer + begin)\n"),
         ("tl.cdiv(all_start - start, TILE)", "(all_start - start) // TILE"),
         ("return start, before, whole, before + after", "return start, before, whole, after"),
-        ("start = tl.load(first.start + begin)\n    all_start",
-         "start = tl.load(first.start + begin) * 0\n    all_start"),
+        ("start = tl.load(first.pointer + begin)\n    all_start",
+         "start = tl.load(first.pointer + begin) * 0\n    all_start"),
         ("tl.maximum(all_end - start - before * TILE, 0) // TILE",
          "tl.cdiv(tl.maximum(all_end - start - before * TILE, 0), TILE)"),
         ("tl.maximum(all_end - start - before * TILE, 0) // TILE",

@@ -214,7 +214,7 @@ class Outcomes:
 
 
 def watched(function, name: str):
-    """The function, which fails if it changes a tensor it was given, other than `room`."""
+    """The function, which fails if it changes a tensor it was given, other than `kv_slots`."""
     import torch
     from torch.utils._pytree import tree_leaves
 
@@ -223,7 +223,7 @@ def watched(function, name: str):
     @functools.wraps(function)
     def call(*given, **named):
         arguments = dict(parameters.bind(*given, **named).arguments)
-        arguments.pop("room", None)
+        arguments.pop("kv_slots", None)
         tensors = [x for x in tree_leaves(arguments)
                    if isinstance(x, torch.Tensor) and x.device.type != "meta"]
         before = [x.detach().clone() for x in tensors]

@@ -27,12 +27,9 @@ def attention(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, scale, do_BHLD) -> tuple[
     return value, size
 
 
-def distances(x_NC, codebook_VC, cosine: bool):
-    """[N, V] of what the nearest code is the least of: the squared distance, or minus the cosine times |x|."""
-    if not cosine:
-        return np.square(x_NC[:, None] - codebook_VC[None]).sum(axis=2)
-    norm_V1 = np.sqrt(np.square(codebook_VC).sum(axis=1, keepdims=True))
-    return -x_NC @ (codebook_VC / np.maximum(norm_V1, 1e-12)).T
+def distances(x_NC, codebook_VC):
+    """Squared, [N, V]."""
+    return np.square(x_NC[:, None] - codebook_VC[None]).sum(axis=2)
 
 
 def adaln(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dsum_BLW, dy_BLW) -> tuple[dict, dict]:

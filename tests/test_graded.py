@@ -131,9 +131,9 @@ def test_a_cache_takes_its_room_once_and_gives_what_is_there():
     k_BHLD, v_BHLD = torch.randn(2, 2, 3, 14, 8)
     places = set()
     for begin, end in ((0, 1), (1, 5), (5, 14)):
-        room = cache.room(torch.empty(2, end - begin, 3 * 3 * 8), heads=3)
-        room[0].copy_(k_BHLD[:, :, begin:end])
-        room[1].copy_(v_BHLD[:, :, begin:end])
+        slots = cache.slots(torch.empty(2, end - begin, 3 * 3 * 8), heads=3)
+        slots[0].copy_(k_BHLD[:, :, begin:end])
+        slots[1].copy_(v_BHLD[:, :, begin:end])
         seen = cache.so_far()
         assert torch.equal(seen[0], k_BHLD[:, :, :end]) and torch.equal(seen[1], v_BHLD[:, :, :end])
         places.add((seen[0].data_ptr(), seen[1].data_ptr()))
@@ -202,7 +202,7 @@ def test_drawing_changes_nothing_that_it_was_given(dtype):
 @pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("W", [24, 100])
 def test_a_row_narrower_than_its_tile_and_far_from_zero_is_normalised(W, monkeypatch):
-    monkeypatch.setattr(kernels, "FACE", "triton")
+    monkeypatch.setattr(kernels, "BACKEND", "triton")
     generator = torch.Generator().manual_seed(0)
     x_BLW, h_BLW = torch.randn(2, 2, 3, W, generator=generator)
     gate_BW, scale_BW, shift_BW = torch.randn(3, 2, W, generator=generator)

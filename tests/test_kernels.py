@@ -1,4 +1,4 @@
-"""Every operation of kernels.py, each face of it, against the float64 math of reference.py.
+"""Every operation of kernels.py, each backend of it, against the float64 math of reference.py.
 
 With a GPU the Triton kernels run compiled, in every dtype and at real sizes. Without one they run in Triton's
 interpreter in fp32 (its bf16 product is wrong) at small sizes, and are compiled for GPUs that are not there:
@@ -44,7 +44,7 @@ from kernels import KeyRanges
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-FACES = ["torch", "triton"] if kernels.HAS_TRITON else ["torch"]
+BACKENDS = ["torch", "triton"] if kernels.HAS_TRITON else ["torch"]
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}   # half the gap after 1
 TERMS = {torch.float32: 64, torch.float16: 8, torch.bfloat16: 8}
 VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # 680 tokens: the published models at 256 x 256
@@ -55,12 +55,12 @@ draws = settings(max_examples=1000 if FRESH else 200 if GPU else 6, derandomize=
 needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
 
 
-def dtypes(face: str) -> list[torch.dtype]:
-    return [torch.float32] if face == "triton" and not GPU else list(UNIT)
+def dtypes(backend: str) -> list[torch.dtype]:
+    return [torch.float32] if backend == "triton" and not GPU else list(UNIT)
 
 
-def face_of(operation: str, face: str):
-    return getattr(kernels, f"{operation}_{face}")
+def operation(name: str, backend: str):
+    return getattr(kernels, f"{name}_{backend}")
 
 
 def values(rng: np.random.Generator, pattern: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -90,7 +90,7 @@ def nothing_outside_is_touched():
         return
     from triton.runtime.interpreter import InterpreterBuilder as Builder
     arrays: list[tuple[int, int]] = []   # their first bytes, and the first ones after them
-    start, load, store = kernels.start, Builder.create_masked_load, Builder.create_masked_store
+    start, load, store = kernels.run_kernel, Builder.create_masked_load, Builder.create_masked_store
 
     def noted(kernel, programs, tensors, *rest):
         arrays.clear()
@@ -114,7 +114,7 @@ def nothing_outside_is_touched():
         return store(builder, pointers, value, mask, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "start", noted)
+        patch.setattr(kernels, "run_kernel", noted)
         patch.setattr(Builder, "create_masked_load", checked_load)
         patch.setattr(Builder, "create_masked_store", checked_store)
         yield
@@ -170,19 +170,19 @@ def heads(rng, pattern: str, layout: str, shape: tuple[int, int, int, int], dtyp
     return on_device(values(rng, pattern, (B, H, D, n)), dtype).mT
 
 
-def check_block_attention(face, ranges, S, shape, dtype, scale=0.2, pattern="normal", layout="BLHD", seed=0):
+def check_block_attention(backend, ranges, S, shape, dtype, scale=0.2, pattern="normal", layout="BLHD", seed=0):
     B, H, D = shape
     rng = np.random.default_rng(seed)
     q, k, v = (heads(rng, pattern, layout, (B, H, n, D), dtype).requires_grad_() for n in (len(ranges), S, S))
     do = heads(rng, "normal" if pattern == "equal" else pattern, layout, (B, H, len(ranges), D), dtype)
     with poisoned():
-        o = face_of("block_attention", face)(q, k, v, ranges, scale)
-        assert face == "torch" or o.transpose(1, 2).is_contiguous()   # so that joining the heads is a view
+        o = operation("block_attention", backend)(q, k, v, ranges, scale)
+        assert backend == "torch" or o.transpose(1, 2).is_contiguous()   # so that joining the heads is a view
         got = dict(zip(("o", "dq", "dk", "dv"), (o, *torch.autograd.grad(o, (q, k, v), do))))
     value, size = reference.attention(*map(double, (q, k, v)), ranges.first, ranges.last, scale, double(do))
     score = scale * (np.abs(double(q)) @ np.abs(double(k)).swapaxes(2, 3)).max() * (1 + D / 32)
     assert all(tensor.dtype == dtype for tensor in got.values())
-    assert_close(got, value, size, dtype, score * UNIT[torch.float32 if face == "triton" else dtype])
+    assert_close(got, value, size, dtype, score * UNIT[torch.float32 if backend == "triton" else dtype])
 
 
 @contextlib.contextmanager
@@ -204,35 +204,35 @@ if GPU:   # each of these is compiled for itself, and minutes go by
                                         (128, None)])
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
 @draws
-def test_attention_and_its_gradients(face, data):
+def test_attention_and_its_gradients(backend, data):
     draw = data.draw
     ranges = draw(key_ranges())
     B, H = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3]))
     D, tiles = draw(widths_and_tiles)
     with attention_tiles(tiles):
-        check_block_attention(face, ranges, ranges.last[-1] + draw(st.sampled_from([0, 0, 1, 30])), (B, H, D),
-                              draw(st.sampled_from(dtypes(face))), draw(st.sampled_from([0.03, 0.25, 1.0])),
+        check_block_attention(backend, ranges, ranges.last[-1] + draw(st.sampled_from([0, 0, 1, 30])), (B, H, D),
+                              draw(st.sampled_from(dtypes(backend))), draw(st.sampled_from([0.03, 0.25, 1.0])),
                               draw(patterns), draw(st.sampled_from(["BHLD", "BLHD", "packed", "BHDL", "expanded"])),
                               draw(st.integers(0, 99)))
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_attention_at_the_length_of_the_published_models(face):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_at_the_length_of_the_published_models(backend):
     ranges = KeyRanges.from_scales(VAR_SCALES, last_scales=None if GPU else 2)   # 2: tiles are cut on both sides
-    for dtype in dtypes(face):
+    for dtype in dtypes(backend):
         with attention_tiles(None if GPU else (128, 64)):   # few, as the interpreter takes as long for any
-            check_block_attention(face, ranges, len(ranges), (2, 4, 64) if GPU else (1, 1, 16), dtype)
+            check_block_attention(backend, ranges, len(ranges), (2, 4, 64) if GPU else (1, 1, 16), dtype)
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [0.03, 1.0])
-def test_products_of_any_size_make_weights(face, scale):
+def test_products_of_any_size_make_weights(backend, scale):
     """Of several hundred: what is taken off before 2^x is the largest score, and not the largest product."""
-    for dtype in dtypes(face):
-        check_block_attention(face, KeyRanges.from_scales((1, 2, 4)), 21, (1, 2, 64), dtype, scale, "large")
+    for dtype in dtypes(backend):
+        check_block_attention(backend, KeyRanges.from_scales((1, 2, 4)), 21, (1, 2, 64), dtype, scale, "large")
 
 
 @needs_triton
@@ -246,12 +246,12 @@ def test_tiles_out_of_range_are_not_visited():
     assert o[:, :, 16:32].isfinite().all() and o[:, :, :16].isnan().all() and o[:, :, 32:].isnan().all()
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_the_unused_end_of_a_cache_may_hold_anything(face):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_unused_end_of_a_cache_may_hold_anything(backend):
     ranges = KeyRanges.from_scales((1, 2, 3)).rows(1, 5)
     q, k, v = (torch.randn(1, 2, n, 16, device=DEVICE) for n in (4, 14, 14))
     k[:, :, 5:], v[:, :, 5:] = torch.nan, torch.inf
-    assert face_of("block_attention", face)(q, k, v, ranges, 1.0).isfinite().all()
+    assert operation("block_attention", backend)(q, k, v, ranges, 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("last_scales", [None, 1, 2])
@@ -259,11 +259,11 @@ def test_the_unused_end_of_a_cache_may_hold_anything(face):
 def test_the_transposed_table_is_the_transposed_mask(begin, end, last_scales):
     ranges = KeyRanges.from_scales((1, 2, 3, 4), last_scales).rows(begin, end)
     cpu = torch.device("cpu")
-    first_L, last_L = ranges.once(kernels.table, cpu)
-    first_S, last_S = ranges.once(kernels.transposed_table, cpu)
+    first_L, last_L = ranges.cached(kernels.table, cpu)
+    first_S, last_S = ranges.cached(kernels.transposed_table, cpu)
     queries = torch.arange(len(ranges))
     assert torch.equal(((queries >= first_S[:, None]) & (queries < last_S[:, None])).T, ranges.dense())
-    assert ranges.once(kernels.table, cpu)[0] is first_L   # made once
+    assert ranges.cached(kernels.table, cpu)[0] is first_L   # made once
 
 
 def test_a_table_is_made_once():
@@ -279,7 +279,7 @@ if kernels.HAS_TRITON:
         tile = kernels.tl.program_id(0)
         plan = kernels.plan_tiles(first_L, last_L, tile, L, TILE_L, TILE_S)
         for n in kernels.tl.static_range(4):
-            kernels.tl.store(plan_T4.start + 4 * tile + n, plan[n])
+            kernels.tl.store(plan_T4.pointer + 4 * tile + n, plan[n])
 
 
 @needs_triton
@@ -289,7 +289,7 @@ def test_the_tiles_that_are_counted_and_drawn_are_those_that_are_visited(L):
     grid = benchmark.tile_grid(L)
     plan_T4 = torch.zeros(len(grid), 4, dtype=torch.int32)
     ranges = KeyRanges.from_scales(benchmark.BENCHMARK_SCALES[L])
-    table = ranges.once(kernels.table, torch.device(DEVICE))
+    table = ranges.cached(kernels.table, torch.device(DEVICE))
     kernels.launch(plan_kernel, (len(grid),), list(table), [plan_T4], L, TILE_L=128, TILE_S=64)
     for tiles_S, (start, before, whole, cut) in zip(grid.tolist(), plan_T4.tolist()):
         assert (start, before, tiles_S) == (0, 0, [2] * whole + [1] * cut + [0] * (len(tiles_S) - whole - cut))
@@ -319,7 +319,7 @@ def test_attention_allocates_nothing_larger_than_its_inputs(monkeypatch):
 def test_queries_that_all_see_the_same_keys_need_no_mask(begin, end, masked):
     """As at one scale of a generation."""
     ranges = KeyRanges.from_scales((1, 2, 3)).rows(begin, end)
-    assert (ranges.once(kernels.mask_in_sight, torch.device("cpu")) is not None) == masked
+    assert (ranges.cached(kernels.mask_in_sight, torch.device("cpu")) is not None) == masked
 
 
 @pytest.mark.parametrize("change", [
@@ -357,63 +357,62 @@ def test_autocast_chooses_the_dtype_as_it_does_for_pytorch(dtype):
 # Nearest code
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
 @draws
-def test_nearest_code_is_nearest(face, data):
+def test_nearest_code_is_nearest(backend, data):
     N, V = data.draw(st.integers(1, 150)), data.draw(st.sampled_from([1, 2, 33, 64, 200, 4096 if GPU else 130]))
-    C, cosine = data.draw(st.sampled_from([1, 5, 16, 32, 40, 100])), data.draw(st.booleans())
+    C = data.draw(st.sampled_from([1, 5, 16, 32, 40, 100]))
     pattern, dtype = data.draw(patterns), data.draw(st.sampled_from(list(UNIT)))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     x, codebook = (on_device(values(rng, pattern, shape), dtype) for shape in ((N, C), (V, C)))
     if data.draw(st.booleans()):
         x = x.T.contiguous().T
     with poisoned():
-        index = face_of("nearest_code", face)(x, codebook, cosine).cpu().numpy()
-    distance_NV = reference.distances(double(x), double(codebook), cosine)
+        index = operation("nearest_code", backend)(x, codebook).cpu().numpy()
+    distance_NV = reference.distances(double(x), double(codebook))
     chosen_N = distance_NV[np.arange(N), index]
     size_N = np.square(np.abs(double(x)).sum(axis=1) + np.abs(double(codebook)).sum(axis=1).max())
     assert np.all(chosen_N - distance_NV.min(axis=1) <= 4 * UNIT[torch.float32] * size_N)
-    if pattern in ("ties", "equal") and not cosine:   # small whole numbers: exact in fp32, and so are the ties
+    if pattern in ("ties", "equal"):   # small whole numbers: exact in fp32, and so are the ties
         assert np.array_equal(index, distance_NV.argmin(axis=1))
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_of_equally_near_codes_the_first_wins_wherever_it_is(face):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_of_equally_near_codes_the_first_wins_wherever_it_is(backend):
     """The same four codes fifty times over: the tiles of the kernel, of 64 codes, are all alike."""
     rng = np.random.default_rng(0)
     codes = np.tile(rng.permutation(12).reshape(4, 3), (50, 1))
     x = codes[rng.integers(0, 4, 70)] + rng.integers(-1, 2, (70, 3))
-    index = face_of("nearest_code", face)(on_device(x, torch.float32), on_device(codes, torch.float32)).cpu().numpy()
-    assert np.array_equal(index, reference.distances(x, codes, False).argmin(axis=1)) and index.max() < 4
+    index = operation("nearest_code", backend)(on_device(x, torch.float32), on_device(codes, torch.float32)).cpu().numpy()
+    assert np.array_equal(index, reference.distances(x, codes).argmin(axis=1)) and index.max() < 4
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_nearest_code_at_the_published_size(face):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nearest_code_at_the_published_size(backend):
     rng = np.random.default_rng(0)
     x, codebook = rng.standard_normal((680 if GPU else 7, 32)), rng.standard_normal((4096, 32))
     codebook[1::2] = codebook[::2]   # every code twice: the first of the two must win
-    index = face_of("nearest_code", face)(*(on_device(a, torch.float32) for a in (x, codebook))).cpu().numpy()
-    assert index.dtype == np.int64 and np.array_equal(index, reference.distances(x, codebook, False).argmin(axis=1))
+    index = operation("nearest_code", backend)(*(on_device(a, torch.float32) for a in (x, codebook))).cpu().numpy()
+    assert index.dtype == np.int64 and np.array_equal(index, reference.distances(x, codebook).argmin(axis=1))
 
 
-@pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("cosine", [False, True])
-def test_nearest_code_stays_in_fp32_under_autocast(face, cosine):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nearest_code_stays_in_fp32_under_autocast(backend):
     """Two codes that bf16 cannot tell apart."""
     x, codebook = torch.tensor([[1.0, 1.0]], device=DEVICE), torch.tensor([[1.0, 1.002], [1.0, 1.001]], device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert face_of("nearest_code", face)(x, codebook, cosine).item() == 1
+        assert operation("nearest_code", backend)(x, codebook).item() == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Adaptive layer norm
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
 @draws
-def test_adaln_and_its_gradients(face, data):
+def test_adaln_and_its_gradients(backend, data):
     B, L = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 5, 33] + [70] * GPU))
     W = data.draw(st.sampled_from([1, 2, 24, 64, 100] + [1024, 1920] * GPU))
     x_dtype, h_dtype, dtype, y_dtype = (data.draw(st.sampled_from(list(UNIT))) for _ in range(4))
@@ -425,7 +424,7 @@ def test_adaln_and_its_gradients(face, data):
     modulation = on_device(values(rng, "normal", (B, 4 * W)), dtype)[:, W:]   # as a layer hands it over: slices
     inputs = [part.requires_grad_() for part in (x, h, *modulation.chunk(3, dim=1))]
     with poisoned():
-        outputs = face_of("adaln", face)(*inputs, y_dtype)
+        outputs = operation("adaln", backend)(*inputs, y_dtype)
         gradients = torch.autograd.grad(outputs, inputs, (dsum, dy))
     got = dict(zip(("sum", "y", "dx", "dh", "dgate", "dscale", "dshift"), (*outputs, *gradients)))
     assert [tensor.dtype for tensor in got.values()] == [x_dtype, y_dtype, x_dtype, h_dtype, dtype, dtype, dtype]
@@ -453,13 +452,13 @@ def test_autocast_chooses_the_dtype_of_what_the_next_product_reads():
 # Heads
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(data=st.data())
 @draws
-def test_split_heads_and_its_gradients(face, data):
+def test_split_heads_and_its_gradients(backend, data):
     B, L = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 3, 33] + [70] * GPU))
     H, D = data.draw(st.sampled_from([1, 3])), data.draw(st.sampled_from([1, 16, 17, 64, 72, 128]))
-    dtype, bias_dtype = (data.draw(st.sampled_from(dtypes(face))) for _ in range(2))
+    dtype, bias_dtype = (data.draw(st.sampled_from(dtypes(backend))) for _ in range(2))
     rng, pattern = np.random.default_rng(data.draw(st.integers(0, 99))), data.draw(patterns)
     if pattern == "ties":   # a row of nothing but zeros has no direction
         pattern = "normal"
@@ -471,7 +470,7 @@ def test_split_heads_and_its_gradients(face, data):
     layout = data.draw(st.sampled_from(["BHLD", "BLHD", "BHDL"]))
     gradients = [heads(rng, "normal", layout, (B, H, L, D), dtype) for _ in range(3)]
     with poisoned():
-        outputs = face_of("split_heads", face)(product, *biases, log_scale if normalised else None, H)
+        outputs = operation("split_heads", backend)(product, *biases, log_scale if normalised else None, H)
         found = torch.autograd.grad(outputs, inputs, gradients)
     got = dict(zip(("q", "k", "v", "dproduct", "dq_bias", "dv_bias", "dlog_scale"), (*outputs, *found)))
     assert all(got[name].dtype == dtype for name in ("q", "k", "v", "dproduct"))
@@ -481,47 +480,47 @@ def test_split_heads_and_its_gradients(face, data):
     assert_close(got, value, size, max(dtype, bias_dtype, key=UNIT.get))
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_the_learned_scale_is_free_up_to_its_bound(face):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_learned_scale_is_free_up_to_its_bound(backend):
     """At the bound it is, too, as torch.clamp has it; above it, nothing moves it."""
     largest = torch.tensor(kernels.LARGEST_LOG_SCALE)
     log_scale_H = torch.stack([largest - 1, largest, largest + 1]).to(DEVICE).requires_grad_()
     product = torch.randn(1, 4, 3 * 48, device=DEVICE)
     bias = torch.zeros(48, device=DEVICE)
-    q_BHLD = face_of("split_heads", face)(product, bias, bias, log_scale_H, 3)[0]
+    q_BHLD = operation("split_heads", backend)(product, bias, bias, log_scale_H, 3)[0]
     q_BHLD.square().sum().backward()   # the square of the scale, four times
     expected = [8 * math.exp(2 * (kernels.LARGEST_LOG_SCALE + change)) for change in (-1, 0)]
     assert log_scale_H.grad.tolist() == pytest.approx([*expected, 0.0], rel=1e-3)
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_however_short_a_row_is_it_becomes_a_unit(face):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_however_short_a_row_is_it_becomes_a_unit(backend):
     product = 1e-6 * torch.randn(1, 2, 3 * 16, device=DEVICE)
     bias = torch.zeros(16, device=DEVICE)
-    q_BHLD, k_BHLD, _ = face_of("split_heads", face)(product, bias, bias, torch.zeros(1, device=DEVICE), 1)
+    q_BHLD, k_BHLD, _ = operation("split_heads", backend)(product, bias, bias, torch.zeros(1, device=DEVICE), 1)
     for x_BHLD in (q_BHLD, k_BHLD):
         assert x_BHLD.norm(dim=-1).flatten().tolist() == pytest.approx([1.0, 1.0], rel=1e-4)
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalised", [True, False])
 @torch.no_grad()
-def test_keys_and_values_go_where_there_is_room_and_nowhere_else(face, normalised):
+def test_keys_and_values_go_where_there_is_room_and_nowhere_else(backend, normalised):
     product, bias, log_scale = torch.randn(2, 5, 3 * 32), torch.randn(2, 32), torch.randn(2)
     arguments = [x.to(DEVICE) for x in (product, *bias)] + [log_scale.to(DEVICE) if normalised else None, 2]
-    expected = face_of("split_heads", face)(*arguments)
+    expected = operation("split_heads", backend)(*arguments)
     cache = torch.full((2, 2, 2, 9, 16), 7.0, device=DEVICE)
-    got = face_of("split_heads", face)(*arguments, room=cache[:, :, :, 3:8].unbind())
+    got = operation("split_heads", backend)(*arguments, kv_slots=cache[:, :, :, 3:8].unbind())
     assert all(map(torch.equal, got, expected))
     assert torch.equal(cache[:, :, :, 3:8], torch.stack(expected[1:]))
     assert (cache[:, :, :, :3] == 7).all() and (cache[:, :, :, 8:] == 7).all()
 
 
 @needs_triton
-def test_room_that_the_kernel_cannot_fill_is_refused():
-    room = torch.zeros(2, 2, 2, 16, 5).mT.unbind()
+def test_slots_that_the_kernel_cannot_write_to_are_refused():
+    kv_slots = torch.zeros(2, 2, 2, 16, 5).mT.unbind()
     with pytest.raises(AssertionError, match="cannot write to such strides"):
-        kernels.split_heads_triton(torch.zeros(2, 5, 96), torch.zeros(32), torch.zeros(32), None, 2, room)
+        kernels.split_heads_triton(torch.zeros(2, 5, 96), torch.zeros(32), torch.zeros(32), None, 2, kv_slots)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -543,15 +542,15 @@ def sampling_cases(draw) -> dict:
                 top_p=draw(st.sampled_from([1.0, 0.96, 0.5, 0.3, 1e-3, 0.0])))
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(case=sampling_cases())
 @draws
-def test_a_draw_is_the_best_of_the_tokens_kept(face, case):
+def test_a_draw_is_the_best_of_the_tokens_kept(backend, case):
     logits, noise = double(case["cond_BlV"]).astype(np.float32), double(case["noise_BlV"])
     if case["uncond_BlV"] is not None:   # in fp32, which makes or breaks ties, and those decide what is kept
         logits += np.float32(case["guidance"]) * (logits - double(case["uncond_BlV"]).astype(np.float32))
     with poisoned():
-        token_Bl = face_of("sample_tokens", face)(**case).cpu().numpy()
+        token_Bl = operation("sample_tokens", backend)(**case).cpu().numpy()
     for place in np.ndindex(token_Bl.shape):
         logits_V = logits[place].astype(float)
         probability_V, margin = reference.kept_probabilities(logits_V, case["top_k"], case["top_p"])
@@ -563,58 +562,58 @@ def test_a_draw_is_the_best_of_the_tokens_kept(face, case):
 @needs_triton
 @given(case=sampling_cases())
 @draws
-def test_both_faces_draw_the_same_token(case):
+def test_both_backends_draw_the_same_token(case):
     before = case["cond_BlV"].clone()
     assert torch.equal(kernels.sample_tokens_triton(**case), kernels.sample_tokens_torch(**case))
     assert torch.equal(case["cond_BlV"], before)   # the caller's logits are left alone
 
 
-def last_kept(face: str, logits: list[float], top_k: int, top_p: float) -> int:
+def last_kept(backend: str, logits: list[float], top_k: int, top_p: float) -> int:
     """The rank of the last token kept: with this noise, the later a token ranks, the better is its score."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     cond, noise = torch.tensor(logits, device=DEVICE), torch.empty(len(logits), device=DEVICE)
     for rank, token in enumerate(order):
         noise[token] = math.exp(logits[token] - rank)
-    token_Bl = face_of("sample_tokens", face)(cond[None, None], None, 0.0, top_k, top_p, noise[None, None])
+    token_Bl = operation("sample_tokens", backend)(cond[None, None], None, 0.0, top_k, top_p, noise[None, None])
     return order.index(token_Bl.item())
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("logits", [[-1.0, -3.0, -2.0, -4.0, -9.0], [2.0, -1.0, 0.5, -2.0, 1.0, -0.5], [3.0, 1.0, 2.0],
                                     [-0.0, 0.0, 0.0, -0.0, -1.0, 1.0, -1.0], [-2.0] * 5])
-def test_top_k_keeps_k_whatever_their_sign_and_their_ties(face, logits):
+def test_top_k_keeps_k_whatever_their_sign_and_their_ties(backend, logits):
     for top_k in range(1, len(logits) + 2):
-        assert last_kept(face, logits, top_k, 1.0) == min(top_k, len(logits)) - 1
+        assert last_kept(backend, logits, top_k, 1.0) == min(top_k, len(logits)) - 1
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("top_k, top_p, kept", [(0, 0.0, 1), (0, 0.1, 1), (0, 0.5, 4), (0, 0.51, 5), (0, 1.0, 8),
                                                 (4, 0.5, 2), (4, 0.51, 3), (6, 1.0, 6)])
-def test_top_p_keeps_what_holds_p_of_what_top_k_left(face, top_k, top_p, kept):
-    assert last_kept(face, [-3.0] * 8, top_k, top_p) == kept - 1
+def test_top_p_keeps_what_holds_p_of_what_top_k_left(backend, top_k, top_p, kept):
+    assert last_kept(backend, [-3.0] * 8, top_k, top_p) == kept - 1
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rank, kept", [(400, True), (600, False)])
-def test_rare_tokens_count_for_top_p(face, rank, kept):
+def test_rare_tokens_count_for_top_p(backend, rank, kept):
     """1,023 tokens of 2^-32 make 2^-22, of which half is outside of a top-p of 1 - 2^-23."""
     cond = torch.full((1, 1, 1024), -math.log(2.0**32), device=DEVICE)
     cond[..., 0] = 0
     noise = torch.ones_like(cond)
     noise[..., rank] = 1e-30   # it is drawn if it is kept
-    token = face_of("sample_tokens", face)(cond, None, 0.0, 0, 1 - 2.0**-23, noise).item()
+    token = operation("sample_tokens", backend)(cond, None, 0.0, 0, 1 - 2.0**-23, noise).item()
     assert token == (rank if kept else 0)
 
 
-@pytest.mark.parametrize("face", FACES if GPU else ["torch"])   # both faces draw the same token
+@pytest.mark.parametrize("backend", BACKENDS if GPU else ["torch"])   # both backends draw the same token
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (4, 1.0), (0, 0.8), (5, 0.9)])
-def test_frequencies_follow_the_distribution(face, top_k, top_p):
+def test_frequencies_follow_the_distribution(backend, top_k, top_p):
     """Chi-square: with n draws, sum (count - n p)^2 / (n p) passes mean + 5 standard deviations once in millions."""
     draws = 20_000
     logits = np.array([1.0, 0.0, 2.0, 2.0, -1.0, 0.5, -9.0])
     noise = np.random.default_rng(3).exponential(size=(1, draws, len(logits)))
     cond = on_device(np.broadcast_to(logits, noise.shape), torch.float32)
-    token_Bl = face_of("sample_tokens", face)(cond, None, 0.0, top_k, top_p, on_device(noise, torch.float32))
+    token_Bl = operation("sample_tokens", backend)(cond, None, 0.0, top_k, top_p, on_device(noise, torch.float32))
     counts = np.bincount(token_Bl.flatten().cpu().numpy(), minlength=len(logits))
     expected = draws * reference.kept_probabilities(logits, top_k, top_p)[0]
     assert np.all(counts[expected == 0] == 0)
@@ -624,7 +623,7 @@ def test_frequencies_follow_the_distribution(face, top_k, top_p):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Shapes, and the choice of a face
+# Shapes, and the choice of a backend
 
 
 @pytest.mark.parametrize("operation, shapes", [
@@ -643,22 +642,22 @@ def test_shapes_that_do_not_fit_are_refused(operation, shapes):
 def test_the_face_follows_the_tensors_unless_told_otherwise(monkeypatch):
     cpu = torch.zeros(1)
     assert not kernels.use_triton(cpu)
-    monkeypatch.setattr(kernels, "FACE", "triton")
+    monkeypatch.setattr(kernels, "BACKEND", "triton")
     assert kernels.use_triton(cpu)
-    monkeypatch.setattr(kernels, "FACE", "torch")
+    monkeypatch.setattr(kernels, "BACKEND", "torch")
     assert not kernels.use_triton(torch.zeros(1, device=DEVICE))
 
 
 @pytest.mark.parametrize("major, hip, triton", [(7, None, False), (8, None, True), (12, None, True), (9, "6.4", False)])
 def test_the_triton_face_is_for_cards_of_nvidia_from_sm_80_on(major, hip, triton, monkeypatch):
-    monkeypatch.setattr(kernels, "FACE", None)
+    monkeypatch.setattr(kernels, "BACKEND", None)
     monkeypatch.setattr(kernels, "HAS_TRITON", True)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
     assert kernels.use_triton(SimpleNamespace(is_cuda=True, device="cuda:0")) == triton
 
 
-def test_without_triton_the_pytorch_faces_do_everything():
+def test_without_triton_the_pytorch_functions_do_everything():
     """And torch._dynamo, which takes as long to import as torch itself, is not imported."""
     script = """if True:
         import sys; sys.modules["triton"] = None
@@ -678,7 +677,7 @@ def test_without_triton_the_pytorch_faces_do_everything():
 @pytest.mark.skipif(GPU, reason="the example is for machines without a GPU")
 def test_the_example_in_the_text_runs_the_triton_kernel(monkeypatch):
     launched = []
-    monkeypatch.setattr(kernels, "FACE", None)
+    monkeypatch.setattr(kernels, "BACKEND", None)
     launch = kernels.launch
     monkeypatch.setattr(kernels, "launch", lambda kernel, *a, **c: launched.append(kernel.__name__) or launch(kernel, *a, **c))
     assert doctest.testmod(kernels) == doctest.TestResults(failed=0, attempted=4)
@@ -719,12 +718,12 @@ class HostArrays(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_a_second_generation_makes_no_table_and_copies_nothing_to_the_device(face, small_tokenizer, monkeypatch):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_generation_makes_no_table_and_copies_nothing_to_the_device(backend, small_tokenizer, monkeypatch):
     if not GPU:   # the interpreter is slow, and copies
         monkeypatch.setattr(kernels, "launch", lambda kernel, programs, read, written, *numbers, **constants:
                             [x.zero_() for x in written])
-    monkeypatch.setattr(kernels, "FACE", face)
+    monkeypatch.setattr(kernels, "BACKEND", backend)
     made, make = [], KeyRanges.__init__
     monkeypatch.setattr(KeyRanges, "__init__", lambda self, *ends: made.append(ends) or make(self, *ends))
     model, labels_B = small_model().eval(), torch.tensor([0, 2], device=DEVICE)
@@ -757,10 +756,10 @@ def compiled(parts, backend) -> list:
     return graphs
 
 
-@pytest.mark.parametrize("face", FACES[-1:])
-def test_a_pass_of_training_is_one_graph(face, monkeypatch):
+@pytest.mark.parametrize("backend", BACKENDS[-1:])
+def test_a_pass_of_training_is_one_graph(backend, monkeypatch):
     from torch._dynamo.backends.debugging import aot_eager
-    monkeypatch.setattr(kernels, "FACE", face)
+    monkeypatch.setattr(kernels, "BACKEND", backend)
     model = small_model(scales=(1, 2), depth=1, width=16, heads=1).train()
     twin = copy.deepcopy(model)
     graphs = compiled([twin], aot_eager)

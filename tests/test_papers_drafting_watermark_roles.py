@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from benchmark import obvious_attention
 from program import ran, refused, rows_of
 
-from kernels import obvious_attention
 from papers import (
     FILTERED, damage, drafting, forgetful, open_runs, parser_of, roles, watermark,
 )

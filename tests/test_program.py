@@ -413,7 +413,7 @@ def test_a_machine_on_which_triton_cannot_start_kernels(finished, monkeypatch):
         def __getitem__(self, grid):
             raise FileNotFoundError("gcc")
 
-    monkeypatch.setattr(kernels, "FACE", "triton")
+    monkeypatch.setattr(kernels, "BACKEND", "triton")
     monkeypatch.setattr(kernels, "adaln_forward", Kernel())
     told = refused("sample.py", "--run", finished)
     assert "C compiler" in told and "Python's headers" in told

@@ -151,19 +151,19 @@ def test_the_first_loss_is_ln_v():
 
 
 @pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
-def test_both_faces_give_the_same_loss_and_gradients(monkeypatch):
+def test_both_backends_give_the_same_loss_and_gradients(monkeypatch):
     torch.manual_seed(0)
     scales = (1, 2)   # small, for the sake of Triton's interpreter
     model, made = lively(VAR(config(scales=scales, depth=1))), tokenizer(scales=scales)
     tokens_BL = made.encode(images(made, 2))
     results = {}
-    for face in ("torch", "triton"):
-        monkeypatch.setattr(kernels, "FACE", face)
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(kernels, "BACKEND", backend)
         model.zero_grad()
         logits_BLV = model(torch.tensor([0, 2]), made.teacher_inputs(tokens_BL))
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
         loss.backward()
-        results[face] = [loss.detach(), *(p.grad for p in model.parameters())]
+        results[backend] = [loss.detach(), *(p.grad for p in model.parameters())]
     for ours, twin in zip(results["triton"], results["torch"]):
         torch.testing.assert_close(ours, twin, rtol=1e-3, atol=1e-5)
 
@@ -289,9 +289,9 @@ def test_drawing_a_scale_and_the_caches_can_be_replaced():
     lengths = []
 
     class Watched(LayerCache):
-        def room(self, product_BlX, heads):
+        def slots(self, product_BlX, heads):
             lengths.append(product_BlX.shape[1])
-            return super().room(product_BlX, heads)
+            return super().slots(product_BlX, heads)
 
     class Other(VAR):
         draw = lambda self, logits_BlV, k, *how: torch.full(logits_BlV.shape[:2], k)
