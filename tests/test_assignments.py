@@ -15,7 +15,8 @@ from pathlib import Path
 
 import assignments
 import pytest
-from assignments import ROOT, Nursery, carry, find, grade, path_of, repository, text_of
+from assignments import Nursery, carry, grade, repository
+from functions import ROOT, body_lines, find, first_line, lines_of, path_of, text_of, with_body, without_body
 from handouts import ASSIGNMENTS, Assignment
 from mutations import PLANTED
 
@@ -45,14 +46,14 @@ def with_lines(name: str, body: str) -> str:
     """A function of the source with another body."""
     source = source_of(name)
     node = find(source, name)
-    head = assignments.lines_of(source)[assignments.first_line(node) - 1:
-                                        assignments.body_lines(source, node)[0] - 1]
+    head = lines_of(source)[first_line(node) - 1:
+                                        body_lines(source, node)[0] - 1]
     indent = " " * (node.col_offset + 4)
     return "\n".join(head) + "\n" + textwrap.indent(textwrap.dedent(body).strip(), indent)
 
 
 def stubs(number: int) -> dict[str, str]:
-    return {name: text_of(assignments.without_body(source_of(name), name, "stub"), name)
+    return {name: text_of(without_body(source_of(name), name, "stub"), name)
             for name in ASSIGNMENTS[number].bodies}
 
 
@@ -145,8 +146,8 @@ def test_what_is_cut_is_gone_and_nothing_else_is(number, tmp_path):
         node = find(source, name)
         assert ast.dump(node.args) == ast.dump(find(source_of(name), name).args)
         assert ast.get_docstring(node) == ast.get_docstring(find(source_of(name), name))
-        first, last = assignments.body_lines(source_of(name), find(source_of(name), name))
-        for line in assignments.lines_of(source_of(name))[first - 1:last]:
+        first, last = body_lines(source_of(name), find(source_of(name), name))
+        for line in lines_of(source_of(name))[first - 1:last]:
             assert len(line.strip()) < 20 or line.strip() not in text_of(source, name)
     assert not any(".git/" in str(path) or "mutations" in str(path) for path in files)
     assert {"HANDOUT.md", "train.py", "tests"} <= {path.parts[0] for path in files}
@@ -421,7 +422,7 @@ def test_a_class_is_graded_whatever_happens_to_one(tmp_path, capsys, monkeypatch
               "dora": mutants(name)[0].replace("tokens_Bl", "t"), "emil": renamed}
     for student, body in bodies.items():
         (tmp_path / "class" / student).mkdir(parents=True)
-        source = assignments.with_body(source_of(name), name, body)
+        source = with_body(source_of(name), name, body)
         (tmp_path / "class" / student / path_of(name)).write_text(source)
     (tmp_path / "class" / "fritz").mkdir()
     real = assignments.solution
