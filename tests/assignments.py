@@ -44,8 +44,9 @@ from handouts import ASSIGNMENTS, Assignment
 from rules import Reader, scope_of, symbols_of
 
 TAKEN = ["*.py", "*.md", "LICENSE", "requirements.txt", ".pytest.ini", ".gitignore", ".github/**/*",
-         "support/*.py", "papers/**/*.py", "tests/**/*.py", "tests/golden/*"]
+         "support/*.py", "papers/*", "tests/**/*.py", "tests/golden/*"]
 LECTURERS = {"assignments.py", "handouts.py", "functions.py", "rules.py", "nursery.py", "mutations.py", "test_assignments.py"}
+RUN = ("var.pt", "tokenizer.pt", "held_out.pt", "classifier.pt", "log.jsonl")    # what is read of one
 SECONDS = 120           # a graded test may take
 RULE = re.compile("# -{20,}")     # begins a section of a file
 
@@ -65,7 +66,7 @@ def main() -> None:
         if name == "cut":
             command.add_argument("folder", type=Path, metavar="FOLDER")
             command.add_argument("--run", type=Path, metavar="RUN",
-                                 help="a trained run, for the experiments: the folder links to it")
+                                 help="a trained run, for the experiments: it is copied")
         if name == "grade":
             command.add_argument("folders", type=Path, metavar="FOLDER", nargs="+")
             command.add_argument("--json", type=Path, metavar="FILE",
@@ -133,8 +134,10 @@ def cut(assignment: Assignment, folder: Path, run: Path | None = None) -> None:
         raise Mistake(f"{run} is no trained run: it has no var.pt")
     repository(folder)
     if run:     # where the programs look for one that is not named
-        (folder / "out").mkdir()
-        (folder / "out" / "shapes").symlink_to(run.resolve())
+        (folder / "out" / "shapes").mkdir(parents=True)
+        for name in RUN:
+            if (run / name).exists():
+                shutil.copyfile(run / name, folder / "out" / "shapes" / name)
     left_out = {}
     for file, names in by_file(assignment.give_aways).items():
         module = names[0].split(".")[0]
@@ -190,6 +193,8 @@ def handout(assignment: Assignment) -> str:
         parts.append(f"From `{file}`:")
         parts += dict.fromkeys(fenced(section_of(source, name)) for name in names)
         parts += [fenced(shown(source, name)) for name in names]
+    if assignment.quoted:
+        parts += ["## What is there already", "\n\n".join(map(quoted, assignment.quoted))]
     parts += ["## What may be used", allowed(assignment)]
     if assignment.give_aways:
         parts += ["## What is compiled", filled(
@@ -200,10 +205,17 @@ def handout(assignment: Assignment) -> str:
         "The assigned bodies are taken out of your folder and put into a copy of the original, so "
         "changes elsewhere do not count. Each of these tests has points, all or none; `pytest "
         "TEST` runs one in your folder:")]
-    parts.append("\n".join(f"    {of:3}  {test}" for test, of in assignment.points.items()))
+    for test, of in assignment.points.items():
+        doc = ast.get_docstring(test_of(test))
+        parts.append("\n".join([f"    {of:3}  {test}", *textwrap.wrap(
+            doc or "", 80, initial_indent=" " * 9, subsequent_indent=" " * 9)]))
     parts.append(filled("A body that is refused, see above, makes the whole assignment 0 points, "
                         "and you are told why."))
     parts += ["## The open question", textwrap.dedent(assignment.question).strip()]
+    if "out/shapes" in assignment.question:
+        parts.append(filled(
+            "`out/shapes` is a trained run. If it is not in your folder, `python train.py` makes "
+            "it, four to seven minutes on two cores; copy it for the next assignment."))
     return "\n\n".join(parts)
 
 
@@ -248,14 +260,39 @@ def section_of(source: str, name: str) -> str:
     end = begin
     while lines[end].startswith("#"):
         end += 1
-    parts = ["\n".join(lines[begin:end])]
-    *owners, _ = name.split(".")[1:]
-    for owner in owners:
-        node = next(x for x in tree_of(source).body if getattr(x, "name", None) == owner)
-        if ast.get_docstring(node):
-            doc = node.body[0]
-            parts += ["", *lines[node.lineno - 1:doc.end_lineno]]
-    return "\n".join(parts)
+    owner = name.rpartition(".")[0]
+    parts = ["\n".join(lines[begin:end]), class_text(source, owner) if "." in owner else ""]
+    return "\n\n".join(parts)
+
+
+def class_text(source: str, name: str) -> str:
+    """What a class is: all before its first method, and how one is made."""
+    node = next(x for x in tree_of(source).body if getattr(x, "name", None) == name.split(".")[1])
+    lines = lines_of(source)
+    begin = first_line(node)
+    methods = [x for x in node.body if isinstance(x, Function)]
+    end = first_line(methods[0]) - 1 if methods else node.end_lineno
+    if methods and methods[0].name == "__init__":
+        end = methods[0].end_lineno
+    return "\n".join(lines[begin - 1:end])
+
+
+def quoted(name: str) -> str:
+    """What a body or a graded test uses: a function without its body, a class, a line."""
+    source = (ROOT / path_of(name)).read_text()
+    if find(source, name):
+        text = shown(source, name)
+    elif any(getattr(x, "name", None) == name.split(".")[1] for x in tree_of(source).body):
+        text = class_text(source, name)
+    else:
+        text = re.search(rf"(^#.*\n)*^{name.rpartition('.')[2]} .*", source, re.MULTILINE)[0]
+    return f"`{name}`:\n\n{fenced(text)}"
+
+
+def test_of(test: str) -> Function:
+    """The function that pytest calls so."""
+    file, _, function = test.partition("::")
+    return find((ROOT / file).read_text(), f"x.{function.partition('[')[0]}")
 
 
 def shown(source: str, name: str) -> str:

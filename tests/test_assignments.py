@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import re
 import sys
 import tempfile
 import textwrap
@@ -15,11 +16,14 @@ from pathlib import Path
 
 import assignments
 import pytest
+import torch
 from assignments import Nursery, carry, grade, repository
 from functions import ROOT, body_lines, find, first_line, lines_of, path_of, text_of, with_body, without_body
 from handouts import ASSIGNMENTS, Assignment
 from mutations import PLANTED
+from rules import imports_of, stored_attribute
 
+OURS = ("kernels", "tokenizer", "var", "sample")
 CAUGHT_LAST: dict[str, str] = {}
 SECONDS = 300   # on a machine that does much else
 BODIES = {name: number for number, each in ASSIGNMENTS.items() for name in each.bodies}
@@ -120,6 +124,45 @@ def test_the_list_and_the_handouts_name_what_there_is(capsys, monkeypatch):
             assert last not in handout or len(last) < 12, last
 
 
+def used_by(node: ast.AST, source: str) -> set[str]:
+    """The names of ours that a function uses."""
+    node = ast.Module(node.body, [])    # without decorators
+    ours = {name for name, module in imports_of(source).items() if module in OURS}
+    return ({x.attr for x in ast.walk(node) if isinstance(x, ast.Attribute)
+             and getattr(x.value, "id", "") != "data" and not hasattr(torch.Tensor, x.attr)}
+            | {x.id for x in ast.walk(node) if isinstance(x, ast.Name)} & ours)
+
+
+def defined() -> set[str]:
+    """Functions, classes, constants and attributes of the files that assignments are cut from."""
+    nodes = [node for file in OURS for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text()))]
+    return {x.name for x in nodes if isinstance(x, (ast.FunctionDef, ast.ClassDef))} | {
+        x.attr for x in nodes if isinstance(x, ast.Attribute) and isinstance(x.ctx, ast.Store)} | {
+        x.target.id for x in nodes if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)} | {
+        x.id for x in nodes if isinstance(x, ast.Name) and x.id.isupper()}
+
+
+@pytest.mark.parametrize("number", ASSIGNMENTS)
+def test_a_handout_says_all_that_its_tests_and_its_functions_use(number):
+    """And the words of errors that a test wants."""
+    each = ASSIGNMENTS[number]
+    said = set(re.findall(r"\w+", assignments.handout(each)))
+    needed = set()
+    for test in each.points:
+        node = assignments.test_of(test)
+        needed |= used_by(node, (ROOT / test.partition("::")[0]).read_text())
+        for x in ast.walk(node):
+            if isinstance(x, ast.keyword) and x.arg == "match":
+                said_so = [y.value for y in ast.walk(x.value) if isinstance(y, ast.Constant)]
+                assert set(re.findall(r"\w+", " ".join(said_so))) <= said, test
+    made = set()
+    for name in each.bodies:
+        node = find(source_of(name), name)
+        needed |= used_by(node, source_of(name))
+        made |= {x.attr for x in ast.walk(node) if stored_attribute(x)}
+    assert needed & defined() - made - said == set()
+
+
 @pytest.mark.parametrize("arguments, told", [
     (["grade", "3", "nowhere"], "nowhere is no folder"), (["cut", "3", "."], ". exists")])
 def test_mistakes_are_told_in_a_sentence(arguments, told, monkeypatch, capsys):
@@ -149,6 +192,10 @@ def test_what_is_cut_is_gone_and_nothing_else_is(number, tmp_path):
         first, last = body_lines(source_of(name), find(source_of(name), name))
         for line in lines_of(source_of(name))[first - 1:last]:
             assert len(line.strip()) < 20 or line.strip() not in text_of(source, name)
+    for path, content in files.items():
+        if path.suffix == ".md":
+            for link in re.findall(r"\]\((?!http)([^)#]+)", content):
+                assert path.parent / link in files, (path, link)
     assert not any(".git/" in str(path) or "mutations" in str(path) for path in files)
     assert {"HANDOUT.md", "train.py", "tests"} <= {path.parts[0] for path in files}
 
