@@ -45,8 +45,9 @@ from rules import Reader, scope_of, symbols_of
 
 TAKEN = ["*.py", "*.md", "LICENSE", "requirements.txt", ".pytest.ini", ".gitignore", ".github/**/*",
          "support/*.py", "papers/*", "tests/**/*.py", "tests/golden/*"]
-LECTURERS = {"assignments.py", "handouts.py", "functions.py", "rules.py", "nursery.py", "mutations.py", "test_assignments.py"}
-RUN = ("var.pt", "tokenizer.pt", "held_out.pt", "classifier.pt", "log.jsonl")    # what is read of one
+LECTURERS = {"assignments.py", "functions.py", "handouts.py", "mutations.py", "nursery.py", "rules.py",
+             "test_assignments.py"}
+RUN = ("var.pt", "tokenizer.pt", "held_out.pt", "classifier.pt", "log.jsonl")   # what is read of it
 SECONDS = 120           # a graded test may take
 RULE = re.compile("# -{20,}")     # begins a section of a file
 

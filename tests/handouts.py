@@ -56,6 +56,10 @@ LIST = [
             GRADED + "test_neighbouring_scales_share_a_phi": 1,
             GRADED + "test_the_running_sum_is_computed_in_fp32_under_autocast": 1,
             PARITY + "test_tokenizer": 1,
+            GRADED + "test_gradients_pass_through_a_sum_to_all_that_is_in_it": 1,
+            GRADED + "test_what_the_quantizer_makes_is_where_its_inputs_are": 1,
+            GRADED + "test_each_map_is_compared_and_added_once": 1,
+            GRADED + "test_one_image_at_one_scale_is_still_a_batch": 1,
         },
         hours="3-5",
         after=(),
@@ -117,6 +121,9 @@ LIST = [
             TOKENIZER + "test_a_training_pass_keeps_residuals_without_their_graph_and_counts_"
                         "hits": 2,
             TOKENIZER + "test_hits_do_not_depend_on_how_a_step_is_split": 1,
+            GRADED + "test_what_the_quantizer_makes_is_where_its_inputs_are": 1,
+            GRADED + "test_each_map_is_compared_and_added_once": 1,
+            GRADED + "test_one_image_at_one_scale_is_still_a_batch": 1,
         },
         hours="3-5",
         after=(1,),
@@ -216,6 +223,8 @@ LIST = [
             TOKENIZER + "test_every_pyramid_encodes_and_decodes": 1,
             TRANSFORMER + "test_cached_generation_equals_the_masked_forward": 3,
             PARITY + "test_tokenizer": 1,
+            GRADED + "test_what_the_quantizer_makes_is_where_its_inputs_are": 1,
+            GRADED + "test_each_map_is_compared_and_added_once": 1,
         },
         hours="1-2",
         after=(1,),
@@ -267,6 +276,7 @@ LIST = [
             KERNELS + "test_attention_at_the_length_of_the_published_models[torch]": 1,
             KERNELS + "test_the_unused_end_of_a_cache_may_hold_anything[torch]": 1,
             KERNELS + "test_queries_that_all_see_the_same_keys_need_no_mask": 2,
+            GRADED + "test_tables_are_small_int32_and_where_they_are_asked_for": 1,
         },
         hours="4-6",
         after=(),
@@ -323,6 +333,10 @@ LIST = [
             GRADED + "test_what_the_class_does_to_each_layer": 1,
             TRANSFORMER + "test_cached_generation_equals_the_masked_forward": 1,
             PARITY + "test_transformer": 2,
+            KERNELS + "test_however_short_a_row_is_it_becomes_a_unit[torch]": 1,
+            GRADED + "test_gradients_pass_through_a_layer_and_what_the_class_does_to_"
+                     "it": 1,
+            GRADED + "test_a_skipped_branch_has_no_gradient_and_others_have_more": 1,
         },
         hours="4-6",
         after=(),
@@ -384,6 +398,8 @@ LIST = [
             GRADED + "test_draws_follow_their_own_generator_and_the_distribution": 1,
             GRADED + "test_tokens_that_are_known_are_read_by_the_next_scale": 1,
             PARITY + "test_transformer": 1,
+            GRADED + "test_each_token_passes_each_layer_once": 2,
+            GRADED + "test_what_is_generated_is_where_the_labels_are": 1,
         },
         hours="5-8",
         after=(4, 6),
@@ -432,7 +448,7 @@ LIST = [
                         apart = [torch.pdist(x).mean() for x in images.flatten(1).split(16)]
                         first = [len(x.unique()) for x in tokens_NL[:, 0].split(16)]
                         print(f"cfg {cfg:.0f}, {name}: distance within a class "
-                              f"{sum(apart) / 10:.1f}, first tokens of a class {sum(first) / 10:.1f}")
+                              f"{sum(apart) / 10:.1f}, first tokens {sum(first) / 10:.1f}")
                         picture = grid_of_classes(run.classes, to_bytes(images))
                         save_picture(Path(f"{name}-{cfg:.0f}.png"), picture)
 
@@ -457,6 +473,7 @@ LIST = [
             KERNELS + "test_frequencies_follow_the_distribution": 1,
             KERNELS + "test_rare_tokens_count_for_top_p": 1,
             GRADED + "test_drawing_changes_nothing_that_it_was_given": 1,
+            GRADED + "test_a_draw_is_int64_and_where_the_logits_are": 1,
         },
         hours="3-5",
         after=(),
@@ -515,6 +532,7 @@ LIST = [
             GRADED + "test_a_row_narrower_than_its_tile_and_far_from_zero_is_normalised": 1,
             KERNELS + "test_adaln_sums_gradients_in_one_order": 1,
             TRANSFORMER + "test_both_faces_give_the_same_loss_and_gradients": 2,
+            GRADED + "test_the_norm_is_of_the_sum_as_it_is_stored": 1,
         },
         hours="4-6",
         after=(),
@@ -531,8 +549,8 @@ LIST = [
             the sum as it was stored, in its dtype: norm that. In the backward pass a program sees
             some tokens of one image and adds up three sums; it writes its part of them, and the
             parts are added afterwards. `print` works in a kernel here, in Triton's interpreter. One
-            graded test runs a small `VAR` on what `encode` and `teacher_inputs` made of images, with
-            your kernels and without, and compares all gradients.
+            graded test runs a small `VAR` on what `encode` and `teacher_inputs` made of images,
+            with your kernels and without, and compares all gradients.
         """,
         question="""
             What is saved? Count the bytes that PyTorch moves, without running anything:
@@ -749,6 +767,8 @@ LIST = [
             GRADED + "test_a_hole_is_filled_from_its_border": 2,
             GRADED + "test_filling_reads_nothing_in_the_hole_and_reaches_its_middle": 1,
             GRADED + "test_all_or_nothing_known_ends": 1,
+            GRADED + "test_what_is_put_is_where_the_drawn_tokens_are": 1,
+            GRADED + "test_coarse_maps_that_are_free_follow_the_rule_of_halves": 1,
         },
         hours="3-5",
         after=(1, 7),
@@ -781,8 +801,8 @@ LIST = [
                 done
 
             (In zsh or bash; half a minute or less each.) Each prints the error of the known part
-            and how visible the border is. The run is that in `out/shapes`. A good answer has a table, says whether the
-            differences are larger than those between two seeds, and explains why the known part is
+            and how visible the border is. The run is that in `out/shapes`. A good answer has a
+            table, says whether the differences are larger than those between two seeds, and explains why the known part is
             not exact in either loop, and what `--paste` hides.
         """,
     ),

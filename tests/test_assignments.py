@@ -20,7 +20,7 @@ import torch
 from assignments import Nursery, carry, grade, repository
 from functions import ROOT, body_lines, find, first_line, lines_of, path_of, text_of, with_body, without_body
 from handouts import ASSIGNMENTS, Assignment
-from mutations import PLANTED
+from mutations import EASY, EDGE, IN_PLACE, KINDS, PLANTED
 from rules import imports_of, stored_attribute
 
 OURS = ("kernels", "tokenizer", "var", "sample")
@@ -527,6 +527,31 @@ def test_errors_are_planted_in_every_function():
         for mutant in mutants(name):
             assert assignments.normal({name: mutant}) != assignments.normal({name: text(name)}), \
                 f"{name}: nothing but the docstring is another"
+
+
+def of_kind(name: str, pieces: tuple[tuple[str, str], ...]) -> str:
+    """A function of the source with one error in it, which may take several changes."""
+    changed = text(name)
+    for old, new in pieces:
+        assert changed.count(old) == 1, (name, old)
+        changed = changed.replace(old, new)
+    return changed
+
+
+def test_errors_of_every_kind_are_planted():
+    assert KINDS.keys() == ASSIGNMENTS.keys()
+    for number, planted in KINDS.items():
+        assert {IN_PLACE, EDGE, EASY} <= {kind for kind, *_ in planted}
+        for _, name, *pieces in planted:
+            assert name in ASSIGNMENTS[number].bodies
+            assert ast.parse(textwrap.dedent(of_kind(name, pieces)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", KINDS)
+def test_errors_of_every_kind_cost_points(number, nursery):
+    for kind, name, *pieces in KINDS[number]:
+        assert first_failure(name, of_kind(name, pieces), nursery), (kind, pieces)
 
 
 @pytest.mark.long
