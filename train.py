@@ -39,21 +39,18 @@ from torch.utils.data import Dataset, TensorDataset
 
 from kernels import use_triton
 from sample import DEFAULTS, Run, draw_samples, load_tokenizer
-from support.checkpoint import (
-    Log, blaming, fingerprint, load_checkpoint, read_log, save_checkpoint,
-)
+from support.checkpoint import Log, blaming, fingerprint, load_checkpoint, read_log, save_checkpoint
 from support.cli import Interrupt, Stopped, UserError, run_program
-from support.data import (
-    Data, balanced_subset, classifier_images, load_data, read_batches, shuffled,
-)
+from support.data import Data, balanced_subset, classifier_images, load_data, read_batches, shuffled
 from support.devices import (
-    Machine, Speed, average_over_processes, choose_machine, gather_over_processes, join_processes,
-    own_part, progress_bar, rank_and_world, say, sum_over_processes, wait_for_others,
+    LossScale, Machine, Speed, average_over_processes, choose_machine, gather_over_processes,
+    join_processes, own_part, progress_bar, rank_and_world, say, sum_over_processes,
+    wait_for_others,
 )
 from support.evaluation import psnr, say_health, tokenizer_health
 from support.figures import draw_curves
 from support.images import at_a_time, grid_of_pairs, save_picture, to_float
-from support.losses import DetailLosses
+from support.losses import DetailLosses, edge_loss
 from support.optim import adamw_and_muon, learning_rate, update_ema
 from support.presets import (
     Preset, TokenizerPreset, VARPreset, check_folder, check_sizes, chosen_preset, given_values,
@@ -173,6 +170,7 @@ class Stage:
         self.helpers = nn.Module() if helpers is None else helpers
         self.helper_weights = list(self.helpers.parameters())
         self.peaks = [[group["lr"] for group in each.param_groups] for each in optimizers]
+        self.loss_scale = LossScale(settings.machine)
         self.made_with = {**made_with, "seed": settings.seed, "data set": data.digest}
         self.path = settings.out / f"{self.name}.pt"
         self.step = 0
@@ -233,24 +231,29 @@ class Stage:
                     with nullcontext() if exchange else self.ddp.no_sync():
                         with machine.autocast():
                             micro_loss, to_log = self.loss(self.ddp, *micro_batch)
-                        (micro_loss / count).backward()
+                        self.loss_scale.scale(micro_loss / count).backward()
                     loss += micro_loss.detach() / count
                 for weight in self.helper_weights:
                     if weight.grad is not None:
                         average_over_processes(weight.grad)
 
+                self.loss_scale.unscale(self.optimizers)
                 norm = clip_grad_norm_(self.model.parameters(), 1.0)
                 if self.helper_weights:
                     norm = norm + clip_grad_norm_(self.helper_weights, 1.0)
+                left_out = self.loss_scale.overflowed(norm)
+                if left_out:   # then neither need be a number
+                    loss, norm = torch.zeros(2, device=machine.device)
                 rate = learning_rate(self.step, self.steps, preset.warmup, preset.final_lr)
                 for optimizer, peaks in zip(self.optimizers, self.peaks):
                     for group, peak in zip(optimizer.param_groups, peaks):
                         group["lr"] = rate * peak
-                    optimizer.step()
+                    if not left_out:
+                        optimizer.step()
                 torch.manual_seed(seed)
                 self.after_step()
                 update_ema(self.ema, self.model, self.decay if self.step else 0.0)
-                logged = to_log() if self.step % 10 == 0 else None
+                logged = to_log() if self.step % 10 == 0 and not left_out else None
                 self.step += 1
                 bar.update()
 
@@ -264,7 +267,7 @@ class Stage:
                 numbers = average_over_processes(torch.stack([loss, norm, asked]))
                 mean_loss, mean_norm, stop = numbers.tolist()
                 self.check(mean_loss, mean_norm)
-                if rank == 0:
+                if rank == 0 and not left_out:
                     speed = self.speed.text(bar)
                     bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed}", refresh=False)
                 if logged is not None:
@@ -293,9 +296,10 @@ class Stage:
         kept = "there is no checkpoint yet"
         if self.saved:
             kept = f"the last good checkpoint, of step {self.saved}, is {self.path}"
+        also = " or --precision fp32" if self.loss_scale.is_enabled() else ""
         raise UserError(f"at step {self.step - 1} the {self.name} loss became {loss}, its gradient "
                         f"{norm} and its largest weight {largest}; {kept}; try a lower "
-                        f"--{self.name}-lr")
+                        f"--{self.name}-lr{also}")
 
     def save(self, finished: bool) -> None:
         """Keep the EMA model; until the end, what going on takes, too."""
@@ -314,6 +318,7 @@ class Stage:
                     "model": self.model.state_dict(),
                     "helpers": self.helpers.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                    "loss_scale": self.loss_scale.state_dict(),
                 }
             save_checkpoint(self.path, self.kind, **content)
         wait_for_others()   # torchrun kills the others once a process has ended
@@ -335,6 +340,8 @@ class Stage:
             self.helpers.load_state_dict(training["helpers"])
             for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+            if training["loss_scale"]:   # it was in fp16
+                self.loss_scale.load_state_dict(training["loss_scale"])
             self.step = self.saved = training["step"]
         return False
 
@@ -419,7 +426,7 @@ class TokenizerStage(Stage):
         likeness = likeness + self.settings.preset.edge_weight * losses["edges"]
         likeness, for_detail = self.helpers(
             originals, reconstructions, likeness, self.model.decoder.conv_out.weight,
-            adversarial=self.step >= self.adversarial_from)
+            adversarial=self.step >= self.adversarial_from, scale=self.loss_scale.factor())
         return likeness + losses["codebook"], lambda: losses | for_detail
 
     @torch.no_grad()
@@ -467,13 +474,6 @@ class TokenizerStage(Stage):
         images = self.images[:36]
         results = run.decode(run.encode(images)[1])
         save_picture(settings.out / "reconstructions.png", grid_of_pairs(images, results))
-
-
-def edge_loss(x: Tensor, y: Tensor) -> Tensor:
-    """mean | |dy| - |dx| |, d being the step between neighbouring pixels. Squared error is least
-    where an uncertain edge is blurred; this one asks for steps as large as the original's."""
-    errors = [F.l1_loss(y.diff(dim=axis).abs(), x.diff(dim=axis).abs()) for axis in (2, 3)]
-    return sum(errors) / 2
 
 
 def finished_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:

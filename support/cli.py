@@ -103,8 +103,8 @@ def add_device_flags(parser: ArgumentParser, compile: bool = True) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device,
                         help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                        help="auto: bf16 on a GPU that is built for it, else fp32")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                        help="auto: bf16 or else fp16 on a GPU that is built for it, else fp32")
     if compile:
         parser.add_argument(
             "--compile", action="store_true",

@@ -22,7 +22,7 @@ from support.evaluation import kept_classifier, train_classifier
 from support.figures import draw_curves
 from support.images import to_float
 from support.losses import (
-    DetailLosses, Discriminator, balance, load_lpips, perceptual_distance,
+    DetailLosses, Discriminator, balance, edge_loss, load_lpips, perceptual_distance,
 )
 from support.presets import Preset
 
@@ -166,15 +166,21 @@ def test_the_balance_of_gradients():
     x, target = torch.randn(5, 4), torch.randn(5, 3)
     y = layer(x)
     likeness, adversarial = (y - target).square().mean(), y.sum().sin()
-    found = balance(likeness, adversarial, layer.weight)
+    found = balance(likeness, adversarial, layer.weight, torch.tensor(1.0))
     grad_y = 2 * (y - target) / y.numel()
     one = (grad_y.T @ x).norm()
     other = (y.sum().cos() * torch.ones(3, 5) @ x).norm()
     torch.testing.assert_close(found, one / other, rtol=1e-4, atol=0)
     assert not found.requires_grad
-    torch.testing.assert_close(10 * balance(likeness, 10 * adversarial, layer.weight), found,
-                               rtol=1e-3, atol=0)
-    assert balance(likeness, 1e-9 * adversarial, layer.weight) == 1e4
+    for scale in map(torch.tensor, (1.0, 2.0**16)):   # by which nothing changes
+        torch.testing.assert_close(10 * balance(likeness, 10 * adversarial, layer.weight, scale),
+                                   found, rtol=1e-3, atol=0)
+        assert balance(likeness, 1e-9 * adversarial, layer.weight, scale) == 1e4
+        torch.testing.assert_close(   # less than a millionth counts for little
+            balance(1e-6 * likeness, 1e-9 * adversarial, layer.weight, scale),
+            one / (1 + 1e-3 * other), rtol=1e-3, atol=0)
+    for losses in ((likeness, 1e38 * adversarial), (1e38 * likeness, adversarial)):
+        assert balance(*losses, layer.weight, torch.tensor(1.0)).isnan()   # not 0, nor the most
     (likeness + found * adversarial).backward()   # the graph is still there
 
 
@@ -183,9 +189,9 @@ def test_edges_are_to_be_as_steep():
     x, y = rng.standard_normal((2, 2, 3, 5, 4))
     errors = [np.abs(np.abs(np.diff(y, axis=axis)) - np.abs(np.diff(x, axis=axis))).mean()
               for axis in (2, 3)]
-    found = train.edge_loss(torch.from_numpy(x), torch.from_numpy(y))
+    found = edge_loss(torch.from_numpy(x), torch.from_numpy(y))
     assert found.item() == pytest.approx(np.mean(errors))
-    assert train.edge_loss(torch.from_numpy(x), torch.from_numpy(1 - x)) < 1e-12
+    assert edge_loss(torch.from_numpy(x), torch.from_numpy(1 - x)) < 1e-12
 
 
 # In training
@@ -207,9 +213,9 @@ def test_a_step_adds_the_losses_up(tmp_path):
     classifier = stage.helpers.classifier
     perceptual = perceptual_distance(classifier.maps(x), classifier.maps(y))
     likeness = (x - y).square().mean() + 0.2 * (x - y).abs().mean()
-    likeness = likeness + 0.5 * train.edge_loss(x, y) + 0.1 * perceptual
+    likeness = likeness + 0.5 * edge_loss(x, y) + 0.1 * perceptual
     reward = -discriminator(y).mean()
-    weight = 0.4 * balance(likeness, reward, model.decoder.conv_out.weight)
+    weight = 0.4 * balance(likeness, reward, model.decoder.conv_out.weight, torch.tensor(1.0))
     own, right = discriminator.loss(x, y)
     torch.testing.assert_close(total, likeness + losses["codebook"] + weight * reward + own)
     assert losses["discriminator_right"] == right
@@ -261,8 +267,9 @@ def test_micro_batches_have_the_discriminator_s_mean_gradient(tmp_path):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
 
 
-def test_half_precision_with_all_losses(tmp_path):
-    machine = Machine(torch.device("cpu"), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_all_losses(tmp_path, dtype):
+    machine = Machine(torch.device("cpu"), dtype)
     detailed_stage(tmp_path, machine, values=dict(tokenizer_steps=2, adversarial_from=0.0)).run()
     line = read_log(tmp_path / "log.jsonl")[0]
     assert all(math.isfinite(line[name]) for name in ("loss", "perceptual", "adversarial"))

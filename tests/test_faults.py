@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,96 @@ def test_a_gradient_that_is_no_number_is_never_saved(tmp_path):
         stage.run()
     saved = torch.load(stage.path, weights_only=True)["training"]
     assert saved["step"] == 2 and all(x.isfinite().all() for x in saved["model"].values())
+
+
+def overflow(stage: train.TokenizerStage, steps: set[int]) -> None:
+    """In the first micro-batch of these steps a gradient is infinite if it is scaled, and the loss
+    finite."""
+    loss = stage.loss
+    weight = stage.model.encoder.conv_in.weight
+    done = set()
+
+    def spoiled(*arguments):
+        total, to_log = loss(*arguments)
+        if stage.step in steps - done:
+            done.add(stage.step)
+            total = total + 0.9 * torch.finfo().max * (weight - weight.detach()).sum()
+        return total, to_log
+
+    stage.loss = spoiled
+
+
+def weights_of(stage: train.TokenizerStage) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in stage.model.parameters()]
+
+
+def test_a_step_whose_gradient_overflows_in_fp16_is_left_out(tmp_path):
+    flags = ["--precision", "fp16", "--grad-accumulation", 2, "--adversarial-weight", 0.4,
+             "--adversarial-from", 0, "--discriminator-width", 8, "--checkpoint-every", 1]
+    stage = tokenizer_stage(tmp_path, *flags)
+    overflow(stage, {10, 11})   # the first would be logged
+    moments, weights, scales = [], [], []
+    save = stage.save
+
+    def noted(finished):
+        save(finished)
+        if stage.step in (10, 11, 12, 13):
+            saved = torch.load(stage.path, weights_only=True)["training"]
+            weights.append(weights_of(stage) + list(saved["helpers"].values()))
+            moments.append([x.clone() for each in saved["optimizers"] for state in
+                            each["state"].values() for x in state.values()])
+            scales.append(saved["loss_scale"]["scale"])
+
+    stage.save = noted
+    stage.run()
+    assert scales == [2**16, 2**15, 2**14, 2**14]
+    for kept in (moments, weights):
+        same = [all(map(torch.equal, before, after)) for before, after in pairwise(kept)]
+        assert same == [True, True, False]
+    lines = [x for x in read_log(tmp_path / "log.jsonl") if x["split"] == "train"]
+    assert [x["step"] for x in lines] == [1, 21, 31] and lines[-1]["mse"] < lines[0]["mse"]
+    assert all(p.isfinite().all() for p in weights_of(stage))
+
+
+def test_a_scaled_loss_trains_as_it_does_unscaled(tmp_path, monkeypatch):
+    losses = []
+    for enabled in (True, False):
+        stage = tokenizer_stage(tmp_path / str(enabled), "--precision", "fp16")
+        assert stage.loss_scale.is_enabled()
+        stage.loss_scale._enabled = enabled
+        stage.run()
+        log = read_log(tmp_path / str(enabled) / "log.jsonl")
+        losses.append([x["loss"] for x in log if x["split"] == "train"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_a_training_in_fp16_goes_on_with_its_scale(tmp_path):
+    """Also one that began in fp32."""
+    flags = ["--precision", "fp16", "--checkpoint-every", 5]
+    whole, broken = (tokenizer_stage(tmp_path / name, *flags) for name in ("whole", "broken"))
+    for stage in (whole, broken):
+        overflow(stage, {3})
+    whole.run()
+    with at_step(40, 7, kill), pytest.raises(Killed):
+        broken.run()
+    going_on = tokenizer_stage(tmp_path / "broken", *flags)
+    going_on.settings = replace(going_on.settings, resume=True)
+    going_on.run()
+    assert going_on.loss_scale.state_dict() == whole.loss_scale.state_dict()
+    assert whole.loss_scale.get_scale() == 2**15
+    assert all(map(torch.equal, weights_of(whole), weights_of(going_on)))
+    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "broken")]
+    assert logs[0] == logs[1]
+
+
+def test_what_overflows_however_little_it_is_scaled_is_told(tmp_path):
+    stage = tokenizer_stage(tmp_path, "--precision", "fp16", "--checkpoint-every", 1)
+    spoil(stage, stage.model.encoder.conv_in.weight, 2)
+    told = "its gradient nan .* of step 18, is .*--tokenizer-lr or --precision fp32"
+    with pytest.raises(UserError, match=told):   # 16 steps were left out
+        stage.run()
+    saved = torch.load(stage.path, weights_only=True)["training"]
+    assert saved["step"] == 18 and all(x.isfinite().all() for x in saved["model"].values())
 
 
 def test_numbers_are_read_every_tenth_step_and_before_a_checkpoint(tmp_path, monkeypatch):

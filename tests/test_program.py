@@ -24,7 +24,7 @@ import train
 from support.checkpoint import blaming, read_log
 from support.cli import UserError, run_program
 from support.devices import (
-    Machine, Speed, choose_machine, forward_flops, has_fast_bf16, own_cores, peak_flops,
+    Machine, Speed, choose_machine, forward_flops, has_fast, own_cores, peak_flops,
 )
 from support.evaluation import say_health, tokenizer_health
 from support.images import to_float
@@ -93,12 +93,13 @@ def test_the_stages_alone_equal_the_whole(folder, finished, tmp_path):
     assert same_run(tmp_path, finished)
 
 
-def test_half_precision(folder, tmp_path):
-    flags = ["--tokenizer-steps", 20, "--var-steps", 15, "--precision", "bf16"]
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(folder, tmp_path, precision):
+    flags = ["--tokenizer-steps", 20, "--var-steps", 15, "--precision", precision]
     ran("train.py", "--data", folder, "--out", tmp_path, *TINY, *flags)
     losses = [x["loss"] for x in read_log(tmp_path / "log.jsonl") if x["split"] == "train"]
     assert len(losses) == 4 and losses[1] < losses[0] and losses[3] < losses[2]
-    ran("sample.py", "--run", tmp_path, "--per-class", 2, "--precision", "bf16")
+    ran("sample.py", "--run", tmp_path, "--per-class", 2, "--precision", precision)
 
 
 def test_a_finished_run_is_left_as_it_is(folder, finished, tmp_path):
@@ -234,7 +235,7 @@ def test_model_flops():
 def test_speed(monkeypatch):
     gpu = Machine(torch.device("cuda"), torch.bfloat16)
     for card, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 NVL", 835e12),
-                       ("NVIDIA T4", None)):
+                       ("NVIDIA GeForce GTX 1080", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
         assert peak_flops(gpu) == peak
     assert peak_flops(Machine(torch.device("cuda"))) is None   # fp32
@@ -318,12 +319,14 @@ def test_notes_on_what_would_be_faster(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "--precision fp32 is faster here" in said and "one thread of 8 is used" in said
     monkeypatch.setattr("support.devices.own_cores", lambda: 1)   # as under taskset
-    assert choose_machine("cpu", "auto").dtype == torch.float32 and not has_fast_bf16(cpu)
+    assert choose_machine("cpu", "auto").dtype == torch.float32 and not has_fast("bf16", cpu)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert has_fast_bf16(cpu)
+    assert has_fast("bf16", cpu) and not has_fast("fp16", cpu)
     assert choose_machine("cpu", "auto").dtype == torch.float32
     assert choose_machine("cpu", "bf16").dtype == torch.bfloat16
     assert capsys.readouterr().out == ""
+    assert choose_machine("cpu", "fp16").dtype == torch.float16
+    assert "no instructions for fp16" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")
@@ -344,16 +347,19 @@ def test_fp32_is_not_tf32(precision, allowed, monkeypatch):
 
 
 def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch):
-    """Else events and streams would be those of GPU 0."""
+    """Else events and streams would be those of GPU 0. And `auto` is what its generation has."""
     chosen = []
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose_machine("cuda:1", "auto") == Machine(torch.device("cuda:1"), torch.bfloat16)
+    by_card = {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16,
+               (7, 0): torch.float16, (6, 1): torch.float32}
+    for card, dtype in by_card.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+        assert choose_machine("cuda:1", "auto") == Machine(torch.device("cuda:1"), dtype)
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     choose_machine("cuda", "fp32")
-    assert chosen == [torch.device("cuda:1"), torch.device("cuda:3")]
+    assert chosen == [*5 * [torch.device("cuda:1")], torch.device("cuda:3")]
 
 
 # Mistakes
