@@ -15,7 +15,8 @@ A run is a folder. It ends up holding
     log.jsonl                one line per ten steps, and what was measured on held-out images
     reconstructions.png      held-out images above their reconstructions
     samples.png              generated images, a row per class
-    curves.png               both losses; the transformer's loss and accuracy per scale
+    curves.png               losses, PSNR; the transformer's loss and accuracy per scale
+    tensorboard/             the same for TensorBoard, with --tensorboard
 """
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from kernels import use_triton
 from sample import DEFAULTS, Run, draw_samples, load_tokenizer
-from support.checkpoint import Log, blaming, fingerprint, load_checkpoint, read_log, save_checkpoint
+from support.checkpoint import blaming, fingerprint, load_checkpoint, save_checkpoint
 from support.cli import Interrupt, Stopped, UserError, run_program
 from support.data import Data, balanced_subset, classifier_images, load_data, read_batches, shuffled
 from support.devices import (
@@ -48,14 +49,14 @@ from support.devices import (
     wait_for_others,
 )
 from support.evaluation import psnr, say_health, tokenizer_health
-from support.figures import draw_curves
-from support.images import at_a_time, grid_of_pairs, save_picture, to_float
+from support.images import Row, at_a_time, rows_of_pairs, to_float
 from support.losses import DetailLosses, edge_loss
 from support.optim import adamw_and_muon, learning_rate, update_ema
 from support.presets import (
     Preset, TokenizerPreset, VARPreset, check_folder, check_sizes, chosen_preset, given_values,
     training_flags,
 )
+from support.watching import WatchedLog, say_what_next, summary_writer
 from tokenizer import Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig
 from var import VAR, Block, VARConfig
 
@@ -74,6 +75,7 @@ class Settings:
     grad_accumulation: int = 1            # micro-batches in a step, on each process
     checkpoint_activations: bool = False  # compute layers twice, to keep less in memory
     workers: int = 0                      # threads that read image files
+    tensorboard: type | None = None       # what writes its files
 
 
 def main() -> None:
@@ -83,6 +85,7 @@ def main() -> None:
         stages = ["var"]
     out = options.out or Path("out") / Path(options.data).resolve().name
     check_folder(options.data, out, stages, options.resume)
+    tensorboard = summary_writer() if options.tensorboard else None
     machine = choose_machine(options.device, options.precision, options.compile)
     join_processes()
     preset = chosen_preset(options)
@@ -99,18 +102,17 @@ def main() -> None:
                      options.seed, options.workers, options.stream, options.white_level)
     settings = Settings(
         preset, machine, out, options.seed, options.resume, options.checkpoint_every,
-        options.grad_accumulation, options.checkpoint_activations, options.workers)
+        options.grad_accumulation, options.checkpoint_activations, options.workers, tensorboard)
     first = rank_and_world()[0] == 0
     if "tokenizer" in stages:
         tokenizer = TokenizerStage(data, settings, options.perceptual).run()
     elif options.tokenizer and first:
-        keep_copy(tokenizer, path, out / "tokenizer.pt")
+        keep_copy(tokenizer, path, out / "tokenizer.pt", data.classes)
     if "var" in stages:
         VARStage(tokenizer.to(machine.device), data, settings).run()
     if first:
-        save_picture(out / "curves.png", draw_curves(read_log(out / "log.jsonl"), preset.scales))
         data.keep_classifier_images(out, options.workers)
-        say(f"{out} is complete; python sample.py --run {out} draws from it")
+        say_what_next(out, stages)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -145,7 +147,7 @@ class Stage:
                     if it is logged, that returns a dictionary of tensors
     validate()      a dictionary to log, of held-out images and the EMA model
     example()       what the model takes, for one image
-    finish(log)     shows the trained model in the run's folder
+    picture(few)    what to show of the EMA model; few: fewer images, as training goes on
     """
     name: str
     kind: str
@@ -192,6 +194,9 @@ class Stage:
     def after_step(self) -> None:
         """What else changes the model, once the optimizers have."""
 
+    def finish(self, log: WatchedLog) -> None:
+        """What else is measured of the trained model."""
+
     def run(self) -> nn.Module:
         """Train to the last step, and return the EMA model."""
         settings = self.settings
@@ -207,7 +212,7 @@ class Stage:
             return self.ema
         if not begun:
             self.begin()
-        log = Log(settings.out / "log.jsonl", self.name, self.step)
+        log = WatchedLog(self.name, self.step, self.steps, settings)
         order = shuffled(len(self.rows), self.batch, settings.seed, self.step, self.steps)
         batches = read_batches(self.rows, map(own_part, order), settings.workers, machine.device)
         bar = progress_bar(initial=self.step, total=self.steps, desc=self.name, unit="step")
@@ -277,6 +282,8 @@ class Stage:
                     log.write(self.step, "held_out", **self.validate())
                 if saved or stop:   # the last step, too: should a picture fail, no step is lost
                     self.save(finished=False)
+                if stop or measured and not last:
+                    log.show(self.picture, self.step, stopped=bool(stop))
                 if stop:
                     break
             asked = torch.tensor(float(interrupt.asked), device=machine.device)
@@ -285,6 +292,7 @@ class Stage:
                               f"{settings.out}; the same command with --resume goes on")
         if rank == 0:
             self.finish(log)
+            log.draw(self.picture(few=False), self.step)
         self.save(finished=True)
         return self.ema
 
@@ -463,17 +471,18 @@ class TokenizerStage(Stage):
     def example(self) -> tuple[Tensor, ...]:
         return (self.images[:1].to(self.settings.machine.device),)
 
-    def finish(self, log: Log) -> None:
-        settings = self.settings
-        with settings.machine.autocast():
+    def finish(self, log: WatchedLog) -> None:
+        with self.settings.machine.autocast():
             health = tokenizer_health(self.ema, self.held_out_batches(2000))
         log.write(self.steps, "health", **health)
         say_health(health, self.ema.config)
-        run = Run(settings.out, self.ema, None, self.data.classes, self.data.held_out,
-                  settings.machine, DEFAULTS)
-        images = self.images[:36]
-        results = run.decode(run.encode(images)[1])
-        save_picture(settings.out / "reconstructions.png", grid_of_pairs(images, results))
+
+    @torch.no_grad()
+    def picture(self, few: bool) -> list[Row]:
+        images = self.images[:16 if few else 32]
+        with self.settings.machine.autocast():
+            results = [self.ema(some)[0].cpu() for some in self.held_out_batches(len(images))]
+        return rows_of_pairs(images, torch.cat(results))
 
 
 def finished_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
@@ -484,10 +493,10 @@ def finished_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
     return load_tokenizer(path, scales)
 
 
-def keep_copy(tokenizer: Tokenizer, source: Path, own: Path) -> None:
+def keep_copy(tokenizer: Tokenizer, source: Path, own: Path, classes: list[str]) -> None:
     """A run is complete: it holds the tokenizer that its transformer is trained on."""
     if not own.exists():
-        save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config),
+        save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config), classes=classes,
                         model=tokenizer.state_dict(), made_with={"copied from": str(source)})
     elif fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
         raise UserError(f"{own} is another tokenizer than {source}; choose another --out")
@@ -555,12 +564,11 @@ class VARStage(Stage):
         tokens_1L, label_1 = self.held_out_rows[[0]]
         return label_1.to(device), self.tokenizer.teacher_inputs(tokens_1L.to(device).long())
 
-    def finish(self, log: Log) -> None:
+    def picture(self, few: bool) -> list[Row]:
         settings = self.settings
         run = Run(settings.out, self.tokenizer, self.ema, self.data.classes, self.data.held_out,
                   settings.machine, DEFAULTS)
-        picture = draw_samples(run, self.data.classes[:20], 10, settings.seed)
-        save_picture(settings.out / "samples.png", picture)
+        return draw_samples(run, self.data.classes[:20], 4 if few else 10, settings.seed)
 
 
 def var_optimizers(model: VAR, preset: Preset, dtype: torch.dtype) -> list[torch.optim.Optimizer]:

@@ -58,6 +58,15 @@ def load_checkpoint(path: Path, kind: str) -> dict:
     return content
 
 
+def unfinished(content: dict, steps: str) -> str:
+    """The step of a training that is not at its end, of how many; empty for one that is."""
+    if "training" not in content:
+        return ""
+    done = f"step {content['training']['step']} of {content['preset'][steps]}"
+    say(f"note: the training of the {content['kind']} is not finished: {done}")
+    return f"{content['kind']}: {done}"
+
+
 def read_tensors(path: Path, what: str) -> Any:
     """What torch.save or safetensors wrote, on the CPU; nothing in the file is run.
 

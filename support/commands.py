@@ -88,6 +88,9 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (GENERATING, "--batch", dict(type=COUNT, help="images at a time")),
     (f"{CLASSES} {COMPLETED} {SHOWN}", "--out", dict(
         type=output, help="the PNG; if not given, named for the command, beside the transformer")),
+    (f"{CLASSES} {COMPLETED} {SHOWN}", "--cell-size", dict(
+        type=number(int, 8, 2048), help="side of an image in the picture, in pixels; if not given, "
+        "as fits a screen")),
     (" ".join(COMMANDS), "--run", dict(
         type=Path, default=Path("out/shapes"), help="the folder that train.py wrote")),
     (" ".join(COMMANDS), "--tokenizer", dict(
@@ -108,7 +111,7 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
     parser = Parser(description="Draw with a trained VAR, and look into it.",
                     epilog="Each has its own flags: python sample.py grid --help")
     # For commands that are without these:
-    parser.set_defaults(**defaults, small=None, paste=False, particles=0)
+    parser.set_defaults(**defaults, small=None, paste=False, particles=0, gif=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
         own = commands.add_parser(command, help=text, description=text.capitalize() + ".")

@@ -26,6 +26,13 @@ VGG_SHA256 = "397923af"   # how it begins
 VGG_URL = f"https://download.pytorch.org/models/vgg16-{VGG_SHA256}.pth"
 
 
+def edge_loss(x: Tensor, y: Tensor) -> Tensor:
+    """mean | |dy| - |dx| |, d being the step between neighbouring pixels. Squared error is least
+    where an uncertain edge is blurred; this one asks for steps as large as the original's."""
+    errors = [F.l1_loss(y.diff(dim=axis).abs(), x.diff(dim=axis).abs()) for axis in (2, 3)]
+    return sum(errors) / 2
+
+
 class DetailLosses(nn.Module):
     """Both losses, each where the preset gives it a weight: its networks are what training the
     tokenizer needs beside the tokenizer."""
@@ -159,13 +166,6 @@ class Discriminator(nn.Module):
         loss = -self(reconstructions).mean()
         self.requires_grad_(True)
         return loss
-
-
-def edge_loss(x: Tensor, y: Tensor) -> Tensor:
-    """mean | |dy| - |dx| |, d being the step between neighbouring pixels. Squared error is least
-    where an uncertain edge is blurred; this one asks for steps as large as the original's."""
-    errors = [F.l1_loss(y.diff(dim=axis).abs(), x.diff(dim=axis).abs()) for axis in (2, 3)]
-    return sum(errors) / 2
 
 
 def balance(likeness: Tensor, adversarial: Tensor, last_layer: Tensor, scale: Tensor) -> Tensor:

@@ -163,6 +163,8 @@ def training_flags(description: str) -> Parser:
     add("--checkpoint-every", type=COUNT, default=1000,
         help="steps between checkpoints (default: %(default)s)")
     add("--seed", type=SEED, default=0, help="of every random draw (default: %(default)s)")
+    add("--tensorboard", action="store_true",
+        help="write numbers and pictures for TensorBoard, too, into the run's folder")
     add_device_flags(parser)
     add("--grad-accumulation", type=COUNT, default=1, metavar="N",
         help="compute a step in this many micro-batches, to need less memory")
