@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from support.checkpoint import save_whole
+from support.devices import progress_bar
 from support.figures import code_colours
 from support.images import to_float
 
@@ -37,7 +37,7 @@ LOSSLESS = 64              # the largest side of tiles that are kept bit for bit
 DRAWN = 128                # the largest side of continuations
 MOST_PIXELS = 3 * 2**20    # of all pictures in which a token is replaced
 MOST_WEIGHTS = 3 * 2**19   # of attention, for each image
-LEVELS = 31                # of a weight's square root
+LEVELS = 63                # of a weight's square root
 
 
 def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
@@ -62,17 +62,17 @@ def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
         "heads": heads,
         "ways": list(ways),
         "wanted": len(labels) + len(rows),
+        "images": [],
     }
-    room = MOST_BYTES - len(template) - len(as_json(page))
-    images = []
-    bar = tqdm(drawn_and_real(run, labels, rows, seed), "explore", page["wanted"], unit="image")
-    for name, label, tokens_1L in bar:
-        image = {"name": name, **about(run, label, tokens_1L, ways.values(), seed)}
+    images = page["images"]
+    room = MOST_BYTES - len(template.encode()) - len(as_json(page))
+    found = drawn_and_real(run, labels, rows, seed)
+    for name, label, tokens_1L in progress_bar(found, "explore", page["wanted"], unit="image"):
+        image = {"name": name, **about(run, label, tokens_1L, ways.values(), seed + label)}
         room -= len(as_json(image)) + 1
         if room < 0 and images:   # at least one
             break
         images.append(image)
-    page["images"] = sorted(images, key=lambda image: "held-out" in image["name"])
     written = template.replace("{{DATA}}", as_json(page)).encode()
     save_whole(path, lambda file: file.write(written))
     if len(images) < page["wanted"]:
@@ -104,7 +104,7 @@ def drawn_and_real(
     """Name, class and tokens [1, L] of images: generated and held-out ones in turn, so that there
     are some of both where room is short."""
     for label, row in zip_longest(labels, rows):
-        yield run.classes[label], label, run.generate([label], seed)
+        yield run.classes[label], label, run.generate([label], seed + label)
         if row is not None:
             pixels, label = run.held_out[row]
             name = f"{run.classes[label]}, held-out"
@@ -156,10 +156,11 @@ def chances(run, labels_2: Tensor, inputs: Tensor, tokens_L: Tensor) -> dict:
     ranked_LV, codes_LV = guided_LV.sort(descending=True, stable=True)
     codes_LX = codes_LV[:, :LISTED]
     first, last = ends(sampling.top_p)
+    top_p_L1 = first + (last - first) * progress_L1
     within_LV = ranked_LV[:, :sampling.top_k or None]
     before_LV = within_LV.cumsum(dim=1) - within_LV
-    target_L1 = within_LV.sum(dim=1, keepdim=True) * (first + (last - first) * progress_L1)
-    kept_LV = before_LV < target_L1
+    target_L1 = within_LV.sum(dim=1, keepdim=True) * top_p_L1
+    kept_LV = (before_LV < target_L1) | (top_p_L1 == 1)   # as in sample_tokens: 1 keeps all
     return {
         "own": shares(own_L1[:, 0]),
         "rank": ((plain_LV > own_L1).sum(dim=1) + 1).tolist(),
@@ -183,20 +184,22 @@ def ends(top_p: float | tuple[float, float]) -> tuple[float, float]:
 
 
 def replaced(run, tokens_1L: Tensor, instead: list[int], image: np.ndarray) -> str:
-    """For each token the image with another in its place, less the image: 128 + half of it."""
+    """For each token the image with another in its place, less the image: 128 + half of it. The
+    last tile is the image."""
     L = len(instead)
     tokens_LL = tokens_1L.repeat(L, 1)
     tokens_LL[range(L), range(L)] = torch.tensor(instead)
     side = len(image)
     while L * side**2 > MOST_PIXELS:
         side //= 2
-    return as_picture(128 + (run.decode_to_bytes(tokens_LL) - image.astype(np.float32)) / 2, side)
+    changes = 128 + (run.decode_to_bytes(tokens_LL) - image.astype(np.float32)) / 2
+    return as_picture(np.concatenate([changes, image[None]]), side)
 
 
 def ways_to_draw(run) -> dict:
     """A sample.Sampling by name: nothing, guidance, the filters one by one, and two extremes.
 
-    The fourth, or the third where top-k leaves all codes, is the run's own.
+    The one that is called "as above" is that of all other images.
     """
     own = run.sampling
     bare = replace(own, cfg=0.0, top_k=0, top_p=1.0)
@@ -206,7 +209,7 @@ def ways_to_draw(run) -> dict:
         guided += f", top-k {own.top_k}"
         ways[guided] = replace(own, top_p=1.0)
     first, last = ends(own.top_p)
-    ways[f"{guided}, top-p {first:g} to {last:g} (the run's own)"] = own
+    ways[f"{guided}, top-p {first:g} to {last:g}, as above"] = own
     ways["the same, guidance 8"] = replace(own, cfg=8.0)
     ways["always the likeliest code"] = replace(own, top_k=1)
     return ways
