@@ -5,6 +5,7 @@
     python sample.py progress                        what an image looks like after each scale
     python sample.py inpaint data:3 data:5 --box 0.5 0 1 1 --seeds 0 1 2
     python sample.py codes data:3                    an image's token maps, and what each adds
+    python sample.py explore                         a page to touch, for a browser
     python sample.py evaluate 1000                   how good the images are, in figures
     python sample.py export 50000 samples.npz        for the field's evaluation programs
     python sample.py --published d16 --classes 207 980
@@ -35,6 +36,7 @@ from support.cli import UserError, run_program
 from support.commands import parse
 from support.devices import Machine, choose_machine, pack, say
 from support.evaluation import evaluate, psnr, say_evaluation, seam
+from support.explorer import explore
 from support.figures import draw_attention, draw_codes, draw_teaching, scale_names
 from support.images import (
     Row, at_a_time, batches, composed, headed, known_pixels, legible, read_images,
@@ -63,6 +65,10 @@ def main() -> None:
         case "evaluate":
             found = evaluate(run, options.count, options.seeds)
             say_evaluation(found, options.count, options.seeds, sampling)
+            return
+        case "explore":
+            labels = options.classes and class_indices(options.classes, run.classes)
+            explore(run, options.out or run.folder / "explorer.html", labels, options.seed)
             return
         case "export":
             if options.reference:

@@ -19,13 +19,14 @@ COMMANDS = {
     "codes": "draw what each scale finds left over, its codes, and the image so far",
     "teaching": "draw what the transformer reads in training, above what it has to predict",
     "attention": "draw what a cell of the last scale attends to, in every layer",
+    "explore": "write a page, to be opened in a browser, on which all this is looked into by touch",
     "evaluate": "print how good generated images are, and reconstructed and held-out ones",
     "export": "write samples for the field's evaluation programs",
 }
 CLASSES = "grid progress"
 HOLES = "inpaint outpaint edit"
 COMPLETED = f"{HOLES} upscale"
-GENERATING = f"{CLASSES} {COMPLETED} evaluate export"
+GENERATING = f"{CLASSES} explore {COMPLETED} evaluate export"
 SHOWN = "reconstruct codes teaching attention"
 
 
@@ -49,7 +50,7 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     ("export", "--reference", dict(type=output, help="where to write the held-out images, too")),
     ("export", "--rejection", dict(
         type=SHARE, default=1.0, help="keep this share of what is drawn, the most likely")),
-    (CLASSES, "--classes", dict(
+    (f"{CLASSES} explore", "--classes", dict(
         nargs="+", metavar="NAME", help="or numbers, as of a published model, whose names take "
         "torchvision; all, at most 20, if not given")),
     (CLASSES, "--per-class", dict(type=COUNT, default=8, help="images per class")),
@@ -76,7 +77,7 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (f"{COMPLETED} evaluate", "--seeds", dict(
         nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
         help="one result, or one set of generated images, for each")),
-    (f"{CLASSES} export", "--seed", dict(
+    (f"{CLASSES} explore export", "--seed", dict(
         type=SEED, default=0, help="the same seed and --batch give the same images")),
     (GENERATING, "--cfg", dict(
         type=number(float, 0, 100), help="classifier-free guidance at the last scale; 0 is none")),
@@ -86,8 +87,8 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         type=SHARE, nargs="+", action=OneOrTwo, metavar="P", help="draw from the most likely "
         "tokens that hold this probability; two numbers are those of the first and last scale")),
     (GENERATING, "--batch", dict(type=COUNT, help="images at a time")),
-    (f"{CLASSES} {COMPLETED} {SHOWN}", "--out", dict(
-        type=output, help="the PNG; if not given, named for the command, beside the transformer")),
+    (f"{CLASSES} explore {COMPLETED} {SHOWN}", "--out", dict(
+        type=output, help="the file; if not given, named for the command, beside the transformer")),
     (f"{CLASSES} {COMPLETED} {SHOWN}", "--cell-size", dict(
         type=number(int, 8, 2048), help="side of an image in the picture, in pixels; if not given, "
         "as fits a screen")),
