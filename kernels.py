@@ -71,8 +71,8 @@ BACKEND = None   # "triton" or "torch" for the whole program; None: by where the
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether to launch Triton's kernels: on NVIDIA's GPUs from sm_80 on, below which Triton has no
-    tensor cores and PyTorch has. For AMD's nobody tuned them."""
+    """On NVIDIA's GPUs from sm_80 on: on older ones PyTorch has tensor cores and Triton has none;
+    for AMD's nobody tuned the kernels."""
     if BACKEND is not None:
         return BACKEND == "triton"
     if not HAS_TRITON or not tensor.is_cuda or torch.version.hip is not None:
@@ -112,16 +112,17 @@ class Array(NamedTuple):
 def load_token(x_BLW, token, columns_W, W):
     """x[image, token] in fp32, of the program's image; zeros in the columns from W on."""
     image = tl.program_id(1).to(tl.int64)   # in 64 bits: there may be over 2^31 numbers
-    begin = image * x_BLW.strides[0]
-    places_W = x_BLW.pointer + begin + token * x_BLW.strides[1] + columns_W * x_BLW.strides[2]
+    begin = image * x_BLW.strides[0] + token * x_BLW.strides[1]
+    places_W = x_BLW.pointer + begin + columns_W * x_BLW.strides[2]
     return tl.load(places_W, mask=columns_W < W, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_token(x_BLW, token, columns_W, W, x_W):
     """x[image, token] = x_W, in the dtype of x."""
-    begin = tl.program_id(1).to(tl.int64) * x_BLW.strides[0]
-    places_W = x_BLW.pointer + begin + token * x_BLW.strides[1] + columns_W * x_BLW.strides[2]
+    image = tl.program_id(1).to(tl.int64)
+    begin = image * x_BLW.strides[0] + token * x_BLW.strides[1]
+    places_W = x_BLW.pointer + begin + columns_W * x_BLW.strides[2]
     tl.store(places_W, x_W.to(x_BLW.pointer.dtype.element_ty), mask=columns_W < W)
 
 
@@ -136,7 +137,7 @@ def normalise(x_W, columns_W, W):
 @triton.jit
 def adaln_forward(x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, sum_BLW, y_BLW, W,
                   TILE_W: tl.constexpr):
-    """One token a program: x, h [B, L, W], gate, scale, shift [B, 1, W] -> x + gate h, y."""
+    """One token a program: x, h [B, L, W], gate, scale, shift [B, 1, W] -> sum = x + gate h, y."""
     token = tl.program_id(0)
     columns_W = tl.arange(0, TILE_W)   # the side of a tile, which may be more than W
     x_W = load_token(x_BLW, token, columns_W, W)
@@ -156,8 +157,7 @@ def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW
                    TOKENS: tl.constexpr, TILE_W: tl.constexpr):
     """TOKENS tokens of an image, a chunk, a program -> dx, dh, and the chunk's three sums.
 
-    sum = x + gate h. Sums are [B, P, W] in fp32, P the chunks, and are added up afterwards, always
-    in one order.
+    These are [B, P, W] in fp32, P the chunks, and are added up afterwards, always in one order.
     """
     chunk = tl.program_id(0)
     columns_W = tl.arange(0, TILE_W)
@@ -188,7 +188,8 @@ def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW
 def adaln_tiles(W: int) -> dict[str, int]:
     """A token in registers; from W 65 to 2048 4 numbers a thread, in fp32 moved by one load."""
     TILE_W = triton.next_power_of_2(W)
-    return dict(TILE_W=TILE_W, num_warps=min(16, max(1, TILE_W // 128)))
+    num_warps = min(16, max(1, TILE_W // 128))
+    return dict(TILE_W=TILE_W, num_warps=num_warps)
 
 
 class AdaLN(torch.autograd.Function):
@@ -197,8 +198,10 @@ class AdaLN(torch.autograd.Function):
         B, L, W = x_BLW.shape
         sum_BLW = x_BLW.new_empty(B, L, W)
         y_BLW = x_BLW.new_empty(B, L, W, dtype=dtype)
-        launch(adaln_forward, (L, B), [x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W],
-               [sum_BLW, y_BLW], W, **adaln_tiles(W))
+        launch(adaln_forward, (L, B),
+               [x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W],
+               [sum_BLW, y_BLW],
+               W, **adaln_tiles(W))
         ctx.save_for_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W)
         return sum_BLW, y_BLW
 
@@ -212,8 +215,10 @@ class AdaLN(torch.autograd.Function):
         dx_BLW = torch.empty_like(sum_BLW)
         dh_BLW = torch.empty_like(h_BLW)
         sums_3BPW = sum_BLW.new_empty(3, B, chunks, W, dtype=torch.float32)
-        launch(adaln_backward, (chunks, B), [sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW],
-               [dx_BLW, dh_BLW, *sums_3BPW], L, W, TOKENS=TOKENS, **adaln_tiles(W))
+        launch(adaln_backward, (chunks, B),
+               [sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW],
+               [dx_BLW, dh_BLW, *sums_3BPW],
+               L, W, TOKENS=TOKENS, **adaln_tiles(W))
         # dgate, dscale and dshift, which autograd brings to the dtypes of the inputs:
         return dx_BLW, dh_BLW, *sums_3BPW.sum(dim=2, keepdim=True), None
 
@@ -224,8 +229,10 @@ def adaln_triton(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
 
 
 def adaln_torch(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
-    gate_B1W, scale_B1W, shift_B1W = (x.float()[:, None] for x in (gate_BW, scale_BW, shift_BW))
-    sum_BLW = torch.addcmul(x_BLW.float(), gate_B1W, h_BLW.float()).to(x_BLW.dtype)
+    modulation = (gate_BW, scale_BW, shift_BW)
+    gate_B1W, scale_B1W, shift_B1W = (m_BW.float()[:, None] for m_BW in modulation)
+    sum_BLW = torch.addcmul(x_BLW.float(), gate_B1W, h_BLW.float())
+    sum_BLW = sum_BLW.to(x_BLW.dtype)
     normed_BLW = F.layer_norm(sum_BLW.float(), x_BLW.shape[-1:], eps=1e-6)
     y_BLW = torch.addcmul(shift_B1W, normed_BLW, 1 + scale_B1W)
     return sum_BLW, y_BLW.to(dtype)
@@ -256,8 +263,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 # -------------------------------------------------------------------------------------------------
 # Nearest code
 #
-# PyTorch's version writes and reads the N V distances: over all scales of 64 images, N 43,520 and
-# V 4096, in fp32 2 x 0.71 GB, to find 43,520 indices from 5.6 MB of vectors and 0.5 MB of codes.
+# PyTorch's version writes and reads the N V distances: for all scales of 64 images, N 43,520 and
+# V 4096, in fp32 2 x 0.71 GB, where vectors and codes are 6.1 MB.
 #
 #     |x - e|^2 = |x|^2 - 2 x.e + |e|^2,  and |x|^2 is the same for every code:
 #
@@ -266,14 +273,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 @triton.jit
 def load_tile(x_NC, rows_T, N, columns_T, C, CUT: tl.constexpr = True):
-    """x[rows, columns] of a matrix as [T, T], with zeros outside of it.
-
-    CUT: rows may lie outside; where none does, there is one comparison less.
-    """
-    places_TT = rows_T[:, None] * x_NC.strides[0] + columns_T[None, :] * x_NC.strides[1]
-    inside_TT = columns_T[None, :] < C
+    """x[rows, columns] as [T, T], with zeros outside. CUT: rows, too, may lie outside."""
+    rows_T1 = rows_T[:, None]
+    columns_1T = columns_T[None, :]
+    places_TT = rows_T1 * x_NC.strides[0] + columns_1T * x_NC.strides[1]
+    inside_TT = columns_1T < C
     if CUT:
-        inside_TT &= rows_T[:, None] < N
+        inside_TT &= rows_T1 < N
     return tl.load(x_NC.pointer + places_TT, mask=inside_TT, other=0.0)
 
 
@@ -290,7 +296,8 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
 
     x [N, C], e [V, C] and squares [V] in fp32 -> index [N], int64.
     """
-    rows_T = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    first = tl.program_id(0).to(tl.int64) * TILE_N
+    rows_T = first + tl.arange(0, TILE_N)
     # For every vector and column of the tiles of codes: the least so far, and in which tile.
     best_TV = tl.full([TILE_N, TILE_V], float("inf"), tl.float32)
     tile_TV = tl.zeros([TILE_N, TILE_V], tl.int32)
@@ -311,7 +318,8 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
     least_T1 = tl.min(best_TV, 1, keep_dims=True)
     nearest_TV = tl.where(best_TV == least_T1, index_TV, V)
     index_T = tl.min(nearest_TV, 1)
-    tl.store(index_N.pointer + rows_T, index_T.to(tl.int64), mask=rows_T < N)
+    places_T = index_N.pointer + rows_T
+    tl.store(places_T, index_T.to(tl.int64), mask=rows_T < N)
 
 
 def nearest_code_triton(x_NC, codebook_VC):
@@ -321,7 +329,9 @@ def nearest_code_triton(x_NC, codebook_VC):
     N, C = x_NC.shape
     index_N = torch.empty(N, dtype=torch.int64, device=x_NC.device)
     tiles = dict(TILE_N=64, TILE_V=64, TILE_C=16 if C <= 16 else 32)
-    launch(nearest_code_kernel, (triton.cdiv(N, 64),), [x_NC, e_VC, squares_V], [index_N],
+    launch(nearest_code_kernel, (triton.cdiv(N, 64),),
+           [x_NC, e_VC, squares_V],
+           [index_N],
            N, len(e_VC), C=C, **tiles, num_warps=4, num_stages=3)
     return index_N
 
@@ -330,14 +340,12 @@ def nearest_code_torch(x_NC, codebook_VC):
     with torch.no_grad(), torch.autocast(x_NC.device.type, enabled=False):
         e_VC = codebook_VC.float()
         squares_V = e_VC.square().sum(dim=1)
-        return torch.addmm(squares_V, x_NC.float(), e_VC.T, alpha=-2).argmin(dim=1)
+        distance_NV = torch.addmm(squares_V, x_NC.float(), e_VC.T, alpha=-2)
+        return distance_NV.argmin(dim=1)
 
 
 def nearest_code(x_NC: Tensor, codebook_VC: Tensor) -> Tensor:
-    """argmin_v |x_n - e_v|^2 as int64 [N]; the lowest index wins a tie (paper: eq. 3).
-
-    Always in fp32: half precision changes codes.
-    """
+    """argmin_v |x_n - e_v|^2 as int64 [N], in fp32; the lowest index wins a tie (paper: eq. 3)."""
     assert x_NC.shape[1] == codebook_VC.shape[1]
     backend = nearest_code_triton if use_triton(x_NC) else nearest_code_torch
     return backend(x_NC, codebook_VC)
@@ -360,8 +368,8 @@ def full_precision() -> Iterator[None]:
 # One matrix product makes queries, keys and values. Then they are given their biases; queries and
 # keys are normalised, so that scores stay bounded in deep models (paper: Sec. 3.3), and each head
 # learns a factor for its queries; in generation keys and values go where later scales find them.
-# In PyTorch that is a dozen operations, which move 31 bytes for each number of a product in bf16,
-# where reading and writing it is 4.
+# In PyTorch a dozen operations move 31 bytes for each number of a product in bf16, where reading
+# and writing it is 4.
 #
 #     q = a n(product_q + bias_q),     n(x) = x / |x|,     a = min(e^log_scale, 100)
 #     k = n(product_k)
@@ -377,24 +385,22 @@ LARGEST_LOG_SCALE = math.log(100)
 
 @triton.jit
 def aligned(stride, D: tl.constexpr):
-    """The stride, which `rows_first` made a multiple of 8 if D is one, in a way that shows it.
-
-    16 bytes are loaded at once where the compiler can prove that rows begin at multiples of 8
-    numbers. With tl.multiple_of(stride, 8) it did not: D 72 was loaded 2 bytes at a time (sm_90).
-    """
+    """The stride, which `rows_first` made a multiple of 8 if D is one, so that the compiler sees it
+    and loads 16 bytes at once. By tl.multiple_of it did not see it, for D 72 on sm_90."""
     return stride // 8 * 8 if D % 8 == 0 else stride
 
 
 @triton.jit
 def matrix_of(x_BHLD, D: tl.constexpr):
-    """x of the program's image and head as a matrix [L, D], and the columns of its tiles.
-
-    Its width is a power of two: D 72 is computed as 128, 1.8 times the products of its own.
-    """
-    begin = tl.program_id(2).to(tl.int64) * aligned(x_BHLD.strides[0], D)
-    begin += tl.program_id(1).to(tl.int64) * aligned(x_BHLD.strides[1], D)
+    """x of the program's image and head as a matrix [L, D], and the columns of its tiles, a power
+    of two: D 72 is computed as 128, with 1.8 times the products."""
+    image = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    begin = image * aligned(x_BHLD.strides[0], D)
+    begin += head * aligned(x_BHLD.strides[1], D)
     strides = (aligned(x_BHLD.strides[2], D), 1)
-    return Array(x_BHLD.pointer + begin, strides), tl.arange(0, triton.next_power_of_2(D))
+    columns_D = tl.arange(0, triton.next_power_of_2(D))
+    return Array(x_BHLD.pointer + begin, strides), columns_D
 
 
 @triton.jit
@@ -408,14 +414,17 @@ def load_head(x_BHLD, rows_T, L, D: tl.constexpr, CUT: tl.constexpr = True):
 def store_head(x_BHLD, rows_T, L, D: tl.constexpr, x_TD):
     """x[image, head, rows] = x_TD, in the dtype of x."""
     x_LD, columns_D = matrix_of(x_BHLD, D)
-    places_TD = x_LD.pointer + rows_T[:, None] * x_LD.strides[0] + columns_D[None, :]
-    inside_TD = (rows_T[:, None] < L) & (columns_D[None, :] < D)
+    rows_T1 = rows_T[:, None]
+    columns_1D = columns_D[None, :]
+    places_TD = x_LD.pointer + rows_T1 * x_LD.strides[0] + columns_1D
+    inside_TD = (rows_T1 < L) & (columns_1D < D)
     tl.store(places_TD, x_TD.to(x_LD.pointer.dtype.element_ty), mask=inside_TD)
 
 
 @triton.jit
 def learned_factor(log_scale_H, largest):
-    log_scale = tl.load(log_scale_H.pointer + tl.program_id(1)).to(tl.float32)
+    head = tl.program_id(1)
+    log_scale = tl.load(log_scale_H.pointer + head).to(tl.float32)
     return tl.exp(tl.minimum(log_scale, largest))
 
 
@@ -442,8 +451,9 @@ def split_heads_forward(xq_BHLD, xk_BHLD, xv_BHLD, q_bias_BH1D, v_bias_BH1D, log
     All [B, H, L, D], log_scale [H], inverses [B, H, L, 1] in fp32.
     """
     rows_T = tl.program_id(0) * TILE_L + tl.arange(0, TILE_L)
-    q_bias_1D = load_head(q_bias_BH1D, tl.arange(0, 1), 1, D).to(tl.float32)
-    v_bias_1D = load_head(v_bias_BH1D, tl.arange(0, 1), 1, D).to(tl.float32)
+    row_1 = tl.arange(0, 1)   # the one row of a bias
+    q_bias_1D = load_head(q_bias_BH1D, row_1, 1, D).to(tl.float32)
+    v_bias_1D = load_head(v_bias_BH1D, row_1, 1, D).to(tl.float32)
     q_TD = load_head(xq_BHLD, rows_T, L, D) + q_bias_1D
     k_TD = load_head(xk_BHLD, rows_T, L, D).to(tl.float32)
     v_TD = load_head(xv_BHLD, rows_T, L, D) + v_bias_1D
@@ -465,8 +475,7 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL1, k_inverse_BHL1, log_sca
                          NORMALISED: tl.constexpr, D: tl.constexpr, TILE_L: tl.constexpr):
     """A tile of tokens of one head a program -> the product's gradient, and the tile's sums.
 
-    Sums are [B, H, P, D] in fp32, P the tiles, and are added up afterwards. That of the log scale
-    is left by column.
+    These are [B, H, P, D] in fp32, P the tiles, and are added up afterwards.
     """
     tile_1 = tl.program_id(0) + tl.arange(0, 1)   # as [1], a row for store_head
     rows_T = tile_1 * TILE_L + tl.arange(0, TILE_L)
@@ -493,8 +502,9 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL1, k_inverse_BHL1, log_sca
 def rows_first(x_BHLD: Tensor) -> Tensor:
     """x if kernels can read it: rows unbroken and, if D is a multiple of 8, so is every stride."""
     *strides, last = x_BHLD.stride()
-    multiple = x_BHLD.shape[3] % 8 != 0 or all(stride % 8 == 0 for stride in strides)
-    return x_BHLD if last == 1 and multiple else x_BHLD.contiguous()
+    D = x_BHLD.shape[3]
+    multiples = D % 8 != 0 or all(stride % 8 == 0 for stride in strides)
+    return x_BHLD if last == 1 and multiples else x_BHLD.contiguous()
 
 
 def heads_tiles(L: int, D: int) -> dict[str, int]:
@@ -505,7 +515,8 @@ def heads_tiles(L: int, D: int) -> dict[str, int]:
 
 def three_heads(product_BLX: Tensor, heads: int) -> tuple[Tensor, ...]:
     """Queries, keys and values [B, H, L, D] as views of the product."""
-    return product_BLX.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    product_BL3HD = product_BLX.unflatten(2, (3, heads, -1))
+    return product_BL3HD.permute(2, 0, 3, 1, 4).unbind()
 
 
 def launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots=None):
@@ -515,12 +526,14 @@ def launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_s
     q_BHLD = product_BLX.new_empty(B, H, L, D)
     k_BHLD, v_BHLD = kv_slots or (torch.empty_like(q_BHLD), torch.empty_like(q_BHLD))
     inverse_2BHL1 = product_BLX.new_empty(2, B, H, L, 1, dtype=torch.float32)
-    biases = [bias_W.reshape(H, 1, D).expand(B, H, 1, D) for bias_W in (q_bias_W, v_bias_W)]
+    biases = [bias_W.reshape(H, 1, D).expand(B, H, 1, D)
+              for bias_W in (q_bias_W, v_bias_W)]
     normalised = log_scale_H is not None
     scales = log_scale_H if normalised else q_bias_W   # of which nothing is read then
     tiles = heads_tiles(L, D)
     launch(split_heads_forward, (triton.cdiv(L, tiles["TILE_L"]), H, B),
-           [*views, *biases, scales], [q_BHLD, k_BHLD, v_BHLD, *inverse_2BHL1],
+           [*views, *biases, scales],
+           [q_BHLD, k_BHLD, v_BHLD, *inverse_2BHL1],
            LARGEST_LOG_SCALE, L, NORMALISED=normalised, **tiles)
     return q_BHLD, k_BHLD, v_BHLD, inverse_2BHL1
 
@@ -565,7 +578,8 @@ def split_heads_triton(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_s
 
 def inverse_norm(x_BHLD):
     """1 / |x|: [B, H, L, 1]. F.normalize divides by it, number by number, which is slower."""
-    return x_BHLD.square().sum(dim=-1, keepdim=True).clamp(min=1e-24).rsqrt()
+    squares_BHL1 = x_BHLD.square().sum(dim=-1, keepdim=True)
+    return squares_BHL1.clamp(min=1e-24).rsqrt()
 
 
 def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots=None):
@@ -585,7 +599,8 @@ def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_sl
 
 def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
                 log_scale_H: Tensor | None, heads: int,
-                kv_slots: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                kv_slots: tuple[Tensor, Tensor] | None = None
+                ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, H, L, D] of a product [B, L, 3 W], in its dtype.
 
     log_scale_H: the learned scale of each head; None leaves queries and keys as they are.
@@ -597,7 +612,8 @@ def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
     assert X == 3 * W and len(v_bias_W) == W and W % heads == 0
     assert log_scale_H is None or len(log_scale_H) == heads
     if kv_slots is not None:
-        assert kv_slots[0].shape == kv_slots[1].shape == (B, heads, L, W // heads)
+        k_slots_BHLD, v_slots_BHLD = kv_slots
+        assert k_slots_BHLD.shape == v_slots_BHLD.shape == (B, heads, L, W // heads)
     backend = split_heads_triton if use_triton(product_BLX) else split_heads_torch
     return backend(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots)
 
@@ -624,8 +640,10 @@ class KeyRanges:
         self.last = tuple(map(int, last))
         self.cache: dict[tuple, Any] = {}
         assert len(self.first) == len(self.last) > 0
-        assert list(self.first) == sorted(self.first) and list(self.last) == sorted(self.last)
-        assert self.first[0] >= 0 and all(a < b for a, b in zip(self.first, self.last))
+        assert list(self.first) == sorted(self.first)
+        assert list(self.last) == sorted(self.last)
+        assert self.first[0] >= 0
+        assert all(a < b for a, b in zip(self.first, self.last))
 
     @classmethod
     def from_scales(cls, scales: Sequence[int], last_scales: int | None = None) -> KeyRanges:
@@ -660,16 +678,13 @@ class KeyRanges:
         return (keys_S >= first_L1) & (keys_S < last_L1)
 
     def prepare(self, device: torch.device) -> None:
-        """Make what both backends read on a device.
-
-        Before torch.compile looks: it would see no table in the first call and one in the second,
-        and compile all over again.
-        """
+        """Make what both backends read, before torch.compile looks: for a table that is there in
+        the second call and was not in the first it would compile again."""
         for make in (table, transposed_table, mask_in_sight):
             self.cached(make, device)
 
     def cached(self, make: Callable, *arguments) -> Any:
-        """make(self, *arguments), kept: a second generation makes no table and copies none."""
+        """make(self, *arguments), made once: a second generation copies no table."""
         key = (make, *arguments)
         if key not in self.cache:
             self.cache[key] = make(self, *arguments)
@@ -712,23 +727,23 @@ def table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 # A tile of keys is whole if every query of the tile of queries sees all of it, and cut if a range
-# ends or begins in it, or the array does. Only cut tiles need masks, and few are: of the tiles
-# that L 9451 visits, 3 %. So the kernels have two loops, written as one:
+# ends or begins in it, or the array does. Only cut tiles need masks: of the tiles visited 16 of 50
+# at L 680, 3 % at L 9451. So the kernels have two loops, written as one:
 #
 #     for CUT in tl.static_range(2):
 #         for n in range(cut if CUT else whole):
 #
-# static_range is unrolled before anything is compiled, with CUT a constant 0 and then a constant 1,
-# and of `if CUT:` nothing is left in the first copy: no mask, no comparison, no table.
+# static_range is unrolled before it is compiled, with CUT a constant 0 and then 1: in the first
+# copy nothing is left of `if CUT:`, no mask, no comparison, no table.
 
 
 @triton.jit
 def plan_tiles(first, last, tile, length, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Which partners the rows of a tile meet: (start, cut before, whole, cut in all).
 
-    first, last: a table of `length` rows. From `start` on there are `cut before` tiles of TILE
-    partners that only some rows see, `whole` ones that all rows see, and cut ones again up to the
-    last partner of any row. Both ends only grow, so the first and the last row tell it all.
+    first, last: a table of `length` rows. From `start` on come `cut before` tiles of TILE partners
+    that some rows see, `whole` ones that all see, and cut ones again. Both ends only grow, so the
+    first and the last row tell it all.
     """
     begin = tile * ROWS
     final = tl.minimum(length, begin + ROWS) - 1
@@ -764,7 +779,8 @@ def seen_by(rows_T, length, first, last, partners_T):
 
 @triton.jit
 def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_BHL1,
-                      scale, L, S, D: tl.constexpr, TILE_L: tl.constexpr, TILE_S: tl.constexpr):
+                      scale, L, S,
+                      D: tl.constexpr, TILE_L: tl.constexpr, TILE_S: tl.constexpr):
     """A tile of queries of one head a program: q, k, v and the table -> o, log2sum.
 
     q, o [B, H, L, D] and k, v [B, H, S, D] of one dtype; first, last [L] int32; log2sum
@@ -816,8 +832,7 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
 def transposed_table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
     """first_S, last_S: key j is seen by the queries first_S[j] <= i < last_S[j], maybe by none.
 
-    They begin after the queries whose range ends at or before j, and end with the last one whose
-    range has begun.
+    From after those whose range ends at or before j, to the last one whose range has begun.
     """
     first_L, last_L = ranges.cached(table, device)
     keys_S = torch.arange(ranges.last[-1], dtype=torch.int32, device=device)
@@ -924,10 +939,8 @@ ATTENTION_TILES = {
 
 
 def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
-    """As in the table, but in the forward no more than twice as many rows as there are queries.
-
-    The first scales of a generation have 1, 4 and 9: in tiles of 128 nearly all would be padding.
-    """
+    """As in the table, but smaller for the first scales of a generation: a tile of 128 queries would
+    be mostly padding."""
     L, D = q_BHLD.shape[2:]
     in_fp32 = q_BHLD.dtype == torch.float32
     tiles = ATTENTION_TILES[name][2 * in_fp32 + (D > 64)]
@@ -955,7 +968,8 @@ class BlockAttention(torch.autograd.Function):
         ctx.sizes = scale / math.log(2), L, S
         tiles = attention_tiles("forward", q_BHLD)
         launch(attention_forward, (triton.cdiv(L, tiles["TILE_L"]), H, B),
-               [*qkv, *ranges.cached(table, q_BHLD.device)], [o_BHLD, log2sum_BHL1],
+               [*qkv, *ranges.cached(table, q_BHLD.device)],
+               [o_BHLD, log2sum_BHL1],
                *ctx.sizes, **tiles)
         ctx.ranges = ranges
         ctx.save_for_backward(*qkv, o_BHLD, log2sum_BHL1)
@@ -974,11 +988,13 @@ class BlockAttention(torch.autograd.Function):
         S = dk_BHSD.shape[2]
         tiles = attention_tiles("backward_q", do_BHLD)
         launch(attention_backward_q, (triton.cdiv(L, tiles["TILE_L"]), H, B),
-               [*qkv, *by_query, o_BHLD, do_BHLD, log2sum_BHL1], [delta_BHL1, dq_BHLD],
+               [*qkv, *by_query, o_BHLD, do_BHLD, log2sum_BHL1],
+               [delta_BHL1, dq_BHLD],
                *ctx.sizes, **tiles)
         tiles = attention_tiles("backward_kv", do_BHLD)
         launch(attention_backward_kv, (triton.cdiv(S, tiles["TILE_S"]), H, B),
-               [*qkv, *by_key, do_BHLD, log2sum_BHL1, delta_BHL1], [dk_BHSD, dv_BHSD],
+               [*qkv, *by_key, do_BHLD, log2sum_BHL1, delta_BHL1],
+               [dk_BHSD, dv_BHSD],
                *ctx.sizes, **tiles)
         return dq_BHLD, dk_BHSD, dv_BHSD, None, None
 
@@ -989,8 +1005,9 @@ def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
         raise ValueError(f"the Triton kernel takes a head width of 16 to 128: it is {D}")
     # Keys after those in sight may hold anything, as in a cache that is not yet full.
     seen = ranges.last[-1]
-    return BlockAttention.apply(
-        q_BHLD, k_BHSD[:, :, :seen], v_BHSD[:, :, :seen], ranges, float(scale))
+    k_BHSD = k_BHSD[:, :, :seen]
+    v_BHSD = v_BHSD[:, :, :seen]
+    return BlockAttention.apply(q_BHLD, k_BHSD, v_BHSD, ranges, float(scale))
 
 
 def mask_in_sight(ranges: KeyRanges, device: torch.device) -> Tensor | None:
@@ -1001,7 +1018,9 @@ def mask_in_sight(ranges: KeyRanges, device: torch.device) -> Tensor | None:
 
 def plain_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask, scale):
     """scaled_dot_product_attention by its formula; all products are kept for the backward pass."""
-    q_NLD, k_NSD, v_NSD = (x.flatten(0, 1) for x in (q_BHLD, k_BHSD, v_BHSD))   # N: B and H
+    q_NLD = q_BHLD.flatten(0, 1)   # N: B and H
+    k_NSD = k_BHSD.flatten(0, 1)
+    v_NSD = v_BHSD.flatten(0, 1)
     hidden_LS = k_NSD.new_zeros(q_NLD.shape[1], k_NSD.shape[1])
     if attn_mask is not None:
         hidden_LS = hidden_LS.masked_fill(~attn_mask, float("-inf"))
@@ -1013,9 +1032,8 @@ def plain_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask, scale):
 def block_attention_torch(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
     """PyTorch's fused attention, with a mask unless all queries see the same keys.
 
-    Training on a CPU takes the plain products, in fp32: up to L of a few hundred they are faster
-    there (forward and backward, two cores, B 32, H 4, L 130, D 16: 4.3 against 5.7 ms), and twice
-    as fast in fp32 as in bf16.
+    Training on a CPU takes the plain products in fp32, which are faster there up to L of a few
+    hundred: at B 32, H 4, L 130, D 16 4.3 ms, not 5.7, forward and backward on two cores.
     """
     dtype = q_BHLD.dtype
     attention = F.scaled_dot_product_attention
@@ -1060,9 +1078,9 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
 #
 # is top-k with every weight 1 and target k, and top-p with the probabilities and p. All it takes
 # is the threshold: the largest number such that the tokens from there up hold at least the target.
-# It is found bit by bit from the top, in 32 sums over the row, because the bits of a float, read as
-# an unsigned integer, can be put in the order of the floats: of positive numbers flip the sign bit,
-# of negative numbers, whose bits grow as the number falls, flip all.
+# It is found bit by bit from the top, in 32 sums over the row: the bits of a float, read as an
+# unsigned integer, are in the floats' order once the sign bit of positive numbers is flipped, and
+# all bits of negative ones.
 #
 # Probabilities are counted in whole units of 2^-40 of the largest: integer sums are the same in
 # every order, so that both backends draw the same token.
@@ -1083,7 +1101,7 @@ def ranked_within(keys_V, weights_V, target):
 
 
 @triton.jit
-def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, top_p, top_k, V,
+def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl1, guidance, top_p, top_k, V,
                          GUIDED: tl.constexpr, TILE_V: tl.constexpr):
     """One place a program: cond, uncond, noise [B, l, V] -> token [B, l], int64."""
     place = tl.program_id(0)
@@ -1101,13 +1119,14 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl, guidance, to
     if top_p < 1:
         share_V = tl.exp(logits_V - tl.max(logits_V, 0))
         units_V = tl.where(kept_V, share_V * (1 << 40), 0.0).to(tl.int64)
-        target = (tl.sum(units_V).to(tl.float32) * top_p).to(tl.int64)
+        total = tl.sum(units_V).to(tl.float32)
+        target = (total * top_p).to(tl.int64)
         target = tl.maximum(target, 1)   # the most likely token stays, whatever p
         kept_V &= ranked_within(keys_V, units_V, target)
     noise_V = load_token(noise_BlV, place, tokens_V, V)
     score_V = tl.where(kept_V, logits_V - tl.log(noise_V), -float("inf"))
-    token = tl.argmax(score_V, 0)
-    tl.store(token_Bl.pointer + tl.program_id(1) * tl.num_programs(0) + place, token.to(tl.int64))
+    token_1 = tl.argmax(score_V, 0, keep_dims=True)
+    store_token(token_Bl1, place, tl.arange(0, 1), 1, token_1)
 
 
 def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV):
@@ -1116,7 +1135,7 @@ def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV
     GUIDED = uncond_BlV is not None
     TILE_V = triton.next_power_of_2(V)
     launch(sample_tokens_kernel, (l, B),
-           [cond_BlV, uncond_BlV if GUIDED else cond_BlV, noise_BlV], [token_Bl],
+           [cond_BlV, uncond_BlV if GUIDED else cond_BlV, noise_BlV], [token_Bl[:, :, None]],
            float(guidance), float(top_p), top_k if top_k > 0 else V, V,
            GUIDED=GUIDED, TILE_V=TILE_V,
            num_warps=min(32, max(1, TILE_V // 512)),   # 16 numbers a thread, if V is 257 to 16,384
@@ -1125,7 +1144,7 @@ def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV
 
 
 def sample_tokens_torch(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV):
-    """Sorts the k highest logits to find how many stay; the last of these is the threshold."""
+    """Sorts the k highest logits; the last of those that stay is the threshold."""
     logits_BlV = cond_BlV.float()
     V = cond_BlV.shape[-1]
     if uncond_BlV is not None:
@@ -1170,15 +1189,16 @@ def sample_tokens(cond_BlV: Tensor, uncond_BlV: Tensor | None, guidance: float, 
 
 
 # -------------------------------------------------------------------------------------------------
-# How a kernel is started: nothing of VAR from here on
+# How a kernel is launched: nothing of VAR from here on
 
 
-def launch(kernel: Callable, programs: Sequence[int], read: list[Tensor], written: list[Tensor],
+def launch(kernel: Callable, programs: Sequence[int],
+           read: list[Tensor], written: list[Tensor],
            *numbers: float, **constants: int) -> None:
-    """Start a kernel on the arrays it reads, the arrays it writes, and numbers.
+    """Run a kernel on the arrays it reads, the arrays it writes, and numbers.
 
-    For torch.compile, which cannot look into it, a launch is one operator of PyTorch's, whose call
-    takes longer than many a kernel.
+    torch.compile cannot look into it and gets one operator, whose call takes longer than many a
+    kernel.
     """
     if torch.compiler.is_compiling():
         launch_compiled(kernel.__name__, programs, read, written, list(numbers),
@@ -1197,7 +1217,7 @@ def launch_compiled(kernel: str, programs: Sequence[int], read: list[Tensor],
 
 @launch_compiled.register_fake
 def launch_nothing(*arguments) -> None:
-    """What torch.compile calls to learn the shapes of the outputs: there are none."""
+    """What torch.compile calls to learn the outputs' shapes: there are none."""
 
 
 def run_kernel(kernel: Callable, programs: Sequence[int], tensors: Sequence[Tensor],
@@ -1218,7 +1238,7 @@ def as_arrays(tensors: Sequence[Tensor]) -> list[Array]:
 
 
 class LaunchError(OSError):
-    """Nothing is wrong with the program: the machine lacks what Triton needs to start a kernel."""
+    """The machine lacks what Triton needs to launch a kernel."""
 
 
 LAUNCHER = ("Triton could not build its launcher, for which it needs a C compiler and Python's "
