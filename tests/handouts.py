@@ -374,7 +374,7 @@ LIST = [
                 import sample
                 import var
                 from support.devices import choose_machine
-                from support.images import grid_of_classes, save_picture, to_bytes
+                from support.images import rows_of_classes, save_picture, to_bytes
 
                 run = sample.load_run(Path("out/shapes"), choose_machine("cpu"))
                 last = len(run.tokenizer.config.scales) - 1
@@ -391,7 +391,7 @@ LIST = [
                     spread = sum(torch.pdist(x).mean() for x in images.flatten(1).split(16)) / 10
                     first = len(tokens_NL[:, 0].unique())
                     print(f"{name}: distance within a class {spread:.1f}, first tokens {first}")
-                    picture = grid_of_classes(run.classes, to_bytes(images))
+                    picture = rows_of_classes(run.classes, to_bytes(images))
                     save_picture(Path(f"{name}.png"), picture)
 
             It needs a trained run: `python train.py`, five minutes on two cores, once for all such
