@@ -89,7 +89,8 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         "tokens that hold this probability; two numbers are those of the first and last scale")),
     (GENERATING, "--batch", dict(type=COUNT, help="images at a time")),
     (f"{CLASSES} {COMPLETED} {SHOWN}", "--out", dict(
-        type=output_as(".png"), help="the PNG; if not given, named for the command, beside the transformer")),
+        type=output_as(".png"), help="the picture; if not given, named for the command, beside the "
+        "transformer")),
     (f"{CLASSES} {COMPLETED} {SHOWN}", "--cell-size", dict(
         type=number(int, 8, 2048), help="side of an image in the picture, in pixels; if not given, "
         "as fits a screen")),
