@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from support.cli import UserError, in_short, lacks_memory
-from support.devices import rank_and_world
+from support.devices import rank_and_world, say
 
 
 def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:

@@ -141,6 +141,16 @@ def output(text: str) -> Path:
     return path
 
 
+def output_as(ending: str) -> Callable[[str], Path]:
+    """The type of a flag that names a file to write in the format of that ending."""
+    def checked(text: str) -> Path:
+        path = output(text)
+        if path.suffix.lower() != ending:
+            raise ArgumentTypeError(f"{text} must be named {ending}, which it is written as")
+        return path
+    return checked
+
+
 def several(read: Callable) -> Callable:
     """The type of a flag that is a list with commas, as 1,2,4."""
     def read_all(text: str) -> tuple:

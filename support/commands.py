@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from support.cli import COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output
+from support.cli import (
+    COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output, output_as,
+)
 
 COMMANDS = {
     "grid": "draw a row of images for each class; the command if none is named",
@@ -54,7 +56,7 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         nargs="+", metavar="NAME", help="or numbers, as of a published model, whose names take "
         "torchvision; all, at most 20, if not given")),
     (CLASSES, "--per-class", dict(type=COUNT, default=8, help="images per class")),
-    ("progress", "--gif", dict(type=output, help="where to write a film of them, too")),
+    ("progress", "--gif", dict(type=output_as(".gif"), help="where to write a film of them, too")),
     (f"{COMPLETED} attention", "--class", dict(
         dest="class_name", metavar="NAME", help="what the images are to show; no class if not "
         "given, and for attention the image's own")),
@@ -87,8 +89,12 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         type=SHARE, nargs="+", action=OneOrTwo, metavar="P", help="draw from the most likely "
         "tokens that hold this probability; two numbers are those of the first and last scale")),
     (GENERATING, "--batch", dict(type=COUNT, help="images at a time")),
-    (f"{CLASSES} explore {COMPLETED} {SHOWN}", "--out", dict(
-        type=output, help="the file; if not given, named for the command, beside the transformer")),
+    (f"{CLASSES} {COMPLETED} {SHOWN}", "--out", dict(
+        type=output_as(".png"), help="the picture; if not given, named for the command, beside the "
+        "transformer")),
+    ("explore", "--out", dict(
+        type=output_as(".html"),
+        help="the page; if not given, explorer.html beside the transformer")),
     (f"{CLASSES} {COMPLETED} {SHOWN}", "--cell-size", dict(
         type=number(int, 8, 2048), help="side of an image in the picture, in pixels; if not given, "
         "as fits a screen")),

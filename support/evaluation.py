@@ -19,10 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from support.checkpoint import blaming, load_checkpoint, save_checkpoint
 from support.cli import UserError
+from support.devices import progress_bar
 from support.images import at_a_time, to_float
 
 # -------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def train_classifier(
     classifier = Classifier(**shape).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, CLASSIFIER_STEPS)
-    for _ in tqdm(range(CLASSIFIER_STEPS), desc="classifier", unit="step"):
+    for _ in progress_bar(range(CLASSIFIER_STEPS), desc="classifier", unit="step"):
         rows = torch.randint(len(images), (CLASSIFIER_BATCH,))
         logits = classifier(to_float(images[rows].to(device)))
         loss = F.cross_entropy(logits, labels[rows].to(device))

@@ -53,8 +53,8 @@ class WatchedLog(Log):
 
         draw: a stage's `picture`.
 
-        While a training goes on, they are left out where they would take more than their share of the time;
-        and what cannot be written, as on a full disk, is no reason to end it.
+        While a training goes on, they are left out where they would take more than their share of
+        the time; and what cannot be written, as on a full disk, is no reason to end it.
         """
         begun = time.monotonic()
         too_soon = self.spent + self.cost > SHARE * (begun - self.begun)

@@ -430,7 +430,7 @@ LIST = [
                 import sample
                 import var
                 from support.devices import choose_machine
-                from support.images import grid_of_classes, save_picture, to_bytes
+                from support.images import rows_of_classes, save_picture, to_bytes
 
                 kernel = var.sample_tokens
                 labels = [label for label in range(10) for _ in range(16)]
@@ -449,7 +449,7 @@ LIST = [
                         first = [len(x.unique()) for x in tokens_NL[:, 0].split(16)]
                         print(f"cfg {cfg:.0f}, {name}: distance within a class "
                               f"{sum(apart) / 10:.1f}, first tokens {sum(first) / 10:.1f}")
-                        picture = grid_of_classes(run.classes, to_bytes(images))
+                        picture = rows_of_classes(run.classes, to_bytes(images))
                         save_picture(Path(f"{name}-{cfg:.0f}.png"), picture)
 
             A good answer compares variety within a class and what the pictures look like, says from

@@ -341,15 +341,33 @@ def test_what_is_logged_and_drawn(whole):
     assert all(0 <= line["discriminator_right"] <= 1 for line in measured)
     figure = draw_curves(log, (1, 2, 4))
     titles = [axis.get_title() for axis in figure.axes]
-    assert "weight of the adversarial loss" in titles and len(titles) == 6
-    drawn = {line.get_label(): line.get_ydata() for axis in figure.axes for line in axis.lines}
-    assert drawn["balance"] == [lines[1]["balance"]]   # the first line has none
-    assert drawn["perceptual"][0] == lines[0]["perceptual"]
-    both = [dict(line, stage="var", loss=2.0) for line in log if line["split"] != "health"]
-    axis = draw_curves(both, (1, 2, 4)).axes[1]
-    assert [line.get_label() for line in axis.lines] == ["train", "held-out"]
-    plain = [line for line in log if line["split"] != "train"]
-    assert len(draw_curves(plain, (1, 2, 4)).axes) == 4
+    assert "weight of the adversarial loss" in titles
+    drawn = {line.get_label(): list(line.get_ydata()) for axis in figure.axes
+             for line in axis.lines}
+    assert drawn["weight"] == [lines[1]["balance"]]   # the first line has none
+    assert drawn["perceptual distance"][0] == lines[0]["perceptual"]
+    assert drawn["from all scales"] == [line["psnr"] for line in measured]
+    health = log[-1]
+    assert drawn["trained, held-out images"] == health["psnr_per_scale"]
+
+
+def test_curves_are_of_what_is_logged_so_far():
+    """A row of panels for each stage, as soon as there is something of it."""
+    trained = dict(stage="tokenizer", split="train", mse=0.1, codebook=0.0)
+    measured = dict(stage="tokenizer", split="held_out", psnr=20.0)
+    log = [dict(trained, step=1), dict(measured, step=4)]
+    titles = ["tokenizer: errors in training", "tokenizer: PSNR of held-out images, dB"]
+    shown = [axis for axis in draw_curves(log, (1, 2)).axes if axis.axison]
+    assert [axis.get_title() for axis in shown] == titles
+    for split in ("train", "held_out"):
+        log.append(dict(stage="var", split=split, step=1, loss=2.0, loss_per_scale=[3.0, 1.0]))
+    shown = [axis for axis in draw_curves(log, (1, 2)).axes if axis.axison]
+    assert [axis.get_title() for axis in shown] == [
+        *titles, "transformer: loss, nats a token", "transformer: held-out loss of each scale"]
+    legends = [[line.get_label() for line in axis.lines] for axis in shown]
+    assert legends == [["squared error", "codebook loss"], ["from all scales"],
+                       ["training images", "held-out images"], ["1x1", "2x2"]]
+    assert [line.get_ydata().tolist() for line in shown[3].lines] == [[3.0], [1.0]]
 
 
 def test_held_out_losses_are_means_over_images(tmp_path, monkeypatch):

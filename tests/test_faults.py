@@ -67,9 +67,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path
     assert process.returncode == 130 and "--resume" in process.said
     assert "training" in torch.load(tmp_path / "tokenizer.pt", weights_only=True)
     assert "not trained to its end" in refused("train.py", *flags, "--stage", "var")
+    assert {"reconstructions.png", "curves.png"} <= {path.name for path in tmp_path.iterdir()}
     with at_step(30, 3, lambda: signal.raise_signal(signal.SIGINT)):
         result = run("train.py", *flags, "--resume")
-    assert result.returncode == 130
+    assert result.returncode == 130 and (tmp_path / "samples.png").exists()
     step = torch.load(tmp_path / "var.pt", weights_only=True)["training"]["step"]
     assert 4 <= step <= 14   # the signal is obeyed within ten steps
     ran("train.py", *flags, "--resume")

@@ -17,17 +17,19 @@ import torch
 from PIL import Image
 from program import ROOT, TINY, ran, refused, run, same_run, start, tokenizer_stage
 from torch import nn
+from tqdm import tqdm
 
 import kernels
 import sample
 import train
+from support import watching
 from support.checkpoint import blaming, read_log
 from support.cli import UserError, run_program
 from support.devices import (
     Machine, Speed, choose_machine, forward_flops, has_fast, own_cores, peak_flops,
 )
 from support.evaluation import say_health, tokenizer_health
-from support.images import to_float
+from support.images import Row, batches, save_picture, to_float
 from support.optim import learning_rate, update_ema
 from support.presets import PRESETS, Preset, chosen_preset, training_flags
 from tokenizer import Tokenizer, TokenizerConfig
@@ -72,6 +74,142 @@ def test_a_run_writes_what_it_promises(finished):
     assert len(health["psnr_per_scale"]) == 3 and 0 < health["codes_used"] <= 1
     first = next(line for line in log if line["stage"] == "var" and line["split"] == "train")
     assert abs(first["loss"] - np.log(32)) < 0.1
+
+
+def test_a_training_draws_itself_and_computes_the_same(folder, finished, tmp_path, monkeypatch):
+    """At each of its measurements, if there is time for it."""
+    drawn = []
+
+    def save(path: Path, picture) -> None:
+        drawn.append((path.name, getattr(picture, "size", None)))
+        save_picture(path, picture)
+
+    monkeypatch.setattr(watching, "save_picture", save)
+    monkeypatch.setattr(watching, "SHARE", 1e9)
+    said = ran("train.py", "--data", folder, "--out", tmp_path, *TINY)
+    assert same_run(tmp_path, finished)
+    names = ["reconstructions.png"] * 8 + ["samples.png"] * 10   # of 40 and of 30 steps
+    assert [name for name, _ in drawn] == [x for name in names for x in (name, "curves.png")]
+    few, all_of_them = drawn[16][1], drawn[-2][1]
+    assert few[0] < all_of_them[0]
+    assert said.splitlines()[-1].endswith(
+        f"look at reconstructions.png, samples.png and curves.png in it, then try "
+        f"python sample.py progress --run {tmp_path}")
+
+
+def watched_log(tmp_path: Path, tensorboard: type | None = None) -> watching.WatchedLog:
+    settings = SimpleNamespace(out=tmp_path, preset=SimpleNamespace(scales=(1, 2)),
+                               tensorboard=tensorboard)
+    return watching.WatchedLog("var", 0, 1000, settings)
+
+
+ROWS = [Row("one", [np.zeros((8, 8, 1), np.uint8)])]
+
+
+def test_pictures_take_their_share_of_the_time_and_no_more(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: now))
+    log = watched_log(tmp_path)
+    log.write(1, "train", loss=1.0)
+    drawn = []
+
+    def draw(few: bool) -> list[Row]:
+        nonlocal now
+        drawn.append(step)
+        now += 2.0
+        return ROWS
+
+    for step in range(10, 500, 10):
+        now += 10.0
+        log.show(draw, step)
+        assert log.spent <= 0.03 * now + 2
+    assert drawn[0] == 40 and 5 <= len(drawn) <= 8   # 0.03 of 34 s are the second of the first
+    count = len(drawn)
+    for stopped in (False, True):
+        log.show(draw, step, stopped)
+    assert len(drawn) == count + 1   # of a stopped training there is one in any case
+
+
+def test_a_full_disk_does_not_end_a_training_for_its_pictures(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    log = watched_log(tmp_path)
+    monkeypatch.setattr(watching, "save_picture", full)
+    log.show(lambda few: ROWS, 7, stopped=True)
+    assert "no pictures of step 7: [Errno 28]" in capsys.readouterr().out
+
+
+class Events(dict):
+    """What is written for TensorBoard, instead of TensorBoard's writer."""
+    made: list[Events] = []
+
+    def __init__(self, folder: str, purge_step: int):
+        self.folder = folder
+        self.purge_step = purge_step
+        self.made.append(self)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self[name, step] = value
+
+    def add_image(self, name: str, image: np.ndarray, step: int, dataformats: str) -> None:
+        assert dataformats == "HWC" and image.dtype == np.uint8 and image.shape[2] == 3
+        self[name, step] = image
+
+    def flush(self) -> None:
+        pass
+
+
+def test_tensorboard_gets_the_numbers_and_pictures(folder, tmp_path, monkeypatch):
+    module = "torch.utils.tensorboard"
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(SummaryWriter=Events))
+    flags = ["--data", folder, "--out", tmp_path, *TINY, "--tokenizer-steps", 16, "--var-steps", 8,
+             "--tensorboard"]
+    ran("train.py", *flags)
+    log = read_log(tmp_path / "log.jsonl")
+    for stage, steps, events in zip(("tokenizer", "var"), (16, 8), Events.made, strict=True):
+        assert events.folder == str(tmp_path / "tensorboard" / stage) and events.purge_step == 1
+        assert events.pop(("picture", steps)).std() > 10
+        expected = {}
+        for line in [line for line in log if line["stage"] == stage]:
+            for name, value in list(line.items())[3:]:
+                key = f"{line['split']}/{name}"
+                if isinstance(value, list):
+                    assert len(value) == 3
+                    by_scale = zip(("1x1", "2x2", "4x4"), value)
+                    expected |= {(f"{key}/{scale}", line["step"]): x for scale, x in by_scale}
+                else:
+                    expected[key, line["step"]] = value
+        assert events == expected
+    monkeypatch.setitem(sys.modules, module, None)   # as if it could not be imported
+    assert refused("train.py", *flags, "--resume").endswith("pip install tensorboard")
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="pip install tensorboard")
+    log = watched_log(tmp_path, watching.summary_writer())
+    log.write(1, "train", loss=0.5, accuracy_per_scale=[0.25, 1.0])
+    log.draw(ROWS, 1)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "var")).Reload()
+    tags = ["train/loss", "train/accuracy_per_scale/1x1", "train/accuracy_per_scale/2x2"]
+    assert [events.Scalars(tag)[0].value for tag in tags] == [0.5, 0.25, 1.0]
+    assert events.Images("picture")[0].step == 1
+
+
+def test_bars_in_a_log_are_a_line_every_so_often(monkeypatch):
+    intervals = []
+    real = tqdm.__init__
+
+    def noted(bar, *arguments, **named):
+        intervals.append(named["mininterval"])
+        real(bar, *arguments, **named)
+
+    monkeypatch.setattr(tqdm, "__init__", noted)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert len(list(batches(30, 10, "generate"))) == 3
+    assert [len(list(batches(30, *how))) for how in ((10,), (30, "generate"))] == [3, 1]
+    assert intervals == [60]
 
 
 def test_the_health_that_is_printed_is_the_one_measured(finished, capsys):
