@@ -116,7 +116,7 @@ class Sampling:
     top_k: int         # draw from the k most likely tokens; 0 is no limit
     top_p: float | tuple[float, float]   # draw from the most likely tokens that hold so much; of
                                          # the first and of the last scale, if they differ
-    batch: int = 100   # images at a time
+    batch: int | None = None   # images at a time; None leaves it to Run.batch
 
 
 # These trade variety for clean shapes, and do so at the fine scales, which only have to fit: the
@@ -137,6 +137,15 @@ class Run:
     sampling: Sampling
     note: str = ""                      # of a training that is not finished: its step
 
+    @property
+    def batch(self) -> int:
+        """Images at a time. If it is not told, so many that their keys and values take 4 GB in all,
+        half of what small GPUs have, and at most 100."""
+        config = self.model.config
+        numbers = 2 * config.depth * config.length * config.width   # twice that with guidance
+        of_image = numbers * self.machine.dtype.itemsize * (2 if self.sampling.cfg else 1)
+        return self.sampling.batch or max(1, min(100, 4 * 10**9 // of_image))
+
     @torch.no_grad()
     def generate(
         self, labels: list[int], seed: int, known_of: Callable[[slice], Known] | None = None
@@ -150,7 +159,7 @@ class Run:
         generator = torch.Generator(device).manual_seed(seed)
         labels_N = torch.tensor(labels)
         tokens = []
-        for rows in batches(len(labels), sampling.batch, "generate"):
+        for rows in batches(len(labels), self.batch, "generate"):
             labels_B = labels_N[rows].to(device)
             # Guidance away from "any class" means nothing where no class is asked for.
             free = labels_B.min() == self.model.config.classes
@@ -218,7 +227,7 @@ class Run:
         device = self.machine.device
         labels_N = torch.tensor(labels)
         likelihoods = []
-        for rows in batches(len(labels), self.sampling.batch, "likelihood"):
+        for rows in batches(len(labels), self.batch, "likelihood"):
             tokens_BL = tokens_NL[rows].to(device)
             labels_B = labels_N[rows].to(device)
             with self.machine.autocast():

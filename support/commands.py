@@ -88,7 +88,9 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (GENERATING, "--top-p", dict(
         type=SHARE, nargs="+", action=OneOrTwo, metavar="P", help="draw from the most likely "
         "tokens that hold this probability; two numbers are those of the first and last scale")),
-    (GENERATING, "--batch", dict(type=COUNT, help="images at a time")),
+    (GENERATING, "--batch", dict(
+        type=COUNT, help="images at a time; if not given as many as have a cache of 4 GB, at most "
+        "100")),
     (f"{CLASSES} {COMPLETED} {SHOWN}", "--out", dict(
         type=output_as(".png"), help="the picture; if not given, named for the command, beside the "
         "transformer")),
@@ -128,7 +130,7 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
                 value = name.removeprefix("--").replace("-", "_")
                 if value in defaults:
                     how = {**how, "default": defaults[value]}
-                if "default" in how:
+                if how.get("default") is not None:
                     how = {**how, "help": how["help"] + " (default: %(default)s)"}
                 group = either if name in ("--box", "--mask") else own
                 group.add_argument(name, **how)

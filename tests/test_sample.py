@@ -6,6 +6,7 @@ import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from support.commands import COMMANDS, GENERATING, HOLES
 from support.devices import Machine, PackedLinear, choose_machine, pack
 from support.figures import attention_weights
 from support.images import (
-    Row, cell_size, grid, known_pixels, legible, save_film, save_npz, to_bytes, wrapped,
+    Row, batches, cell_size, grid, known_pixels, legible, save_film, save_npz, to_bytes, wrapped,
 )
-from var import VAR
+from support.presets import PRESETS
+from var import VAR, VARConfig
 
 GAP = 4
 CELL = 64
@@ -580,6 +582,38 @@ def test_a_model_without_a_null_class_says_so_once(run, capsys):
     sample.say_once.cache_clear()
     replace(own, sampling=run.sampling).generate([1, 2], 0)
     assert "never saw the null class" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, cfg, dtype, images", [
+    ("tiny", 1.0, torch.float32, 100), ("imagenet256", 4.0, torch.bfloat16, 44),
+    ("imagenet256", 4.0, torch.float32, 22), ("imagenet256", 0.0, torch.float16, 89),
+    ("d36", 4.0, torch.float32, 1)])
+def test_so_many_images_at_a_time_as_have_a_small_cache(run, name, cfg, dtype, images):
+    """Of the published d16 with guidance, one image's takes 89 MB in half precision."""
+    shape = PRESETS["tiny" if name == "tiny" else "imagenet256"].var_shape(1000)
+    if name == "d36":
+        shape.update(depth=36, width=2304, scales=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
+    model = SimpleNamespace(config=VARConfig(**shape))
+    own = replace(run, model=model, machine=Machine(torch.device("cpu"), dtype),
+                  sampling=replace(run.sampling, cfg=cfg))
+    assert own.batch == images
+    assert replace(own, sampling=replace(own.sampling, batch=7)).batch == 7
+
+
+def test_images_are_drawn_and_judged_so_many_at_a_time(run, monkeypatch):
+    whole = run.log_likelihood(run.generate([0, 1, 2], 0), [0, 1, 2])
+    sizes = []
+
+    def noted(count, size, what):
+        sizes.append(size)
+        return batches(count, size)
+
+    monkeypatch.setattr(sample, "batches", noted)
+    in_parts = replace(run, sampling=replace(run.sampling, batch=2))
+    assert in_parts.generate([0, 1, 2], 0).shape == (3, run.model.config.length)
+    part_N = in_parts.log_likelihood(run.generate([0, 1, 2], 0), [0, 1, 2])
+    torch.testing.assert_close(part_N, whole)
+    assert sizes == [2, 100, 2]
 
 
 # Files and mistakes
