@@ -802,8 +802,8 @@ LIST = [
 
             (In zsh or bash; half a minute or less each.) Each prints the error of the known part
             and how visible the border is. The run is that in `out/shapes`. A good answer has a
-            table, says whether the differences are larger than those between two seeds, and explains why the known part is
-            not exact in either loop, and what `--paste` hides.
+            table, says whether the differences are larger than those between two seeds, and
+            explains why the known part is not exact in either loop, and what `--paste` hides.
         """,
     ),
 ]
