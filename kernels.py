@@ -939,8 +939,8 @@ ATTENTION_TILES = {
 
 
 def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
-    """As in the table, but smaller for the first scales of a generation: a tile of 128 queries would
-    be mostly padding."""
+    """As in the table, but smaller for the first scales of a generation: of a tile of 128 queries
+    most would be padding."""
     L, D = q_BHLD.shape[2:]
     in_fp32 = q_BHLD.dtype == torch.float32
     tiles = ATTENTION_TILES[name][2 * in_fp32 + (D > 64)]

@@ -36,6 +36,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import compiled
+from answers import ANSWERS, experiment
 from functions import (
     ROOT, Function, body_lines, by_file, find, first_line, is_kernel, lines_of, path_of, text_of,
     tree_of, with_body, without_body,
@@ -45,10 +46,11 @@ from rules import Reader, scope_of, symbols_of
 
 TAKEN = ["*.py", "*.md", "LICENSE", "requirements.txt", ".pytest.ini", ".gitignore", ".github/**/*",
          "support/*.py", "papers/*", "tests/**/*.py", "tests/golden/*"]
-LECTURERS = {"assignments.py", "functions.py", "handouts.py", "mutations.py", "nursery.py", "rules.py",
-             "test_assignments.py"}
+LECTURERS = {"answers.py", "assignments.py", "functions.py", "handouts.py", "mutations.py",
+             "nursery.py", "rules.py", "test_assignments.py"}
 RUN = ("var.pt", "tokenizer.pt", "held_out.pt", "classifier.pt", "log.jsonl")   # what is read of it
 SECONDS = 120           # a graded test may take
+SHORTER = 20            # after one that took longer: what hangs mostly hangs in all
 RULE = re.compile("# -{20,}")     # begins a section of a file
 
 
@@ -61,11 +63,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command")
     for name, what in (("handout", "print the text a student gets"),
                        ("cut", "make a student's folder"),
-                       ("grade", "grade folders, or the folders in a folder")):
+                       ("grade", "grade folders, or the folders in a folder"),
+                       ("answers", "run the open question's experiment, and say what of it")):
         command = commands.add_parser(name, help=what)
         command.add_argument("number", type=int, choices=ASSIGNMENTS, metavar="NUMBER")
         if name == "cut":
             command.add_argument("folder", type=Path, metavar="FOLDER")
+        if name in ("cut", "answers"):
             command.add_argument("--run", type=Path, metavar="RUN",
                                  help="a trained run, for the experiments: it is copied")
         if name == "grade":
@@ -86,6 +90,10 @@ def main() -> None:
         elif options.command == "cut":
             cut(assignment, options.folder, options.run)
             print(f"wrote {options.folder}: begin with HANDOUT.md")
+        elif options.command == "answers":
+            with tempfile.TemporaryDirectory() as place:
+                repository(Path(place), options.run)
+                print(experiment(assignment, Path(place)), ANSWERS[options.number], sep="\n\n")
         else:
             results = grade_all(assignment, options.folders, options.jobs)
             if options.json:
@@ -116,8 +124,10 @@ def overview() -> str:
 # What a student gets
 
 
-def repository(folder: Path) -> None:
-    """Copy the source and its tests: no history, no runs, no caches."""
+def repository(folder: Path, run: Path | None = None) -> None:
+    """Copy the source and its tests: no history, no caches, and no run but one that is named."""
+    if run and not (run / "var.pt").exists():
+        raise Mistake(f"{run} is no trained run: it has no var.pt")
     for pattern in TAKEN:
         for path in ROOT.glob(pattern):
             if path.is_file():
@@ -126,19 +136,17 @@ def repository(folder: Path) -> None:
                 shutil.copyfile(path, copy)
     for name in LECTURERS:
         (folder / "tests" / name).unlink(missing_ok=True)
-
-
-def cut(assignment: Assignment, folder: Path, run: Path | None = None) -> None:
-    if folder.exists():
-        raise Mistake(f"{folder} exists: name a new folder")
-    if run and not (run / "var.pt").exists():
-        raise Mistake(f"{run} is no trained run: it has no var.pt")
-    repository(folder)
     if run:     # where the programs look for one that is not named
         (folder / "out" / "shapes").mkdir(parents=True)
         for name in RUN:
             if (run / name).exists():
                 shutil.copyfile(run / name, folder / "out" / "shapes" / name)
+
+
+def cut(assignment: Assignment, folder: Path, run: Path | None = None) -> None:
+    if folder.exists():
+        raise Mistake(f"{folder} exists: name a new folder")
+    repository(folder, run)
     left_out = {}
     for file, names in by_file(assignment.give_aways).items():
         module = names[0].split(".")[0]
@@ -210,8 +218,9 @@ def handout(assignment: Assignment) -> str:
         doc = ast.get_docstring(test_of(test))
         parts.append("\n".join([f"    {of:3}  {test}", *textwrap.wrap(
             doc or "", 80, initial_indent=" " * 9, subsequent_indent=" " * 9)]))
-    parts.append(filled("A body that is refused, see above, makes the whole assignment 0 points, "
-                        "and you are told why."))
+    parts.append(filled(
+        f"A test may take {SECONDS} seconds, and {SHORTER} after one that took longer. A body that "
+        f"is refused, see above, makes the whole assignment 0 points, and you are told why."))
     parts += ["## The open question", textwrap.dedent(assignment.question).strip()]
     if "out/shapes" in assignment.question:
         parts.append(filled(
@@ -376,6 +385,7 @@ def grade(assignment: Assignment, folder: Path, nursery: Nursery,
             result = dict(passed=False, failed={test: "refused"}, seconds=0.0)
             if not refused:
                 result = nursery.run(Path(place), [test], seconds, list(assignment.bodies))
+                seconds = min(seconds, SHORTER) if result["seconds"] > seconds else seconds
             message = next(iter(result["failed"].values()), "")
             tests.append(dict(test=test, points=of if result["passed"] else 0, of=of,
                               message=message, seconds=result["seconds"]))

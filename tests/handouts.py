@@ -377,7 +377,8 @@ LIST = [
     Assignment(
         number=7,
         title="Generation",
-        bodies=("var.LayerCache.slots", "var.LayerCache.so_far", "var.VAR.generate", "var.VAR.draw"),
+        bodies=("var.LayerCache.slots", "var.LayerCache.so_far", "var.VAR.generate",
+                "var.VAR.draw"),
         give_aways=("tokenizer.Quantizer.teacher_inputs",),
         forbidden=("forward",),
         quoted=("kernels.sample_tokens", "kernels.KeyRanges.rows", "var.VAR.forward",
@@ -802,8 +803,8 @@ LIST = [
 
             (In zsh or bash; half a minute or less each.) Each prints the error of the known part
             and how visible the border is. The run is that in `out/shapes`. A good answer has a
-            table, says whether the differences are larger than those between two seeds, and explains why the known part is
-            not exact in either loop, and what `--paste` hides.
+            table, says whether the differences are larger than those between two seeds, and
+            explains why the known part is not exact in either loop, and what `--paste` hides.
         """,
     ),
 ]

@@ -41,6 +41,8 @@ class Reader(ast.NodeVisitor):
         self.used = {x.get_name() for x in symbols if x.is_global()} - self.forbidden
         bound = {x.get_name() for x in symbols if not x.is_global()}
         self.set = {x.attr for x in inside if stored_attribute(x)}
+        self.filled = {dotted(x.value) for x in inside
+                       if isinstance(x, ast.Subscript) and isinstance(x.ctx, ast.Store)}
         self.attributes = {x.attr for x in inside if isinstance(x, ast.Attribute)} | {
             x.attr for x in ast.walk(tree_of(source)) if stored_attribute(x)} | {
             x.name for owner in tree_of(source).body if isinstance(owner, ast.ClassDef)
@@ -109,8 +111,9 @@ class Reader(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
-        root = dotted(node.value).partition(".")[0]
-        if not isinstance(node.ctx, ast.Load) and root in self.outside - {"self"}:
+        chain = dotted(node.value)
+        if not isinstance(node.ctx, ast.Load) and chain not in self.filled and (
+                chain.partition(".")[0] in self.outside):
             self.refuse(f"changes {ast.unparse(node.value)}, which is not its own")
         self.generic_visit(node)
 

@@ -301,6 +301,9 @@ FORGED = {   # a body of `teacher_inputs` -> what is said of it
     "del torch.equal": "changes torch.equal",
     "self.read = lambda *a: torch.zeros(1)": "changes self.read",
     "Quantizer.read = Quantizer.empty": "changes Quantizer.read",
+    "self.phi_of_scale[0] = 1": "changes self.phi_of_scale, which",
+    "self.phis[0] = self.phis[1]": "changes self.phis, which",
+    "del self.phis[0]": "changes self.phis, which",
     "().__class__.__base__.__subclasses__()": "double underscore",
     "self.read.__globals__['os']": "double underscore",
     "'{0.__class__}'.format(1)": "a text with a double underscore",
@@ -506,14 +509,23 @@ def test_copies_are_known_by_what_they_do():
     assert assignments.normal({name: other}) != assignments.normal({name: text(name)})
 
 
-def test_an_input_that_is_changed_costs_points(nursery, tmp_path):
-    """And a body that wipes what it was given, for the test to compare with."""
+CHANGING = [    # what no rule forbids, and all that a test compares with might be lost by
+    "tokens_BL.zero_()", "self.codebook_VC.zero_()", "self.phi_of_scale.reverse()", "self.half()",
+]
+
+
+def test_what_is_changed_and_not_given_for_it_costs_points(nursery, tmp_path):
+    """With the right result, for the test to compare with."""
     name = "tokenizer.Quantizer.teacher_inputs"
-    body = "tokens_BL.zero_()\n" + "\n".join(ast.unparse(x) for x in find(source_of(name), name).body[1:])
-    result = graded(replace(FEW, points={next(iter(FEW.points)): 3}), tmp_path, nursery,
-                    {name: with_lines(name, body)})
-    assert result["points"] == 0 and not result["refused"]
-    assert "changes a tensor that it is given" in result["tests"][0]["message"]
+    right = [ast.unparse(x) for x in find(source_of(name), name).body[1:]]
+    for i, change in enumerate(CHANGING):
+        body = "\n".join([*right[:-1], "inputs = " + right[-1].removeprefix("return "), change, "return inputs"])
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        handed_in(folder, {name: with_lines(name, body)})
+        assert assignments.solution(FEW, folder, nursery)[1] == []
+        result = nursery.run(folder, [next(iter(FEW.points))], SECONDS, [name])
+        assert "teacher_inputs changes what it is given" in str(result["failed"]), (change, result)
 
 
 # -------------------------------------------------------------------------------------------------
