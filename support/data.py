@@ -63,10 +63,10 @@ def load_data(
 ) -> Data:
     """Images to train on, and images to hold out.
 
-    name: shapes, a published set, looked for and downloaded to `data_dir`, or a folder, which is
-    decoded to files in `out`, or read as training goes with `stream`. channels, if not None, are
-    those asked for; a folder is read so, in colour if not asked. workers and white
-    (see folders.Form) are for folders; seed is for shapes. Raises UserError.
+    name: shapes, a published set, downloaded to `data_dir`, or a folder, decoded to files in `out`
+    or, with `stream`, read as training goes. channels: those asked for, if any; a folder is read
+    so, else in colour. workers and white (see folders.Form) are for folders, seed for shapes.
+    Raises UserError.
     """
     rank, _ = rank_and_world()
     if rank > 0:   # process 0 downloads and decodes what is missing
@@ -114,8 +114,7 @@ def balanced_subset(dataset: TensorDataset, count: int) -> list[int]:
 
 
 def classifier_images(data: Data, workers: int) -> tuple[Tensor, Tensor]:
-    """Training images to learn a classifier on: as bytes, no larger than it sees them, and their
-    labels."""
+    """Bytes, no larger than a classifier sees them, and labels, to train it on."""
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
     rows = order[:CLASSIFIER_IMAGES].sort().values
     batches = [some.tolist() for some in rows.split(256)]
@@ -148,8 +147,8 @@ def read_batches(
 ) -> Iterator[list[Tensor]]:
     """The tensors of each list of rows, ready to be copied to the device.
 
-    Image files are read by `workers` threads meanwhile; for a GPU one thread looks ahead in any
-    case, as what is mapped into memory may have to come from the disk.
+    Meanwhile `workers` threads read image files; for a GPU one thread reads what is mapped into
+    memory, which may have to come from the disk.
     """
     gpu = device.type == "cuda"
     threads = workers if isinstance(dataset, FolderImages) else int(gpu)

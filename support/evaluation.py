@@ -1,13 +1,12 @@
 """How good a tokenizer is, and how good generated images are.
 
-No image is the right answer to "draw a star", so a figure of quality compares sets of images: here
-generated ones with held-out ones, of the same classes. What is compared is not pixels but what a
-small classifier, trained on the run's own images, makes of them: the class it takes an image for,
-and its features, the numbers from which it concludes the class.
+No image is the right answer to "draw a star", so sets of images are compared: generated ones with
+held-out ones of the same classes. A small classifier, trained on the run's own images, looks at
+them: the class it takes an image for is compared, and the features from which it concludes it.
 
-How far apart two sets seem depends on how many images they hold. So all comparisons are between
-equally many, and the held-out images are compared with themselves, one half with the other: no
-images are nearer to the real ones than other real ones are. Read `Quality`, then `evaluate`.
+How far apart two sets seem depends on how many images they hold, so equally many are compared. And
+held-out images are compared with themselves, half with half: no others can be nearer to them. Read
+`Quality`, then `evaluate`.
 """
 from __future__ import annotations
 
@@ -43,8 +42,6 @@ def tokenizer_health(tokenizer: nn.Module, batches: Iterable[Tensor]) -> dict:
         usage_per_scale        the same as a share of what it could use, min(V, its tokens)
         perplexity_per_scale   exp(entropy) of its codes: how many, if all were used alike
         codes_used             share of the codebook that is used by any scale
-
-    tokenizer: a tokenizer.Tokenizer. batches: images on its device.
     """
     quantizer = tokenizer.quantizer
     V = tokenizer.config.vocabulary
@@ -96,9 +93,8 @@ CLASSIFIER_BATCH = 64
 class Classifier(nn.Module):
     """A network that knows a run's images, for a perceptual distance and for `Judge`.
 
-    Four convolutions, each but the first halving the side; the last one's map is averaged over
-    places and normalised: these are the features. A linear layer makes logits of them. It is small,
-    since it has to be trained within half a minute on two cores.
+    Four convolutions; the last one's map, averaged over places and normalised, is the features. It
+    is small, to be trained within half a minute on two cores.
     """
 
     def __init__(self, channels: int, side: int, classes: int):
@@ -180,11 +176,8 @@ def train_classifier(
 
 
 def kept_classifier(run) -> Classifier:
-    """The classifier in a run's folder. run: a sample.Run.
-
-    At first, and when the run has other images than it was trained on, one is trained on the images
-    that train.py kept. Raises UserError where there are none, and for a single class, of which
-    nothing can be learned.
+    """The classifier in a run's folder; trained first, on the images that train.py kept, where
+    there is none, or one of other images. run: a sample.Run. Raises UserError for a single class.
     """
     classes = len(run.classes)
     if classes == 1:
@@ -225,14 +218,13 @@ class Quality:
     recognised   share that the classifier takes for the class they should be of
     per_class    the same of each class's images, by its name
     frechet      Fréchet distance, squared, of the features to those of held-out images: how far two
-                 clouds of points lie apart, in place and in spread. Every feature has variance 1
-                 over the training images, so 1 is a cloud that is shifted by one standard
+                 clouds of points lie apart, in place and in spread. 1 is a shift by one standard
                  deviation of one feature.
     precision    share of the images whose features lie among those of held-out images: fidelity
     recall       share of held-out images whose features lie among those of the images: variety.
                  Guidance and filters buy precision with recall.
-    detail       power of high spatial frequencies, as a share of the held-out images': 1 is as
-                 much fine detail as they have, less is blur
+    detail       power of high spatial frequencies, as a share of the held-out images': less than 1
+                 is blur
     """
     recognised: float
     per_class: dict[str, float]
@@ -255,10 +247,8 @@ class Evaluation:
 
 
 def evaluate(run, count: int, seeds: Sequence[int]) -> Evaluation:
-    """Judge `count` held-out images, their reconstructions and, for each seed, generated images:
-    one for each held-out image, of its class.
-
-    run: a sample.Run. Raises UserError where it has no such images, and for images with NaN.
+    """Judge `count` held-out images, their reconstructions and, for each seed, as many generated
+    images of the same classes. run: a sample.Run. Raises UserError.
     """
     originals, labels = evaluated_images(run, count)
     judge = Judge(kept_classifier(run), originals, run.classes)
@@ -296,10 +286,8 @@ def unfiltered(run):
 
 
 def evaluated_images(run, count: int) -> tuple[Tensor, Tensor]:
-    """`count` held-out images, drawn at random and in the order of their labels, and these.
-
-    So the even and the odd rows are two halves that hold the same classes. run: a sample.Run.
-    Raises UserError where there are fewer, or no two halves.
+    """`count` held-out images, drawn at random, and their labels, by which they are ordered: so the
+    even and the odd rows are two halves that hold the same classes. run: a sample.Run.
     """
     total = len(run.held_out_images())
     if count > total or count % 2:
@@ -337,8 +325,10 @@ class Judge:
         for first in (0, 1):
             made_ND = features_ND[first::2]
             real_ND = self.features_ND[first::2]
-            frechet = frechet_distance(made_ND, real_ND)
-            measured.append((frechet, *precision_recall(made_ND, real_ND)))
+            measured.append((
+                frechet_distance(made_ND, real_ND),
+                share_among(made_ND, real_ND),
+                share_among(real_ND, made_ND)))
         frechet, precision, recall = np.mean(measured, axis=0).tolist()
         return Quality(
             recognised=hit_N.mean().item(),
@@ -355,8 +345,7 @@ def frechet_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
 
         |mean_a - mean_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2))        S: the covariances
 
-    It is the least mean squared distance at which one cloud can be moved onto the other. S_a S_b is
-    not symmetric, but has the eigenvalues of R S_b R, which is, with R^2 = S_a; and the trace of a
+    S_a S_b has the eigenvalues of R S_b R, which is symmetric, with R^2 = S_a; and the trace of a
     root is the sum of the roots of the eigenvalues.
     """
     between_D = a_ND.mean(axis=0) - b_MD.mean(axis=0)
@@ -372,14 +361,9 @@ def frechet_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
 NEIGHBOURS = 3   # as in the paper
 
 
-def precision_recall(made_ND: np.ndarray, real_MD: np.ndarray) -> tuple[float, float]:
-    """Of the vectors made, the share among the real ones, and the reverse (1904.06991, Eq. 1)."""
-    return share_among(made_ND, real_MD), share_among(real_MD, made_ND)
-
-
 def share_among(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
-    """A vector is among those of a set if it is as near to any of them as that one's third
-    neighbour in the set is."""
+    """Which share of the vectors a is as near to any vector of b as that one's third neighbour in b
+    is (1904.06991, Eq. 1)."""
     reach_M = np.sort(distances(b_MD, b_MD), axis=1)[:, NEIGHBOURS]   # 0 is the vector itself
     return float((distances(a_ND, b_MD) <= reach_M).any(axis=1).mean())
 
@@ -392,8 +376,8 @@ def distances(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
 def fine_power(images: Tensor) -> float:
     """Mean power of spatial frequencies above a quarter of a cycle per pixel, half of the highest.
 
-    The images fade to grey at the border. Else the Fourier transform, for which the left border
-    is next to the right one, would find an edge there.
+    The images fade to grey at the border, where the Fourier transform would find an edge: for it
+    the left border is next to the right one.
     """
     side = images.shape[-1]
     cycles = torch.fft.fftfreq(side)
@@ -410,11 +394,8 @@ def fine_power(images: Tensor) -> float:
 
 
 def seam(images: Tensor, known_HW: Tensor) -> float:
-    """How much a border shows: the mean absolute difference between neighbours of which one is
-    known and the other is not; 0 if there are none.
-
-    known_HW: 1 where the images are known, else 0.
-    """
+    """How much the border of what is known shows, where known_HW is 1 and not 0: the mean absolute
+    difference between neighbours across it; 0 if there are none."""
     steps = []
     for axis in (-1, -2):
         across_HW = known_HW.diff(dim=axis) != 0
@@ -429,10 +410,7 @@ def seam(images: Tensor, known_HW: Tensor) -> float:
 
 
 def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling) -> None:
-    """Print it as two tables, of means and, where there are several seeds, of their spread.
-
-    sampling: the run's.
-    """
+    """Print it as two tables, of means over the seeds and their spread. sampling: the run's."""
     asked = f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p}"
     sets = {
         "held-out, half against half": [found.originals],
@@ -464,8 +442,7 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
 
 
 def say_classes(sets: list[list[Quality]]) -> None:
-    """Print the share recognised of each class: of those twenty that are recognised least, when
-    they are generated."""
+    """Print the share recognised of each of the twenty classes that, generated, are least so."""
     shares = {}
     for name in sets[0][0].per_class:
         shares[name] = [np.mean([x.per_class[name] for x in qualities]) for qualities in sets]

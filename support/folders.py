@@ -1,8 +1,7 @@
 """Folders of images, one sub-folder for each class: decoded once, or read as training goes.
 
-Image files are read by threads: Pillow lets go of Python's lock while it decodes and resizes, so
-they keep as many cores busy as processes would. And they need no shared memory, start as fast on
-every system, leave signals to the program, and end with it.
+Threads read image files: Pillow lets go of Python's lock while it decodes and resizes, so they keep
+as many cores busy as processes would, and need no shared memory.
 """
 from __future__ import annotations
 
@@ -105,8 +104,8 @@ class Listing:
 
 
 def list_folder(root: Path) -> Listing:
-    """One sub-folder for each class, named for it; or as ImageNet has them, all of them in `train`
-    and perhaps in `val` again. Raises UserError for anything else."""
+    """One sub-folder for each class; or as ImageNet has them, all in `train` and perhaps in `val`
+    again. Raises UserError for anything else."""
     folders, _ = Walk(root).look(root)
     by_name = {folder.name.lower(): folder for folder in folders}
     with_images = {name for name, folder in by_name.items() if holds_images(folder)}
@@ -213,8 +212,8 @@ def load_folder(
 ) -> tuple[Folder, list[str]]:
     """A folder and the names of its classes.
 
-    It is decoded to files in `out`, unless an earlier run did so; with `stream` only what is held
-    out is read now. Of twenty images of a class that is the first that can be read.
+    It is decoded to files in `out`, unless an earlier run did so. With `stream` only what is held
+    out is read now: of twenty images of a class the first that can be read.
     """
     listing = list_folder(root)
     folder = None if stream else load_decoded(out, listing.made_of(form))
@@ -300,10 +299,7 @@ DECODED = "decoded.pt"   # their labels, and what they are made of
 def decode(
     images: FolderImages, classes: list[str], digest: hashlib._Hash, path: Path, workers: int,
 ) -> Tensor:
-    """Write the images that can be read, one after the other; returns their labels.
-
-    The digest takes in what is in the files.
-    """
+    """Write the images that can be read; returns their labels. The digest takes in the files."""
     shape = images.form.shape
     free = shutil.disk_usage(path.parent).free
     needed = len(images) * math.prod(shape)

@@ -1,10 +1,10 @@
 """Losses that keep detail in the tokenizer's reconstructions, and the balance of two of them.
 
 Where the latent does not tell what a patch of grass looks like in detail, the least squared error
-is that of the mean of all it could be: a blur. Two other losses ask for detail, if not for the
-same. A perceptual distance compares what a network that knows images makes of the original and of
-the reconstruction, edges and textures, and not pixel with pixel. And a discriminator, trained at
-the same time, tells originals from reconstructions; the tokenizer is rewarded where it fails to.
+is that of the mean of all it could be: a blur. Two other losses ask for detail. A perceptual
+distance compares what a network that knows images makes of original and reconstruction. And a
+discriminator, trained at the same time, tells the two apart; the tokenizer is rewarded where it
+fails to.
 """
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def edge_loss(x: Tensor, y: Tensor) -> Tensor:
 
 
 class DetailLosses(nn.Module):
-    """Both losses, each where the preset gives it a weight: its networks are what training the
-    tokenizer needs beside the tokenizer."""
+    """Both losses, each where the preset gives it a weight, with the networks they need."""
 
     def __init__(self, preset: TokenizerPreset, image_channels: int, classes: int,
                  lpips_weights: Path | None = None):
@@ -116,8 +115,7 @@ def perceptual_distance(maps_x: list[Tensor], maps_y: list[Tensor]) -> Tensor:
 
 
 def unit(x_BCHW: Tensor) -> Tensor:
-    """Makes the channels at every place a vector of length 1; near 0 if they are next to nothing.
-    """
+    """Makes the channels at every place a vector of length 1; of next to nothing, nothing."""
     x_BCHW = x_BCHW.float()
     return x_BCHW * (x_BCHW.square().sum(dim=1, keepdim=True) + 1e-6).rsqrt()
 
@@ -125,8 +123,8 @@ def unit(x_BCHW: Tensor) -> Tensor:
 class Discriminator(nn.Module):
     """Tells patches of originals from patches of reconstructions: PatchGAN (arXiv 1611.07004).
 
-    It gives a logit, above 0 for an original, to each of many overlapping patches that are 38
-    pixels wide. That is enough to judge texture; the rest of the image is for the other losses.
+    It gives a logit, above 0 for an original, to each of many overlapping patches 38 pixels wide,
+    enough to judge texture.
     """
 
     def __init__(self, image_channels: int, width: int):
@@ -174,9 +172,9 @@ def balance(likeness: Tensor, adversarial: Tensor, last_layer: Tensor, scale: Te
 
         |gradient of likeness| / (|gradient of adversarial| + 1e-6)
 
-    A discriminator that is sure has small gradients: 10,000 is the most. Gradients are those of
-    the images of all processes, and of one micro-batch. Where one overflows, so that the step is
-    to be left out, the weight is no number.
+    At most 10,000, since a discriminator that is sure has small gradients. These are of all
+    processes, and of one micro-batch. Where one overflows, so that the step is to be left out, the
+    weight is no number.
     """
     norms = []
     for loss in (likeness, adversarial):
@@ -189,8 +187,8 @@ def balance(likeness: Tensor, adversarial: Tensor, last_layer: Tensor, scale: Te
 def load_lpips(path: Path) -> nn.Module:
     """The field's perceptual distance, LPIPS (1801.03924), of two batches of images in [-1, 1].
 
-    path: the weights of torchvision's VGG-16, downloaded if they are not there; those on top of it
-    come with the package. Raises UserError for any other file, and where the packages are missing.
+    path: the weights of torchvision's VGG-16, downloaded if they are not there. Raises UserError
+    for any other file, and where the packages are missing.
     """
     try:
         import lpips

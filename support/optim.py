@@ -18,9 +18,7 @@ def adamw_and_muon(model: nn.Module, layers: nn.Module, lr: float, weight_decay:
                    dtype: torch.dtype) -> list[Optimizer]:
     """AdamW takes all parameters; or, with Muon, all but the weights inside the layers.
 
-    Weight decay is for what multiplies features; biases, embeddings and scales have none.
-    layers: the part of the model whose weights are Muon's.
-    dtype: what Muon computes in, see there.
+    Biases, embeddings and scales have no weight decay. layers: whose weights are Muon's.
     """
     decayed = multiplying_weights(model)
     for_muon = multiplying_weights(layers) if muon else []
@@ -47,11 +45,10 @@ class Muon(Optimizer):
 
     A convolution [out, in, 3, 3] counts as the matrix [out, in * 9] that multiplies a patch.
 
-    Momentum is a matrix too, U S V^T, with a few large singular values in S: a step along it moves
-    far in a few directions and hardly in all others, which learn slowly then. U V^T has the same
-    directions and moves as far in each. Times 0.2 sqrt(max(rows, columns)) its entries have a root
-    mean square of 0.2, about that of AdamW's steps, whose learning rate and weight decay then fit
-    (arXiv 2502.16982, Sec. 2.2).
+    Momentum U S V^T has a few large singular values in S: a step along it moves far in a few
+    directions and hardly in all others. U V^T moves as far in each. Times 0.2 sqrt(max(rows,
+    columns)) its entries have a root mean square of 0.2, about that of AdamW's steps, whose
+    learning rate and weight decay then fit (arXiv 2502.16982, Sec. 2.2).
 
     dtype: what to orthogonalise in: that of the model's products. (Emulated bf16 takes many times
     as long as fp32.)
@@ -92,9 +89,8 @@ def orthogonal(x_NRC: Tensor, dtype: torch.dtype) -> Tensor:
 
         (a I + b X X^T + c (X X^T)^2) X  =  U (a S + b S^3 + c S^5) V^T
 
-    changes nothing but the singular values. Five times over, this polynomial takes any of them
-    between 0.004 and 1 to between 0.68 and 1.21. Polynomials that converge to 1 are less steep at
-    0: small values would take them many more rounds.
+    changes nothing but the singular values. Five times over, it takes any of them between 0.004 and
+    1 to between 0.68 and 1.21; polynomials that converge to 1 take small values many more rounds.
     """
     a, b, c = NEWTON_SCHULZ
     wide = x_NRC.shape[1] <= x_NRC.shape[2]   # X X^T is the smaller product then

@@ -1,9 +1,8 @@
 """The published checkpoints of VAR (github.com/FoundationVision/VAR): what is called how in them.
 
-They have no config. All that one would say can be read off names and shapes, but for the sides of
-the token maps of a tokenizer. `tokenizer_of` and `transformer_of` return the values of a config and
-the state dict under our names; `Tokenizer.from_official` and `VAR.from_official` make models of
-them.
+They have no config, but all that one would say, except the sides of a tokenizer's token maps, can
+be read off names and shapes. `tokenizer_of` and `transformer_of` return the values of a config and
+the state dict under our names, for the two `from_official` to make models of.
 """
 from __future__ import annotations
 
@@ -93,9 +92,8 @@ def class_names(count: int) -> list[str]:
 def tokenizer_of(content: dict, scales: tuple[int, ...] | None = None) -> tuple[dict, dict]:
     """(values of a TokenizerConfig, state dict) of a published tokenizer.
 
-    content: what its file holds; see `unwrapped`.
-    scales: the tensors tell how many there are but not their sides. Ten are taken for those of the
-        256-pixel models, any other number K for 1..K, unless they are given.
+    scales: the tensors tell only how many there are. Ten are taken for those of the 256-pixel
+        models, any other number K for 1..K, unless they are given.
     """
     state = renamed(unwrapped(content, "tokenizer", "quantize.embedding.weight"), TOKENIZER_NAMES)
     V, C = state["quantizer.codebook_VC"].shape
@@ -156,10 +154,9 @@ def unwrapped(content: dict, what: str, landmark: str) -> dict[str, Tensor]:
     """The state dict inside what a file holds: the first dict in which a name ends in the landmark.
 
     The published files are such a dict. The authors' training puts it into {"trainer":
-    {"var_wo_ddp": ..., "vae_local": ...}}, others into {"state_dict": ...} or {"model": ...}; and
-    in front of every name DDP puts "module.", torch.compile "_orig_mod.". Whatever stands before
-    the landmark is taken off, and names without it are not of this model. Raises ValueError where
-    there is no such dict.
+    {"var_wo_ddp": ..., "vae_local": ...}}, others into {"state_dict": ...}; DDP puts "module." in
+    front of every name, torch.compile "_orig_mod.". Whatever stands before the landmark is taken
+    off, and names without it are of another model. Raises ValueError.
     """
     found = [content]
     for inside in found:   # which grows: the outer dicts come first

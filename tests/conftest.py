@@ -26,6 +26,12 @@ settings.register_profile("fresh", max_examples=1000, deadline=None)
 settings.load_profile("same")
 
 
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Drawing them takes a third of a tiny run's time: only the runs that tests share have them."""
+    monkeypatch.setattr("train.draw_curves", lambda *_: Image.new("L", (1, 1)))
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """A data set of one's own: two classes, several modes and formats, one that is no image."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -93,6 +95,30 @@ def start(*command) -> subprocess.CompletedProcess:
     """A process of its own, where that is the point."""
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240)
+
+
+def run_as_two(*arguments) -> Result:
+    """train.py in two processes, with what torchrun tells them: one is this process, since each
+    takes as long to import PyTorch as a tiny run does."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    told = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+            "WORLD_SIZE": "2"}
+    command = [sys.executable, ROOT / "train.py", *arguments]
+    other = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL,
+                             env=os.environ | told | {"RANK": "1", "LOCAL_RANK": "1"})
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (told | {"RANK": "0", "LOCAL_RANK": "0"}).items():
+                patch.setenv(name, value)
+            result = run("train.py", *arguments)
+        assert other.wait(240) == 0
+    finally:
+        other.kill()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return result
 
 
 def tiny_settings(out: Path, *flags, **values) -> train.Settings:

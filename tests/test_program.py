@@ -3,10 +3,11 @@ computed and not what, and every mistake told in one sentence."""
 from __future__ import annotations
 
 import ast
+import io
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import ROOT, TINY, ran, refused, run, same_run, start, tokenizer_stage
+from program import ROOT, TINY, ran, refused, run, run_as_two, same_run, tokenizer_stage
 from torch import nn
 from tqdm import tqdm
 
@@ -249,33 +250,39 @@ def test_a_finished_run_is_left_as_it_is(folder, finished, tmp_path):
     assert f"nothing in {tmp_path / 'mistyped'} to go on from" in said
 
 
-@pytest.mark.parametrize("how", ["two processes", "micro-batches", "stream"])
-def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path, how):
-    same = ["--data", folder, *TINY, "--label-dropout", 0, "--tokenizer-steps", 30,
-            "--var-steps", 12,
+COMPARED = ["--label-dropout", 0, "--tokenizer-steps", 20, "--var-steps", 12,
             "--var-lr", 1e-3,   # at a high rate, rounding errors double every few steps
             "--edge-weight", 0]   # the sign of a step near 0 is rounding, too
-    if how == "two processes":   # the adversarial loss, whose weight is a micro-batch's, at last
-        same += ["--adversarial-weight", 0.4, "--discriminator-width", 8,
-                 "--adversarial-from", 0.9, "--grad-accumulation", 2]
-    if how == "stream":   # each unreadable file has another stand in for it
-        same[1] = shutil.copytree(folder, tmp_path / "data")
-        (same[1] / "dog" / "05.jpg").unlink()
+
+
+def losses(out: Path) -> dict[tuple, float]:
+    """What a run logged, by stage, step and split: the losses of its train steps."""
+    lines = read_log(out / "log.jsonl")
+    return {(line["stage"], line["step"], line["split"]):
+            line["loss"] if line["split"] == "train" else 0.0 for line in lines}
+
+
+def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    (data / "dog" / "05.jpg").unlink()   # streamed, another would stand in for it
+    same = ["--data", data, *TINY, *COMPARED]
     ran("train.py", "--out", tmp_path / "one", *same)
-    other = ["--out", tmp_path / "other", *same]
-    if how == "two processes":
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-        result = start(*torchrun, ROOT / "train.py", *other)
-        assert result.returncode == 0, result.stderr
-    elif how == "micro-batches":
-        ran("train.py", *other, "--grad-accumulation", 4)
-    else:
-        ran("train.py", *other, "--stream", "--workers", 0)
-    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "other")]
-    keys = [[(line["stage"], line["step"], line["split"]) for line in log] for log in logs]
-    assert keys[0] == keys[1]
-    losses = [[line["loss"] for line in log if line["split"] == "train"] for log in logs]
-    assert np.allclose(*losses, rtol=0, atol=0 if how == "stream" else 1e-5)
+    expected = losses(tmp_path / "one")
+    ran("train.py", "--out", tmp_path / "streamed", *same, "--stream", "--workers", 0)
+    assert losses(tmp_path / "streamed") == expected
+    ran("train.py", "--out", tmp_path / "divided", *same, "--grad-accumulation", 4)
+    assert losses(tmp_path / "divided") == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+def test_two_processes_have_the_losses_of_one(folder, tmp_path):
+    """With the adversarial loss, from step 10 on, whose weight is a micro-batch's."""
+    same = ["--data", folder, *TINY, *COMPARED, "--adversarial-weight", 0.4,
+            "--discriminator-width", 8, "--adversarial-from", 0.5, "--grad-accumulation", 2]
+    ran("train.py", "--out", tmp_path / "one", *same)
+    result = run_as_two("--out", tmp_path / "two", *same)
+    assert result.returncode == 0, result.stderr
+    one = losses(tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(one, rel=0, abs=1e-5)
 
 
 @pytest.mark.long
@@ -563,10 +570,12 @@ def test_a_machine_on_which_triton_cannot_start_kernels(finished, monkeypatch):
     assert "C compiler" in told and "Python's headers" in told
 
 
-def test_a_mistake_ends_a_program_with_one_sentence(tmp_path):
-    result = start(ROOT / "sample.py", "--run", tmp_path)
-    assert result.returncode == 2
-    assert result.stderr == f"error: there is no transformer checkpoint at {tmp_path / 'var.pt'}\n"
+def test_a_mistake_ends_a_program_with_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--run", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    told = f"error: there is no transformer checkpoint at {tmp_path / 'var.pt'}\n"
+    assert end.value.code == 2 and capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError(
@@ -585,11 +594,12 @@ def test_too_little_memory_is_told_in_one_sentence(error, capsys):
             raise error
 
 
-def test_a_terminal_that_does_not_know_a_letter():
-    program = "from support.cli import run_program; run_program(lambda: print('Ελλάδα, Fréchet'))"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                            cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=240)
-    assert result.stdout == "??????, Fr?chet\n", result.stderr
+def test_a_terminal_that_does_not_know_a_letter(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run_program(lambda: print("Ελλάδα, Fréchet"))
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"??????, Fr?chet\n"
 
 
 def test_help_explains_every_flag():
