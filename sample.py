@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -30,8 +30,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from support.checkpoint import blaming, fingerprint, load_checkpoint, read_tensors
-from support.cli import UserError, run_program
+from support.checkpoint import blaming, fingerprint, load_checkpoint, read_tensors, restored
+from support.cli import UserError, in_short, run_program
 from support.commands import parse
 from support.devices import Machine, choose_machine, pack, say
 from support.evaluation import evaluate, psnr, say_evaluation, seam
@@ -128,6 +128,7 @@ class Run:
     held_out: TensorDataset | None      # bytes [N, channels, side, side] and labels [N]
     machine: Machine
     sampling: Sampling
+    white: int | None = field(default=None, kw_only=True)   # of 16-bit files: see --white-level
 
     @torch.no_grad()
     def generate(
@@ -236,13 +237,12 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
     """
     tokenizer_path = tokenizer or folder / "tokenizer.pt"
     var_path = var or folder / "var.pt"
-    held_out = learned_from = None
+    held_out = learned_from = white = None
     with blaming(var_path):
         if var_path.suffix == ".pt":   # ours; published ones are .pth, .safetensors and so on
-            content = load_checkpoint(var_path, "transformer")
-            model = VAR(VARConfig(**content["config"]))
-            model.load_state_dict(content["model"])
+            model, content = restored(var_path, "transformer", VAR, VARConfig)
             classes = content["classes"]
+            white = content.get("white")
             learned_from = content["made_with"]["tokenizer"]
             held_out = load_held_out(var_path.parent)
         else:
@@ -265,7 +265,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
     if machine.compile:
         tokenizer.decoder.compile(dynamic=False)
         model.compile_layers()
-    return Run(var_path.parent, tokenizer, model, classes, held_out, machine, sampling)
+    return Run(var_path.parent, tokenizer, model, classes, held_out, machine, sampling, white=white)
 
 
 def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokenizer:
@@ -273,10 +273,7 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
     with blaming(path):
         if path.suffix != ".pt":
             return Tokenizer.from_official(read_tensors(path, "published checkpoint"), scales)
-        content = load_checkpoint(path, "tokenizer")
-        tokenizer = Tokenizer(TokenizerConfig(**content["config"]))
-        tokenizer.load_state_dict(content["model"])
-        return tokenizer.eval()
+        return restored(path, "tokenizer", Tokenizer, TokenizerConfig)[0].eval()
 
 
 def load_held_out(folder: Path) -> TensorDataset:
@@ -380,12 +377,14 @@ def load_images(run: Run, sources: list[str]) -> Given:
     for source in sources:
         row = source.removeprefix("data:")
         if row == source:
-            own = read_images(Path(source), config.image_side, config.image_channels)
+            own = read_images(
+                Path(source), config.image_side, config.image_channels, run.white)
             found += [(*image, None) for image in own]
             continue
         last = len(run.held_out_images()) - 1
-        if not row.isdecimal() or int(row) > last:
-            raise UserError(f"{source}: the held-out images are data:0 to data:{last}")
+        if not row.isdecimal() or len(row) > 9 or int(row) > last:
+            raise UserError(f"{in_short(source, 40)}: the held-out images are data:0 to "
+                            f"data:{last}")
         image, label = run.held_out[int(row)]
         found.append((image, f"{run.classes[label]} {int(row)}", int(label)))
     pixels, names, labels = zip(*found)
