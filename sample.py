@@ -31,8 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from support.checkpoint import blaming, fingerprint, load_checkpoint, read_tensors, unfinished
-from support.cli import UserError, run_program
+from support.checkpoint import (
+    blaming, fingerprint, load_checkpoint, read_tensors, restored, unfinished,
+)
+from support.cli import UserError, in_short, run_program
 from support.commands import parse
 from support.devices import Machine, choose_machine, pack, say
 from support.evaluation import evaluate, psnr, say_evaluation, seam
@@ -136,6 +138,7 @@ class Run:
     machine: Machine
     sampling: Sampling
     note: str = ""                      # of a training that is not finished: its step
+    white: int | None = None            # of files of 16 bits: see --white-level
 
     @property
     def batch(self) -> int:
@@ -255,15 +258,14 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
     """
     tokenizer_path = tokenizer or folder / "tokenizer.pt"
     var_path = var or folder / "var.pt"
-    held_out, learned_from, note = None, None, ""
+    held_out, learned_from, note, white = None, None, "", None
     if alone and var is None:
         return load_alone(tokenizer_path, machine, sampling)
     with blaming(var_path):
         if var_path.suffix == ".pt":   # ours; published ones are .pth, .safetensors and so on
-            content = load_checkpoint(var_path, "transformer")
-            model = VAR(VARConfig(**content["config"]))
-            model.load_state_dict(content["model"])
+            model, content = restored(var_path, "transformer", VAR, VARConfig)
             classes = content["classes"]
+            white = content.get("white")
             learned_from = content["made_with"]["tokenizer"]
             held_out = load_held_out(var_path.parent)
             note = unfinished(content, "var_steps")
@@ -284,7 +286,8 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
     model.to(machine.device).eval()
     if machine.compile:
         model.compile_layers()
-    return Run(var_path.parent, tokenizer, model, classes, held_out, machine, sampling, note)
+    return Run(
+        var_path.parent, tokenizer, model, classes, held_out, machine, sampling, note, white)
 
 
 def load_alone(path: Path, machine: Machine, sampling: Sampling) -> Run:
@@ -294,6 +297,7 @@ def load_alone(path: Path, machine: Machine, sampling: Sampling) -> Run:
     if path.suffix == ".pt":
         content = load_checkpoint(path, "tokenizer")
         run.classes = content["classes"]
+        run.white = content.get("white")
         run.note = unfinished(content, "tokenizer_steps")
         if (path.parent / "held_out.pt").exists():
             run.held_out = load_held_out(path.parent)
@@ -314,10 +318,7 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
     with blaming(path):
         if path.suffix != ".pt":
             return Tokenizer.from_official(read_tensors(path, "published checkpoint"), scales)
-        content = load_checkpoint(path, "tokenizer")
-        tokenizer = Tokenizer(TokenizerConfig(**content["config"]))
-        tokenizer.load_state_dict(content["model"])
-        return tokenizer.eval()
+        return restored(path, "tokenizer", Tokenizer, TokenizerConfig)[0].eval()
 
 
 def load_held_out(folder: Path) -> TensorDataset:
@@ -418,12 +419,14 @@ def load_images(run: Run, sources: list[str]) -> Given:
     for source in sources:
         row = source.removeprefix("data:")
         if row == source:
-            own = read_images(Path(source), config.image_side, config.image_channels)
+            own = read_images(
+                Path(source), config.image_side, config.image_channels, run.white)
             found += [(*image, None) for image in own]
             continue
         last = len(run.held_out_images()) - 1
-        if not row.isdecimal() or int(row) > last:
-            raise UserError(f"{source}: the held-out images are data:0 to data:{last}")
+        if not row.isdecimal() or len(row) > 9 or int(row) > last:
+            raise UserError(f"{in_short(source, 40)}: the held-out images are data:0 to "
+                            f"data:{last}")
         image, label = run.held_out[int(row)]
         found.append((image, f"{run.classes[label]} {int(row)}", int(label)))
     pixels, names, labels = zip(*found)

@@ -40,7 +40,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 from kernels import use_triton
 from sample import DEFAULTS, Run, draw_samples, load_tokenizer
-from support.checkpoint import blaming, fingerprint, load_checkpoint, save_checkpoint
+from support.checkpoint import (
+    blaming, check_class, content_of, fingerprint, load_checkpoint, save_checkpoint,
+)
 from support.cli import Interrupt, Stopped, UserError, run_program
 from support.data import Data, balanced_subset, classifier_images, load_data, read_batches, shuffled
 from support.devices import (
@@ -53,13 +55,14 @@ from support.images import Row, at_a_time, rows_of_pairs, to_float
 from support.losses import DetailLosses, edge_loss
 from support.optim import adamw_and_muon, learning_rate, update_ema
 from support.presets import (
-    Preset, TokenizerPreset, VARPreset, check_folder, check_sizes, chosen_preset, given_values,
-    training_flags,
+    Preset, TokenizerPreset, VARPreset, check_sizes, chosen_preset, training_options,
 )
 from support.watching import WatchedLog, say_what_next, summary_writer
 from tokenizer import Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig
 from var import VAR, Block, VARConfig
 
+MEASURED = 256    # held-out images of each measurement: the mean loss is sure to about 1 %
+HELD_OUT = 2000   # as many as the tokenizer's health is measured on, and kept in memory
 L1_WEIGHT = 0.2   # beside the squared error: keeps edges sharp where that is small already
 
 
@@ -79,40 +82,36 @@ class Settings:
 
 
 def main() -> None:
-    options = training_flags("Train VAR: the tokenizer, then the transformer.").parse_args()
-    stages = ["tokenizer", "var"] if options.stage == "all" else [options.stage]
-    if options.tokenizer:
-        stages = ["var"]
-    out = options.out or Path("out") / Path(options.data).resolve().name
-    check_folder(options.data, out, stages, options.resume)
+    options = training_options()
+    out = options.out
     tensorboard = summary_writer() if options.tensorboard else None
     machine = choose_machine(options.device, options.precision, options.compile)
     join_processes()
     preset = chosen_preset(options)
     channels = options.channels
-    if "tokenizer" not in stages:
-        given = given_values(options)
+    if "tokenizer" not in options.stages:
         path = options.tokenizer or out / "tokenizer.pt"
-        tokenizer = finished_tokenizer(path, given.get("scales"))
+        tokenizer = finished_tokenizer(path, vars(options).get("scales"))
         channels = tokenizer.config.image_channels
-        preset = preset.of_tokenizer(asdict(tokenizer.config), tokenizer.config.image_side, given)
+        preset = preset.of_tokenizer(
+            asdict(tokenizer.config), tokenizer.config.image_side, vars(options))
     check_preset(preset, machine)
-    check_sizes(preset, stages, rank_and_world()[1] * options.grad_accumulation)
+    check_sizes(preset, options.stages, rank_and_world()[1] * options.grad_accumulation)
     data = load_data(options.data, preset.image_size, channels, out, options.data_dir,
                      options.seed, options.workers, options.stream, options.white_level)
     settings = Settings(
         preset, machine, out, options.seed, options.resume, options.checkpoint_every,
         options.grad_accumulation, options.checkpoint_activations, options.workers, tensorboard)
     first = rank_and_world()[0] == 0
-    if "tokenizer" in stages:
+    if "tokenizer" in options.stages:
         tokenizer = TokenizerStage(data, settings, options.perceptual).run()
     elif options.tokenizer and first:
         keep_copy(tokenizer, path, out / "tokenizer.pt", data.classes)
-    if "var" in stages:
+    if "var" in options.stages:
         VARStage(tokenizer.to(machine.device), data, settings).run()
     if first:
         data.keep_classifier_images(out, options.workers)
-        say_what_next(out, stages)
+        say_what_next(out, options.stages)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -220,7 +219,7 @@ class Stage:
             for tensors in batches:
                 # Every random draw of a step follows from the seed and the step, so a resumed run
                 # repeats them exactly. What changes the codebook is the same in all processes, but
-                # each drops labels of its own; the prime is far from any step.
+                # each drops labels of its own. The primes are larger than any number of steps.
                 seed = settings.seed * 1_000_003 + self.step
                 torch.manual_seed(seed)
                 self.before_step()
@@ -264,7 +263,7 @@ class Stage:
 
                 # Reading a number waits for the GPU: every tenth step, and before what follows.
                 last = self.step == self.steps
-                measured = last or self.step % max(1, self.steps // 8) == 0
+                measured = last or self.step % max(1, self.steps // 8) == 0   # a curve of eight
                 saved = last or self.step % settings.checkpoint_every == 0
                 if logged is None and not measured and not saved:
                     continue
@@ -314,9 +313,8 @@ class Stage:
         self.saved = self.step
         if rank_and_world()[0] == 0:
             content = {
-                "config": asdict(self.model.config),
-                "model": self.ema.state_dict(),
-                "classes": self.data.classes,
+                **content_of(self.ema),
+                "classes": self.data.classes, "white": self.data.white,
                 "made_with": self.made_with,
                 "preset": asdict(self.settings.preset),
             }
@@ -335,6 +333,7 @@ class Stage:
         """Take over what `save` wrote; returns whether that was a finished training."""
         content = load_checkpoint(self.path, self.kind)
         with blaming(self.path):
+            check_class(self.path, content, type(self.model))
             begun = content["made_with"]
             for name, now in self.made_with.items():
                 if begun.get(name) != now and not name.endswith("_lr"):   # a rate may change
@@ -387,7 +386,7 @@ class TokenizerStage(Stage):
         machine = settings.machine
         self.quantized_from = int(preset.unquantized * preset.tokenizer_steps)
         self.adversarial_from = int(preset.adversarial_from * preset.tokenizer_steps)
-        self.images = to_float(data.held_out.tensors[0][balanced_subset(data.held_out, 2000)])
+        self.images = to_float(data.held_out.tensors[0][balanced_subset(data.held_out, HELD_OUT)])
         torch.manual_seed(settings.seed)
         config = TokenizerConfig(**preset.tokenizer_shape(data.channels))
         model = Tokenizer(config).to(machine.device)
@@ -411,8 +410,8 @@ class TokenizerStage(Stage):
     def before_step(self) -> None:
         if self.step != self.quantized_from:
             return
-        # Only now is there a latent worth taking codes from. (`ema`, at decay 0 the model itself,
-        # is never compiled: these batches have other shapes.)
+        # Only now is there a latent to take codes from; of 512 images, at the coarsest scale one
+        # for each. (`ema`, at decay 0 the model, is not compiled: these batches' shapes differ.)
         settings = self.settings
         (rows,) = shuffled(len(self.rows), min(512, len(self.rows)), settings.seed, 0, 1)
         latents = []
@@ -458,7 +457,7 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def validate(self) -> dict:
-        count = len(self.images[:256])
+        count = len(self.images[:MEASURED])
         means = Counter()
         for originals in self.held_out_batches(count):
             with self.settings.machine.autocast():
@@ -473,7 +472,7 @@ class TokenizerStage(Stage):
 
     def finish(self, log: WatchedLog) -> None:
         with self.settings.machine.autocast():
-            health = tokenizer_health(self.ema, self.held_out_batches(2000))
+            health = tokenizer_health(self.ema, self.held_out_batches(HELD_OUT))
         log.write(self.steps, "health", **health)
         say_health(health, self.ema.config)
 
@@ -496,8 +495,8 @@ def finished_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
 def keep_copy(tokenizer: Tokenizer, source: Path, own: Path, classes: list[str]) -> None:
     """A run is complete: it holds the tokenizer that its transformer is trained on."""
     if not own.exists():
-        save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config), classes=classes,
-                        model=tokenizer.state_dict(), made_with={"copied from": str(source)})
+        save_checkpoint(own, "tokenizer", **content_of(tokenizer), classes=classes,
+                        made_with={"copied from": str(source)})
     elif fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
         raise UserError(f"{own} is another tokenizer than {source}; choose another --out")
 
@@ -549,7 +548,7 @@ class VARStage(Stage):
 
     @torch.no_grad()
     def validate(self) -> dict:
-        rows = self.held_out_rows[balanced_subset(self.held_out_rows, 256)]
+        rows = self.held_out_rows[balanced_subset(self.held_out_rows, MEASURED)]
         means = Counter()
         for micro_batch in zip(*(x.chunk(self.settings.grad_accumulation) for x in rows)):
             with self.settings.machine.autocast():
@@ -587,10 +586,13 @@ def tokens_of(tokenizer: Tokenizer, data: Data, settings: Settings
     made_with = {"tokenizer": fingerprint(tokenizer), "data set": data.digest,
                  "dtype": str(settings.machine.dtype)}
     if path.exists():
-        content = load_checkpoint(path, "set of tokens")
-        if content["made_with"] == made_with:
-            return TensorDataset(*content["train"]), TensorDataset(*content["held_out"])
-        say(f"{path} is of other images, or of another tokenizer: tokens are made anew")
+        try:
+            content = load_checkpoint(path, "set of tokens")
+            if content["made_with"] == made_with:
+                return TensorDataset(*content["train"]), TensorDataset(*content["held_out"])
+            say(f"{path} is of other images, or of another tokenizer: tokens are made anew")
+        except UserError as error:
+            say(f"{error}: tokens are made anew")
     train = tokenise(tokenizer, data.train, settings, "tokenise train")
     held_out = tokenise(tokenizer, data.held_out, settings, "tokenise held_out")
     if rank_and_world()[0] == 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from support.cli import (
-    COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output, output_as,
+    COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output, output_as, place,
 )
 
 COMMANDS = {
@@ -30,6 +30,15 @@ HOLES = "inpaint outpaint edit"
 COMPLETED = f"{HOLES} upscale"
 GENERATING = f"{CLASSES} explore {COMPLETED} evaluate export"
 SHOWN = "reconstruct codes teaching attention"
+
+
+class CommandParser(Parser):
+    """Flags of several values take what follows them: images must stand before."""
+
+    def error(self, message: str):
+        if message.startswith(("argument --seeds: ", "argument --top-p: ")):
+            message += "; images are named before such flags"
+        super().error(message)
 
 
 class OneOrTwo(argparse.Action):
@@ -64,7 +73,7 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
         metavar=("Y0", "X0", "Y1", "X1"), help="the hole, in fractions of the side")),
     (HOLES, "--mask", dict(
-        type=Path, help="instead of a box, an image in which what is to be generated is painted: "
+        type=place, help="instead of a box, an image in which what is to be generated is painted: "
         "in white on black, or in any colour on a transparent layer")),
     (HOLES, "--particles", dict(
         type=number(int, 0), default=0, help="choose each result from so many, drawn from the "
@@ -101,10 +110,10 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         type=number(int, 8, 2048), help="side of an image in the picture, in pixels; if not given, "
         "as fits a screen")),
     (" ".join(COMMANDS), "--run", dict(
-        type=Path, default=Path("out/shapes"), help="the folder that train.py wrote")),
+        type=place, help="the folder that train.py wrote (default: out/shapes)")),
     (" ".join(COMMANDS), "--tokenizer", dict(
-        type=Path, help="another than the run's: a .pt of train.py or a published .pth")),
-    (" ".join(COMMANDS), "--var", dict(type=Path, help="another transformer, likewise")),
+        type=place, help="another than the run's: a .pt of train.py or a published .pth")),
+    (" ".join(COMMANDS), "--var", dict(type=place, help="another transformer, likewise")),
     (" ".join(COMMANDS), "--published", dict(
         choices=("d16", "d20", "d24", "d30", "d36"), help="instead of a run, the authors' models, "
         "downloaded to data/published: 1.2, 2.4, 4.1, 8.0, or 9.4 GB, and 0.4 for the tokenizer")),
@@ -117,7 +126,7 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
     first = arguments[0] if arguments else "--"
     if first.startswith("-") and first not in ("-h", "--help"):
         arguments = ["grid", *arguments]
-    parser = Parser(description="Draw with a trained VAR, and look into it.",
+    parser = CommandParser(description="Draw with a trained VAR, and look into it.",
                     epilog="Each has its own flags: python sample.py grid --help")
     # For commands that are without these:
     parser.set_defaults(**defaults, small=None, paste=False, particles=0, gif=None)
@@ -135,7 +144,33 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
                 group = either if name in ("--box", "--mask") else own
                 group.add_argument(name, **how)
         add_device_flags(own)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        own = commands.choices[options.command]
+        later = [word for word in unknown if word in COMMANDS]
+        if later:
+            own.error(f"the command comes first: python sample.py {later[0]}, then its images and "
+                      f"flags")
+        own.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.published and (options.run or options.tokenizer or options.var):
+        raise UserError("--published names both models; --run, --tokenizer and --var name others")
+    options.run = options.run or Path("out/shapes")
+    check_outputs(options)
     if options.command == "edit" and options.class_name is None:
         raise UserError("edit needs --class NAME: what to edit towards")
     return options
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raises UserError for two outputs of one name, and where the picture that is not given a name
+    cannot be written: before anything is drawn."""
+    paths = [getattr(options, name, None) for name in ("out", "gif", "file", "reference")]
+    folder = options.var.parent if options.var else options.run
+    if "out" in options and not options.out and not options.published and folder.is_dir():
+        try:
+            paths[0] = output(str(folder / f"{options.command}.png"))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{error}; --out names another place")
+    names = [path.resolve() for path in paths if path]
+    if len({*names}) < len(names):
+        raise UserError(f"{names[-1]} is the name of two outputs")

@@ -66,6 +66,17 @@ def own_cores() -> int:
     return os.cpu_count() or 1   # macOS and Windows
 
 
+def check_memory(needed: int, what: str) -> None:
+    """Raises UserError where the machine has less memory than so many bytes: to run out of it is to
+    be killed without a word."""
+    if not hasattr(os, "sysconf"):   # Windows
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(f"{what} take {needed / 1e9:.0f} GB of memory, of which there are "
+                        f"{there / 1e9:.0f}")
+
+
 def has_fast(half: str, device: torch.device) -> bool:
     """Whether bf16 or fp16 has its own instructions; emulated, it is many times slower than fp32.
     """

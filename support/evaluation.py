@@ -418,6 +418,9 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
         f"generated, {asked}": found.generated,
         "generated, no guidance, no filters": found.unfiltered,
     }
+    if count < 500:
+        print("note: these figures depend on how many images there are; the Fréchet distance is "
+              "much too large\nand precision and recall are too good below 500")
     print(f"{count} images of each kind; the classifier recognises {found.accuracy:.1%} of all "
           f"held-out images")
     table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}

@@ -212,7 +212,9 @@ def known_pixels(hole: Path | Sequence[float], side: int, outside: bool = True) 
     return known_HW
 
 
-def read_images(source: Path, side: int, channels: int) -> list[tuple[Tensor, str]]:
+def read_images(
+    source: Path, side: int, channels: int, white: int | None = None
+) -> list[tuple[Tensor, str]]:
     """An image file, or a folder of them: bytes [channels, side, side] and a label of each.
 
     Files of a folder that cannot be read are named and left out. Raises UserError if none is left.
@@ -221,7 +223,7 @@ def read_images(source: Path, side: int, channels: int) -> list[tuple[Tensor, st
     found = []
     for path in image_paths(source) if folder else [source]:
         try:
-            pixels = read_image(path, side, channels)
+            pixels = read_image(path, side, channels, white)
         except UserError as error:
             if not folder:
                 raise

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -26,8 +27,10 @@ import train
 from support import watching
 from support.checkpoint import blaming, read_log
 from support.cli import UserError, run_program
+from support.data import fit_side
 from support.devices import (
-    Machine, Speed, choose_machine, forward_flops, has_fast, own_cores, peak_flops,
+    Machine, Speed, check_memory, choose_machine, forward_flops, has_fast, own_cores, peak_flops,
+    progress_bar,
 )
 from support.evaluation import say_health, tokenizer_health
 from support.images import Row, batches, save_picture, to_float
@@ -529,8 +532,8 @@ def test_mistakes_in_training(folder, tmp_path):
         told = refusal("--grad-accumulation", 2, batch, 9)
         assert f"{batch} 9 does not divide into 2 micro-batches" in told
     (tmp_path / "file").touch()
-    told = refusal(out=tmp_path / "file")
-    assert "File exists" in told or "Not a directory" in told
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"cannot be a folder, as {tmp_path / 'file'} is a file" in refusal(out=out)
     assert "no tokenizer checkpoint" in refusal("--stage", "var")
     for device in ("nonsense", "meta"):
         assert "cannot be used" in refusal("--device", device)
@@ -538,6 +541,49 @@ def test_mistakes_in_training(folder, tmp_path):
     assert "shapes has images of 3 channels, and 1 are asked" in refusal("--channels", 1,
                                                                          data="shapes")
     assert not (tmp_path / "out" / "tokenizer.pt").exists()
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--lr 1", "there is --final-lr, --tokenizer-lr, --discriminator-lr, --var-lr"),
+    ("--learning-rate 1", "--var-lr"), ("--steps 9", "there is --tokenizer-steps, --var-steps"),
+    ("--epochs=9", "there is --tokenizer-steps, --var-steps"),
+    ("--batch-size 9", "--tokenizer-batch, --var-batch"), ("--sede 9", "there is --seed"),
+    ("--scales 1 2 4 8", "a list is written with commas, as 1,2,4"),
+    ("--scales '1 2 4 8'", "--scales: write 1,2,4,8, with commas"),
+    ("--data ''", "--data: a name is missing"), ("--out ''", "--out: a name is missing"),
+    ("--stage tokenizer --tokenizer t.pt", "--tokenizer names a finished one"),
+    ("--perceptual vgg.pth", "--perceptual changes nothing without --perceptual-weight"),
+    ("--perceptual vgg.pth --preset pixels64 --tokenizer t.pt", "where no tokenizer is trained"),
+    ("--seed " + 5000 * "9", "must be a whole number, from 0")])
+def test_flags_that_are_not_there_or_contradict_each_other(flags, told):
+    said = refused("train.py", *shlex.split(flags))
+    assert told in said and len(said) < 450
+
+
+def test_channels_that_are_not_the_tokenizer_s(folder, finished, tmp_path):
+    flags = ("train.py", "--data", folder, "--out", tmp_path, "--tokenizer",
+             finished / "tokenizer.pt", "--channels", 1)
+    assert "--channels 1 is not that of the tokenizer, which has 3" in refused(*flags)
+
+
+def test_more_memory_than_there_is_is_told_before_it_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**6}.get)
+    told = refused("train.py", "--out", tmp_path / "out", "--image-size", 4096)
+    assert "--image-size 4096 take 20804 GB of memory, of which there are 4" in told
+    with pytest.raises(UserError, match="images of --image-size 4096 take 503 GB"):
+        fit_side(np.zeros((10_000, 3, 32, 32), np.uint8), np.zeros(10_000, np.uint8), 4096)
+    monkeypatch.delattr(os, "sysconf")   # Windows
+    check_memory(10**18, "images")
+
+
+def test_streams_that_are_closed(monkeypatch):
+    """As after 2>&-: progress bars ask stderr whether somebody watches."""
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        run_program(lambda: list(progress_bar(range(3))))
+        assert sys.stderr.name == os.devnull
 
 
 def test_weights_that_are_no_numbers_are_not_saved(folder, tmp_path, monkeypatch):
@@ -603,16 +649,25 @@ def test_a_terminal_that_does_not_know_a_letter(monkeypatch):
 
 
 def test_help_explains_every_flag():
-    text = run("train.py", "--help").stdout.split("\n\n", 1)[1] + "\n"
+    text = run("train.py", "--help").stdout
+    examples = re.findall(r"^    python train.py ?((?:\S+ )*)  ", text, re.MULTILINE)
+    assert len(examples) > 4
+    for example in examples:
+        training_flags().parse_args(example.split())
     flags = re.findall(r"^  (?:-h, )?(--[a-z-]+)(.*\n(?: {10,}.*\n)*)", text, re.MULTILINE)
     assert len(flags) > 20
     for flag, rest in flags:
         assert re.search(r"(  |\n {10,})\S+ \S+", rest), f"{flag} has no help"
+        if flag != "--help":
+            assert re.search(r"\(default:\s", rest), f"{flag} does not name its default"
+    assert [flag for flag, _ in flags[1:11]] == [
+        "--data", "--out", "--resume", "--preset", "--image-size", "--tokenizer-steps",
+        "--var-steps", "--stage", "--tokenizer", "--seed"]
 
 
 def test_every_preset_is_a_possible_model():
     for name in PRESETS:
-        preset = chosen_preset(training_flags("").parse_args(["--preset", name]))
+        preset = chosen_preset(training_flags().parse_args(["--preset", name]))
         config = TokenizerConfig(**preset.tokenizer_shape(3))
         assert config.image_side == preset.image_size
         VARConfig(**preset.var_shape(10))

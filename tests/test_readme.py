@@ -69,7 +69,7 @@ def test_commands_that_train(folder, tmp_path, monkeypatch, command):
     """On a folder instead of data that would have to be downloaded."""
     monkeypatch.chdir(tmp_path)
     program, *flags = shlex.split(command)
-    options = training_flags("").parse_args(flags)
+    options = training_flags().parse_args(flags)
     chosen_preset(options)   # the sizes that the command names
     if options.tokenizer:   # a published one, of other sizes
         return

@@ -3,7 +3,9 @@ hold."""
 from __future__ import annotations
 
 import copy
+import errno
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import ran, refused
+from program import ran, refused, tokenizer_stage
 
 import sample
 from sample import Known, Run, load_images, load_run
 from support.commands import COMMANDS, GENERATING, HOLES
+from support.data import load_data
 from support.devices import Machine, PackedLinear, choose_machine, pack
 from support.figures import attention_weights
 from support.images import (
@@ -673,9 +676,54 @@ def test_mistakes(judged, tmp_path):
         "export many a.npz": "count: many must be a whole number",
         "export 0 a.npz": "0 must be a whole number",
         f"export 3 {tmp_path}/file/a.npz --var missing.pt": "file/a.npz cannot be written",
+        "inpaint --seeds 0 1 data:4": "data:4 must be a whole number, from 0 to 2147483647; "
+                                      "images are named before",
+        "--top-p .5 data:4": "images are named before such flags",
+        "--per-class 2 codes data:4": "the command comes first: python sample.py codes, then",
+        "--batch-size 3": "there is --batch",
+        "codes data:" + 5000 * "9": "999…: the held-out images are data:0 to data:",
+        f"export 9 {tmp_path}/a.npz --reference {tmp_path}/../{tmp_path.name}/a.npz":
+            "a.npz is the name of two outputs",
+        f"progress --gif {tmp_path}/a.gif --out {tmp_path}/a.gif": "the name of two outputs",
+        "--published d16": "--published names both models",
     }.items():
         assert told in refused("sample.py", *command.split(), "--run", judged), command
+    for flag in ("--out", "--run", "--var"):
+        assert f"{flag}: a name is missing" in refused("sample.py", flag, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_a_run_that_cannot_be_written_to_is_told_before_anything_is_drawn(judged, monkeypatch):
+    def denied(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr(sample, "load_run", None)
+    for flags in (["--run", judged], ["--var", judged / "var.pt"]):
+        told = refused("sample.py", "codes", "data:3", *flags)
+        assert f"{judged / 'codes.png'} cannot be written: Read-only file system" in told
+
+
+def test_white_is_what_it_was_in_training(judged, tmp_path):
+    images = tmp_path / "images"
+    for name in ("one", "two"):
+        (images / name).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(np.full((16, 16), 4095, np.uint16)).save(images / name / f"{i}.png")
+    path = images / "one" / "0.png"
+    data = load_data(str(images), 16, 3, tmp_path, tmp_path, 0, 0, True, 4095)
+    assert data.white == 4095 and data.held_out.tensors[0].min() == 255
+    shutil.copytree(judged, tmp_path / "run")
+    content = torch.load(judged / "var.pt", weights_only=True)
+    for white, seen in ((None, 4095 / 65535), (4095, 1.0)):
+        torch.save({**content, "white": white}, tmp_path / "run" / "var.pt")
+        run = load_run(tmp_path / "run", choose_machine("cpu"))
+        given = sample.load_images(run, [str(path)])
+        assert given.images.mean().item() == pytest.approx(2 * seen - 1, abs=0.01)
+    stage = tokenizer_stage(tmp_path)
+    stage.data.white = 4095
+    stage.save(finished=True)
+    assert torch.load(stage.path, weights_only=True)["white"] == 4095
 
 
 def test_every_command_has_a_help_of_its_own():
