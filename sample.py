@@ -5,6 +5,7 @@
     python sample.py progress                        what an image looks like after each scale
     python sample.py inpaint data:3 data:5 --box 0.5 0 1 1 --seeds 0 1 2
     python sample.py codes data:3                    an image's token maps, and what each adds
+    python sample.py explore                         a page to touch, for a browser
     python sample.py evaluate 1000                   how good the images are, in figures
     python sample.py export 50000 samples.npz        for the field's evaluation programs
     python sample.py --published d16 --classes 207 980
@@ -21,24 +22,27 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from support.checkpoint import blaming, fingerprint, load_checkpoint, read_tensors
-from support.cli import UserError, run_program
+from support.checkpoint import (
+    blaming, fingerprint, load_checkpoint, read_tensors, restored, unfinished,
+)
+from support.cli import UserError, in_short, run_program
 from support.commands import parse
 from support.devices import Machine, choose_machine, pack, say
 from support.evaluation import evaluate, psnr, say_evaluation, seam
-from support.figures import draw_attention, draw_codes, draw_teaching
+from support.explorer import explore
+from support.figures import draw_attention, draw_codes, draw_teaching, scale_names
 from support.images import (
-    at_a_time, batches, composed, grid, grid_of_classes, grid_of_pairs, known_pixels, legible,
-    read_images, save_film, save_npz, save_picture, to_bytes, to_float,
+    Row, at_a_time, batches, composed, headed, known_pixels, legible, read_images,
+    rows_of_classes, rows_of_pairs, save_film, save_npz, save_picture, to_bytes, to_float,
 )
 from support.published import class_names, published_pair
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig
@@ -52,16 +56,21 @@ def main() -> None:
     others = options.tokenizer, options.var
     if options.published:
         others = published_pair(options.published)
-    run = load_run(options.run, machine, sampling, *others)
-    if machine.dtype != torch.float32:
+    alone = options.command in ("reconstruct", "codes")   # which no transformer is needed for
+    run = load_run(options.run, machine, sampling, *others, alone)
+    if run.model and machine.dtype != torch.float32:
         run.model.cast_layers(machine.dtype)
-    elif machine.device.type == "cpu" and not machine.compile:
+    elif run.model and machine.device.type == "cpu" and not machine.compile:
         pack(run.model)
 
     match options.command:
         case "evaluate":
             found = evaluate(run, options.count, options.seeds)
             say_evaluation(found, options.count, options.seeds, sampling)
+            return
+        case "explore":
+            labels = options.classes and class_indices(options.classes, run.classes)
+            explore(run, options.out or run.folder / "explorer.html", labels, options.seed)
             return
         case "export":
             if options.reference:
@@ -71,8 +80,7 @@ def main() -> None:
         case "grid":
             picture = draw_samples(run, options.classes, options.per_class, options.seed)
         case "progress":
-            picture = draw_progress(run, options.classes, options.per_class, options.seed,
-                                    options.gif)
+            picture = draw_progress(run, options.classes, options.per_class, options.seed)
         case "codes":
             picture = draw_codes(run, load_images(run, options.images))
         case "teaching":
@@ -94,8 +102,9 @@ def main() -> None:
                 run, load_images(run, options.images), known_HW, label, options.seeds,
                 options.small, options.open_loop, options.paste, options.particles)
     path = options.out or run.folder / f"{options.command}.png"
-    save_picture(path, picture)
-    print(f"wrote {path}")
+    save_picture(path, picture, options.cell_size, run.note, told=True)
+    if options.gif:   # now the picture is there, whatever becomes of the film
+        save_film(options.gif, picture, options.per_class, options.cell_size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,7 +118,7 @@ class Sampling:
     top_k: int         # draw from the k most likely tokens; 0 is no limit
     top_p: float | tuple[float, float]   # draw from the most likely tokens that hold so much; of
                                          # the first and of the last scale, if they differ
-    batch: int = 100   # images at a time
+    batch: int | None = None   # images at a time; None leaves it to Run.batch
 
 
 # These trade variety for clean shapes, and do so at the fine scales, which only have to fit: the
@@ -123,11 +132,22 @@ class Run:
     """A tokenizer and a transformer that belong together, and how to use them."""
     folder: Path                        # where its pictures and its classifier lie
     tokenizer: Tokenizer
-    model: VAR | None                   # None while the tokenizer trains
+    model: VAR | None                   # None for a tokenizer alone
     classes: list[str]
     held_out: TensorDataset | None      # bytes [N, channels, side, side] and labels [N]
     machine: Machine
     sampling: Sampling
+    note: str = ""                      # of a training that is not finished: its step
+    white: int | None = None            # of files of 16 bits: see --white-level
+
+    @property
+    def batch(self) -> int:
+        """Images at a time. If it is not told, so many that their keys and values take 4 GB in all,
+        half of what small GPUs have, and at most 100."""
+        config = self.model.config
+        numbers = 2 * config.depth * config.length * config.width   # twice that with guidance
+        of_image = numbers * self.machine.dtype.itemsize * (2 if self.sampling.cfg else 1)
+        return self.sampling.batch or max(1, min(100, 4 * 10**9 // of_image))
 
     @torch.no_grad()
     def generate(
@@ -142,7 +162,7 @@ class Run:
         generator = torch.Generator(device).manual_seed(seed)
         labels_N = torch.tensor(labels)
         tokens = []
-        for rows in batches(len(labels), sampling.batch, "generate"):
+        for rows in batches(len(labels), self.batch, "generate"):
             labels_B = labels_N[rows].to(device)
             # Guidance away from "any class" means nothing where no class is asked for.
             free = labels_B.min() == self.model.config.classes
@@ -197,7 +217,8 @@ class Run:
 
     def after_each_scale(self, tokens_NL: Tensor) -> list[np.ndarray]:
         """What the first 1, 2, ... K scales decode to: bytes [N, side, side, channels] for each."""
-        return [self.decode_to_bytes(tokens_NL[:, :span.stop]) for span in self.model.config.spans]
+        ends = accumulate(s * s for s in self.tokenizer.config.scales)
+        return [self.decode_to_bytes(tokens_NL[:, :end]) for end in ends]
 
     def log_likelihood(self, tokens_NL: Tensor, labels: list[int]) -> Tensor:
         """log p(tokens | class) [N], in nats, without guidance."""
@@ -209,7 +230,7 @@ class Run:
         device = self.machine.device
         labels_N = torch.tensor(labels)
         likelihoods = []
-        for rows in batches(len(labels), self.sampling.batch, "likelihood"):
+        for rows in batches(len(labels), self.batch, "likelihood"):
             tokens_BL = tokens_NL[rows].to(device)
             labels_B = labels_N[rows].to(device)
             with self.machine.autocast():
@@ -221,7 +242,7 @@ class Run:
 
     def held_out_images(self) -> Tensor:
         if self.held_out is None:
-            raise UserError("a published checkpoint comes without images; name files of your own")
+            raise UserError("this checkpoint comes without images; name files of your own")
         return self.held_out.tensors[0]
 
 
@@ -229,22 +250,25 @@ say_once = cache(say)
 
 
 def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
-             tokenizer: Path | None = None, var: Path | None = None) -> Run:
-    """A run as train.py wrote it. tokenizer, var: other checkpoints than the folder's.
+             tokenizer: Path | None = None, var: Path | None = None, alone: bool = False) -> Run:
+    """A run as train.py wrote it. tokenizer, var: other checkpoints than the folder's. alone: the
+    tokenizer without a transformer, unless one is named.
 
     Raises UserError where the tokenizer and the transformer do not belong together.
     """
     tokenizer_path = tokenizer or folder / "tokenizer.pt"
     var_path = var or folder / "var.pt"
-    held_out = learned_from = None
+    held_out, learned_from, note, white = None, None, "", None
+    if alone and var is None:
+        return load_alone(tokenizer_path, machine, sampling)
     with blaming(var_path):
         if var_path.suffix == ".pt":   # ours; published ones are .pth, .safetensors and so on
-            content = load_checkpoint(var_path, "transformer")
-            model = VAR(VARConfig(**content["config"]))
-            model.load_state_dict(content["model"])
+            model, content = restored(var_path, "transformer", VAR, VARConfig)
             classes = content["classes"]
+            white = content.get("white")
             learned_from = content["made_with"]["tokenizer"]
             held_out = load_held_out(var_path.parent)
+            note = unfinished(content, "var_steps")
         else:
             model = VAR.from_official(read_tensors(var_path, "published checkpoint"))
             classes = class_names(model.config.classes)
@@ -258,14 +282,35 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
         if found != expected:
             raise UserError(f"{var_path} expects {name.replace('_', ' ')} {expected}, and "
                             f"{tokenizer_path} has {found}")
-    tokenizer.to(machine.device)
+    tokenizer = placed(tokenizer, machine)
     model.to(machine.device).eval()
+    if machine.compile:
+        model.compile_layers()
+    return Run(
+        var_path.parent, tokenizer, model, classes, held_out, machine, sampling, note, white)
+
+
+def load_alone(path: Path, machine: Machine, sampling: Sampling) -> Run:
+    """A tokenizer without a transformer, and the held-out images beside it."""
+    tokenizer = placed(load_tokenizer(path), machine)
+    run = Run(path.parent, tokenizer, None, [], None, machine, sampling)
+    if path.suffix == ".pt":
+        content = load_checkpoint(path, "tokenizer")
+        run.classes = content["classes"]
+        run.white = content.get("white")
+        run.note = unfinished(content, "tokenizer_steps")
+        if (path.parent / "held_out.pt").exists():
+            run.held_out = load_held_out(path.parent)
+    return run
+
+
+def placed(tokenizer: Tokenizer, machine: Machine) -> Tokenizer:
+    tokenizer.to(machine.device)
     if machine.device.type == "cuda":
         tokenizer.cast_decoder(machine.dtype)
     if machine.compile:
         tokenizer.decoder.compile(dynamic=False)
-        model.compile_layers()
-    return Run(var_path.parent, tokenizer, model, classes, held_out, machine, sampling)
+    return tokenizer
 
 
 def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokenizer:
@@ -273,10 +318,7 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
     with blaming(path):
         if path.suffix != ".pt":
             return Tokenizer.from_official(read_tensors(path, "published checkpoint"), scales)
-        content = load_checkpoint(path, "tokenizer")
-        tokenizer = Tokenizer(TokenizerConfig(**content["config"]))
-        tokenizer.load_state_dict(content["model"])
-        return tokenizer.eval()
+        return restored(path, "tokenizer", Tokenizer, TokenizerConfig)[0].eval()
 
 
 def load_held_out(folder: Path) -> TensorDataset:
@@ -291,26 +333,23 @@ def load_held_out(folder: Path) -> TensorDataset:
 # Drawing images of classes
 
 
-def draw_samples(run: Run, names: list[str] | None, per_class: int, seed: int) -> Image.Image:
+def draw_samples(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
     """A row of images for each class; names: None for all, at most 20."""
     labels, tokens_NL = drawn(run, names, per_class, seed)
-    return grid_of_classes(labels, run.decode_to_bytes(tokens_NL))
+    return rows_of_classes(labels, run.decode_to_bytes(tokens_NL))
 
 
-def draw_progress(
-    run: Run, names: list[str] | None, per_class: int, seed: int, gif: Path | None
-) -> Image.Image:
-    """A row for each image, after each scale. gif: where to write a film of all images forming."""
+def draw_progress(run: Run, names: list[str] | None, per_class: int, seed: int
+                  ) -> list[Row]:
+    """A row for each image: what it looks like after each scale."""
     labels, tokens_NL = drawn(run, names, per_class, seed)
     frames_KN = run.after_each_scale(tokens_NL)
-    if gif:
-        save_film(gif, [grid_of_classes(labels, images) for images in frames_KN])
-    return grid(zip(np.repeat(labels, per_class), zip(*frames_KN)))
+    captions = scale_names(run.tokenizer.config.scales)
+    return headed(captions, np.repeat(labels, per_class), zip(*frames_KN))
 
 
-def drawn(
-    run: Run, names: list[str] | None, per_class: int, seed: int
-) -> tuple[list[str], Tensor]:
+def drawn(run: Run, names: list[str] | None, per_class: int, seed: int
+          ) -> tuple[list[str], Tensor]:
     """How to call each class in a picture, and the tokens [N, L] of its images."""
     names = names or run.classes[:20]
     chosen = class_indices(names, run.classes)
@@ -380,25 +419,29 @@ def load_images(run: Run, sources: list[str]) -> Given:
     for source in sources:
         row = source.removeprefix("data:")
         if row == source:
-            own = read_images(Path(source), config.image_side, config.image_channels)
+            own = read_images(
+                Path(source), config.image_side, config.image_channels, run.white)
             found += [(*image, None) for image in own]
             continue
         last = len(run.held_out_images()) - 1
-        if not row.isdecimal() or int(row) > last:
-            raise UserError(f"{source}: the held-out images are data:0 to data:{last}")
+        if not row.isdecimal() or len(row) > 9 or int(row) > last:
+            raise UserError(f"{in_short(source, 40)}: the held-out images are data:0 to "
+                            f"data:{last}")
         image, label = run.held_out[int(row)]
         found.append((image, f"{run.classes[label]} {int(row)}", int(label)))
     pixels, names, labels = zip(*found)
     return Given(to_float(torch.stack(pixels)), list(names), list(labels))
 
 
-def reconstruct(run: Run, given: Given) -> Image.Image:
+def reconstruct(run: Run, given: Given) -> list[Row]:
     """Images above what is left of them after encoding and decoding."""
     results = run.decode(run.encode(given.images)[1])
     errors_N = (results - given.images).square().mean(dim=(1, 2, 3))
+    captions = []
     for name, error in zip(given.names, errors_N.tolist()):
         print(f"{name}: PSNR {psnr(error):.2f} dB")
-    return grid_of_pairs(given.images, results)
+        captions.append(f"{name}\n{psnr(error):.1f} dB")
+    return rows_of_pairs(given.images, results, captions)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -468,7 +511,7 @@ def complete(
     run: Run, given: Given, known_HW: Tensor | None, label: int, seeds: Sequence[int],
     small_side: int | None = None, open_loop: bool = False, paste: bool = False,
     particles: int = 0,
-) -> Image.Image:
+) -> list[Row]:
     """In-painting and its kin: a row for each image, what is known of it, and a result per seed.
 
     known_HW: 1 where images are known and 0 where they are generated; None: everywhere, but the
@@ -513,7 +556,8 @@ def complete(
     if not known_HW.all():
         say_completion(results, images, known_HW)
     columns = map(to_bytes, (images, shown, *results))
-    return grid(zip(given.names, zip(*columns)))
+    captions = ["original", "known", *(f"seed {seed}" for seed in seeds)]
+    return headed(captions, given.names, zip(*columns))
 
 
 def most_likely(

@@ -18,7 +18,7 @@ stand for come out soft. phi, a small convolution, repairs what it can, and the 
 need not. How much there is to repair depends on the enlargement, so neighbouring scales share one
 phi and distant ones do not.
 
-Why does the transformer read f_hat to predict scale k+1, and not the tokens of scale k? There are
+Why does the transformer read f_hat to predict scale k, and not the tokens of scale k-1? There are
 fewer of them than places to predict; and a token says only what its own scale corrected. f_hat is
 everything decided so far, and can be read at any size.
 
@@ -192,7 +192,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
-        """Return what the transformer reads for scales 2..K: [B, L-1, C].
+        """Return what the transformer reads for scales 1 to K-1: [B, L-1, C].
 
         That is f_hat after each scale, at the size of the next. There is nothing to read for scale
         1, which is predicted from the class.
@@ -547,7 +547,7 @@ class Tokenizer(nn.Module):
         return self.render(self.quantizer.decode(tokens_BL)).clamp(-1, 1)
 
     def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
-        """Return what the transformer reads for scales 2..K when it is taught: [B, L-1, C]."""
+        """Return what the transformer reads for scales 1 to K-1 in training: [B, L-1, C]."""
         return self.quantizer.teacher_inputs(tokens_BL)
 
     def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,7 +15,8 @@ A run is a folder. It ends up holding
     log.jsonl                one line per ten steps, and what was measured on held-out images
     reconstructions.png      held-out images above their reconstructions
     samples.png              generated images, a row per class
-    curves.png               both losses; the transformer's loss and accuracy per scale
+    curves.png               losses, PSNR; the transformer's loss and accuracy per scale
+    tensorboard/             the same for TensorBoard, with --tensorboard
 """
 from __future__ import annotations
 
@@ -40,28 +41,28 @@ from torch.utils.data import Dataset, TensorDataset
 from kernels import use_triton
 from sample import DEFAULTS, Run, draw_samples, load_tokenizer
 from support.checkpoint import (
-    Log, blaming, fingerprint, load_checkpoint, read_log, save_checkpoint,
+    blaming, check_class, content_of, fingerprint, load_checkpoint, save_checkpoint,
 )
 from support.cli import Interrupt, Stopped, UserError, run_program
-from support.data import (
-    Data, balanced_subset, classifier_images, load_data, read_batches, shuffled,
-)
+from support.data import Data, balanced_subset, classifier_images, load_data, read_batches, shuffled
 from support.devices import (
-    Machine, Speed, average_over_processes, choose_machine, gather_over_processes, join_processes,
-    own_part, progress_bar, rank_and_world, say, sum_over_processes, wait_for_others,
+    LossScale, Machine, Speed, average_over_processes, choose_machine, gather_over_processes,
+    join_processes, own_part, progress_bar, rank_and_world, say, sum_over_processes,
+    wait_for_others,
 )
 from support.evaluation import psnr, say_health, tokenizer_health
-from support.figures import draw_curves
-from support.images import at_a_time, grid_of_pairs, save_picture, to_float
-from support.losses import DetailLosses
+from support.images import Row, at_a_time, rows_of_pairs, to_float
+from support.losses import DetailLosses, edge_loss
 from support.optim import adamw_and_muon, learning_rate, update_ema
 from support.presets import (
-    Preset, TokenizerPreset, VARPreset, check_folder, check_sizes, chosen_preset, given_values,
-    training_flags,
+    Preset, TokenizerPreset, VARPreset, check_sizes, chosen_preset, training_options,
 )
+from support.watching import WatchedLog, say_what_next, summary_writer
 from tokenizer import Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig
 from var import VAR, Block, VARConfig
 
+MEASURED = 256    # held-out images of each measurement: the mean loss is sure to about 1 %
+HELD_OUT = 2000   # as many as the tokenizer's health is measured on, and kept in memory
 L1_WEIGHT = 0.2   # beside the squared error: keeps edges sharp where that is small already
 
 
@@ -77,43 +78,40 @@ class Settings:
     grad_accumulation: int = 1            # micro-batches in a step, on each process
     checkpoint_activations: bool = False  # compute layers twice, to keep less in memory
     workers: int = 0                      # threads that read image files
+    tensorboard: type | None = None       # what writes its files
 
 
 def main() -> None:
-    options = training_flags("Train VAR: the tokenizer, then the transformer.").parse_args()
-    stages = ["tokenizer", "var"] if options.stage == "all" else [options.stage]
-    if options.tokenizer:
-        stages = ["var"]
-    out = options.out or Path("out") / Path(options.data).resolve().name
-    check_folder(options.data, out, stages, options.resume)
+    options = training_options()
+    out = options.out
+    tensorboard = summary_writer() if options.tensorboard else None
     machine = choose_machine(options.device, options.precision, options.compile)
     join_processes()
     preset = chosen_preset(options)
     channels = options.channels
-    if "tokenizer" not in stages:
-        given = given_values(options)
+    if "tokenizer" not in options.stages:
         path = options.tokenizer or out / "tokenizer.pt"
-        tokenizer = finished_tokenizer(path, given.get("scales"))
+        tokenizer = finished_tokenizer(path, vars(options).get("scales"))
         channels = tokenizer.config.image_channels
-        preset = preset.of_tokenizer(asdict(tokenizer.config), tokenizer.config.image_side, given)
+        preset = preset.of_tokenizer(
+            asdict(tokenizer.config), tokenizer.config.image_side, vars(options))
     check_preset(preset, machine)
-    check_sizes(preset, stages, rank_and_world()[1] * options.grad_accumulation)
+    check_sizes(preset, options.stages, rank_and_world()[1] * options.grad_accumulation)
     data = load_data(options.data, preset.image_size, channels, out, options.data_dir,
                      options.seed, options.workers, options.stream, options.white_level)
     settings = Settings(
         preset, machine, out, options.seed, options.resume, options.checkpoint_every,
-        options.grad_accumulation, options.checkpoint_activations, options.workers)
+        options.grad_accumulation, options.checkpoint_activations, options.workers, tensorboard)
     first = rank_and_world()[0] == 0
-    if "tokenizer" in stages:
+    if "tokenizer" in options.stages:
         tokenizer = TokenizerStage(data, settings, options.perceptual).run()
     elif options.tokenizer and first:
-        keep_copy(tokenizer, path, out / "tokenizer.pt")
-    if "var" in stages:
+        keep_copy(tokenizer, path, out / "tokenizer.pt", data.classes)
+    if "var" in options.stages:
         VARStage(tokenizer.to(machine.device), data, settings).run()
     if first:
-        save_picture(out / "curves.png", draw_curves(read_log(out / "log.jsonl"), preset.scales))
         data.keep_classifier_images(out, options.workers)
-        say(f"{out} is complete; python sample.py --run {out} draws from it")
+        say_what_next(out, options.stages)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -148,7 +146,7 @@ class Stage:
                     if it is logged, that returns a dictionary of tensors
     validate()      a dictionary to log, of held-out images and the EMA model
     example()       what the model takes, for one image
-    finish(log)     shows the trained model in the run's folder
+    picture(few)    what to show of the EMA model; few: fewer images, as training goes on
     """
     name: str
     kind: str
@@ -173,6 +171,7 @@ class Stage:
         self.helpers = nn.Module() if helpers is None else helpers
         self.helper_weights = list(self.helpers.parameters())
         self.peaks = [[group["lr"] for group in each.param_groups] for each in optimizers]
+        self.loss_scale = LossScale(settings.machine)
         self.made_with = {**made_with, "seed": settings.seed, "data set": data.digest}
         self.path = settings.out / f"{self.name}.pt"
         self.step = 0
@@ -194,6 +193,9 @@ class Stage:
     def after_step(self) -> None:
         """What else changes the model, once the optimizers have."""
 
+    def finish(self, log: WatchedLog) -> None:
+        """What else is measured of the trained model."""
+
     def run(self) -> nn.Module:
         """Train to the last step, and return the EMA model."""
         settings = self.settings
@@ -209,7 +211,7 @@ class Stage:
             return self.ema
         if not begun:
             self.begin()
-        log = Log(settings.out / "log.jsonl", self.name, self.step)
+        log = WatchedLog(self.name, self.step, self.steps, settings)
         order = shuffled(len(self.rows), self.batch, settings.seed, self.step, self.steps)
         batches = read_batches(self.rows, map(own_part, order), settings.workers, machine.device)
         bar = progress_bar(initial=self.step, total=self.steps, desc=self.name, unit="step")
@@ -217,7 +219,7 @@ class Stage:
             for tensors in batches:
                 # Every random draw of a step follows from the seed and the step, so a resumed run
                 # repeats them exactly. What changes the codebook is the same in all processes, but
-                # each drops labels of its own; the prime is far from any step.
+                # each drops labels of its own. The primes are larger than any number of steps.
                 seed = settings.seed * 1_000_003 + self.step
                 torch.manual_seed(seed)
                 self.before_step()
@@ -233,30 +235,35 @@ class Stage:
                     with nullcontext() if exchange else self.ddp.no_sync():
                         with machine.autocast():
                             micro_loss, to_log = self.loss(self.ddp, *micro_batch)
-                        (micro_loss / count).backward()
+                        self.loss_scale.scale(micro_loss / count).backward()
                     loss += micro_loss.detach() / count
                 for weight in self.helper_weights:
                     if weight.grad is not None:
                         average_over_processes(weight.grad)
 
+                self.loss_scale.unscale(self.optimizers)
                 norm = clip_grad_norm_(self.model.parameters(), 1.0)
                 if self.helper_weights:
                     norm = norm + clip_grad_norm_(self.helper_weights, 1.0)
+                left_out = self.loss_scale.overflowed(norm)
+                if left_out:   # then neither need be a number
+                    loss, norm = torch.zeros(2, device=machine.device)
                 rate = learning_rate(self.step, self.steps, preset.warmup, preset.final_lr)
                 for optimizer, peaks in zip(self.optimizers, self.peaks):
                     for group, peak in zip(optimizer.param_groups, peaks):
                         group["lr"] = rate * peak
-                    optimizer.step()
+                    if not left_out:
+                        optimizer.step()
                 torch.manual_seed(seed)
                 self.after_step()
                 update_ema(self.ema, self.model, self.decay if self.step else 0.0)
-                logged = to_log() if self.step % 10 == 0 else None
+                logged = to_log() if self.step % 10 == 0 and not left_out else None
                 self.step += 1
                 bar.update()
 
                 # Reading a number waits for the GPU: every tenth step, and before what follows.
                 last = self.step == self.steps
-                measured = last or self.step % max(1, self.steps // 8) == 0
+                measured = last or self.step % max(1, self.steps // 8) == 0   # a curve of eight
                 saved = last or self.step % settings.checkpoint_every == 0
                 if logged is None and not measured and not saved:
                     continue
@@ -264,7 +271,7 @@ class Stage:
                 numbers = average_over_processes(torch.stack([loss, norm, asked]))
                 mean_loss, mean_norm, stop = numbers.tolist()
                 self.check(mean_loss, mean_norm)
-                if rank == 0:
+                if rank == 0 and not left_out:
                     speed = self.speed.text(bar)
                     bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed}", refresh=False)
                 if logged is not None:
@@ -274,6 +281,8 @@ class Stage:
                     log.write(self.step, "held_out", **self.validate())
                 if saved or stop:   # the last step, too: should a picture fail, no step is lost
                     self.save(finished=False)
+                if stop or measured and not last:
+                    log.show(self.picture, self.step, stopped=bool(stop))
                 if stop:
                     break
             asked = torch.tensor(float(interrupt.asked), device=machine.device)
@@ -282,6 +291,7 @@ class Stage:
                               f"{settings.out}; the same command with --resume goes on")
         if rank == 0:
             self.finish(log)
+            log.draw(self.picture(few=False), self.step)
         self.save(finished=True)
         return self.ema
 
@@ -293,18 +303,18 @@ class Stage:
         kept = "there is no checkpoint yet"
         if self.saved:
             kept = f"the last good checkpoint, of step {self.saved}, is {self.path}"
+        also = " or --precision fp32" if self.loss_scale.is_enabled() else ""
         raise UserError(f"at step {self.step - 1} the {self.name} loss became {loss}, its gradient "
                         f"{norm} and its largest weight {largest}; {kept}; try a lower "
-                        f"--{self.name}-lr")
+                        f"--{self.name}-lr{also}")
 
     def save(self, finished: bool) -> None:
         """Keep the EMA model; until the end, what going on takes, too."""
         self.saved = self.step
         if rank_and_world()[0] == 0:
             content = {
-                "config": asdict(self.model.config),
-                "model": self.ema.state_dict(),
-                "classes": self.data.classes,
+                **content_of(self.ema),
+                "classes": self.data.classes, "white": self.data.white,
                 "made_with": self.made_with,
                 "preset": asdict(self.settings.preset),
             }
@@ -314,6 +324,7 @@ class Stage:
                     "model": self.model.state_dict(),
                     "helpers": self.helpers.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                    "loss_scale": self.loss_scale.state_dict(),
                 }
             save_checkpoint(self.path, self.kind, **content)
         wait_for_others()   # torchrun kills the others once a process has ended
@@ -322,6 +333,7 @@ class Stage:
         """Take over what `save` wrote; returns whether that was a finished training."""
         content = load_checkpoint(self.path, self.kind)
         with blaming(self.path):
+            check_class(self.path, content, type(self.model))
             begun = content["made_with"]
             for name, now in self.made_with.items():
                 if begun.get(name) != now and not name.endswith("_lr"):   # a rate may change
@@ -335,6 +347,8 @@ class Stage:
             self.helpers.load_state_dict(training["helpers"])
             for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+            if training["loss_scale"]:   # it was in fp16
+                self.loss_scale.load_state_dict(training["loss_scale"])
             self.step = self.saved = training["step"]
         return False
 
@@ -372,7 +386,7 @@ class TokenizerStage(Stage):
         machine = settings.machine
         self.quantized_from = int(preset.unquantized * preset.tokenizer_steps)
         self.adversarial_from = int(preset.adversarial_from * preset.tokenizer_steps)
-        self.images = to_float(data.held_out.tensors[0][balanced_subset(data.held_out, 2000)])
+        self.images = to_float(data.held_out.tensors[0][balanced_subset(data.held_out, HELD_OUT)])
         torch.manual_seed(settings.seed)
         config = TokenizerConfig(**preset.tokenizer_shape(data.channels))
         model = Tokenizer(config).to(machine.device)
@@ -396,8 +410,8 @@ class TokenizerStage(Stage):
     def before_step(self) -> None:
         if self.step != self.quantized_from:
             return
-        # Only now is there a latent worth taking codes from. (`ema`, at decay 0 the model itself,
-        # is never compiled: these batches have other shapes.)
+        # Only now is there a latent to take codes from; of 512 images, at the coarsest scale one
+        # for each. (`ema`, at decay 0 the model, is not compiled: these batches' shapes differ.)
         settings = self.settings
         (rows,) = shuffled(len(self.rows), min(512, len(self.rows)), settings.seed, 0, 1)
         latents = []
@@ -419,7 +433,7 @@ class TokenizerStage(Stage):
         likeness = likeness + self.settings.preset.edge_weight * losses["edges"]
         likeness, for_detail = self.helpers(
             originals, reconstructions, likeness, self.model.decoder.conv_out.weight,
-            adversarial=self.step >= self.adversarial_from)
+            adversarial=self.step >= self.adversarial_from, scale=self.loss_scale.factor())
         return likeness + losses["codebook"], lambda: losses | for_detail
 
     @torch.no_grad()
@@ -443,7 +457,7 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def validate(self) -> dict:
-        count = len(self.images[:256])
+        count = len(self.images[:MEASURED])
         means = Counter()
         for originals in self.held_out_batches(count):
             with self.settings.machine.autocast():
@@ -456,24 +470,18 @@ class TokenizerStage(Stage):
     def example(self) -> tuple[Tensor, ...]:
         return (self.images[:1].to(self.settings.machine.device),)
 
-    def finish(self, log: Log) -> None:
-        settings = self.settings
-        with settings.machine.autocast():
-            health = tokenizer_health(self.ema, self.held_out_batches(2000))
+    def finish(self, log: WatchedLog) -> None:
+        with self.settings.machine.autocast():
+            health = tokenizer_health(self.ema, self.held_out_batches(HELD_OUT))
         log.write(self.steps, "health", **health)
         say_health(health, self.ema.config)
-        run = Run(settings.out, self.ema, None, self.data.classes, self.data.held_out,
-                  settings.machine, DEFAULTS)
-        images = self.images[:36]
-        results = run.decode(run.encode(images)[1])
-        save_picture(settings.out / "reconstructions.png", grid_of_pairs(images, results))
 
-
-def edge_loss(x: Tensor, y: Tensor) -> Tensor:
-    """mean | |dy| - |dx| |, d being the step between neighbouring pixels. Squared error is least
-    where an uncertain edge is blurred; this one asks for steps as large as the original's."""
-    errors = [F.l1_loss(y.diff(dim=axis).abs(), x.diff(dim=axis).abs()) for axis in (2, 3)]
-    return sum(errors) / 2
+    @torch.no_grad()
+    def picture(self, few: bool) -> list[Row]:
+        images = self.images[:16 if few else 32]
+        with self.settings.machine.autocast():
+            results = [self.ema(some)[0].cpu() for some in self.held_out_batches(len(images))]
+        return rows_of_pairs(images, torch.cat(results))
 
 
 def finished_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
@@ -484,11 +492,11 @@ def finished_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
     return load_tokenizer(path, scales)
 
 
-def keep_copy(tokenizer: Tokenizer, source: Path, own: Path) -> None:
+def keep_copy(tokenizer: Tokenizer, source: Path, own: Path, classes: list[str]) -> None:
     """A run is complete: it holds the tokenizer that its transformer is trained on."""
     if not own.exists():
-        save_checkpoint(own, "tokenizer", config=asdict(tokenizer.config),
-                        model=tokenizer.state_dict(), made_with={"copied from": str(source)})
+        save_checkpoint(own, "tokenizer", **content_of(tokenizer), classes=classes,
+                        made_with={"copied from": str(source)})
     elif fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
         raise UserError(f"{own} is another tokenizer than {source}; choose another --out")
 
@@ -540,7 +548,7 @@ class VARStage(Stage):
 
     @torch.no_grad()
     def validate(self) -> dict:
-        rows = self.held_out_rows[balanced_subset(self.held_out_rows, 256)]
+        rows = self.held_out_rows[balanced_subset(self.held_out_rows, MEASURED)]
         means = Counter()
         for micro_batch in zip(*(x.chunk(self.settings.grad_accumulation) for x in rows)):
             with self.settings.machine.autocast():
@@ -555,12 +563,11 @@ class VARStage(Stage):
         tokens_1L, label_1 = self.held_out_rows[[0]]
         return label_1.to(device), self.tokenizer.teacher_inputs(tokens_1L.to(device).long())
 
-    def finish(self, log: Log) -> None:
+    def picture(self, few: bool) -> list[Row]:
         settings = self.settings
         run = Run(settings.out, self.tokenizer, self.ema, self.data.classes, self.data.held_out,
                   settings.machine, DEFAULTS)
-        picture = draw_samples(run, self.data.classes[:20], 10, settings.seed)
-        save_picture(settings.out / "samples.png", picture)
+        return draw_samples(run, self.data.classes[:20], 4 if few else 10, settings.seed)
 
 
 def var_optimizers(model: VAR, preset: Preset, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
@@ -579,10 +586,13 @@ def tokens_of(tokenizer: Tokenizer, data: Data, settings: Settings
     made_with = {"tokenizer": fingerprint(tokenizer), "data set": data.digest,
                  "dtype": str(settings.machine.dtype)}
     if path.exists():
-        content = load_checkpoint(path, "set of tokens")
-        if content["made_with"] == made_with:
-            return TensorDataset(*content["train"]), TensorDataset(*content["held_out"])
-        say(f"{path} is of other images, or of another tokenizer: tokens are made anew")
+        try:
+            content = load_checkpoint(path, "set of tokens")
+            if content["made_with"] == made_with:
+                return TensorDataset(*content["train"]), TensorDataset(*content["held_out"])
+            say(f"{path} is of other images, or of another tokenizer: tokens are made anew")
+        except UserError as error:
+            say(f"{error}: tokens are made anew")
     train = tokenise(tokenizer, data.train, settings, "tokenise train")
     held_out = tokenise(tokenizer, data.held_out, settings, "tokenise held_out")
     if rank_and_world()[0] == 0:

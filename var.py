@@ -304,6 +304,7 @@ class VAR(nn.Module):
         """Return tokens [B, L] of new images, drawn one scale per pass (paper: Fig. 4).
 
         cfg: strength of classifier-free guidance at the last scale, see `draw`; 0 is none.
+            The defaults are the authors' for FID; those of sample.py are for clean shapes.
         top_k, top_p: how many tokens, and how much probability, to draw from: see `sample_tokens`.
             Two numbers for top_p are those of the first and of the last scale, see `draw`.
         generator: on the device of the labels; the same state gives the same tokens.

@@ -119,7 +119,7 @@ def measure(run: Trained, steps: int, lr: float, count: int) -> dict[str, list[f
             model = MaskedVAR(model).eval()
         torch.manual_seed(0)   # of drafts
         found = []
-        for part in batches(len(tokens_NL), run.sampling.batch):
+        for part in batches(len(tokens_NL), run.batch):
             tokens_BL = tokens_NL[part].to(level_L)
             labels_B = labels_N[part].to(level_L)
             found.append(nats_of(run.tokenizer, model, tokens_BL, labels_B))

@@ -62,7 +62,7 @@ def errors(run: Run, count: int) -> list[float]:
     _, tokens_NL = run.encode(images)
     nats = 0.0
     missed = 0
-    for part in batches(len(tokens_NL), run.sampling.batch):
+    for part in batches(len(tokens_NL), run.batch):
         tokens_BL = tokens_NL[part].to(device)
         inputs = run.tokenizer.teacher_inputs(tokens_BL)
         logits_BLV = run.model(labels_N[part].to(device), inputs)

@@ -10,6 +10,7 @@ import pickle
 import socket
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from support.cli import UserError, in_short, lacks_memory
-from support.devices import rank_and_world
+from support.devices import rank_and_world, say
 
 
 def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -28,7 +29,7 @@ def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """
     path = path.resolve()   # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")   # another program's is another
     try:
         with open(beside, "wb") as file:
             write(file)
@@ -53,9 +54,21 @@ def load_checkpoint(path: Path, kind: str) -> dict:
     """A checkpoint of ours, on the CPU. Raises UserError where it is none, or of another kind."""
     content = read_tensors(path, f"{kind} checkpoint")
     found = content.get("kind") if isinstance(content, dict) else None
+    if found is None:
+        raise UserError(f"{path} is no {kind} checkpoint of train.py; a published one is read "
+                        f"where its name ends in .pth")
     if found != kind:
-        raise UserError(f"{path} is a checkpoint of a {found or 'something else'}, not of a {kind}")
+        raise UserError(f"{path} is a checkpoint of a {found}, not of a {kind}")
     return content
+
+
+def unfinished(content: dict, steps: str) -> str:
+    """The step of a training that is not at its end, of how many; empty for one that is."""
+    if "training" not in content:
+        return ""
+    done = f"step {content['training']['step']} of {content['preset'][steps]}"
+    say(f"note: the training of the {content['kind']} is not finished: {done}")
+    return f"{content['kind']}: {done}"
 
 
 def read_tensors(path: Path, what: str) -> Any:
@@ -68,10 +81,15 @@ def read_tensors(path: Path, what: str) -> Any:
     if not path.is_file():
         raise UserError(f"there is no {what} at {path}")
     with blaming(path):
+        with open(path, "rb") as file:
+            start = file.read(16)
+        if not start:
+            raise UserError(f"{path} is empty")
         if path.suffix == ".safetensors":
             return read_safetensors(path)
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"
+        zipped = start.startswith(b"PK")
+        if not zipped and not start.startswith(b"\x80"):   # as pickles do
+            raise UserError(f"{path} is no checkpoint: it begins with {start!r}")
         source = verified(path) if zipped else path   # before PyTorch 1.6 it was no archive
         try:
             return torch.load(source, map_location="cpu", weights_only=True)
@@ -116,6 +134,41 @@ def blaming(path: Path) -> Iterator[None]:
             raise
         raise UserError(f"{path} cannot be read, it is damaged or something else: "
                         f"{in_short(error)}")
+
+
+def content_of(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint keeps of a model."""
+    return {"class": type(model).__name__, "config": asdict(model.config),
+            "model": model.state_dict()}
+
+
+def check_class(path: Path, content: dict, model: type[nn.Module]) -> None:
+    """Raises UserError where a checkpoint is of another class, whose code computes something else,
+    be it with the same weights."""
+    found = content.get("class", model.__name__)
+    if found != model.__name__:
+        raise UserError(f"{path} is a checkpoint of the class {found} and not of {model.__name__}; "
+                        f"the program that defines {found} opens it")
+
+
+def restored(
+    path: Path, kind: str, model: type[nn.Module], config: type
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in a checkpoint of ours, and all else that is in it. Raises UserError."""
+    with blaming(path):
+        content = load_checkpoint(path, kind)
+        check_class(path, content, model)
+        found = model(config(**content["config"]))
+        found.load_state_dict(content["model"])
+        check_finite(content["model"])
+        return found, content
+
+
+def check_finite(state: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError for a weight that is no number: all that is drawn would be grey."""
+    for name, weight in state.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} is not finite")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -4,16 +4,22 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import signal
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+# A closed terminal sends SIGHUP, which Windows does not have.
+ENDING = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 
 
 class UserError(Exception):
@@ -25,16 +31,23 @@ class Stopped(Exception):
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Run a program: mistakes end it with one sentence and code 2, Ctrl-C and SIGTERM with 130."""
+    """Run a program: mistakes end it with one sentence and code 2, Ctrl-C, SIGTERM and a closed
+    terminal with 130."""
     with contextlib.suppress(ValueError):   # only the main thread may
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        for number in ENDING:
+            if signal.getsignal(number) != signal.SIG_IGN:   # as nohup has it
+                signal.signal(number, signal.default_int_handler)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:   # as after 2>&-
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")   # a terminal may lack the letters of a class
     try:
         main()
     except (UserError, OSError) as error:   # a folder where a file should be, say
-        print(f"error: {error}", file=sys.stderr)
+        named = getattr(error, "filename", None)
+        print(f"error: {f'{named}: {error.strerror}' if named else error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
@@ -44,7 +57,8 @@ def run_program(main: Callable[[], None]) -> None:
               file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as stopped:
-        print(str(stopped) or "stopped")
+        with contextlib.suppress(OSError):   # the terminal is gone
+            print(str(stopped) or "stopped", flush=True)
         sys.exit(130)
 
 
@@ -61,8 +75,8 @@ def in_short(text: Any, most: int = 200) -> str:
 
 
 class Interrupt:
-    """The first Ctrl-C or SIGTERM sets `asked`, so that a training can save; a second one ends any
-    wait with KeyboardInterrupt.
+    """The first Ctrl-C, SIGTERM or SIGHUP sets `asked`, so that a training can save; a second one
+    ends any wait with KeyboardInterrupt.
 
     A process manager and torchrun may both send one at once: within a second they are one. A signal
     that the shell has the program ignore, as SIGINT in the background, stays ignored.
@@ -71,8 +85,8 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         self.asked_at = math.inf
         self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:
+        for number in (signal.SIGINT, *ENDING):
+            if number not in self.before and signal.getsignal(number) != signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self.ask)
         return self
 
@@ -91,11 +105,25 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+SAME = {"epochs": "steps", "iterations": "steps", "rate": "lr", "resolution": "size"}
+
+
 class Parser(ArgumentParser):
-    """Tells mistakes as everything else here does."""
+    """Tells mistakes as everything else here does, and beside an unknown flag those like it."""
 
     def error(self, message: str):
-        raise UserError(message)
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            name = unknown.split()[0].split("=")[0]
+            words = {SAME.get(word, word) for word in name.strip("-").split("-")}
+            like = [flag for flag in flags if words & {*flag.strip("-").split("-")}]
+            like = ", ".join(like or get_close_matches(name, flags))
+            if name.isdecimal():
+                message += "; a list is written with commas, as 1,2,4"
+            elif like:
+                message += f"; there is {like}"
+        raise UserError(in_short(message, 400))
 
 
 def add_device_flags(parser: ArgumentParser, compile: bool = True) -> None:
@@ -103,12 +131,14 @@ def add_device_flags(parser: ArgumentParser, compile: bool = True) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device,
                         help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                        help="auto: bf16 on a GPU that is built for it, else fp32")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                        help="auto: bf16 or else fp16 on a GPU that is built for it, else fp32 "
+                             "(default: %(default)s)")
     if compile:
         parser.add_argument(
             "--compile", action="store_true",
-            help="compile the models with torch.compile, which takes minutes at first")
+            help="compile the models with torch.compile, which takes minutes at first (default: "
+                 "do not)")
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -121,14 +151,21 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
         if not low <= value <= high or value == math.inf:
             limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
             whole = "a whole number, " if kind is int else ""
-            raise ArgumentTypeError(f"{text} must be {whole}{limits}")
+            raise ArgumentTypeError(f"{in_short(text, 40)} must be {whole}{limits}")
         return value
     return checked
 
 
+def place(text: str) -> Path:
+    """The type of a flag that names a file or a folder: "" would be the current one."""
+    if not text:
+        raise ArgumentTypeError("a name is missing")
+    return Path(text)
+
+
 def output(text: str) -> Path:
     """The type of a flag that names a file to write: its place is tried before anything is done."""
-    path = Path(text)
+    path = place(text)
     if path.suffix in (".pt", ".pth", ".safetensors"):
         raise ArgumentTypeError(f"{text} is named as checkpoints are, and would take one's place")
     if path.exists() and not path.is_file():
@@ -141,9 +178,21 @@ def output(text: str) -> Path:
     return path
 
 
+def output_as(ending: str) -> Callable[[str], Path]:
+    """The type of a flag that names a file to write in the format of that ending."""
+    def checked(text: str) -> Path:
+        path = output(text)
+        if path.suffix.lower() != ending:
+            raise ArgumentTypeError(f"{text} must be named {ending}, which it is written as")
+        return path
+    return checked
+
+
 def several(read: Callable) -> Callable:
     """The type of a flag that is a list with commas, as 1,2,4."""
     def read_all(text: str) -> tuple:
+        if len(text.split()) > 1 and "," not in text:
+            raise ArgumentTypeError(f"write {','.join(text.split())}, with commas")
         return tuple(read(entry) for entry in text.split(","))
     return read_all
 

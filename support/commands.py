@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from support.cli import COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output
+from support.cli import (
+    COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output, output_as, place,
+)
 
 COMMANDS = {
     "grid": "draw a row of images for each class; the command if none is named",
@@ -19,14 +21,24 @@ COMMANDS = {
     "codes": "draw what each scale finds left over, its codes, and the image so far",
     "teaching": "draw what the transformer reads in training, above what it has to predict",
     "attention": "draw what a cell of the last scale attends to, in every layer",
+    "explore": "write a page, to be opened in a browser, on which all this is looked into by touch",
     "evaluate": "print how good generated images are, and reconstructed and held-out ones",
     "export": "write samples for the field's evaluation programs",
 }
 CLASSES = "grid progress"
 HOLES = "inpaint outpaint edit"
 COMPLETED = f"{HOLES} upscale"
-GENERATING = f"{CLASSES} {COMPLETED} evaluate export"
+GENERATING = f"{CLASSES} explore {COMPLETED} evaluate export"
 SHOWN = "reconstruct codes teaching attention"
+
+
+class CommandParser(Parser):
+    """Flags of several values take what follows them: images must stand before."""
+
+    def error(self, message: str):
+        if message.startswith(("argument --seeds: ", "argument --top-p: ")):
+            message += "; images are named before such flags"
+        super().error(message)
 
 
 class OneOrTwo(argparse.Action):
@@ -49,11 +61,11 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     ("export", "--reference", dict(type=output, help="where to write the held-out images, too")),
     ("export", "--rejection", dict(
         type=SHARE, default=1.0, help="keep this share of what is drawn, the most likely")),
-    (CLASSES, "--classes", dict(
+    (f"{CLASSES} explore", "--classes", dict(
         nargs="+", metavar="NAME", help="or numbers, as of a published model, whose names take "
         "torchvision; all, at most 20, if not given")),
     (CLASSES, "--per-class", dict(type=COUNT, default=8, help="images per class")),
-    ("progress", "--gif", dict(type=output, help="where to write a film of them, too")),
+    ("progress", "--gif", dict(type=output_as(".gif"), help="where to write a film of them, too")),
     (f"{COMPLETED} attention", "--class", dict(
         dest="class_name", metavar="NAME", help="what the images are to show; no class if not "
         "given, and for attention the image's own")),
@@ -61,7 +73,7 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
         metavar=("Y0", "X0", "Y1", "X1"), help="the hole, in fractions of the side")),
     (HOLES, "--mask", dict(
-        type=Path, help="instead of a box, an image in which what is to be generated is painted: "
+        type=place, help="instead of a box, an image in which what is to be generated is painted: "
         "in white on black, or in any colour on a transparent layer")),
     (HOLES, "--particles", dict(
         type=number(int, 0), default=0, help="choose each result from so many, drawn from the "
@@ -76,7 +88,7 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (f"{COMPLETED} evaluate", "--seeds", dict(
         nargs="+", type=SEED, default=(0, 1, 2), metavar="SEED",
         help="one result, or one set of generated images, for each")),
-    (f"{CLASSES} export", "--seed", dict(
+    (f"{CLASSES} explore export", "--seed", dict(
         type=SEED, default=0, help="the same seed and --batch give the same images")),
     (GENERATING, "--cfg", dict(
         type=number(float, 0, 100), help="classifier-free guidance at the last scale; 0 is none")),
@@ -85,14 +97,23 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (GENERATING, "--top-p", dict(
         type=SHARE, nargs="+", action=OneOrTwo, metavar="P", help="draw from the most likely "
         "tokens that hold this probability; two numbers are those of the first and last scale")),
-    (GENERATING, "--batch", dict(type=COUNT, help="images at a time")),
+    (GENERATING, "--batch", dict(
+        type=COUNT, help="images at a time; if not given as many as have a cache of 4 GB, at most "
+        "100")),
     (f"{CLASSES} {COMPLETED} {SHOWN}", "--out", dict(
-        type=output, help="the PNG; if not given, named for the command, beside the transformer")),
+        type=output_as(".png"), help="the picture; if not given, named for the command, beside the "
+        "transformer")),
+    ("explore", "--out", dict(
+        type=output_as(".html"),
+        help="the page; if not given, explorer.html beside the transformer")),
+    (f"{CLASSES} {COMPLETED} {SHOWN}", "--cell-size", dict(
+        type=number(int, 8, 2048), help="side of an image in the picture, in pixels; if not given, "
+        "as fits a screen")),
     (" ".join(COMMANDS), "--run", dict(
-        type=Path, default=Path("out/shapes"), help="the folder that train.py wrote")),
+        type=place, help="the folder that train.py wrote (default: out/shapes)")),
     (" ".join(COMMANDS), "--tokenizer", dict(
-        type=Path, help="another than the run's: a .pt of train.py or a published .pth")),
-    (" ".join(COMMANDS), "--var", dict(type=Path, help="another transformer, likewise")),
+        type=place, help="another than the run's: a .pt of train.py or a published .pth")),
+    (" ".join(COMMANDS), "--var", dict(type=place, help="another transformer, likewise")),
     (" ".join(COMMANDS), "--published", dict(
         choices=("d16", "d20", "d24", "d30", "d36"), help="instead of a run, the authors' models, "
         "downloaded to data/published: 1.2, 2.4, 4.1, 8.0, or 9.4 GB, and 0.4 for the tokenizer")),
@@ -105,10 +126,10 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
     first = arguments[0] if arguments else "--"
     if first.startswith("-") and first not in ("-h", "--help"):
         arguments = ["grid", *arguments]
-    parser = Parser(description="Draw with a trained VAR, and look into it.",
+    parser = CommandParser(description="Draw with a trained VAR, and look into it.",
                     epilog="Each has its own flags: python sample.py grid --help")
     # For commands that are without these:
-    parser.set_defaults(**defaults, small=None, paste=False, particles=0)
+    parser.set_defaults(**defaults, small=None, paste=False, particles=0, gif=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
         own = commands.add_parser(command, help=text, description=text.capitalize() + ".")
@@ -118,12 +139,38 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
                 value = name.removeprefix("--").replace("-", "_")
                 if value in defaults:
                     how = {**how, "default": defaults[value]}
-                if "default" in how:
+                if how.get("default") is not None:
                     how = {**how, "help": how["help"] + " (default: %(default)s)"}
                 group = either if name in ("--box", "--mask") else own
                 group.add_argument(name, **how)
         add_device_flags(own)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        own = commands.choices[options.command]
+        later = [word for word in unknown if word in COMMANDS]
+        if later:
+            own.error(f"the command comes first: python sample.py {later[0]}, then its images and "
+                      f"flags")
+        own.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.published and (options.run or options.tokenizer or options.var):
+        raise UserError("--published names both models; --run, --tokenizer and --var name others")
+    options.run = options.run or Path("out/shapes")
+    check_outputs(options)
     if options.command == "edit" and options.class_name is None:
         raise UserError("edit needs --class NAME: what to edit towards")
     return options
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raises UserError for two outputs of one name, and where the picture that is not given a name
+    cannot be written: before anything is drawn."""
+    paths = [getattr(options, name, None) for name in ("out", "gif", "file", "reference")]
+    folder = options.var.parent if options.var else options.run
+    if "out" in options and not options.out and not options.published and folder.is_dir():
+        try:
+            paths[0] = output(str(folder / f"{options.command}.png"))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{error}; --out names another place")
+    names = [path.resolve() for path in paths if path]
+    if len({*names}) < len(names):
+        raise UserError(f"{names[-1]} is the name of two outputs")

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from support.checkpoint import download, save_checkpoint
 from support.cli import UserError, in_short
-from support.devices import rank_and_world, say, wait_for_others
+from support.devices import check_memory, rank_and_world, say, wait_for_others
 from support.evaluation import CLASSIFIER_IMAGES, averaged_down
 from support.folders import FolderImages, Form, load_folder, read_ahead
 
@@ -33,6 +33,7 @@ class Data:
     held_out: TensorDataset
     classes: list[str]
     digest: str   # of both sets and their order: a training goes on only with the same
+    white: int | None = None   # of grey files of 16 bits, see folders.Form
 
     @property
     def channels(self) -> int:
@@ -82,7 +83,7 @@ def load_data(
     elif Path(name).is_dir():
         form = Form(side, channels or 3, white)
         folder, classes = load_folder(Path(name), form, out, workers, stream)
-        data = Data(folder.train, folder.held_out, classes, folder.digest)
+        data = Data(folder.train, folder.held_out, classes, folder.digest, white)
     else:
         raise UserError(f"--data {name} is neither a folder nor one of shapes, "
                         f"{', '.join(PUBLISHED)}")
@@ -164,6 +165,7 @@ SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "cre
 def draw_shapes(count: int, side: int, seed: int) -> TensorDataset:
     """The built-in data: a coloured shape on a background that runs from one colour to another."""
     from matplotlib.colors import hsv_to_rgb
+    check_memory(62 * count * side**2, f"{count} shapes of --image-size {side}")   # as measured
     rng = np.random.default_rng(seed)
     labels_N = np.arange(count) % len(SHAPES)
     size_N = rng.uniform(0.28, 0.42, count)
@@ -347,6 +349,7 @@ def read_cifar10(name: str, data_dir: Path, side: int) -> list[TensorDataset]:
 
 def fit_side(images: np.ndarray, labels: np.ndarray, side: int) -> TensorDataset:
     """Small images are padded with black, 28 to 32 say; large ones are averaged down."""
+    check_memory(math.prod(images.shape[:2]) * side**2, f"images of --image-size {side}")
     border = side - images.shape[-1]
     pixels = torch.tensor(images)
     if border >= 0:

@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from support.cli import UserError, in_short
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}   # the one to prefer first
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -42,20 +44,19 @@ def choose_machine(device: str, precision: str = "auto", compile: bool = False) 
         raise UserError(f"--device {device} cannot be used: {in_short(error)}")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)   # events and streams belong to the current device
-    fast = has_fast_bf16(chosen)
-    half = precision == "bf16"
-    if precision == "auto":   # small models are no faster in bf16 on a CPU
-        half = fast and chosen.type != "cpu"
-    elif half and not fast:
-        print("note: this device has no instructions for bf16 and emulates them; --precision fp32 "
-              "is faster here")
+    fast = [name for name in HALF if has_fast(name, chosen)]
+    if precision == "auto":   # small models are no faster in half precision on a CPU
+        precision = fast[0] if fast and chosen.type != "cpu" else "fp32"
+    elif precision not in ("fp32", *fast):
+        print(f"note: this device has no instructions for {precision} and emulates them; "
+              f"--precision fp32 is faster here")
     if chosen.type == "cpu" and torch.get_num_threads() == 1 < own_cores():
         print(f"note: one thread of {own_cores()} is used; OMP_NUM_THREADS says how many")
-    if not half:   # nor TF32, in which cuDNN convolves fp32 unless told otherwise
+    if precision == "fp32":   # nor TF32, in which cuDNN convolves fp32 unless told otherwise
         torch.backends.cudnn.allow_tf32 = False
     if compile:
         check_compiler(chosen)
-    return Machine(chosen, torch.bfloat16 if half else torch.float32, compile)
+    return Machine(chosen, HALF.get(precision, torch.float32), compile)
 
 
 def own_cores() -> int:
@@ -65,12 +66,25 @@ def own_cores() -> int:
     return os.cpu_count() or 1   # macOS and Windows
 
 
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 has its own instructions; emulated, it is many times slower than fp32."""
+def check_memory(needed: int, what: str) -> None:
+    """Raises UserError where the machine has less memory than so many bytes: to run out of it is to
+    be killed without a word."""
+    if not hasattr(os, "sysconf"):   # Windows
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(f"{what} take {needed / 1e9:.0f} GB of memory, of which there are "
+                        f"{there / 1e9:.0f}")
+
+
+def has_fast(half: str, device: torch.device) -> bool:
+    """Whether bf16 or fp16 has its own instructions; emulated, it is many times slower than fp32.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        since = {"bf16": (8, 0), "fp16": (7, 0)}   # tensor cores
+        return torch.cuda.get_device_capability(device) >= since[half]
     capable = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+    return any(capable.get(f"{unit}_{half}") for unit in ("avx512", "amx"))
 
 
 def check_compiler(device: torch.device) -> None:
@@ -79,6 +93,38 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:   # each back end has its own
         raise UserError(f"--compile does not work here: {in_short(error)}")
+
+
+class LossScale(torch.amp.GradScaler):
+    """What keeps gradients within fp16, whose smallest number is 6e-8 and whose largest is 65504.
+
+    A loss is multiplied by a power of two, and what gradients of weights come of it divided by it.
+    Where one overflows, the step is left out and the power halved; every 2000 steps in which none
+    did, it is doubled. In other dtypes nothing is scaled, and nothing waits.
+    """
+
+    def __init__(self, machine: Machine):
+        super().__init__(machine.device.type, enabled=machine.dtype == torch.float16)
+        self.machine = machine
+
+    def factor(self) -> Tensor:
+        """The power of two as a tensor; 1 in other dtypes."""
+        return self.scale(torch.ones((), device=self.machine.device))
+
+    def unscale(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Divide the gradients, before they are clipped."""
+        for optimizer in optimizers:
+            self.unscale_(optimizer)
+
+    def overflowed(self, norm: Tensor) -> bool:
+        """Whether the gradients, whose norm this is, did, and what follows for the next step's.
+
+        If so, no optimizer may step, not even one whose own gradients did not: clipping has made
+        them 0, or no number. What is too large unscaled is no fault of the scale's.
+        """
+        found = self.is_enabled() and not norm.isfinite() and self.get_scale() > 1
+        self.update()
+        return found
 
 
 # Several processes: torchrun starts one for each GPU, and all of them run train.py.
@@ -150,7 +196,9 @@ def gather_over_processes(x_B: Tensor) -> Tensor:
 # What a model needs, and what a GPU can do.
 
 
-PEAK_TFLOPS = {   # of dense bf16, from the data sheets; the first name that the card's contains
+# TFLOP/s of dense matrix products in bf16, or in fp16 where there is none, that add in fp32, from
+# the data sheets; of the first name that the card's contains.
+PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
     "H100 PCIe": 756,
@@ -159,12 +207,14 @@ PEAK_TFLOPS = {   # of dense bf16, from the data sheets; the first name that the
     "A100": 312,
     "L40S": 362,
     "RTX 4090": 165,
+    "RTX 3060": 25,
+    "Tesla T4": 65,
 }
 
 
 def peak_flops(machine: Machine) -> float | None:
-    """FLOP/s of one GPU in bf16, if that is what is computed in on a card that we know."""
-    if machine.device.type != "cuda" or machine.dtype != torch.bfloat16:
+    """FLOP/s of one GPU, if half precision is what is computed in on a card that we know."""
+    if machine.device.type != "cuda" or machine.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(machine.device)
     return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from support.checkpoint import blaming, load_checkpoint, save_checkpoint
 from support.cli import UserError
+from support.devices import progress_bar
 from support.images import at_a_time, to_float
 
 # -------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def train_classifier(
     classifier = Classifier(**shape).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, CLASSIFIER_STEPS)
-    for _ in tqdm(range(CLASSIFIER_STEPS), desc="classifier", unit="step"):
+    for _ in progress_bar(range(CLASSIFIER_STEPS), desc="classifier", unit="step"):
         rows = torch.randint(len(images), (CLASSIFIER_BATCH,))
         logits = classifier(to_float(images[rows].to(device)))
         loss = F.cross_entropy(logits, labels[rows].to(device))
@@ -418,6 +418,9 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
         f"generated, {asked}": found.generated,
         "generated, no guidance, no filters": found.unfiltered,
     }
+    if count < 500:
+        print("note: these figures depend on how many images there are; the Fréchet distance is "
+              "much too large\nand precision and recall are too good below 500")
     print(f"{count} images of each kind; the classifier recognises {found.accuracy:.1%} of all "
           f"held-out images")
     table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}

@@ -12,50 +12,57 @@ from torch import Tensor, nn
 
 from support.cli import UserError
 from support.evaluation import say_table
-from support.images import grid, in_colour, to_bytes
+from support.images import Row, in_colour, to_bytes
 
 
-def draw_codes(run, given) -> Image.Image:
+def draw_codes(run, given) -> list[Row]:
     """The residual loop: what every scale finds left over, its codes, and the image so far.
 
-    A code's colour is its place along the three directions in which the codebook varies most: like
-    codes, like colours.
+    What is left over is bright where it is large, of all scales alike. A code's colour is its place
+    along the three directions in which the codebook varies most: like codes, like colours.
     """
     quantizer = run.tokenizer.quantizer
-    config = run.model.config
+    scales = quantizer.scales
     f_NCSS, tokens_NL = run.encode(given.images)
     f_NCSS = f_NCSS.to(run.machine.device)
     left = []
     f_hat_NCSS = quantizer.empty(len(f_NCSS))
     for k, tokens_Nl in enumerate(quantizer.split(tokens_NL.to(run.machine.device))):
-        left.append(heat(quantizer.read(f_NCSS - f_hat_NCSS, k).norm(dim=-1)))
+        left.append(quantizer.read(f_NCSS - f_hat_NCSS, k).norm(dim=-1))
         f_hat_NCSS = quantizer.accumulate(f_hat_NCSS, tokens_Nl, k)
-    left_NL1 = torch.cat(left, dim=1)
+    left_NL1 = heat(torch.cat(left, dim=1))
     codes_NL3 = code_colours(quantizer.codebook_VC)[tokens_NL]
     frames_NK = zip(*run.after_each_scale(tokens_NL))
     rows = []
     for name, left_L1, codes_L3, frames_K in zip(given.names, left_NL1, codes_NL3, frames_NK):
-        rows.append((f"{name}: left over", as_maps(left_L1, config)))
-        rows.append(("its codes", as_maps(codes_L3, config)))
-        rows.append(("image so far", frames_K))
-    return grid(rows)
+        rows.append(Row(f"{name}: left over (black: nothing)", as_maps(left_L1, scales),
+                        scale_names(scales)))
+        rows.append(Row("its codes, like ones in like colours", as_maps(codes_L3, scales)))
+        rows.append(Row("image so far", frames_K))
+    return rows
 
 
-def draw_teaching(run, given) -> Image.Image:
+def draw_teaching(run, given) -> list[Row]:
     """Teacher forcing: what the transformer reads for each scale, above what it has to predict."""
-    config = run.model.config
+    scales = run.model.config.scales
     _, tokens_1L = run.encode(given.images[:1])
     inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.machine.device))
     size_L = inputs[0].norm(dim=-1)
     size_L = F.pad(size_L, (1, 0), value=size_L.max())   # the first scale reads the class
     codes_L3 = code_colours(run.tokenizer.quantizer.codebook_VC)[tokens_1L[0]]
-    return grid([("reads (first: the class)", as_maps(heat(size_L), config)),
-                 ("has to predict", as_maps(codes_L3, config))])
+    read = ["the class", *(f"after {name}" for name in scale_names(scales[:-1]))]
+    return [Row("reads (black: zero)", as_maps(heat(size_L), scales), read),
+            Row("has to predict", as_maps(codes_L3, scales), scale_names(scales))]
 
 
-def as_maps(x_L: Tensor, config) -> list[Tensor]:
-    """Something of every token, [L, ...], as a map [s, s, ...] for each scale of the config."""
-    return [x_L[span].unflatten(0, (s, s)) for span, s in zip(config.spans, config.scales)]
+def scale_names(scales: tuple[int, ...]) -> list[str]:
+    return [f"{s}x{s}" for s in scales]
+
+
+def as_maps(x_L: Tensor, scales: tuple[int, ...]) -> list[Tensor]:
+    """Something of every token, [L, ...], as a map [s, s, ...] for each scale."""
+    maps = x_L.split([s * s for s in scales])
+    return [x_l.unflatten(0, (s, s)) for x_l, s in zip(maps, scales)]
 
 
 def heat(x: Tensor) -> Tensor:
@@ -75,11 +82,12 @@ def code_colours(codebook_VC: Tensor) -> Tensor:
     return F.pad(colours_V3, (0, 3 - colours_V3.shape[1]))   # codes of one or two channels
 
 
-def draw_attention(run, images: Tensor, label: int, cell: tuple[int, int] | None) -> Image.Image:
+def draw_attention(run, images: Tensor, label: int, cell: tuple[int, int] | None) -> list[Row]:
     """What a cell of the last scale attends to: a row per layer, over heads, a column per scale.
 
-    Maps are as bright as their largest weight; the share that each scale gets is printed. Of the
-    images it is the first; cell: (y, x), if not the middle.
+    Brightness is the root of a weight, of all scales alike; the share that each scale gets stands
+    above it.
+    Of the images it is the first; cell: (y, x), if not the middle.
     """
     config = run.model.config
     side = config.scales[-1]
@@ -94,15 +102,18 @@ def draw_attention(run, images: Tensor, label: int, cell: tuple[int, int] | None
         layers = attention_weights(run.model, labels_B, inputs, query)
     marked = outlined(images, y, x, run.tokenizer.config.downsampling)
     rows = []
-    table = {"attention to": [f"{s}x{s}" for s in config.scales]}
+    names = scale_names(config.scales)
+    table = {"attention to": names}
     shown = np.linspace(0, config.depth - 1, min(8, config.depth))
     for layer in shown.round().astype(int):
-        name = f"layer {layer + 1}"
-        maps = as_maps(layers[layer], config)
-        rows.append((name, [marked, *map(heat, maps)]))
-        table[name] = [f"{weights_ss.sum():.0%}" for weights_ss in maps]
+        maps = as_maps(layers[layer], config.scales)
+        shares = [f"{weights_ss.sum():.0%}" for weights_ss in maps]
+        table[f"layer {layer + 1}"] = shares
+        captions = [f"cell {y} {x}", *map("{}: {}".format, names, shares)]
+        bright = as_maps(heat(layers[layer].sqrt()), config.scales)
+        rows.append(Row(f"layer {layer + 1}", [marked, *bright], captions))
     say_table(table)
-    return grid(rows)
+    return rows
 
 
 @torch.no_grad()
@@ -140,41 +151,64 @@ def outlined(images: Tensor, y: int, x: int, size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def draw_curves(log: list[dict], scales: tuple[int, ...]):
-    """A matplotlib figure of the values in a training's log, against the step.
+CURVES = [   # a list for each row of panels: title, scale of the axis, stage; split, name, legend
+    [
+        ("tokenizer: errors in training", "log", "tokenizer", [
+            ("train", "mse", "squared error"), ("train", "codebook", "codebook loss"),
+            ("train", "perceptual", "perceptual distance")]),
+        ("tokenizer: PSNR of held-out images, dB", "linear", "tokenizer", [
+            ("held_out", "psnr", "from all scales")]),
+        ("tokenizer: PSNR after each scale, dB", "linear", "tokenizer", [
+            ("health", "psnr_per_scale", "trained, held-out images")]),
+    ],
+    [
+        ("transformer: loss, nats a token", "linear", "var", [
+            ("train", "loss", "training images"), ("held_out", "loss", "held-out images")]),
+        ("transformer: held-out loss of each scale", "linear", "var", [
+            ("held_out", "loss_per_scale", "")]),
+        ("transformer: held-out tokens right, of each scale", "linear", "var", [
+            ("held_out", "accuracy_per_scale", "")]),
+    ],
+    [
+        ("discriminator", "linear", "tokenizer", [
+            ("train", "discriminator", "its loss"),
+            ("train", "discriminator_right", "share of patches right")]),
+        ("weight of the adversarial loss", "log", "tokenizer", [("train", "balance", "weight")]),
+    ],
+]
 
-    Both losses, and the transformer's loss and accuracy per scale; and how the discriminator does,
-    if there is one.
-    """
+
+def draw_curves(log: list[dict], scales: tuple[int, ...]):
+    """A matplotlib figure of what a training has logged so far, against the step."""
     from matplotlib.figure import Figure   # importing it takes as long as many a command
-    panels = [   # title, scale of the axis, stage, and which curves: of a split, by its name
-        ("tokenizer: training losses", "log", "tokenizer",
-         ["train mse", "train codebook", "train perceptual"]),
-        ("transformer: held-out loss per scale", "linear", "var", ["held_out loss_per_scale"]),
-        ("transformer: loss (nats per token)", "linear", "var", ["train loss", "held_out loss"]),
-        ("transformer: held-out accuracy per scale", "linear", "var",
-         ["held_out accuracy_per_scale"]),
-        ("discriminator: loss, share of patches right", "linear", "tokenizer",
-         ["train discriminator", "train discriminator_right"]),
-        ("weight of the adversarial loss", "log", "tokenizer", ["train balance"]),
-    ]
-    if not any("balance" in line for line in log):
-        panels = panels[:4]
-    columns = len(panels) // 2
-    figure = Figure(figsize=(5.5 * columns, 7), layout="constrained")
-    axes = figure.subplots(2, columns)
-    for axis, (title, yscale, stage, curves) in zip(axes.T.flat, panels):
-        axis.set(title=title, yscale=yscale, xlabel="step")
-        for curve in curves:
-            split, name = curve.split()
-            lines = [line for line in log
-                     if line["stage"] == stage and line["split"] == split and name in line]
-            label = split.replace("_", "-") if name == "loss" else name
-            if name.endswith("per_scale"):
-                label = [f"{s}x{s}" for s in scales]
-            if lines:
-                axis.plot([line["step"] for line in lines], [line[name] for line in lines],
-                          label=label, marker="." if split == "held_out" else None)
-        if axis.lines:
+
+    def lines_of(stage: str, split: str, name: str) -> list[dict]:
+        return [line for line in log
+                if (line["stage"], line["split"]) == (stage, split) and name in line]
+
+    rows = [[(title, yscale, stage, curves) for title, yscale, stage, curves in row
+             if any(lines_of(stage, split, name) for split, name, _ in curves)] for row in CURVES]
+    rows = [row for row in rows if row]
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(5 * columns, 3.5 * len(rows)))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, row_of_axes in zip(rows, axes):
+        for (title, yscale, stage, curves), axis in zip(row, row_of_axes):
+            axis.set_axis_on()
+            axis.set(title=title, xlabel="step")
+            for split, name, label in curves:
+                lines = lines_of(stage, split, name)
+                steps = [line["step"] for line in lines]
+                values = [line[name] for line in lines]
+                if split == "health":
+                    steps, values = range(len(scales)), values[-1]
+                    axis.set(xlabel="scale", xticks=steps, xticklabels=scale_names(scales))
+                if lines:
+                    axis.plot(steps, values, label=label or scale_names(scales),
+                              marker=None if split == "train" else ".")
+            axis.set_yscale(yscale, **{"nonpositive": "mask"} if yscale == "log" else {})
             axis.legend(fontsize="small", ncols=2)
+    figure.tight_layout()
     return figure

@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
-from tqdm import tqdm
 
 from support.checkpoint import load_checkpoint, save_checkpoint, save_whole
 from support.cli import UserError, in_short
-from support.devices import say
+from support.devices import progress_bar, say
 from support.images import (
     Walk, composed, decode_image, image_endings, is_system_name, read_file,
 )
@@ -306,7 +305,7 @@ def decode(
     def write(file: BinaryIO) -> None:
         write_header(file, len(images), shape)
         found = read_ahead(images.first_readable, ([row] for row in range(len(images))), workers)
-        for each in tqdm(found, "decode", len(images), unit="image", mininterval=1):
+        for each in progress_bar(found, desc="decode", total=len(images), unit="image"):
             if each is not None:
                 row, image, content = each
                 file.write(image.tobytes())

@@ -5,20 +5,21 @@ import functools
 import io
 import math
 import os
+import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from support.checkpoint import save_whole
 from support.cli import UserError, in_short
-from support.devices import say
+from support.devices import progress_bar, say
 
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}   # known to Pillow, but not read by it
 SYSTEM_NAMES = {
@@ -211,7 +212,9 @@ def known_pixels(hole: Path | Sequence[float], side: int, outside: bool = True) 
     return known_HW
 
 
-def read_images(source: Path, side: int, channels: int) -> list[tuple[Tensor, str]]:
+def read_images(
+    source: Path, side: int, channels: int, white: int | None = None
+) -> list[tuple[Tensor, str]]:
     """An image file, or a folder of them: bytes [channels, side, side] and a label of each.
 
     Files of a folder that cannot be read are named and left out. Raises UserError if none is left.
@@ -220,7 +223,7 @@ def read_images(source: Path, side: int, channels: int) -> list[tuple[Tensor, st
     found = []
     for path in image_paths(source) if folder else [source]:
         try:
-            pixels = read_image(path, side, channels)
+            pixels = read_image(path, side, channels, white)
         except UserError as error:
             if not folder:
                 raise
@@ -252,23 +255,66 @@ def at_a_time(side: int) -> int:
 def batches(count: int, size: int, what: str | None = None) -> Iterator[slice]:
     """Rows 0 .. count-1, `size` at a time; behind a progress bar if what is done has a name."""
     some = [slice(begin, begin + size) for begin in range(0, count, size)]
-    yield from tqdm(some, desc=what, unit="batch", disable=what is None or len(some) == 1)
+    yield from progress_bar(some, desc=what, unit="batch") if what and len(some) > 1 else some
 
 
-def save_picture(path: Path, picture) -> None:
-    """A Pillow image or a matplotlib figure, as PNG."""
+class Row(NamedTuple):
+    """A row of a picture: images, bytes [side, side, 1 or 3], and what is written beside and above
+    them."""
+    label: str
+    images: Sequence[np.ndarray | Tensor]
+    captions: Sequence[str] = ()
+
+
+def headed(
+    captions: Sequence[str], labels: Iterable[str], rows: Iterable[Sequence[np.ndarray | Tensor]]
+) -> list[Row]:
+    """Rows of which the first has the captions of all."""
+    first, *rest = map(Row, labels, rows)
+    return [first._replace(captions=captions), *rest]
+
+
+def save_picture(
+    path: Path, picture, cell: int | None = None, note: str = "", told: bool = False
+) -> None:
+    """Rows, of which `grid` makes an image, a Pillow image, or a matplotlib figure: as PNG."""
+    save = save_told if told else save_whole
+    if isinstance(picture, list):
+        picture = grid(picture, cell, note)
     if isinstance(picture, Image.Image):
-        save_whole(path, lambda file: picture.save(file, "PNG"))
+        save(path, lambda file: picture.save(file, "PNG"))
     else:
-        save_whole(path, lambda file: picture.savefig(file, format="png", dpi=90))
+        save(path, lambda file: picture.savefig(file, format="png", dpi=90))
 
 
-def save_film(path: Path, frames: list[Image.Image]) -> None:
+def save_film(path: Path, rows: list[Row], per_class: int, cell: int | None = None) -> None:
+    """A GIF whose frames are the columns of a picture, by its captions; it stays at the last for a
+    while. So many rows, of a class, are one of the film's.
+
+    Raises UserError where a GIF cannot be as large.
+    """
+    frames = []
+    for k, caption in enumerate(rows[0].captions):
+        frame = [Row(rows[some.start].label, [row.images[k] for row in rows[some]])
+                 for some in batches(len(rows), per_class)]
+        frames.append(grid(frame, cell, caption))
     first, *rest = frames
+    if max(first.size) > LONGEST_GIF:
+        raise UserError(f"{path} would be a film of {first.width} x {first.height} pixels, and a "
+                        f"GIF has at most {LONGEST_GIF} a side; draw fewer images, or smaller ones")
     times = [400] * len(rest) + [2000]   # milliseconds
-    save_whole(path, lambda file: first.save(
+    save_told(path, lambda file: first.save(
         file, "GIF", save_all=True, append_images=rest, duration=times, loop=0))
-    print(f"wrote {path}")
+
+
+LONGEST_GIF = 2**16 - 1
+
+
+def save_told(path: Path, write: Callable[[BinaryIO], None], what: str = "") -> None:
+    """Save a file the user asked for, and say so, and whether an older one has made way for it."""
+    replaced = ", in place of an older one" if path.exists() else ""
+    save_whole(path, write)
+    print(f"wrote {what}{path}{replaced}")
 
 
 def save_npz(path: Path, images: np.ndarray) -> None:
@@ -278,27 +324,70 @@ def save_npz(path: Path, images: np.ndarray) -> None:
     and averages, so each must hold all classes.
     """
     order_N = np.random.default_rng(0).permutation(len(images))
-    save_whole(path, lambda file: np.savez(file, arr_0=in_colour(images[order_N])))
-    print(f"wrote {len(images)} images to {path}")
+    save_told(path, lambda file: np.savez(file, arr_0=in_colour(images[order_N])),
+              f"{len(images)} images to ")
 
 
-def grid(rows: Iterable[tuple[str, Sequence[np.ndarray | Tensor]]]) -> Image.Image:
-    """A labelled row of images (bytes [side, side, 1 or 3]) per entry; small ones enlarged."""
-    font = ImageFont.truetype(label_font(), 11)
-    rows = [(in_short(label, 24), images) for label, images in rows]
-    margin = 8 + math.ceil(max(font.getlength(label) for label, _ in rows))
-    cell = max(64, *(len(pixels) for _, images in rows for pixels in images))
-    step = cell + 2   # and a gap
-    columns = max(len(images) for _, images in rows)
-    canvas = Image.new("RGB", (margin + columns * step, len(rows) * step), "white")
+LETTERS = 13   # their size; a line is four pixels higher, a letter three fifths as wide
+GAP = 4        # between images: a frame around each, and white
+
+
+def grid(rows: Iterable[Row], cell: int | None = None, note: str = "") -> Image.Image:
+    """An image of rows of images: each in a thin frame, small ones enlarged.
+
+    cell: the side of each in pixels; if None, such that a screen holds the picture. note: what is
+    written above all.
+    """
+    rows = [Row(*row) for row in rows]
+    columns = max(len(row.images) for row in rows)
+    largest = max(len(pixels) for row in rows for pixels in row.images)
+    cell = cell or cell_size(largest, max(columns, len(rows)))
+    step = cell + GAP
+    line = LETTERS + 4
+    letters = cell // (LETTERS * 3 // 5)   # in the width of an image
+    labels = [wrapped(row.label, 24, cell // line) for row in rows]
+    captions = [[wrapped(caption, letters, 2) for caption in row.captions] for row in rows]
+    above = [line * max([text.count("\n") + 1 for text in texts], default=0) for texts in captions]
+
+    font = ImageFont.truetype(label_font(), LETTERS)
+    widths = [font.getlength(text) for label in labels for text in label.split("\n")]
+    margin = 8 + math.ceil(max(widths))
+    top = line + 4 if note else 0
+    width = max(margin + columns * step, 8 + math.ceil(font.getlength(note)))
+    canvas = Image.new("RGB", (width, top + sum(above) + len(rows) * step), "white")
     draw = ImageDraw.Draw(canvas)
-    for r, (label, images) in enumerate(rows):
-        draw.text((4, r * step + cell // 2), label, fill="black", font=font, anchor="lm")
-        for c, pixels in enumerate(images):
+    draw.text((4, 4), note, fill="black", font=font)
+    y = top
+    for row, label, texts, height in zip(rows, labels, captions, above):
+        for c, text in enumerate(texts):
+            draw.multiline_text((margin + c * step + step // 2, y + height), text, fill="black",
+                                font=font, anchor="md", align="center")
+        y += height
+        draw.multiline_text((4, y + step // 2), label, fill="black", font=font, anchor="lm")
+        for c, pixels in enumerate(row.images):
             image = Image.fromarray(in_colour(np.asarray(pixels)))
-            image = image.resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(image, (margin + c * step, r * step))
+            way = Image.Resampling.NEAREST if cell >= image.width else Image.Resampling.BOX
+            left = margin + c * step + GAP // 2
+            corner = (left, y + GAP // 2)
+            canvas.paste(image.resize((cell, cell), way), corner)
+            draw.rectangle((left - 1, corner[1] - 1, left + cell, corner[1] + cell), outline="grey")
+        y += step
     return canvas
+
+
+def cell_size(side: int, count: int) -> int:
+    """A multiple of the images' side, so that all their pixels are as large: of 96 to 160 the
+    largest at which so many are 900; but never a part of one."""
+    return side * max(min(160, 900 // count) // side, math.ceil(96 / side))
+
+
+def wrapped(text: str, letters: int, lines: int) -> str:
+    """In lines of at most so many letters; what is more than so many lines ends in three dots."""
+    parts = text.split("\n")
+    found = [line for part in parts for line in textwrap.wrap(part, max(1, letters))]
+    if len(found) > max(1, lines):
+        found = [*found[:max(1, lines) - 1], found[max(1, lines) - 1][:letters - 1] + "…"]
+    return "\n".join(found)
 
 
 def label_font() -> Path:
@@ -320,15 +409,18 @@ def in_colour(images: np.ndarray) -> np.ndarray:
     return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 
-def grid_of_classes(names: list[str], images: np.ndarray) -> Image.Image:
+def rows_of_classes(names: list[str], images: np.ndarray) -> list[Row]:
     """A row per class of images that are sorted by class, as many of each."""
-    return grid(zip(names, np.split(images, len(names))))
+    return list(map(Row, names, np.split(images, len(names))))
 
 
-def grid_of_pairs(originals: Tensor, results: Tensor) -> Image.Image:
-    """Originals above what became of them, twelve in a row."""
+def rows_of_pairs(
+    originals: Tensor, results: Tensor, captions: Sequence[str] = ()
+) -> list[Row]:
+    """Originals above what became of them, eight in a row. captions: of each pair, if any."""
     rows = []
-    for some, same in zip(originals.split(12), results.split(12)):
-        rows.append(("original", to_bytes(some)))
-        rows.append(("reconstruction", to_bytes(same)))
-    return grid(rows)
+    for begin in range(0, len(originals), 8):
+        some = slice(begin, begin + 8)
+        rows.append(Row("original", to_bytes(originals[some]), captions[some]))
+        rows.append(Row("reconstruction", to_bytes(results[some])))
+    return rows

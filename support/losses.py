@@ -1,4 +1,4 @@
-"""Two losses that keep detail in the tokenizer's reconstructions, and their balance.
+"""Losses that keep detail in the tokenizer's reconstructions, and the balance of two of them.
 
 Where the latent does not tell what a patch of grass looks like in detail, the least squared error
 is that of the mean of all it could be: a blur. Two other losses ask for detail. A perceptual
@@ -9,6 +9,7 @@ fails to.
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -23,6 +24,13 @@ from support.presets import TokenizerPreset
 
 VGG_SHA256 = "397923af"   # how it begins
 VGG_URL = f"https://download.pytorch.org/models/vgg16-{VGG_SHA256}.pth"
+
+
+def edge_loss(x: Tensor, y: Tensor) -> Tensor:
+    """mean | |dy| - |dx| |, d being the step between neighbouring pixels. Squared error is least
+    where an uncertain edge is blurred; this one asks for steps as large as the original's."""
+    errors = [F.l1_loss(y.diff(dim=axis).abs(), x.diff(dim=axis).abs()) for axis in (2, 3)]
+    return sum(errors) / 2
 
 
 class DetailLosses(nn.Module):
@@ -57,10 +65,12 @@ class DetailLosses(nn.Module):
         self.classifier.load_state_dict(trained.state_dict())
 
     def forward(self, originals: Tensor, reconstructions: Tensor, likeness: Tensor,
-                last_layer: Tensor, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
+                last_layer: Tensor, adversarial: bool, scale: Tensor
+                ) -> tuple[Tensor, dict[str, Tensor]]:
         """What to minimise in place of `likeness`, the pixels' loss, and the losses by name.
 
         last_layer: the decoder's weight. adversarial: whether the discriminator takes part yet.
+        scale: what the loss is multiplied by before its gradient is taken, see `LossScale`.
         """
         losses = {}
         if self.preset.perceptual_weight:
@@ -69,7 +79,7 @@ class DetailLosses(nn.Module):
         if not self.preset.adversarial_weight or not adversarial:
             return likeness, losses
         reward = self.discriminator.reward(reconstructions)
-        weight = self.preset.adversarial_weight * balance(likeness, reward, last_layer)
+        weight = self.preset.adversarial_weight * balance(likeness, reward, last_layer, scale)
         own_loss, right = self.discriminator.loss(originals, reconstructions)
         losses |= {"adversarial": reward, "balance": weight, "discriminator": own_loss,
                    "discriminator_right": right}
@@ -156,20 +166,22 @@ class Discriminator(nn.Module):
         return loss
 
 
-def balance(likeness: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def balance(likeness: Tensor, adversarial: Tensor, last_layer: Tensor, scale: Tensor) -> Tensor:
     """The adversarial loss's weight, so that at the decoder's last layer it pulls as much as the
     other losses do (VQGAN, arXiv 2012.09841, Eq. 7). It is a tensor: nobody waits for its value.
 
         |gradient of likeness| / (|gradient of adversarial| + 1e-6)
 
     At most 10,000, since a discriminator that is sure has small gradients. These are of all
-    processes, and of one micro-batch.
+    processes, and of one micro-batch. Where one overflows, so that the step is to be left out, the
+    weight is no number.
     """
     norms = []
     for loss in (likeness, adversarial):
-        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
-        norms.append(average_over_processes(gradient).norm())
-    return (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
+        (gradient,) = torch.autograd.grad(loss * scale, last_layer, retain_graph=True)
+        norms.append(average_over_processes(gradient).norm() / scale)
+    weight = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
+    return weight.masked_fill(~(norms[0] + norms[1]).isfinite(), math.nan)
 
 
 def load_lpips(path: Path) -> nn.Module:

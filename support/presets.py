@@ -1,13 +1,15 @@
 """The values of a training, the sizes they come in, and a flag for each."""
 from __future__ import annotations
 
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import SUPPRESS, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from support.cli import COUNT, SEED, Parser, UserError, add_device_flags, number, several
+from support.cli import (
+    COUNT, SEED, Parser, UserError, add_device_flags, number, place, several,
+)
 from support.data import PUBLISHED
 from support.devices import own_cores
 
@@ -38,8 +40,8 @@ class BothPreset:
 class TokenizerPreset(BothPreset):
     scales: tuple[int, ...] | None = option(
         None, several(SIZE),
-        "sides of the token maps, from 1 to the latent's, with commas; if not given, 1,2,4,... up "
-        "to it")
+        "sides of the token maps, with commas, from 1 to the latent's (default: 1,2,3,5,8, or "
+        "1,2,4,... where that does not fit the latent)")
     vocabulary: int = option(256, SIZE, "codes in the codebook")
     code_channels: int = option(8, SIZE, "channels of a code")
     tokenizer_width: int = option(16, SIZE, "the tokenizer's channels at full resolution")
@@ -78,7 +80,7 @@ class VARPreset(BothPreset):
     label_dropout: float = option(0.1, PART, "share of train labels that become the null class")
     drop_path: float = option(0.0, BELOW_1, "stochastic depth of the last layer; of the first, 0")
     last_scales: int | None = option(
-        None, COUNT, "how many scales a token sees, its own among them; if not given, all so far")
+        None, COUNT, "how many scales a token sees, its own among them (default: all so far)")
     var_steps: int = option(1550, COUNT, "train steps of the transformer")
     var_batch: int = option(32, SIZE, "images per train step of the transformer")
     var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
@@ -112,8 +114,8 @@ class Preset(VARPreset, TokenizerPreset):
         Raises UserError for `given` flags that say otherwise."""
         shape = {**shape, "image_size": image_size, "tokenizer_width": shape["width"]}
         own = {name: shape[name] for name in self.of(TokenizerPreset) if name in shape}
-        for name, value in own.items():
-            if given.get(name, value) != value:
+        for name, value in {**own, "channels": shape["image_channels"]}.items():
+            if given.get(name) not in (None, value):
                 raise UserError(f"--{name.replace('_', '-')} {given[name]} is not that of the "
                                 f"tokenizer, which has {value}")
         return replace(self, **own)
@@ -146,63 +148,108 @@ PRESETS = {
 }
 
 
-def training_flags(description: str) -> Parser:
+DESCRIPTION = """Train VAR: the tokenizer, then the transformer.
+
+    python train.py                                     the built-in shapes, minutes on two cores
+    python train.py --data fashion-mnist
+    python train.py --data FOLDER --image-size 64       a sub-folder of images for each class
+    python train.py --data FOLDER --preset pixels64     with the losses that keep detail
+    python train.py --resume                            after Ctrl-C
+    python train.py --tokenizer-steps 200 --var-steps 100 --out out/look    a quick look"""
+TURNED = ("image_size", "tokenizer_steps", "var_steps")   # the values that most trainings change
+
+
+def training_flags() -> Parser:
     """The flags of train.py."""
-    parser = Parser(description=description)
-    add = parser.add_argument
+    parser = Parser(usage="python train.py [FLAGS]", description=DESCRIPTION,
+                    formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("what, where and how long").add_argument
     add("--data", default="shapes",
         help=f"shapes (drawn), {', '.join(PUBLISHED)}, or a folder with a sub-folder of images for "
              f"each class (default: %(default)s)")
-    add("--out", type=Path, help="folder to write to (default: out/ and the name of the data)")
+    add("--out", type=place, help="folder to write to (default: out/ and the name of the data)")
+    add("--resume", action="store_true",
+        help="go on from the checkpoints in the folder (default: begin)")
+    add("--preset", choices=PRESETS, default="tiny",
+        help="a size of model and training; other flags change single values of it (default: "
+             "%(default)s)")
+    for name in TURNED:
+        add_value(add, name)
     add("--stage", choices=("all", "tokenizer", "var"), default="all",
         help="what to train (default: %(default)s)")
-    add("--tokenizer", type=Path,
+    add("--tokenizer", type=place,
         help="train the transformer on this tokenizer, a .pt of train.py or a published .pth; the "
-             "run keeps a copy")
-    add("--resume", action="store_true", help="go on from the checkpoints in the folder")
-    add("--checkpoint-every", type=COUNT, default=1000,
-        help="steps between checkpoints (default: %(default)s)")
+             "run keeps a copy (default: the one that is trained first)")
     add("--seed", type=SEED, default=0, help="of every random draw (default: %(default)s)")
-    add_device_flags(parser)
+    add("--tensorboard", action="store_true",
+        help="write numbers and pictures for TensorBoard, too, into the run's folder (default: "
+             "do not)")
+    group = parser.add_argument_group("the machine")
+    add_device_flags(group)
+    add = group.add_argument
     add("--grad-accumulation", type=COUNT, default=1, metavar="N",
-        help="compute a step in this many micro-batches, to need less memory")
+        help="compute a step in this many micro-batches, to need less memory (default: "
+             "%(default)s)")
     add("--checkpoint-activations", action="store_true",
         help="keep only what enters a layer for the backward pass and compute the rest again: less "
-             "memory, more time")
-    add("--perceptual", type=Path, metavar="FILE",
-        help="LPIPS as the perceptual distance, by torchvision's VGG-16 (vgg16-397923af.pth), "
-             "downloaded if it is not there; if not given, that of a classifier trained on the "
-             "same images")
+             "memory, more time (default: keep all)")
+    add("--checkpoint-every", type=COUNT, default=1000,
+        help="steps between checkpoints (default: %(default)s)")
+    add("--workers", type=STEPS, default=min(8, own_cores()),
+        help="threads that read the images of a folder (default: %(default)s)")
     add = parser.add_argument_group("images").add_argument
-    add("--data-dir", type=Path, default=Path("data"),
-        help="where published data sets are looked for, and downloaded to")
+    add("--data-dir", type=place, default=Path("data"),
+        help="where published data sets are looked for, and downloaded to (default: %(default)s)")
     add("--channels", type=int, choices=(1, 3),
         help="3 for colour or 1 for grey, of images in a folder (default: 3)")
     add("--white-level", type=number(int, 1, 65535), metavar="N",
-        help="the white of 16-bit files that do not use all bits, as 4095 for 12")
-    add("--workers", type=STEPS, default=min(8, own_cores()),
-        help="threads that read the images of a folder (default: %(default)s)")
+        help="the white of 16-bit files that do not use all bits, as 4095 for 12 (default: 65535)")
     add("--stream", action="store_true",
-        help="read a folder's images as training goes, instead of decoding them once")
-    add_preset_flags(parser)
+        help="read a folder's images as training goes (default: decode them once)")
+    add("--perceptual", type=place, metavar="FILE",
+        help="LPIPS as the perceptual distance, by torchvision's VGG-16 (vgg16-397923af.pth), "
+             "downloaded if it is not there (default: that of a classifier of the same images)")
+    add = parser.add_argument_group(
+        "other values of the preset (the defaults shown are those of tiny)").add_argument
+    for value in fields(Preset):
+        if value.name not in TURNED:
+            add_value(add, value.name)
     return parser
 
 
-def add_preset_flags(parser: ArgumentParser) -> None:
-    """--preset, and a flag for every value of it; those that are not given stay unset."""
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="tiny",
-        help="a size of model and training; the flags below change single values of it")
-    group = parser.add_argument_group("values of the preset (the defaults shown are those of tiny)")
-    for value in fields(Preset):
-        flag = "--" + value.name.replace("_", "-")
-        text = value.metadata["help"]
-        if value.default is not None:
-            text += f" (default: {value.default})"
-        how = {"type": value.metadata["read"]}
-        if how["type"] is YES_OR_NO:
-            how = {"action": BooleanOptionalAction}
-        group.add_argument(flag, **how, default=SUPPRESS, help=text)
+def add_value(add: Callable, name: str) -> None:
+    """The flag of a value of the preset; one that is not given stays unset."""
+    value = Preset.__dataclass_fields__[name]
+    text = value.metadata["help"]
+    if value.default is not None:
+        default = value.default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        text += f" (default: {default})"
+    how = {"type": value.metadata["read"], "metavar": "N"}
+    if how["type"] is YES_OR_NO:
+        how = {"action": BooleanOptionalAction}
+    add("--" + name.replace("_", "-"), **how, default=SUPPRESS, help=text)
+
+
+def training_options(arguments: list[str] | None = None) -> Namespace:
+    """What is asked for, with `stages`, those to train. Raises UserError for flags of which one
+    makes another useless, and for a folder not to train in."""
+    options = training_flags().parse_args(arguments)
+    preset = replace(PRESETS[options.preset], **given_values(options))
+    if not options.data:
+        raise UserError("--data: a name is missing")
+    if options.tokenizer and options.stage == "tokenizer":
+        raise UserError("--stage tokenizer trains a tokenizer; --tokenizer names a finished one")
+    if options.perceptual and (options.tokenizer or not preset.perceptual_weight):
+        raise UserError("--perceptual changes nothing without --perceptual-weight, or where no "
+                        "tokenizer is trained")
+    options.stages = ["tokenizer", "var"] if options.stage == "all" else [options.stage]
+    if options.tokenizer:
+        options.stages = ["var"]
+    options.out = options.out or Path("out") / Path(options.data).resolve().name
+    check_folder(options.data, options.out, options.stages, options.resume)
+    return options
 
 
 def given_values(options: Namespace) -> dict[str, Any]:
@@ -246,6 +293,9 @@ def check_folder(data: str, out: Path, stages: list[str], resume: bool) -> None:
     if data not in ("shapes", *PUBLISHED) and out.resolve().is_relative_to(folder):
         raise UserError(f"--out {out} lies in --data {data}, and its pictures would be taken for "
                         f"data; name a folder elsewhere")
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--out {out} cannot be a folder, as {nearest} is a file")
     there = [path for path in (out / f"{name}.pt" for name in stages) if path.exists()]
     if there and not resume:
         raise UserError(f"{there[0]} is there already: --resume goes on with it, --out names "

@@ -14,7 +14,6 @@ and a large copy.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import statistics
@@ -37,7 +36,9 @@ import kernels
 import var
 from kernels import ATTENTION_TILES, HAS_TRITON, KeyRanges, block_attention, triton
 from sample import Run, Sampling
+from support.cli import Parser, output_as, run_program
 from support.devices import Machine, forward_flops, pack
+from support.images import save_picture
 from support.optim import adamw_and_muon
 from support.presets import PRESETS
 from tests.registers import print_registers
@@ -70,17 +71,17 @@ def tile_grid(L: int) -> Tensor:
     return tiles.any(dim=(1, 3)).long() + tiles.all(dim=3).all(dim=1)
 
 
-def draw_tiles(file: str) -> None:
+def draw_tiles(file: Path) -> None:
     """The tiles that attention_forward visits at 256 pixels, and the edge of the mask."""
     from matplotlib import colors, pyplot
     last = KeyRanges.from_scales(BENCHMARK_SCALES[680]).last
-    figure, panel = pyplot.subplots(figsize=(4.5, 4.2), layout="constrained")
+    figure, panel = pyplot.subplots(figsize=(6, 5.6), layout="constrained")
     panel.pcolormesh(range(0, 705, 64), range(0, 769, 128), tile_grid(680), edgecolors="white",
                      cmap=colors.ListedColormap(["0.93", "tab:orange", "tab:blue"]))
     panel.stairs(last, range(681), orientation="horizontal", color="black")
     panel.set(ylim=(768, 0), xlabel="keys", ylabel="queries",
               title="tiles: whole (blue), cut (orange), not visited")
-    figure.savefig(file, dpi=100)
+    save_picture(file, figure)
 
 
 class BytesMoved(TorchDispatchMode):
@@ -561,7 +562,7 @@ def random_run(geometry: Geometry, machine: Machine) -> Run:
         tokenizer.decoder.compile(dynamic=False)
         model.compile_layers()
     classes = [str(label) for label in range(model.config.classes)]
-    return Run(Path(), tokenizer, model, classes, None, machine, Sampling(1.5, 900, 0.96))
+    return Run(Path(), tokenizer, model, classes, None, machine, Sampling(1.5, 900, 0.96, 100))
 
 
 def draw(run: Run, batch: int) -> None:
@@ -694,7 +695,7 @@ def benchmark_training(geometry: Geometry, batch: int, rate: float, bandwidth: f
     print(f"  limit by FLOPs {1e3 * by_flops:.1f} ms, by bytes {1e3 * by_bytes:.1f} ms")
 
 
-def save_plot(curves: dict, file: str) -> None:
+def save_plot(curves: dict, file: Path) -> None:
     from matplotlib import pyplot
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for panel, (what, lines) in zip(panels, curves.items()):
@@ -702,15 +703,15 @@ def save_plot(curves: dict, file: str) -> None:
             panel.loglog(*zip(*points), marker="o", label=name)
         panel.set(title=f"attention, {what}", xlabel="tokens L", ylabel="seconds")
         panel.legend()
-    figure.savefig(file)
+    save_picture(file, figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tests.benchmark",
         description="Count and time every operation, against what PyTorch offers here.")
-    parser.add_argument("--plot", metavar="FILE", help="save attention's time against L here")
-    parser.add_argument("--tiles", metavar="FILE",
+    parser.add_argument("--plot", type=output_as(".png"), metavar="FILE", help="save attention's time against L here")
+    parser.add_argument("--tiles", type=output_as(".png"), metavar="FILE",
                         help="only draw the tiles that attention visits, and save them here")
     parser.add_argument("--generate", action="store_true",
                         help="only time one image of the published size, in fp32, against its limit")
@@ -752,5 +753,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
 

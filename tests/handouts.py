@@ -15,6 +15,7 @@ class Assignment:
     bodies: tuple[str, ...]         # to be written
     give_aways: tuple[str, ...]     # would show how: compiled in the student's folder
     forbidden: tuple[str, ...]      # names that no body may use; the give-aways' are added
+    quoted: tuple[str, ...]         # what bodies and graded tests use beside them: told, too
     points: dict[str, int]          # of each graded test, as pytest names it
     hours: str                      # a guess
     after: tuple[int, ...]          # assignments that it builds on
@@ -43,6 +44,8 @@ LIST = [
                     "tokenizer.Quantizer.start_from", "var.VAR.generate", "sample.Known.tokens",
                     "reference.running_latents", "reference.read"),
         forbidden=(),
+        quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.nearest",
+                "tokenizer.Quantizer.split", "kernels.full_precision"),
         points={
             TOKENIZER + "test_every_step_of_the_loop_is_numpys": 3,
             TOKENIZER + "test_every_pyramid_encodes_and_decodes": 1,
@@ -53,6 +56,10 @@ LIST = [
             GRADED + "test_neighbouring_scales_share_a_phi": 1,
             GRADED + "test_the_running_sum_is_computed_in_fp32_under_autocast": 1,
             PARITY + "test_tokenizer": 1,
+            GRADED + "test_gradients_pass_through_a_sum_to_all_that_is_in_it": 1,
+            GRADED + "test_what_the_quantizer_makes_is_where_its_inputs_are": 1,
+            GRADED + "test_each_map_is_compared_and_added_once": 1,
+            GRADED + "test_one_image_at_one_scale_is_still_a_batch": 1,
         },
         hours="3-5",
         after=(),
@@ -67,8 +74,12 @@ LIST = [
             C] and images are [B, C, s, s]: a `reshape` between the two compiles, runs, and is
             wrong. Upsampling is bicubic, averaging is over areas; phi is called like a function,
             and which phi serves which scale stands in `phi_of_scale`. `decode` also takes the first
-            few maps alone. Compute outside of autocast, in the dtype of what you are given; a sum
-            is a new tensor: training fails if `accumulate` changes f_hat in place.
+            few maps alone. Compute outside of autocast, in the dtype of what you are given (fp32 in
+            the program, float64 in most tests). A sum is a new tensor: training fails if
+            `accumulate` changes f_hat in place, and gradients reach f_hat, codes and phi through
+            it. Each vector is compared with the codes once, and each map accumulated once.
+
+            ![The maps of images, and what each adds](.github/images/codes.png)
         """,
         question="""
             How much does phi repair? `PHI_STRENGTH` is 0.5 as published. Train three tokenizers, a
@@ -99,6 +110,10 @@ LIST = [
                     "tokenizer.Quantizer.teacher_inputs", "tokenizer.Quantizer.start_from",
                     "var.VAR.generate", "sample.Known.tokens", "reference.running_latents"),
         forbidden=(),
+        quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.accumulate",
+                "tokenizer.Quantizer.read", "tokenizer.Quantizer.nearest",
+                "tokenizer.Quantizer.split", "tokenizer.Quantizer.update_hits",
+                "tokenizer.Quantizer.count", "tokenizer.COMMITMENT"),
         points={
             TOKENIZER + "test_the_codebook_loss_and_its_gradients_are_numpys": 4,
             TOKENIZER + "test_gradients_pass_straight_through_to_the_encoder": 2,
@@ -106,6 +121,9 @@ LIST = [
             TOKENIZER + "test_a_training_pass_keeps_residuals_without_their_graph_and_counts_"
                         "hits": 2,
             TOKENIZER + "test_hits_do_not_depend_on_how_a_step_is_split": 1,
+            GRADED + "test_what_the_quantizer_makes_is_where_its_inputs_are": 1,
+            GRADED + "test_each_map_is_compared_and_added_once": 1,
+            GRADED + "test_one_image_at_one_scale_is_still_a_batch": 1,
         },
         hours="3-5",
         after=(1,),
@@ -143,6 +161,10 @@ LIST = [
                     "tokenizer.Quantizer.teacher_inputs", "tokenizer.Quantizer.forward",
                     "var.VAR.generate", "sample.Known.tokens"),
         forbidden=(),
+        quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.accumulate",
+                "tokenizer.Quantizer.read", "tokenizer.Quantizer.split",
+                "tokenizer.Quantizer.count", "kernels.nearest_code", "tokenizer.HITS_DECAY",
+                "tokenizer.DEAD_BELOW"),
         points={
             TOKENIZER + "test_the_first_codes_are_residuals_of_every_scale_alike": 3,
             GRADED + "test_the_first_codes_are_of_any_images": 1,
@@ -193,12 +215,16 @@ LIST = [
                     "tokenizer.Quantizer.forward", "tokenizer.Quantizer.start_from",
                     "var.VAR.generate", "reference.running_latents"),
         forbidden=(),
+        quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.accumulate",
+                "tokenizer.Quantizer.read", "tokenizer.Quantizer.split"),
         points={
             TOKENIZER + "test_teacher_inputs_read_the_running_latent_of_coarser_scales_only": 3,
             TOKENIZER + "test_every_step_of_the_loop_is_numpys": 2,
             TOKENIZER + "test_every_pyramid_encodes_and_decodes": 1,
             TRANSFORMER + "test_cached_generation_equals_the_masked_forward": 3,
             PARITY + "test_tokenizer": 1,
+            GRADED + "test_what_the_quantizer_makes_is_where_its_inputs_are": 1,
+            GRADED + "test_each_map_is_compared_and_added_once": 1,
         },
         hours="1-2",
         after=(1,),
@@ -210,19 +236,22 @@ LIST = [
 
             Hints. It is one loop over `accumulate` and `read`. Scale k reads what scales 1..k-1 add
             up to: be sure which size is read after which scale. The last scale is read by nobody.
-            With one scale there is nothing to read, and the result still has three axes.
+            With one scale there is nothing to read, and the result still has three axes. Each map
+            is accumulated once. One graded test draws with `VAR.generate`, and compares the logits
+            of each scale with those of the whole model on your inputs.
+
+            ![What each scale reads, and what it is to predict](.github/images/teaching.png)
         """,
         question="""
             Why f_hat and not the codes of the last scale alone? Change your function so that each
             scale reads only the one before: its codes, enlarged and through phi, added to nothing.
             Train the transformer on the same tokens with both, about two minutes each:
 
-                python train.py --stage tokenizer --out out/tokenizer
-                T=out/tokenizer/tokenizer.pt
+                T=out/shapes/tokenizer.pt
                 python train.py --tokenizer $T --var-steps 300 --out out/f_hat
                 python train.py --tokenizer $T --var-steps 300 --out out/last   # changed
 
-            `log.jsonl` in both folders has lines of kind "held_out" with `loss` and
+            `log.jsonl` in both folders has lines with "split": "held_out", `loss` and
             `loss_per_scale`. A good answer compares them scale by scale: at which scale can there
             be no difference, and where would you expect the largest? It says why attention to the
             coarser scales does not make up for all of it. (The samples that the second
@@ -236,6 +265,9 @@ LIST = [
                 "kernels.mask_in_sight", "kernels.block_attention_torch"),
         give_aways=("benchmark.obvious_attention", "reference.attention"),
         forbidden=("block_attention", "block_attention_triton", "BlockAttention", "launch"),
+        quoted=("kernels.block_attention", "kernels.KeyRanges.rows", "kernels.KeyRanges.dense",
+                "kernels.KeyRanges.cached", "kernels.table", "kernels.plain_attention",
+                "kernels.attention_tiles"),
         points={
             GRADED + "test_the_table_of_scales": 2,
             GRADED + "test_a_token_sees_its_own_scale_at_least": 1,
@@ -244,6 +276,7 @@ LIST = [
             KERNELS + "test_attention_at_the_length_of_the_published_models[torch]": 1,
             KERNELS + "test_the_unused_end_of_a_cache_may_hold_anything[torch]": 1,
             KERNELS + "test_queries_that_all_see_the_same_keys_need_no_mask": 2,
+            GRADED + "test_tables_are_small_int32_and_where_they_are_asked_for": 1,
         },
         hours="4-6",
         after=(),
@@ -257,22 +290,26 @@ LIST = [
             Hints. Draw the table for scales (1, 2, 3) on paper, for "all so far", for 1 and for 2
             scales in sight. In the transposed table a key may be seen by nobody: then first and
             last are equal. `torch.searchsorted` on a sorted column answers "how many are at most
-            x", and right=True or False is the whole exercise.
+            x", and right=True or False is the whole exercise; nothing of the size L S is made for
+            it. A range of scales that is less than 1 is told in the ValueError. The keys and values
+            beyond the last one in sight may hold anything, NaN too, and must not be read.
+
+            ![Tiles of the mask](.github/images/tiles.png)
         """,
         question="""
             How far must a token see? Train three transformers on one tokenizer, about a minute and
             a half each:
 
-                python train.py --stage tokenizer --out out/tokenizer
-                T=out/tokenizer/tokenizer.pt
+                T=out/shapes/tokenizer.pt
                 python train.py --tokenizer $T --var-steps 250 --out out/all
                 python train.py --tokenizer $T --var-steps 250 --last-scales 2 --out out/two
                 python train.py --tokenizer $T --var-steps 250 --last-scales 1 --out out/one
 
-            Compare the held-out loss (lines of kind "held_out" in log.jsonl) and the time per step
-            that the progress bar shows. A good answer explains why a token that sees its own scale
-            alone is not blind (what does it read?), how much of the time could be saved at all at
-            85 tokens, and how that changes at 680: count the pairs of `KeyRanges` for both.
+            Compare the held-out loss (lines with "split": "held_out" in log.jsonl) and the time per
+            step that the progress bar shows. A good answer explains why a token that sees its own
+            scale alone is not blind (what does it read?), how much of the time could be saved at
+            all at these 103 tokens, and how that changes at the published 680: count the pairs of
+            `KeyRanges` for both.
         """,
     ),
     Assignment(
@@ -283,6 +320,9 @@ LIST = [
         give_aways=("kernels.split_heads_forward",
                     "reference.split_heads", "reference.attention"),
         forbidden=("split_heads_triton", "launch", "launch_split_heads", "SplitHeads"),
+        quoted=("kernels.split_heads", "kernels.inverse_norm", "kernels.LARGEST_LOG_SCALE",
+                "kernels.adaln", "kernels.block_attention", "var.Stream", "var.Attention.forward",
+                "var.LayerCache.slots", "var.LayerCache.so_far"),
         points={
             KERNELS + "test_split_heads_and_its_gradients[torch]": 2,
             KERNELS + "test_keys_and_values_go_where_there_is_room_and_nowhere_else": 1,
@@ -293,6 +333,10 @@ LIST = [
             GRADED + "test_what_the_class_does_to_each_layer": 1,
             TRANSFORMER + "test_cached_generation_equals_the_masked_forward": 1,
             PARITY + "test_transformer": 2,
+            KERNELS + "test_however_short_a_row_is_it_becomes_a_unit[torch]": 1,
+            GRADED + "test_gradients_pass_through_a_layer_and_what_the_class_does_to_"
+                     "it": 1,
+            GRADED + "test_a_skipped_branch_has_no_gradient_and_others_have_more": 1,
         },
         hours="4-6",
         after=(),
@@ -308,14 +352,16 @@ LIST = [
             logarithm and must not pass 100. A layer is given the stream and a branch that is
             still to be added to it; it returns the same, with its own last branch. Stochastic
             depth skips a branch for whole images, and on average changes nothing. `adaln` adds
-            the branch it is given, and the 1 to the scale, itself.
+            the branch it is given, and the 1 to the scale, itself. Rows are divided by their norm
+            in fp32, however short they are. Graded tests also run a whole `model`: `VAR.generate`
+            with its cache against the same tokens read at once by way of `teacher_inputs`, and the
+            image that they `decode` to.
         """,
         question="""
             What are normalised queries and keys good for? Four short trainings on one tokenizer, a
             minute each:
 
-                python train.py --stage tokenizer --out out/tokenizer
-                T=out/tokenizer/tokenizer.pt
+                T=out/shapes/tokenizer.pt
                 for lr in 1e-2 5e-2; do
                     O="--tokenizer $T --var-steps 150 --var-lr $lr"
                     python train.py $O --out out/unit-$lr
@@ -331,9 +377,15 @@ LIST = [
     Assignment(
         number=7,
         title="Generation",
-        bodies=("var.LayerCache.slots", "var.LayerCache.so_far", "var.VAR.generate", "var.VAR.draw"),
+        bodies=("var.LayerCache.slots", "var.LayerCache.so_far", "var.VAR.generate",
+                "var.VAR.draw"),
         give_aways=("tokenizer.Quantizer.teacher_inputs",),
         forbidden=("forward",),
+        quoted=("kernels.sample_tokens", "kernels.KeyRanges.rows", "var.VAR.forward",
+                "var.VAR.start", "var.VAR.places", "var.VAR.modulations", "var.VAR.through_layers",
+                "var.VAR.logits", "var.VAR.new_caches", "tokenizer.Quantizer.empty",
+                "tokenizer.Quantizer.accumulate", "tokenizer.Quantizer.read", "sample.Known.put",
+                "var.VARConfig", "var.VARConfig.spans"),
         points={
             GRADED + "test_a_cache_takes_its_room_once_and_gives_what_is_there": 1,
             TRANSFORMER + "test_cached_generation_equals_the_masked_forward": 3,
@@ -347,6 +399,8 @@ LIST = [
             GRADED + "test_draws_follow_their_own_generator_and_the_distribution": 1,
             GRADED + "test_tokens_that_are_known_are_read_by_the_next_scale": 1,
             PARITY + "test_transformer": 1,
+            GRADED + "test_each_token_passes_each_layer_once": 2,
+            GRADED + "test_what_is_generated_is_where_the_labels_are": 1,
         },
         hours="5-8",
         after=(4, 6),
@@ -362,7 +416,10 @@ LIST = [
             to it. Both halves of a guided batch read the same f_hat. Without guidance nothing is
             computed twice. The guidance of scale k is cfg k / (K - 1), and K may be 1. Noise comes
             from the generator that was given. `known` may replace what was drawn (assignment 13):
-            later scales read the replacement. A cache takes its memory once.
+            later scales read the replacement. A cache takes its memory once. Each token passes each
+            layer once, with guidance twice: that is counted.
+
+            ![Images after each scale](.github/images/progress.png)
         """,
         question="""
             Why does guidance grow with the scale? Compare it with a constant one of the same mean,
@@ -374,30 +431,31 @@ LIST = [
                 import sample
                 import var
                 from support.devices import choose_machine
-                from support.images import grid_of_classes, save_picture, to_bytes
+                from support.images import rows_of_classes, save_picture, to_bytes
 
-                run = sample.load_run(Path("out/shapes"), choose_machine("cpu"))
-                last = len(run.tokenizer.config.scales) - 1
                 kernel = var.sample_tokens
+                labels = [label for label in range(10) for _ in range(16)]
+                for cfg in (0.0, 1.0, 4.0, 8.0):
+                    sampling = sample.Sampling(cfg, top_k=900, top_p=1.0)
+                    run = sample.load_run(Path("out/shapes"), choose_machine("cpu"), sampling)
 
-                def constant(cond, uncond, guidance, *rest):
-                    return kernel(cond, uncond, run.sampling.cfg / 2, *rest)
+                    def constant(cond, uncond, guidance, *rest):
+                        return kernel(cond, uncond, cfg / 2, *rest)
 
-                for name, draw in (("growing", kernel), ("constant", constant)):
-                    var.sample_tokens = draw
-                    labels = [label for label in range(10) for _ in range(16)]
-                    tokens_NL = run.generate(labels, seed=0)
-                    images = run.decode(tokens_NL)
-                    spread = sum(torch.pdist(x).mean() for x in images.flatten(1).split(16)) / 10
-                    first = len(tokens_NL[:, 0].unique())
-                    print(f"{name}: distance within a class {spread:.1f}, first tokens {first}")
-                    picture = grid_of_classes(run.classes, to_bytes(images))
-                    save_picture(Path(f"{name}.png"), picture)
+                    for name, draw in (("growing", kernel), ("constant", constant)):
+                        var.sample_tokens = draw
+                        tokens_NL = run.generate(labels, seed=0)
+                        images = run.decode(tokens_NL)
+                        apart = [torch.pdist(x).mean() for x in images.flatten(1).split(16)]
+                        first = [len(x.unique()) for x in tokens_NL[:, 0].split(16)]
+                        print(f"cfg {cfg:.0f}, {name}: distance within a class "
+                              f"{sum(apart) / 10:.1f}, first tokens {sum(first) / 10:.1f}")
+                        picture = rows_of_classes(run.classes, to_bytes(images))
+                        save_picture(Path(f"{name}-{cfg:.0f}.png"), picture)
 
-            It needs a trained run: `python train.py`, five minutes on two cores, once for all such
-            questions. A good answer compares variety within a class and what the two pictures look
-            like, repeats it with cfg 0 and 8 in place of 4, and explains the number of different
-            first tokens from the formula of t.
+            A good answer compares variety within a class and what the pictures look like, says from
+            which cfg on the two differ, and explains the number of different first tokens from the
+            formula of t.
         """,
     ),
     Assignment(
@@ -407,6 +465,7 @@ LIST = [
         give_aways=("kernels.ranked_within",
                     "kernels.sample_tokens_kernel", "reference.kept_probabilities"),
         forbidden=("sample_tokens", "sample_tokens_triton", "launch"),
+        quoted=("kernels.sample_tokens",),
         points={
             KERNELS + "test_a_draw_is_the_best_of_the_tokens_kept[torch]": 2,
             KERNELS + "test_both_backends_draw_the_same_token": 1,
@@ -415,6 +474,7 @@ LIST = [
             KERNELS + "test_frequencies_follow_the_distribution": 1,
             KERNELS + "test_rare_tokens_count_for_top_p": 1,
             GRADED + "test_drawing_changes_nothing_that_it_was_given": 1,
+            GRADED + "test_a_draw_is_int64_and_where_the_logits_are": 1,
         },
         hours="3-5",
         after=(),
@@ -455,8 +515,7 @@ LIST = [
                     spread = sum(torch.pdist(x).mean() for x in images) / 10
                     print(f"top-p {top_p}: {nats:.2f} nats per token, distance {spread:.1f}")
 
-            It needs a trained run: `python train.py`, five minutes on two cores, once for all such
-            questions. A good answer plots one against the other, adds the point of real held-out
+            A good answer plots one against the other, adds the point of real held-out
             images (`run.held_out`, `run.encode`), and says at which p samples are as likely as real
             images, and whether that is where they look best.
         """,
@@ -467,11 +526,14 @@ LIST = [
         bodies=("kernels.normalise", "kernels.adaln_forward", "kernels.adaln_backward"),
         give_aways=("kernels.adaln_torch", "reference.adaln"),
         forbidden=ONLY_TRITON,
+        quoted=("kernels.adaln", "kernels.adaln_triton", "kernels.AdaLN", "kernels.Array",
+                "kernels.load_token", "kernels.store_token"),
         points={
             KERNELS + "test_adaln_and_its_gradients[triton]": 6,
             GRADED + "test_a_row_narrower_than_its_tile_and_far_from_zero_is_normalised": 1,
             KERNELS + "test_adaln_sums_gradients_in_one_order": 1,
             TRANSFORMER + "test_both_backends_give_the_same_loss_and_gradients": 2,
+            GRADED + "test_the_norm_is_of_the_sum_as_it_is_stored": 1,
         },
         hours="4-6",
         after=(),
@@ -487,7 +549,9 @@ LIST = [
             zeros when loaded, but not after you subtract a mean. What the backward pass reads is
             the sum as it was stored, in its dtype: norm that. In the backward pass a program sees
             some tokens of one image and adds up three sums; it writes its part of them, and the
-            parts are added afterwards. `print` works in a kernel here, in Triton's interpreter.
+            parts are added afterwards. `print` works in a kernel here, in Triton's interpreter. One
+            graded test runs a small `VAR` on what `encode` and `teacher_inputs` made of images,
+            with your kernels and without, and compares all gradients.
         """,
         question="""
             What is saved? Count the bytes that PyTorch moves, without running anything:
@@ -516,6 +580,8 @@ LIST = [
         bodies=("kernels.nearest_code_kernel",),
         give_aways=("kernels.nearest_code_torch", "reference.distances"),
         forbidden=ONLY_TRITON,
+        quoted=("kernels.nearest_code", "kernels.code_terms", "kernels.Array", "kernels.load_tile",
+                "kernels.product"),
         points={
             KERNELS + "test_nearest_code_is_nearest[triton]": 4,
             KERNELS + "test_of_equally_near_codes_the_first_wins_wherever_it_is[triton]": 2,
@@ -565,8 +631,7 @@ LIST = [
                     error = (run.decode(tokens_BL) - images).square().mean()
                     print(f"mean squared error {error:.6f}")
 
-            It needs a trained run: `python train.py`, five minutes on two cores, once for all such
-            questions. A good answer separates two causes (a rounded product changes a token; a
+            A good answer separates two causes (a rounded product changes a token; a
             changed token changes all that the finer scales are asked for: measure the first alone),
             and says how much worse the images are. Why would changed tokens matter if the images
             hardly differ?
@@ -580,6 +645,10 @@ LIST = [
                     "kernels.plain_attention", "kernels.block_attention_torch",
                     "benchmark.obvious_attention", "reference.attention"),
         forbidden=ONLY_TRITON,
+        quoted=("kernels.block_attention", "kernels.block_attention_triton", "kernels.KeyRanges",
+                "kernels.KeyRanges.from_scales", "kernels.KeyRanges.cached", "kernels.launch",
+                "kernels.load_head", "kernels.store_head", "kernels.product",
+                "kernels.tile_partners", "kernels.seen_by", "kernels.attention_tiles"),
         points={
             KERNELS + "test_attention_and_its_gradients[triton]": 3,
             KERNELS + "test_products_of_any_size_make_weights": 1,
@@ -632,6 +701,10 @@ LIST = [
         give_aways=("kernels.plain_attention", "kernels.block_attention_torch",
                     "benchmark.obvious_attention", "reference.attention"),
         forbidden=ONLY_TRITON,
+        quoted=("kernels.block_attention", "kernels.KeyRanges", "kernels.attention_forward",
+                "kernels.plan_tiles", "kernels.tile_partners", "kernels.seen_by",
+                "kernels.load_head", "kernels.store_head", "kernels.product",
+                "kernels.attention_tiles"),
         points={
             KERNELS + "test_attention_and_its_gradients[triton]": 6,
             KERNELS + "test_attention_at_the_length_of_the_published_models[triton]": 2,
@@ -649,7 +722,8 @@ LIST = [
             of o do, is made by the first kernel and read by the second. Where does the scale go,
             and where ln 2? A padded query has log2sum 0 and a weight that is not 0: what keeps it
             out of dk? Test one gradient after the other, at the smallest sizes, against the NumPy
-            reference that the tests compare with.
+            reference that the tests compare with. One graded test runs a small `VAR` on what
+            `encode` and `teacher_inputs` made of images, with your kernels and without.
         """,
         question="""
             What does the second kernel visit? It tiles the transposed table, and may take other
@@ -682,6 +756,9 @@ LIST = [
         give_aways=("tokenizer.Quantizer.encode", "tokenizer.Quantizer.forward",
                     "tokenizer.Quantizer.start_from"),
         forbidden=(),
+        quoted=("tokenizer.Quantizer", "tokenizer.Quantizer.empty",
+                "tokenizer.Quantizer.accumulate", "tokenizer.Quantizer.read",
+                "tokenizer.Quantizer.nearest", "tokenizer.Quantizer.split"),
         points={
             TRANSFORMER + "test_which_tokens_are_known": 2,
             TRANSFORMER + "test_the_closed_loop_codes_what_is_missing_and_the_open_loop_the_images_"
@@ -691,6 +768,8 @@ LIST = [
             GRADED + "test_a_hole_is_filled_from_its_border": 2,
             GRADED + "test_filling_reads_nothing_in_the_hole_and_reaches_its_middle": 1,
             GRADED + "test_all_or_nothing_known_ends": 1,
+            GRADED + "test_what_is_put_is_where_the_drawn_tokens_are": 1,
+            GRADED + "test_coarse_maps_that_are_free_follow_the_rule_of_halves": 1,
         },
         hours="3-5",
         after=(1, 7),
@@ -705,7 +784,12 @@ LIST = [
             the image's own tokens, computed beforehand, no longer fit; ask what the image has more
             than what was made so far. The open loop stays available for comparison. `fill_holes`
             grows known pixels inwards, ring by ring, each new pixel the mean of its 3 x 3
-            neighbours that are known by then; it ends where all or nothing is known.
+            neighbours that are known by then; it ends where all or nothing is known. `known_HW` is
+            1 where pixels are known and 0 elsewhere, on the device of the images. Graded tests draw
+            with `VAR.generate`, hold your tokens to the nearest in `codebook_VC`, and `decode` the
+            result.
+
+            ![Completed images](.github/images/inpaint.png)
         """,
         question="""
             Is the closed loop better? Complete held-out images with three boxes, both ways:
@@ -718,10 +802,9 @@ LIST = [
                 done
 
             (In zsh or bash; half a minute or less each.) Each prints the error of the known part
-            and how visible the border is. It needs a trained run: `python train.py`, five minutes
-            on two cores, once for all such questions. A good answer has a table, says whether the
-            differences are larger than those between two seeds, and explains why the known part is
-            not exact in either loop, and what `--paste` hides.
+            and how visible the border is. The run is that in `out/shapes`. A good answer has a
+            table, says whether the differences are larger than those between two seeds, and
+            explains why the known part is not exact in either loop, and what `--paste` hides.
         """,
     ),
 ]

@@ -191,8 +191,10 @@ class Outcomes:
             owner = sys.modules[owners[0]]
             for part in owners[1:]:
                 owner = getattr(owner, part)
-            if isinstance(vars(owner)[last], types.FunctionType):   # no kernel, whose results are
-                setattr(owner, last, watched(vars(owner)[last], last))      # arguments of it
+            if isinstance(vars(owner)[last], types.FunctionType):
+                setattr(owner, last, watched(vars(owner)[last], last))
+            else:   # a kernel: what it is given, and what it writes, is said where it is launched
+                owner.launch = watched(owner.launch, last)
 
     def pytest_runtest_setup(self, item):
         """All cases of a test have to pass: once one failed, the others need not run."""
@@ -213,29 +215,54 @@ class Outcomes:
             self.failed[report.nodeid] = str(report.longrepr)[-2000:]
 
 
-def watched(function, name: str):
-    """The function, which fails if it changes a tensor it was given, other than `kv_slots`."""
-    import torch
-    from torch.utils._pytree import tree_leaves
+CARING = {"start_from", "update_hits", "revive", "room"}     # what these are methods of, they change
 
+
+def watched(function, what: str):
+    """The function, which fails if it changes what it is given, unless to write there."""
+    import torch
     parameters = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*given, **named):
         arguments = dict(parameters.bind(*given, **named).arguments)
-        arguments.pop("kv_slots", None)
-        tensors = [x for x in tree_leaves(arguments)
-                   if isinstance(x, torch.Tensor) and x.device.type != "meta"]
-        before = [x.detach().clone() for x in tensors]
-        versions = [x._version for x in tensors]
+        for name in ("kv_slots", "written", "cache", *["self"] * (what in CARING)):
+            arguments.pop(name, None)
+        before = held([*arguments.values()])
+        copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in before]
         result = function(*given, **named)
-        for x, value, version in zip(tensors, before, versions):
-            same = x._version == version or x.shape == value.shape and torch.equal(
-                x.detach().nan_to_num(), value.nan_to_num())
-            assert same, f"{name} changes a tensor that it is given"
+        after = held([*arguments.values()])
+        assert len(after) == len(before) and all(map(alike, after, before, copies)), \
+            f"{what} changes what it is given"
         return result
 
     return call
+
+
+def held(x) -> list:
+    """The tensors and numbers in it: of a module its weights and its settings."""
+    import torch
+    if isinstance(x, torch.Tensor):
+        return [x] * (x.device.type != "meta")
+    if isinstance(x, (list, tuple)):
+        return sum(map(held, x), [])
+    if isinstance(x, torch.nn.Module):
+        settings = [value for each in x.modules() for value in vars(each).values()
+                    if isinstance(value, (int, tuple)) or isinstance(value, list) and all(
+                        isinstance(number, int) for number in value)]
+        return [*x.parameters(), *x.buffers(), *held(settings)]
+    if type(x).__module__ in ("kernels", "tokenizer", "var", "sample"):
+        return held([*vars(x).values()])
+    return [x] if isinstance(x, (int, float, str)) else []
+
+
+def alike(x, before, copy) -> bool:
+    """Whether it is what it was; a kernel leaves no trace in x._version."""
+    import torch
+    if not isinstance(x, torch.Tensor):
+        return x == copy
+    return (x is before and x.dtype == copy.dtype and x.shape == copy.shape
+            and torch.equal(x.detach().nan_to_num(), copy.nan_to_num()))
 
 
 def limit(seconds: float) -> None:

@@ -123,7 +123,7 @@ def run_as_two(*arguments) -> Result:
 
 def tiny_settings(out: Path, *flags, **values) -> train.Settings:
     """Of a tiny run: with flags of the command line, and values of the preset by name."""
-    options = training_flags("").parse_args([*TINY, *map(str, flags)])
+    options = training_flags().parse_args([*TINY, *map(str, flags)])
     machine = choose_machine("cpu", options.precision)
     return train.Settings(
         replace(chosen_preset(options), **values), machine, out,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import re
 import sys
 import tempfile
 import textwrap
@@ -15,10 +16,14 @@ from pathlib import Path
 
 import assignments
 import pytest
-from assignments import ROOT, Nursery, carry, find, grade, path_of, repository, text_of
+import torch
+from assignments import Nursery, carry, grade, repository
+from functions import ROOT, body_lines, find, first_line, lines_of, path_of, text_of, with_body, without_body
 from handouts import ASSIGNMENTS, Assignment
-from mutations import PLANTED
+from mutations import EASY, EDGE, IN_PLACE, KINDS, PLANTED
+from rules import imports_of, stored_attribute
 
+OURS = ("kernels", "tokenizer", "var", "sample")
 CAUGHT_LAST: dict[str, str] = {}
 SECONDS = 300   # on a machine that does much else
 BODIES = {name: number for number, each in ASSIGNMENTS.items() for name in each.bodies}
@@ -45,14 +50,14 @@ def with_lines(name: str, body: str) -> str:
     """A function of the source with another body."""
     source = source_of(name)
     node = find(source, name)
-    head = assignments.lines_of(source)[assignments.first_line(node) - 1:
-                                        assignments.body_lines(source, node)[0] - 1]
+    head = lines_of(source)[first_line(node) - 1:
+                                        body_lines(source, node)[0] - 1]
     indent = " " * (node.col_offset + 4)
     return "\n".join(head) + "\n" + textwrap.indent(textwrap.dedent(body).strip(), indent)
 
 
 def stubs(number: int) -> dict[str, str]:
-    return {name: text_of(assignments.without_body(source_of(name), name, "stub"), name)
+    return {name: text_of(without_body(source_of(name), name, "stub"), name)
             for name in ASSIGNMENTS[number].bodies}
 
 
@@ -119,6 +124,45 @@ def test_the_list_and_the_handouts_name_what_there_is(capsys, monkeypatch):
             assert last not in handout or len(last) < 12, last
 
 
+def used_by(node: ast.AST, source: str) -> set[str]:
+    """The names of ours that a function uses."""
+    node = ast.Module(node.body, [])    # without decorators
+    ours = {name for name, module in imports_of(source).items() if module in OURS}
+    return ({x.attr for x in ast.walk(node) if isinstance(x, ast.Attribute)
+             and getattr(x.value, "id", "") != "data" and not hasattr(torch.Tensor, x.attr)}
+            | {x.id for x in ast.walk(node) if isinstance(x, ast.Name)} & ours)
+
+
+def defined() -> set[str]:
+    """Functions, classes, constants and attributes of the files that assignments are cut from."""
+    nodes = [node for file in OURS for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text()))]
+    return {x.name for x in nodes if isinstance(x, (ast.FunctionDef, ast.ClassDef))} | {
+        x.attr for x in nodes if isinstance(x, ast.Attribute) and isinstance(x.ctx, ast.Store)} | {
+        x.target.id for x in nodes if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)} | {
+        x.id for x in nodes if isinstance(x, ast.Name) and x.id.isupper()}
+
+
+@pytest.mark.parametrize("number", ASSIGNMENTS)
+def test_a_handout_says_all_that_its_tests_and_its_functions_use(number):
+    """And the words of errors that a test wants."""
+    each = ASSIGNMENTS[number]
+    said = set(re.findall(r"\w+", assignments.handout(each)))
+    needed = set()
+    for test in each.points:
+        node = assignments.test_of(test)
+        needed |= used_by(node, (ROOT / test.partition("::")[0]).read_text())
+        for x in ast.walk(node):
+            if isinstance(x, ast.keyword) and x.arg == "match":
+                said_so = [y.value for y in ast.walk(x.value) if isinstance(y, ast.Constant)]
+                assert set(re.findall(r"\w+", " ".join(said_so))) <= said, test
+    made = set()
+    for name in each.bodies:
+        node = find(source_of(name), name)
+        needed |= used_by(node, source_of(name))
+        made |= {x.attr for x in ast.walk(node) if stored_attribute(x)}
+    assert needed & defined() - made - said == set()
+
+
 @pytest.mark.parametrize("arguments, told", [
     (["grade", "3", "nowhere"], "nowhere is no folder"), (["cut", "3", "."], ". exists")])
 def test_mistakes_are_told_in_a_sentence(arguments, told, monkeypatch, capsys):
@@ -145,9 +189,13 @@ def test_what_is_cut_is_gone_and_nothing_else_is(number, tmp_path):
         node = find(source, name)
         assert ast.dump(node.args) == ast.dump(find(source_of(name), name).args)
         assert ast.get_docstring(node) == ast.get_docstring(find(source_of(name), name))
-        first, last = assignments.body_lines(source_of(name), find(source_of(name), name))
-        for line in assignments.lines_of(source_of(name))[first - 1:last]:
+        first, last = body_lines(source_of(name), find(source_of(name), name))
+        for line in lines_of(source_of(name))[first - 1:last]:
             assert len(line.strip()) < 20 or line.strip() not in text_of(source, name)
+    for path, content in files.items():
+        if path.suffix == ".md":
+            for link in re.findall(r"\]\((?!http)([^)#]+)", content):
+                assert path.parent / link in files, (path, link)
     assert not any(".git/" in str(path) or "mutations" in str(path) for path in files)
     assert {"HANDOUT.md", "train.py", "tests"} <= {path.parts[0] for path in files}
 
@@ -253,6 +301,9 @@ FORGED = {   # a body of `teacher_inputs` -> what is said of it
     "del torch.equal": "changes torch.equal",
     "self.read = lambda *a: torch.zeros(1)": "changes self.read",
     "Quantizer.read = Quantizer.empty": "changes Quantizer.read",
+    "self.phi_of_scale[0] = 1": "changes self.phi_of_scale, which",
+    "self.phis[0] = self.phis[1]": "changes self.phis, which",
+    "del self.phis[0]": "changes self.phis, which",
     "().__class__.__base__.__subclasses__()": "double underscore",
     "self.read.__globals__['os']": "double underscore",
     "'{0.__class__}'.format(1)": "a text with a double underscore",
@@ -421,7 +472,7 @@ def test_a_class_is_graded_whatever_happens_to_one(tmp_path, capsys, monkeypatch
               "dora": mutants(name)[0].replace("tokens_Bl", "t"), "emil": renamed}
     for student, body in bodies.items():
         (tmp_path / "class" / student).mkdir(parents=True)
-        source = assignments.with_body(source_of(name), name, body)
+        source = with_body(source_of(name), name, body)
         (tmp_path / "class" / student / path_of(name)).write_text(source)
     (tmp_path / "class" / "fritz").mkdir()
     real = assignments.solution
@@ -458,14 +509,23 @@ def test_copies_are_known_by_what_they_do():
     assert assignments.normal({name: other}) != assignments.normal({name: text(name)})
 
 
-def test_an_input_that_is_changed_costs_points(nursery, tmp_path):
-    """And a body that wipes what it was given, for the test to compare with."""
+CHANGING = [    # what no rule forbids, and all that a test compares with might be lost by
+    "tokens_BL.zero_()", "self.codebook_VC.zero_()", "self.phi_of_scale.reverse()", "self.half()",
+]
+
+
+def test_what_is_changed_and_not_given_for_it_costs_points(nursery, tmp_path):
+    """With the right result, for the test to compare with."""
     name = "tokenizer.Quantizer.teacher_inputs"
-    body = "tokens_BL.zero_()\n" + "\n".join(ast.unparse(x) for x in find(source_of(name), name).body[1:])
-    result = graded(replace(FEW, points={next(iter(FEW.points)): 3}), tmp_path, nursery,
-                    {name: with_lines(name, body)})
-    assert result["points"] == 0 and not result["refused"]
-    assert "changes a tensor that it is given" in result["tests"][0]["message"]
+    right = [ast.unparse(x) for x in find(source_of(name), name).body[1:]]
+    for i, change in enumerate(CHANGING):
+        body = "\n".join([*right[:-1], "inputs = " + right[-1].removeprefix("return "), change, "return inputs"])
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        handed_in(folder, {name: with_lines(name, body)})
+        assert assignments.solution(FEW, folder, nursery)[1] == []
+        result = nursery.run(folder, [next(iter(FEW.points))], SECONDS, [name])
+        assert "teacher_inputs changes what it is given" in str(result["failed"]), (change, result)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -479,6 +539,31 @@ def test_errors_are_planted_in_every_function():
         for mutant in mutants(name):
             assert assignments.normal({name: mutant}) != assignments.normal({name: text(name)}), \
                 f"{name}: nothing but the docstring is another"
+
+
+def of_kind(name: str, pieces: tuple[tuple[str, str], ...]) -> str:
+    """A function of the source with one error in it, which may take several changes."""
+    changed = text(name)
+    for old, new in pieces:
+        assert changed.count(old) == 1, (name, old)
+        changed = changed.replace(old, new)
+    return changed
+
+
+def test_errors_of_every_kind_are_planted():
+    assert KINDS.keys() == ASSIGNMENTS.keys()
+    for number, planted in KINDS.items():
+        assert {IN_PLACE, EDGE, EASY} <= {kind for kind, *_ in planted}
+        for _, name, *pieces in planted:
+            assert name in ASSIGNMENTS[number].bodies
+            assert ast.parse(textwrap.dedent(of_kind(name, pieces)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", KINDS)
+def test_errors_of_every_kind_cost_points(number, nursery):
+    for kind, name, *pieces in KINDS[number]:
+        assert first_failure(name, of_kind(name, pieces), nursery), (kind, pieces)
 
 
 @pytest.mark.long

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from program import damaged, draws, read_or_refused
 
-from support.cli import Parser, UserError
+from support.cli import UserError
 from support.data import (
     PUBLISHED,
     Data,
@@ -41,7 +41,7 @@ from support.data import (
 )
 from support.folders import read_ahead
 from support.images import image_paths, read_image
-from support.presets import add_preset_flags, chosen_preset
+from support.presets import chosen_preset, training_flags
 
 CPU = torch.device("cpu")
 
@@ -215,9 +215,8 @@ def test_a_balanced_subset_has_all_classes():
                                           (64, (1, 2, 4, 8, 16)), (4, (1,))])
 def test_scales_are_derived_and_said(side, scales, capsys):
     """Where those of the preset do not fit."""
-    parser = Parser()
-    add_preset_flags(parser)
-    assert chosen_preset(parser.parse_args(["--image-size", str(side)])).scales == scales
+    options = training_flags().parse_args(["--image-size", str(side)])
+    assert chosen_preset(options).scales == scales
     assert ",".join(map(str, scales)) in capsys.readouterr().out
 
 

@@ -22,7 +22,7 @@ from support.evaluation import kept_classifier, train_classifier
 from support.figures import draw_curves
 from support.images import to_float
 from support.losses import (
-    DetailLosses, Discriminator, balance, load_lpips, perceptual_distance,
+    DetailLosses, Discriminator, balance, edge_loss, load_lpips, perceptual_distance,
 )
 from support.presets import Preset
 
@@ -166,15 +166,21 @@ def test_the_balance_of_gradients():
     x, target = torch.randn(5, 4), torch.randn(5, 3)
     y = layer(x)
     likeness, adversarial = (y - target).square().mean(), y.sum().sin()
-    found = balance(likeness, adversarial, layer.weight)
+    found = balance(likeness, adversarial, layer.weight, torch.tensor(1.0))
     grad_y = 2 * (y - target) / y.numel()
     one = (grad_y.T @ x).norm()
     other = (y.sum().cos() * torch.ones(3, 5) @ x).norm()
     torch.testing.assert_close(found, one / other, rtol=1e-4, atol=0)
     assert not found.requires_grad
-    torch.testing.assert_close(10 * balance(likeness, 10 * adversarial, layer.weight), found,
-                               rtol=1e-3, atol=0)
-    assert balance(likeness, 1e-9 * adversarial, layer.weight) == 1e4
+    for scale in map(torch.tensor, (1.0, 2.0**16)):   # by which nothing changes
+        torch.testing.assert_close(10 * balance(likeness, 10 * adversarial, layer.weight, scale),
+                                   found, rtol=1e-3, atol=0)
+        assert balance(likeness, 1e-9 * adversarial, layer.weight, scale) == 1e4
+        torch.testing.assert_close(   # less than a millionth counts for little
+            balance(1e-6 * likeness, 1e-9 * adversarial, layer.weight, scale),
+            one / (1 + 1e-3 * other), rtol=1e-3, atol=0)
+    for losses in ((likeness, 1e38 * adversarial), (1e38 * likeness, adversarial)):
+        assert balance(*losses, layer.weight, torch.tensor(1.0)).isnan()   # not 0, nor the most
     (likeness + found * adversarial).backward()   # the graph is still there
 
 
@@ -192,9 +198,9 @@ def test_edges_are_to_be_as_steep():
     x, y = rng.standard_normal((2, 2, 3, 5, 4))
     errors = [np.abs(np.abs(np.diff(y, axis=axis)) - np.abs(np.diff(x, axis=axis))).mean()
               for axis in (2, 3)]
-    found = train.edge_loss(torch.from_numpy(x), torch.from_numpy(y))
+    found = edge_loss(torch.from_numpy(x), torch.from_numpy(y))
     assert found.item() == pytest.approx(np.mean(errors))
-    assert train.edge_loss(torch.from_numpy(x), torch.from_numpy(1 - x)) < 1e-12
+    assert edge_loss(torch.from_numpy(x), torch.from_numpy(1 - x)) < 1e-12
 
 
 # In training
@@ -216,9 +222,9 @@ def test_a_step_adds_the_losses_up(tmp_path):
     classifier = stage.helpers.classifier
     perceptual = perceptual_distance(classifier.maps(x), classifier.maps(y))
     likeness = (x - y).square().mean() + 0.2 * (x - y).abs().mean()
-    likeness = likeness + 0.5 * train.edge_loss(x, y) + 0.1 * perceptual
+    likeness = likeness + 0.5 * edge_loss(x, y) + 0.1 * perceptual
     reward = -discriminator(y).mean()
-    weight = 0.4 * balance(likeness, reward, model.decoder.conv_out.weight)
+    weight = 0.4 * balance(likeness, reward, model.decoder.conv_out.weight, torch.tensor(1.0))
     own, right = discriminator.loss(x, y)
     torch.testing.assert_close(total, likeness + losses["codebook"] + weight * reward + own)
     assert losses["discriminator_right"] == right
@@ -270,8 +276,9 @@ def test_micro_batches_have_the_discriminator_s_mean_gradient(tmp_path):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
 
 
-def test_half_precision_with_all_losses(tmp_path):
-    machine = Machine(torch.device("cpu"), torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_all_losses(tmp_path, dtype):
+    machine = Machine(torch.device("cpu"), dtype)
     detailed_stage(tmp_path, machine, values=dict(tokenizer_steps=2, adversarial_from=0.0)).run()
     line = read_log(tmp_path / "log.jsonl")[0]
     assert all(math.isfinite(line[name]) for name in ("loss", "perceptual", "adversarial"))
@@ -343,15 +350,33 @@ def test_what_is_logged_and_drawn(whole):
     assert all(0 <= line["discriminator_right"] <= 1 for line in measured)
     figure = draw_curves(log, (1, 2, 4))
     titles = [axis.get_title() for axis in figure.axes]
-    assert "weight of the adversarial loss" in titles and len(titles) == 6
-    drawn = {line.get_label(): line.get_ydata() for axis in figure.axes for line in axis.lines}
-    assert drawn["balance"] == [lines[1]["balance"]]   # the first line has none
-    assert drawn["perceptual"][0] == lines[0]["perceptual"]
-    both = [dict(line, stage="var", loss=2.0) for line in log if line["split"] != "health"]
-    axis = draw_curves(both, (1, 2, 4)).axes[1]
-    assert [line.get_label() for line in axis.lines] == ["train", "held-out"]
-    plain = [line for line in log if line["split"] != "train"]
-    assert len(draw_curves(plain, (1, 2, 4)).axes) == 4
+    assert "weight of the adversarial loss" in titles
+    drawn = {line.get_label(): list(line.get_ydata()) for axis in figure.axes
+             for line in axis.lines}
+    assert drawn["weight"] == [lines[1]["balance"]]   # the first line has none
+    assert drawn["perceptual distance"][0] == lines[0]["perceptual"]
+    assert drawn["from all scales"] == [line["psnr"] for line in measured]
+    health = log[-1]
+    assert drawn["trained, held-out images"] == health["psnr_per_scale"]
+
+
+def test_curves_are_of_what_is_logged_so_far():
+    """A row of panels for each stage, as soon as there is something of it."""
+    trained = dict(stage="tokenizer", split="train", mse=0.1, codebook=0.0)
+    measured = dict(stage="tokenizer", split="held_out", psnr=20.0)
+    log = [dict(trained, step=1), dict(measured, step=4)]
+    titles = ["tokenizer: errors in training", "tokenizer: PSNR of held-out images, dB"]
+    shown = [axis for axis in draw_curves(log, (1, 2)).axes if axis.axison]
+    assert [axis.get_title() for axis in shown] == titles
+    for split in ("train", "held_out"):
+        log.append(dict(stage="var", split=split, step=1, loss=2.0, loss_per_scale=[3.0, 1.0]))
+    shown = [axis for axis in draw_curves(log, (1, 2)).axes if axis.axison]
+    assert [axis.get_title() for axis in shown] == [
+        *titles, "transformer: loss, nats a token", "transformer: held-out loss of each scale"]
+    legends = [[line.get_label() for line in axis.lines] for axis in shown]
+    assert legends == [["squared error", "codebook loss"], ["from all scales"],
+                       ["training images", "held-out images"], ["1x1", "2x2"]]
+    assert [line.get_ydata().tolist() for line in shown[3].lines] == [[3.0], [1.0]]
 
 
 def test_held_out_losses_are_means_over_images(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 and nothing is let in."""
 from __future__ import annotations
 
+import errno
+import io
 import os
 import pickle
 import random
@@ -11,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,9 +37,10 @@ from tokenizer import Tokenizer
 @pytest.fixture(autouse=True)
 def usual_signals():
     """In the background of a shell, Python finds SIGINT ignored, and so would its children."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for s, handler in before.items():
         signal.signal(s, handler)
@@ -57,6 +61,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path
         assert 4 <= step <= 14   # the signal is obeyed within ten steps
         if stage == "tokenizer":
             assert "not trained to its end" in refused("train.py", *flags, "--stage", "var")
+            assert (tmp_path / "reconstructions.png").exists()
+            assert (tmp_path / "curves.png").exists()
+        else:
+            assert (tmp_path / "samples.png").exists()
         ran("train.py", *flags, "--stage", stage)
     assert same_run(tmp_path, finished)
 
@@ -204,6 +212,96 @@ def test_a_gradient_that_is_no_number_is_never_saved(tmp_path):
     assert saved["step"] == 2 and all(x.isfinite().all() for x in saved["model"].values())
 
 
+def overflow(stage: train.TokenizerStage, steps: set[int]) -> None:
+    """In the first micro-batch of these steps a gradient is infinite if it is scaled, and the loss
+    finite."""
+    loss = stage.loss
+    weight = stage.model.encoder.conv_in.weight
+    done = set()
+
+    def spoiled(*arguments):
+        total, to_log = loss(*arguments)
+        if stage.step in steps - done:
+            done.add(stage.step)
+            total = total + 0.9 * torch.finfo().max * (weight - weight.detach()).sum()
+        return total, to_log
+
+    stage.loss = spoiled
+
+
+def weights_of(stage: train.TokenizerStage) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in stage.model.parameters()]
+
+
+def test_a_step_whose_gradient_overflows_in_fp16_is_left_out(tmp_path):
+    flags = ["--precision", "fp16", "--grad-accumulation", 2, "--adversarial-weight", 0.4,
+             "--adversarial-from", 0, "--discriminator-width", 8, "--checkpoint-every", 1]
+    stage = tokenizer_stage(tmp_path, *flags)
+    overflow(stage, {10, 11})   # the first would be logged
+    moments, weights, scales = [], [], []
+    save = stage.save
+
+    def noted(finished):
+        save(finished)
+        if stage.step in (10, 11, 12, 13):
+            saved = torch.load(stage.path, weights_only=True)["training"]
+            weights.append(weights_of(stage) + list(saved["helpers"].values()))
+            moments.append([x.clone() for each in saved["optimizers"] for state in
+                            each["state"].values() for x in state.values()])
+            scales.append(saved["loss_scale"]["scale"])
+
+    stage.save = noted
+    stage.run()
+    assert scales == [2**16, 2**15, 2**14, 2**14]
+    for kept in (moments, weights):
+        same = [all(map(torch.equal, before, after)) for before, after in pairwise(kept)]
+        assert same == [True, True, False]
+    lines = [x for x in read_log(tmp_path / "log.jsonl") if x["split"] == "train"]
+    assert [x["step"] for x in lines] == [1, 21, 31] and lines[-1]["mse"] < lines[0]["mse"]
+    assert all(p.isfinite().all() for p in weights_of(stage))
+
+
+def test_a_scaled_loss_trains_as_it_does_unscaled(tmp_path, monkeypatch):
+    losses = []
+    for enabled in (True, False):
+        stage = tokenizer_stage(tmp_path / str(enabled), "--precision", "fp16")
+        assert stage.loss_scale.is_enabled()
+        stage.loss_scale._enabled = enabled
+        stage.run()
+        log = read_log(tmp_path / str(enabled) / "log.jsonl")
+        losses.append([x["loss"] for x in log if x["split"] == "train"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_a_training_in_fp16_goes_on_with_its_scale(tmp_path):
+    """Also one that began in fp32."""
+    flags = ["--precision", "fp16", "--checkpoint-every", 5]
+    whole, broken = (tokenizer_stage(tmp_path / name, *flags) for name in ("whole", "broken"))
+    for stage in (whole, broken):
+        overflow(stage, {3})
+    whole.run()
+    with at_step(40, 7, kill), pytest.raises(Killed):
+        broken.run()
+    going_on = tokenizer_stage(tmp_path / "broken", *flags)
+    going_on.settings = replace(going_on.settings, resume=True)
+    going_on.run()
+    assert going_on.loss_scale.state_dict() == whole.loss_scale.state_dict()
+    assert whole.loss_scale.get_scale() == 2**15
+    assert all(map(torch.equal, weights_of(whole), weights_of(going_on)))
+    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "broken")]
+    assert logs[0] == logs[1]
+
+
+def test_what_overflows_however_little_it_is_scaled_is_told(tmp_path):
+    stage = tokenizer_stage(tmp_path, "--precision", "fp16", "--checkpoint-every", 1)
+    spoil(stage, stage.model.encoder.conv_in.weight, 2)
+    told = "its gradient nan .* of step 18, is .*--tokenizer-lr or --precision fp32"
+    with pytest.raises(UserError, match=told):   # 16 steps were left out
+        stage.run()
+    saved = torch.load(stage.path, weights_only=True)["training"]
+    assert saved["step"] == 18 and all(x.isfinite().all() for x in saved["model"].values())
+
+
 def test_numbers_are_read_every_tenth_step_and_before_a_checkpoint(tmp_path, monkeypatch):
     """Each reading waits for the GPU."""
     stage = tokenizer_stage(tmp_path)
@@ -301,6 +399,19 @@ def test_more_processes_than_images(tmp_path, monkeypatch):
     assert all(map(torch.equal, gathered, plain))
 
 
+@pytest.mark.parametrize("content", [b"", b"cut", None], ids=["empty", "cut", "half"])
+def test_a_damaged_set_of_tokens_is_made_anew(tmp_path, capsys, content):
+    stage = tokenizer_stage(tmp_path)
+    made = train.tokens_of(stage.model.eval(), stage.data, stage.settings)
+    path = tmp_path / "tokens.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2] if content is None else content)
+    again = train.tokens_of(stage.model, stage.data, stage.settings)
+    assert torch.equal(made[0].tensors[0], again[0].tensors[0])
+    assert "tokens are made anew" in capsys.readouterr().out
+    load_checkpoint(path, "set of tokens")
+
+
 # Malice and damage
 
 
@@ -328,6 +439,44 @@ def test_a_checkpoint_that_would_run_code_does_not(finished, tmp_path):
     assert trace.exists()   # so it was a real one
 
 
+@pytest.mark.parametrize("content, told", [
+    (b"", "is empty"), (b"\x89PNG\r\n", "is no checkpoint: it begins with b'\\x89PNG"),
+    (b"version https://git-lfs.github.com/spec/v1", "it begins with b'version https://"),
+    ({"pos_1LC": torch.ones(1)}, "a published one is read where its name ends in .pth")],
+    ids=["empty", "picture", "pointer", "published"])
+def test_what_is_no_checkpoint_of_ours_is_told_as_what_it_is(tmp_path, content, told):
+    path = tmp_path / "var.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path, "transformer")
+    assert str(error.value).startswith(str(path)) and told in str(error.value)
+
+
+def test_weights_that_are_no_numbers_and_other_classes_are_not_drawn_with(finished, tmp_path):
+    for name, key, kind in (("tokenizer.pt", "Tokenizer", "tokenizer"), ("var.pt", "VAR", "var")):
+        content = torch.load(finished / name, weights_only=True)
+        assert content["class"] == key
+        other = tmp_path / name
+        torch.save({**content, "class": "Mine"}, other)
+        draw = ("sample.py", "--run", finished, f"--{kind}", other, "--out", tmp_path / "a.png")
+        assert f"is a checkpoint of the class Mine and not of {key}" in refused(*draw)
+        weight = next(iter(content["model"]))
+        content["model"][weight].view(-1)[0] = float("nan")
+        torch.save(content, other)
+        assert f"{weight} is not finite" in refused(*draw)
+
+
+def test_a_training_does_not_go_on_with_another_class(tmp_path):
+    stage = tokenizer_stage(tmp_path)
+    stage.save(finished=False)
+    stage.model.__class__ = type("Mine", (Tokenizer,), {})
+    with pytest.raises(UserError, match="of the class Tokenizer and not of Mine"):
+        stage.resume()
+
+
 def test_a_log_goes_on_where_a_training_does(tmp_path):
     path = tmp_path / "log.jsonl"
     log = Log(path, "tokenizer", 0)
@@ -351,12 +500,58 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert done == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"content"
 
 
+def test_two_programs_write_one_file_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+
+    def write(file):
+        file.write(b"the sec")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: -1)
+            save_whole(path, lambda other: other.write(b"the first"))
+        assert path.read_bytes() == b"the first"
+        file.write(b"ond")
+
+    save_whole(path, write)
+    assert path.read_bytes() == b"the second" and len([*tmp_path.iterdir()]) == 1
+
+
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "elsewhere" / "file")
     save_whole(link, lambda file: file.write(b"content"))
     assert link.is_symlink() and (tmp_path / "elsewhere" / "file").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP])
+def test_a_closed_terminal_is_obeyed_as_sigterm_is_and_nohup_as_ever(stop, monkeypatch):
+    def main():
+        with Interrupt() as interrupt:
+            signal.raise_signal(stop)
+            asked.append(interrupt.asked)
+        signal.raise_signal(stop)
+
+    asked = []
+    with pytest.raises(SystemExit) as end:
+        cli.run_program(main)
+    assert end.value.code == 130
+    signal.signal(stop, signal.SIG_IGN)
+    cli.run_program(main)
+    assert asked == [True, False]
+
+
+def test_a_terminal_that_is_gone_cannot_be_told(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    def main():
+        raise cli.Stopped("stopped and saved")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(SystemExit) as end:
+        cli.run_program(main)
+    assert end.value.code == 130
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])

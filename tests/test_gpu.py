@@ -39,6 +39,13 @@ def test_a_run_in_bf16(trained, tmp_path):
         ran("sample.py", *command, "--run", trained, "--device", "cuda", "--out", tmp_path / "a.png")
 
 
+def test_a_run_in_fp16(folder, tmp_path):
+    ran("train.py", "--data", folder, "--out", tmp_path, *ON_GPU, "--precision", "fp16")
+    found = losses(tmp_path)
+    assert found[3] < found[0] and found[-1] < found[4]
+    ran("sample.py", "--run", tmp_path, "--device", "cuda", "--precision", "fp16")
+
+
 def test_a_run_in_fp32_is_that_of_the_cpu(folder, finished, tmp_path):
     ran("train.py", "--data", folder, "--out", tmp_path, *ON_GPU, "--tokenizer-steps", 4)
     assert losses(tmp_path)[0] == pytest.approx(losses(finished)[0], rel=1e-4)

@@ -1,15 +1,20 @@
 """What the assignments promise and no other test holds a solution to: small cases, worked out."""
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
-from test_kernels import DEVICE, attention_tiles
+from test_kernels import DEVICE, LargestTensor, attention_tiles, double
 from test_tokenizer import quantizer, tokenizer
 from test_var import Recorder, config, known_left, lively
 
 import kernels
 import sample
 from kernels import KeyRanges
-from var import VAR, LayerCache
+from var import VAR, Block, LayerCache
+
+# A stand-in for a GPU: what is made without naming a device is made there, and what is given is on
+# the CPU. Numbers of the two cannot be mixed, and those that are made are not there.
+ELSEWHERE = torch.device("meta")
 
 # -------------------------------------------------------------------------------------------------
 # The tokenizer
@@ -23,6 +28,64 @@ def test_the_running_sum_is_computed_in_fp32_under_autocast():
     expected = made.accumulate(f_hat_BCSS, tokens_Bl, 1)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(made.accumulate(f_hat_BCSS, tokens_Bl, 1), expected)
+
+
+def test_gradients_pass_through_a_sum_to_all_that_is_in_it():
+    """To f_hat as they are; to codes and phi as slopes are measured."""
+    made = quantizer()
+    f_hat_BCSS = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    tokens_Bl = torch.randint(8, (3, 4))
+    weight = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    inputs = [f_hat_BCSS, made.codebook_VC, made.phis[made.phi_of_scale[1]].bias]
+    sum_BCSS = made.accumulate(f_hat_BCSS, tokens_Bl, 1)
+    for given, found in zip(inputs, torch.autograd.grad(sum_BCSS, inputs, weight)):
+        def weighed(x):
+            with torch.no_grad():
+                before = given.clone()
+                given.copy_(torch.from_numpy(x))
+                result = (made.accumulate(f_hat_BCSS, tokens_Bl, 1) * weight).sum().item()
+                given.copy_(before)
+                return result
+        torch.testing.assert_close(found, torch.from_numpy(reference.slopes(weighed, double(given))))
+
+
+@torch.no_grad()
+def test_what_the_quantizer_makes_is_where_its_inputs_are():
+    made = quantizer().train()
+    f_BCSS = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    with ELSEWHERE:
+        tokens_BL = made.encode(f_BCSS)
+        found = [tokens_BL, made.decode(tokens_BL), made.teacher_inputs(tokens_BL), *made(f_BCSS)]
+    assert {x.device.type for x in found} == {"cpu"}
+    assert [x.dtype for x in found] == [torch.int64] + 4 * [torch.float64]
+
+
+@torch.no_grad()
+def test_each_map_is_compared_and_added_once(monkeypatch):
+    made = quantizer().train()
+    vectors, maps = [], []
+    nearest_code = kernels.nearest_code
+    monkeypatch.setattr("tokenizer.nearest_code",
+                        lambda x_NC, *rest: vectors.append(len(x_NC)) or nearest_code(x_NC, *rest))
+    for phi in made.phis:
+        phi.register_forward_hook(lambda *_: maps.append(1))
+    f_BCSS = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    tokens_BL = made.encode(f_BCSS)
+    for run, compared, added in ((lambda: made.encode(f_BCSS), 63, 3), (lambda: made(f_BCSS), 63, 3),
+                                 (lambda: made.decode(tokens_BL), 0, 3),
+                                 (lambda: made.teacher_inputs(tokens_BL), 0, 2)):
+        vectors.clear(), maps.clear()
+        run()
+        assert sum(vectors) <= compared and len(maps) <= added
+
+
+def test_one_image_at_one_scale_is_still_a_batch():
+    made = quantizer(scales=(1,)).train()
+    f_BCSS = torch.randn(1, 2, 1, 1, dtype=torch.float64)
+    straight_BCSS, _ = made(f_BCSS)
+    found = [straight_BCSS, made.last_tokens_BL, *made.last_residuals,
+             made.encode(f_BCSS), made.decode(made.last_tokens_BL)]
+    assert [list(x.shape) for x in found] == [[1, 2, 1, 1], [1, 1], [1, 1, 2], [1, 1], [1, 2, 1, 1]]
 
 
 @torch.no_grad()
@@ -101,8 +164,18 @@ def test_the_table_of_scales(last_scales, first, last):
 
 @pytest.mark.parametrize("last_scales", [0, -1])
 def test_a_token_sees_its_own_scale_at_least(last_scales):
-    with pytest.raises(ValueError, match=f"last_scales is {last_scales}"):
+    with pytest.raises(ValueError, match=str(last_scales)):
         KeyRanges.from_scales((1, 2), last_scales)
+
+
+def test_tables_are_small_int32_and_where_they_are_asked_for():
+    ranges = KeyRanges.from_scales((1, 2, 3, 4, 5, 6))
+    with LargestTensor() as largest:
+        tables = kernels.transposed_table(ranges, torch.device("cpu"))
+    assert largest.numel <= 2 * len(ranges) and [x.dtype for x in tables] == 2 * [torch.int32]
+    tables = [*kernels.transposed_table(ranges, ELSEWHERE), kernels.mask_in_sight(ranges, ELSEWHERE)]
+    assert [x.device for x in tables] == 3 * [ELSEWHERE]
+    assert kernels.mask_in_sight(ranges.rows(5, 14), ELSEWHERE) is None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -126,6 +199,43 @@ def test_what_the_class_does_to_each_layer(shared_adaln):
     torch.testing.assert_close(head_B2W, model.head_modulation(c_BW).view(3, 2, 32))
 
 
+def test_gradients_pass_through_a_layer_and_what_the_class_does_to_it():
+    """Those of the formula, by autograd: to the stream, the class and all weights."""
+    torch.manual_seed(0)
+    model = lively(VAR(config(depth=1)))
+    block = model.blocks[0]
+    x_BLW, h_BLW, class_BW = torch.randn(2, 30, 32), torch.randn(2, 30, 32), torch.randn(2, 32)
+    inputs = [x.requires_grad_() for x in (x_BLW, h_BLW, class_BW)]
+    inputs += [*block.parameters(), *model.head_modulation.parameters()]
+    (m_B6W,), head_B2W = model.modulations(class_BW)
+    x, h, gate_BW = block((x_BLW, h_BLW, torch.ones(2, 32)), m_B6W, model.ranges, None)
+    found = torch.autograd.grad((x + gate_BW[:, None] * h).square().sum() + head_B2W.sum(), inputs)
+    c_BW = class_BW * class_BW.sigmoid()
+    m = block.modulation(c_BW).view(2, 6, 1, 32).unbind(1)
+
+    def normed(x):
+        return F.layer_norm(x, (32,), eps=1e-6)
+
+    x = x_BLW + h_BLW
+    x = x + m[0] * block.attention(normed(x) * (1 + m[2]) + m[4], model.ranges, None)
+    x = x + m[1] * block.mlp(normed(x) * (1 + m[3]) + m[5])
+    loss = x.square().sum() + model.head_modulation(c_BW).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(loss, inputs), rtol=1e-3, atol=1e-2)
+
+
+def test_a_skipped_branch_has_no_gradient_and_others_have_more():
+    torch.manual_seed(0)
+    gate_BW = torch.full((200, 4), 0.6, requires_grad=True)
+    with ELSEWHERE:
+        made = Block(config(), drop_path=0.25).to_empty(device="cpu")
+        made.survival.fill_(0.75)
+        skipping_BW = made.skip(gate_BW)
+    skipping_BW.sum().backward()
+    torch.testing.assert_close(gate_BW.grad, skipping_BW.detach() / 0.6)
+    runs = [made.skip(gate_BW.detach())[:, 0] > 0 for _ in range(2)]
+    assert not torch.equal(*runs)
+
+
 def test_a_cache_takes_its_room_once_and_gives_what_is_there():
     cache = LayerCache(14)
     k_BHLD, v_BHLD = torch.randn(2, 2, 3, 14, 8)
@@ -147,6 +257,28 @@ def test_no_guidance_does_not_pay_for_it(cfg, rows):
     model.__class__, model.passes = Recorder, []
     model.generate(tokenizer(), torch.tensor([0, 1]), cfg=cfg)
     assert [len(logits_BlV) for logits_BlV in model.passes] == [rows] * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cfg, images", [(0.0, 2), (1.0, 4)])
+def test_each_token_passes_each_layer_once(cfg, images):
+    """The cache is there to save the earlier scales."""
+    model, made, passed = lively(VAR(config())), tokenizer(), []
+    for block in model.blocks:
+        block.mlp[0].register_forward_hook(
+            lambda module, given, out: passed.append(out.shape[:-1].numel()))
+    model.generate(made, torch.tensor([0, 2]), cfg=cfg)
+    assert sum(passed) == 2 * images * 30
+
+
+@torch.no_grad()
+def test_what_is_generated_is_where_the_labels_are():
+    model, made, labels_B = lively(VAR(config())), tokenizer(), torch.tensor([0, 2])
+    known = known_left(made, 2)
+    model.generate(made, labels_B, known=known)     # makes the tables of the mask
+    with ELSEWHERE:
+        tokens_BL = model.generate(made, labels_B, known=known)
+    assert tokens_BL.device.type == "cpu" and tokens_BL.dtype == torch.int64
 
 
 @torch.no_grad()
@@ -197,6 +329,30 @@ def test_drawing_changes_nothing_that_it_was_given(dtype):
     before = [tensor.clone() for tensor in given]
     kernels.sample_tokens_torch(given[0], given[1], 1.5, 3, 0.7, given[2])
     assert all(map(torch.equal, given, before))
+
+
+@pytest.mark.parametrize("top_k, top_p", [(-1, 1.0), (-1, 0.7), (0, 1.0), (9, 1.0), (12, 0.7)])
+def test_a_draw_is_int64_and_where_the_logits_are(top_k, top_p):
+    generator = torch.Generator().manual_seed(0)
+    cond_BlV, uncond_BlV, noise_BlV = torch.rand(3, 2, 3, 9, generator=generator)
+    with ELSEWHERE:
+        tokens = [kernels.sample_tokens_torch(cond_BlV, other, 1.5, top_k, top_p, noise_BlV)
+                  for other in (uncond_BlV, None)]
+    assert [(x.dtype, x.device.type, x.shape) for x in tokens] == 2 * [(torch.int64, "cpu", (2, 3))]
+    if top_p == 1:      # no limit
+        logits = 2.5 * cond_BlV - 1.5 * uncond_BlV
+        assert torch.equal(tokens[0], (logits - noise_BlV.log()).argmax(dim=-1))
+
+
+@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+def test_the_norm_is_of_the_sum_as_it_is_stored(monkeypatch):
+    monkeypatch.setattr(kernels, "BACKEND", "triton")
+    x_BLW, h_BLW = torch.randn(2, 1, 3, 24, device=DEVICE)
+    gate_BW, scale_BW, shift_BW = torch.randn(3, 1, 24, device=DEVICE)
+    sum_BLW, y_BLW = kernels.adaln_triton(
+        x_BLW.bfloat16(), h_BLW, gate_BW, scale_BW, shift_BW, torch.float32)
+    normed_BLW = F.layer_norm(sum_BLW.float(), (24,), eps=1e-6)
+    torch.testing.assert_close(y_BLW, normed_BLW * (1 + scale_BW) + shift_BW, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
@@ -261,3 +417,24 @@ def test_filling_reads_nothing_in_the_hole_and_reaches_its_middle():
 def test_all_or_nothing_known_ends(share):
     images = torch.ones(1, 3, 4, 4)
     assert torch.equal(sample.fill_holes(images, torch.full((4, 4), share)), share * images)
+
+
+@torch.no_grad()
+def test_what_is_put_is_where_the_drawn_tokens_are():
+    made = tokenizer()
+    known = known_left(made, 2)
+    with ELSEWHERE:
+        found = [known.put(torch.zeros(2, 9, dtype=torch.int64, device="cpu"), made.quantizer,
+                           made.quantizer.empty(2), 2), known.places(made.quantizer, 2),
+                 sample.fill_holes(known.where_B1SS, known.where_B1SS[0, 0])]
+    assert [x.dtype for x in found] == [torch.int64, torch.bool, torch.float32]
+    assert {x.device.type for x in found} == {"cpu"}
+
+
+def test_coarse_maps_that_are_free_follow_the_rule_of_halves():
+    made = tokenizer(scales=(1, 2, 4, 8))
+    known = known_left(made, 3, free=True)
+    for k, columns in enumerate(([False], [True, False], [True, True, False, False],
+                                 3 * [True] + 5 * [False])):
+        places_Bl = known.places(made.quantizer, k)
+        assert places_Bl[0].view(len(columns), -1)[0].tolist() == columns

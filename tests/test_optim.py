@@ -35,7 +35,7 @@ def test_orthogonal_keeps_the_directions_and_levels_the_singular_values(shape):
     """U S V^T becomes U S' V^T with every S' near 1, however unlike the S were."""
     left, right = (np.linalg.qr(np.random.default_rng(n).normal(size=(n, 6)))[0] for n in shape)
     matrix = left @ np.diag([100, 50, 20, 5, 2, 1]) @ right.T
-    result = orthogonal(torch.tensor(matrix)[None])[0].numpy()
+    result = orthogonal(torch.tensor(matrix)[None], torch.float64)[0].numpy()
     values = left.T @ result @ right
     assert np.abs(values - np.diag(np.diag(values))).max() < 1e-9
     assert np.diag(values).min() > 0.68 and np.diag(values).max() < 1.21
@@ -69,3 +69,16 @@ def test_muon_takes_a_convolution_for_the_matrix_that_multiplies_a_patch():
     for parameter in (weight, matrix):
         Muon([parameter], 0.1, 0.05, torch.float32).step()
     torch.testing.assert_close(weight.detach().reshape(4, 27), matrix.detach())
+
+
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e6])
+def test_muon_in_fp16_takes_the_steps_of_fp32_however_large_gradients_are(size):
+    generator = torch.Generator().manual_seed(0)
+    gradient = size * torch.randn(24, 8, generator=generator)
+    steps = []
+    for dtype in (torch.float16, torch.float32):
+        matrix = torch.nn.Parameter(torch.zeros(24, 8))
+        matrix.grad = gradient.clone()
+        Muon([matrix], 0.1, 0.05, dtype).step()
+        steps.append(matrix.detach())
+    assert (steps[0] - steps[1]).norm() < 0.01 * steps[1].norm()

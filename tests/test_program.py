@@ -7,6 +7,7 @@ import io
 import os
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -18,17 +19,21 @@ import torch
 from PIL import Image
 from program import ROOT, TINY, ran, refused, run, run_as_two, same_run, tokenizer_stage
 from torch import nn
+from tqdm import tqdm
 
 import kernels
 import sample
 import train
+from support import watching
 from support.checkpoint import blaming, read_log
 from support.cli import UserError, run_program
+from support.data import fit_side
 from support.devices import (
-    Machine, Speed, choose_machine, forward_flops, has_fast_bf16, own_cores, peak_flops,
+    Machine, Speed, check_memory, choose_machine, forward_flops, has_fast, own_cores, peak_flops,
+    progress_bar,
 )
 from support.evaluation import say_health, tokenizer_health
-from support.images import to_float
+from support.images import Row, batches, save_picture, to_float
 from support.optim import learning_rate, update_ema
 from support.presets import PRESETS, Preset, chosen_preset, training_flags
 from tokenizer import Tokenizer, TokenizerConfig
@@ -75,6 +80,142 @@ def test_a_run_writes_what_it_promises(finished):
     assert abs(first["loss"] - np.log(32)) < 0.1
 
 
+def test_a_training_draws_itself_and_computes_the_same(folder, finished, tmp_path, monkeypatch):
+    """At each of its measurements, if there is time for it."""
+    drawn = []
+
+    def save(path: Path, picture) -> None:
+        drawn.append((path.name, getattr(picture, "size", None)))
+        save_picture(path, picture)
+
+    monkeypatch.setattr(watching, "save_picture", save)
+    monkeypatch.setattr(watching, "SHARE", 1e9)
+    said = ran("train.py", "--data", folder, "--out", tmp_path, *TINY)
+    assert same_run(tmp_path, finished)
+    names = ["reconstructions.png"] * 8 + ["samples.png"] * 10   # of 40 and of 30 steps
+    assert [name for name, _ in drawn] == [x for name in names for x in (name, "curves.png")]
+    few, all_of_them = drawn[16][1], drawn[-2][1]
+    assert few[0] < all_of_them[0]
+    assert said.splitlines()[-1].endswith(
+        f"look at reconstructions.png, samples.png and curves.png in it, then try "
+        f"python sample.py progress --run {tmp_path}")
+
+
+def watched_log(tmp_path: Path, tensorboard: type | None = None) -> watching.WatchedLog:
+    settings = SimpleNamespace(out=tmp_path, preset=SimpleNamespace(scales=(1, 2)),
+                               tensorboard=tensorboard)
+    return watching.WatchedLog("var", 0, 1000, settings)
+
+
+ROWS = [Row("one", [np.zeros((8, 8, 1), np.uint8)])]
+
+
+def test_pictures_take_their_share_of_the_time_and_no_more(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: now))
+    log = watched_log(tmp_path)
+    log.write(1, "train", loss=1.0)
+    drawn = []
+
+    def draw(few: bool) -> list[Row]:
+        nonlocal now
+        drawn.append(step)
+        now += 2.0
+        return ROWS
+
+    for step in range(10, 500, 10):
+        now += 10.0
+        log.show(draw, step)
+        assert log.spent <= 0.03 * now + 2
+    assert drawn[0] == 40 and 5 <= len(drawn) <= 8   # 0.03 of 34 s are the second of the first
+    count = len(drawn)
+    for stopped in (False, True):
+        log.show(draw, step, stopped)
+    assert len(drawn) == count + 1   # of a stopped training there is one in any case
+
+
+def test_a_full_disk_does_not_end_a_training_for_its_pictures(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    log = watched_log(tmp_path)
+    monkeypatch.setattr(watching, "save_picture", full)
+    log.show(lambda few: ROWS, 7, stopped=True)
+    assert "no pictures of step 7: [Errno 28]" in capsys.readouterr().out
+
+
+class Events(dict):
+    """What is written for TensorBoard, instead of TensorBoard's writer."""
+    made: list[Events] = []
+
+    def __init__(self, folder: str, purge_step: int):
+        self.folder = folder
+        self.purge_step = purge_step
+        self.made.append(self)
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self[name, step] = value
+
+    def add_image(self, name: str, image: np.ndarray, step: int, dataformats: str) -> None:
+        assert dataformats == "HWC" and image.dtype == np.uint8 and image.shape[2] == 3
+        self[name, step] = image
+
+    def flush(self) -> None:
+        pass
+
+
+def test_tensorboard_gets_the_numbers_and_pictures(folder, tmp_path, monkeypatch):
+    module = "torch.utils.tensorboard"
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(SummaryWriter=Events))
+    flags = ["--data", folder, "--out", tmp_path, *TINY, "--tokenizer-steps", 16, "--var-steps", 8,
+             "--tensorboard"]
+    ran("train.py", *flags)
+    log = read_log(tmp_path / "log.jsonl")
+    for stage, steps, events in zip(("tokenizer", "var"), (16, 8), Events.made, strict=True):
+        assert events.folder == str(tmp_path / "tensorboard" / stage) and events.purge_step == 1
+        assert events.pop(("picture", steps)).std() > 10
+        expected = {}
+        for line in [line for line in log if line["stage"] == stage]:
+            for name, value in list(line.items())[3:]:
+                key = f"{line['split']}/{name}"
+                if isinstance(value, list):
+                    assert len(value) == 3
+                    by_scale = zip(("1x1", "2x2", "4x4"), value)
+                    expected |= {(f"{key}/{scale}", line["step"]): x for scale, x in by_scale}
+                else:
+                    expected[key, line["step"]] = value
+        assert events == expected
+    monkeypatch.setitem(sys.modules, module, None)   # as if it could not be imported
+    assert refused("train.py", *flags, "--resume").endswith("pip install tensorboard")
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="pip install tensorboard")
+    log = watched_log(tmp_path, watching.summary_writer())
+    log.write(1, "train", loss=0.5, accuracy_per_scale=[0.25, 1.0])
+    log.draw(ROWS, 1)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "var")).Reload()
+    tags = ["train/loss", "train/accuracy_per_scale/1x1", "train/accuracy_per_scale/2x2"]
+    assert [events.Scalars(tag)[0].value for tag in tags] == [0.5, 0.25, 1.0]
+    assert events.Images("picture")[0].step == 1
+
+
+def test_bars_in_a_log_are_a_line_every_so_often(monkeypatch):
+    intervals = []
+    real = tqdm.__init__
+
+    def noted(bar, *arguments, **named):
+        intervals.append(named["mininterval"])
+        real(bar, *arguments, **named)
+
+    monkeypatch.setattr(tqdm, "__init__", noted)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert len(list(batches(30, 10, "generate"))) == 3
+    assert [len(list(batches(30, *how))) for how in ((10,), (30, "generate"))] == [3, 1]
+    assert intervals == [60]
+
+
 def test_the_health_that_is_printed_is_the_one_measured(finished, capsys):
     tokenizer = sample.load_tokenizer(finished / "tokenizer.pt")
     images, _ = sample.load_held_out(finished).tensors
@@ -88,12 +229,13 @@ def test_the_health_that_is_printed_is_the_one_measured(finished, capsys):
     assert len(said.splitlines()) == 5
 
 
-def test_half_precision(folder, tmp_path):
-    flags = ["--tokenizer-steps", 20, "--var-steps", 15, "--precision", "bf16"]
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(folder, tmp_path, precision):
+    flags = ["--tokenizer-steps", 20, "--var-steps", 15, "--precision", precision]
     ran("train.py", "--data", folder, "--out", tmp_path, *TINY, *flags)
     losses = [x["loss"] for x in read_log(tmp_path / "log.jsonl") if x["split"] == "train"]
     assert len(losses) == 4 and losses[1] < losses[0] and losses[3] < losses[2]
-    ran("sample.py", "--run", tmp_path, "--per-class", 2, "--precision", "bf16")
+    ran("sample.py", "--run", tmp_path, "--per-class", 2, "--precision", precision)
 
 
 def test_a_finished_run_is_left_as_it_is(folder, finished, tmp_path):
@@ -236,7 +378,7 @@ def test_model_flops():
 def test_speed(monkeypatch):
     gpu = Machine(torch.device("cuda"), torch.bfloat16)
     for card, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 NVL", 835e12),
-                       ("NVIDIA T4", None)):
+                       ("NVIDIA GeForce GTX 1080", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
         assert peak_flops(gpu) == peak
     assert peak_flops(Machine(torch.device("cuda"))) is None   # fp32
@@ -320,12 +462,14 @@ def test_notes_on_what_would_be_faster(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "--precision fp32 is faster here" in said and "one thread of 8 is used" in said
     monkeypatch.setattr("support.devices.own_cores", lambda: 1)   # as under taskset
-    assert choose_machine("cpu", "auto").dtype == torch.float32 and not has_fast_bf16(cpu)
+    assert choose_machine("cpu", "auto").dtype == torch.float32 and not has_fast("bf16", cpu)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert has_fast_bf16(cpu)
+    assert has_fast("bf16", cpu) and not has_fast("fp16", cpu)
     assert choose_machine("cpu", "auto").dtype == torch.float32
     assert choose_machine("cpu", "bf16").dtype == torch.bfloat16
     assert capsys.readouterr().out == ""
+    assert choose_machine("cpu", "fp16").dtype == torch.float16
+    assert "no instructions for fp16" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")
@@ -346,16 +490,19 @@ def test_fp32_is_not_tf32(precision, allowed, monkeypatch):
 
 
 def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch):
-    """Else events and streams would be those of GPU 0."""
+    """Else events and streams would be those of GPU 0. And `auto` is what its generation has."""
     chosen = []
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose_machine("cuda:1", "auto") == Machine(torch.device("cuda:1"), torch.bfloat16)
+    by_card = {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16,
+               (7, 0): torch.float16, (6, 1): torch.float32}
+    for card, dtype in by_card.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+        assert choose_machine("cuda:1", "auto") == Machine(torch.device("cuda:1"), dtype)
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     choose_machine("cuda", "fp32")
-    assert chosen == [torch.device("cuda:1"), torch.device("cuda:3")]
+    assert chosen == [*5 * [torch.device("cuda:1")], torch.device("cuda:3")]
 
 
 # Mistakes
@@ -380,8 +527,8 @@ def test_mistakes_in_training(folder, tmp_path):
         told = refusal("--grad-accumulation", 2, batch, 9)
         assert f"{batch} 9 does not divide into 2 micro-batches" in told
     (tmp_path / "file").touch()
-    told = refusal(out=tmp_path / "file")
-    assert "File exists" in told or "Not a directory" in told
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"cannot be a folder, as {tmp_path / 'file'} is a file" in refusal(out=out)
     assert "no tokenizer checkpoint" in refusal("--stage", "var")
     for device in ("nonsense", "meta"):
         assert "cannot be used" in refusal("--device", device)
@@ -389,6 +536,49 @@ def test_mistakes_in_training(folder, tmp_path):
     assert "shapes has images of 3 channels, and 1 are asked" in refusal("--channels", 1,
                                                                          data="shapes")
     assert not (tmp_path / "out" / "tokenizer.pt").exists()
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--lr 1", "there is --final-lr, --tokenizer-lr, --discriminator-lr, --var-lr"),
+    ("--learning-rate 1", "--var-lr"), ("--steps 9", "there is --tokenizer-steps, --var-steps"),
+    ("--epochs=9", "there is --tokenizer-steps, --var-steps"),
+    ("--batch-size 9", "--tokenizer-batch, --var-batch"), ("--sede 9", "there is --seed"),
+    ("--scales 1 2 4 8", "a list is written with commas, as 1,2,4"),
+    ("--scales '1 2 4 8'", "--scales: write 1,2,4,8, with commas"),
+    ("--data ''", "--data: a name is missing"), ("--out ''", "--out: a name is missing"),
+    ("--stage tokenizer --tokenizer t.pt", "--tokenizer names a finished one"),
+    ("--perceptual vgg.pth", "--perceptual changes nothing without --perceptual-weight"),
+    ("--perceptual vgg.pth --preset pixels64 --tokenizer t.pt", "where no tokenizer is trained"),
+    ("--seed " + 5000 * "9", "must be a whole number, from 0")])
+def test_flags_that_are_not_there_or_contradict_each_other(flags, told):
+    said = refused("train.py", *shlex.split(flags))
+    assert told in said and len(said) < 450
+
+
+def test_channels_that_are_not_the_tokenizer_s(folder, finished, tmp_path):
+    flags = ("train.py", "--data", folder, "--out", tmp_path, "--tokenizer",
+             finished / "tokenizer.pt", "--channels", 1)
+    assert "--channels 1 is not that of the tokenizer, which has 3" in refused(*flags)
+
+
+def test_more_memory_than_there_is_is_told_before_it_is_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**6}.get)
+    told = refused("train.py", "--out", tmp_path / "out", "--image-size", 4096)
+    assert "--image-size 4096 take 20804 GB of memory, of which there are 4" in told
+    with pytest.raises(UserError, match="images of --image-size 4096 take 503 GB"):
+        fit_side(np.zeros((10_000, 3, 32, 32), np.uint8), np.zeros(10_000, np.uint8), 4096)
+    monkeypatch.delattr(os, "sysconf")   # Windows
+    check_memory(10**18, "images")
+
+
+def test_streams_that_are_closed(monkeypatch):
+    """As after 2>&-: progress bars ask stderr whether somebody watches."""
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        run_program(lambda: list(progress_bar(range(3))))
+        assert sys.stderr.name == os.devnull
 
 
 def test_weights_that_are_no_numbers_are_not_saved(folder, tmp_path, monkeypatch):
@@ -454,16 +644,25 @@ def test_a_terminal_that_does_not_know_a_letter(monkeypatch):
 
 
 def test_help_explains_every_flag():
-    text = run("train.py", "--help").stdout.split("\n\n", 1)[1] + "\n"
+    text = run("train.py", "--help").stdout
+    examples = re.findall(r"^    python train.py ?((?:\S+ )*)  ", text, re.MULTILINE)
+    assert len(examples) > 4
+    for example in examples:
+        training_flags().parse_args(example.split())
     flags = re.findall(r"^  (?:-h, )?(--[a-z-]+)(.*\n(?: {10,}.*\n)*)", text, re.MULTILINE)
     assert len(flags) > 20
     for flag, rest in flags:
         assert re.search(r"(  |\n {10,})\S+ \S+", rest), f"{flag} has no help"
+        if flag != "--help":
+            assert re.search(r"\(default:\s", rest), f"{flag} does not name its default"
+    assert [flag for flag, _ in flags[1:11]] == [
+        "--data", "--out", "--resume", "--preset", "--image-size", "--tokenizer-steps",
+        "--var-steps", "--stage", "--tokenizer", "--seed"]
 
 
 def test_every_preset_is_a_possible_model():
     for name in PRESETS:
-        preset = chosen_preset(training_flags("").parse_args(["--preset", name]))
+        preset = chosen_preset(training_flags().parse_args(["--preset", name]))
         config = TokenizerConfig(**preset.tokenizer_shape(3))
         assert config.image_side == preset.image_size
         VARConfig(**preset.var_shape(10))

@@ -15,6 +15,7 @@ from PIL import Image
 from program import ROOT, TINY, ran
 
 from sample import DEFAULTS
+from support.cli import UserError
 from support.commands import parse
 from support.data import PUBLISHED
 from support.devices import forward_flops
@@ -68,7 +69,7 @@ def test_commands_that_train(folder, tmp_path, monkeypatch, command):
     """On a folder instead of data that would have to be downloaded."""
     monkeypatch.chdir(tmp_path)
     program, *flags = shlex.split(command)
-    options = training_flags("").parse_args(flags)
+    options = training_flags().parse_args(flags)
     chosen_preset(options)   # the sizes that the command names
     if options.tokenizer:   # a published one, of other sizes
         return
@@ -91,6 +92,13 @@ def test_the_picture_of_tiles(tmp_path, monkeypatch):
     grid = benchmark.tile_grid(680)
     skipped, cut, whole = torch.bincount(grid.flatten(), minlength=3).tolist()
     assert Image.open("tiles.png").width > 300 and 0 < cut < whole and skipped > 0
+    for flag in ("--tiles", "--plot"):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", flag, "tiles.txt"])
+        with pytest.raises(UserError, match="tiles.txt must be named .png"):
+            benchmark.main()
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--tiles", "new/tiles.png"])
+    benchmark.main()
+    assert Path("new/tiles.png").exists()
 
 
 def test_what_a_preset_needs(monkeypatch, capsys):

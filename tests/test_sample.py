@@ -3,25 +3,32 @@ hold."""
 from __future__ import annotations
 
 import copy
+import errno
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import ran, refused
+from program import ran, refused, tokenizer_stage
 
 import sample
 from sample import Known, Run, load_images, load_run
 from support.commands import COMMANDS, GENERATING, HOLES
+from support.data import load_data
 from support.devices import Machine, PackedLinear, choose_machine, pack
 from support.figures import attention_weights
-from support.images import known_pixels, legible, save_npz, to_bytes
-from var import VAR
+from support.images import (
+    Row, batches, cell_size, grid, known_pixels, legible, save_film, save_npz, to_bytes, wrapped,
+)
+from support.presets import PRESETS
+from var import VAR, VARConfig
 
-GAP = 2
+GAP = 4
 CELL = 64
 CPU = choose_machine("cpu", "fp32")
 
@@ -29,17 +36,27 @@ CPU = choose_machine("cpu", "fp32")
 def draw(out: Path, path: Path, command: str, *arguments) -> tuple[np.ndarray, str]:
     """The picture a command writes, and what it says."""
     said = ran("sample.py", *command.split(), "--run", out, "--precision", "fp32", "--out", path,
-               *arguments)
+               "--cell-size", CELL, *arguments)
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB")), said
 
 
-def columns(picture, count: int) -> list[np.ndarray]:
-    """The last `count` columns of a grid, without the gaps."""
+def cells(picture, count: int) -> np.ndarray:
+    """The last `count` images of every row of a grid, found by their frames: bytes
+    [rows, count, CELL, CELL, 3]."""
     picture = np.asarray(picture)
-    begin = picture.shape[1] - count * (CELL + GAP)
-    return [picture[:, begin + i * (CELL + GAP):][:, :CELL] for i in range(count)]
+    first = picture.shape[1] - count * (CELL + GAP)
+    line_H = (picture[:, first + 1:first + CELL + 3] == 128).all(axis=(1, 2))
+    rows = []
+    y = 0
+    while y + CELL + 1 < len(picture):
+        if line_H[y] and line_H[y + CELL + 1]:   # the upper and the lower line of a frame
+            row = picture[y + 1:y + 1 + CELL, first:].reshape(CELL, count, CELL + GAP, 3)
+            rows.append(row[:, :, 2:-2].swapaxes(0, 1))
+            y += CELL + 1
+        y += 1
+    return np.array(rows)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +79,14 @@ def test_completing_keeps_what_is_known(judged, tmp_path, command):
     if command == "edit":
         flags += ["--class", "star"]
     picture, said = draw(judged, tmp_path / "a.png", f"{command} data:3 data:5 --seeds 0 1", *flags)
-    assert picture.shape[0] == 2 * (CELL + GAP)
-    original, shown, first, second = columns(picture, 4)
+    original, shown, first, second = cells(picture, 4).swapaxes(0, 1)
+    assert len(original) == 2
     assert not np.array_equal(first, second)   # two seeds
     if command == "upscale":
         assert not np.array_equal(original, shown) and not np.array_equal(shown, first)
         return
-    top = np.s_[:CELL // 2]
-    bottom = np.s_[CELL // 2:CELL]
+    top = np.s_[:, :CELL // 2]
+    bottom = np.s_[:, CELL // 2:]
     known, made = (top, bottom) if command == "outpaint" else (bottom, top)
     for column in (shown, first, second):
         assert np.array_equal(column[known], original[known])
@@ -85,8 +102,8 @@ def test_upscaling_reads_the_small_image_alone(run):
     found = []
     for images in (flat, rough):
         given = sample.Given(images, ["one"], [None])
-        picture = sample.complete(run, given, None, label=10, seeds=[1], small_side=4)
-        found.append(columns(picture, 3))
+        (row,) = sample.complete(run, given, None, label=10, seeds=[1], small_side=4)
+        found.append(row.images)
     for column, (one, other) in enumerate(zip(*found)):   # itself, what is known, the result
         assert np.array_equal(one, other) == (column > 0)
 
@@ -102,10 +119,7 @@ def test_everything_known_is_the_reconstruction(run, given):
     everywhere = torch.ones(16, 16)
     kept = sample.complete(run, two, everywhere, run.model.config.classes, [0])
     plain = sample.reconstruct(run, two)
-    first, second = np.split(columns(kept, 1)[0], 2)
-    below = np.s_[CELL + GAP:]
-    assert np.array_equal(first, columns(plain, 2)[0][below])
-    assert np.array_equal(second, columns(plain, 2)[1][below])
+    assert np.array_equal([row.images[-1] for row in kept], plain[1].images)
 
 
 def test_nothing_known_is_plain_generation(run, given):
@@ -197,10 +211,10 @@ def test_images_of_any_kind(judged, tmp_path):
         Image.new(mode, (30, 50)).save(folder / f"{mode.replace(';', '')}.{ending}")
     (folder / "A.png").write_bytes(b"the first by name, and broken")
     picture, said = draw(judged, tmp_path / "a.png", f"reconstruct {folder} data:0")
-    assert said.count("PSNR") == 8 and picture.shape[0] == 2 * (CELL + GAP)
+    assert said.count("PSNR") == 8
     assert said.count("left out") == 1 and "A.png cannot be read as an image" in said
-    originals, results = np.split(columns(picture, 1)[0], [CELL + GAP])   # of data:0
-    mse = np.square((originals[:CELL].astype(float) - results[:CELL]) / 255).mean()
+    original, result = cells(picture, 1)[:, 0]   # of data:0
+    mse = np.square((original.astype(float) - result) / 255).mean()
     assert float(said.split("PSNR ")[-1].split()[0]) == pytest.approx(-10 * np.log10(mse), abs=0.1)
     assert "cannot be read" in refused(
         "sample.py", "reconstruct", folder / "A.png", "--run", judged)
@@ -226,22 +240,23 @@ def test_names_in_letters_of_any_script():
 
 def test_pictures_that_explain(judged, tmp_path):
     codes, _ = draw(judged, tmp_path / "codes.png", "codes data:3 data:4")
-    assert codes.shape[0] == 6 * (CELL + GAP)   # left over, codes, image so far
-    coarse = columns(codes, 3)[0][CELL + GAP:2 * CELL + GAP]
-    assert len(np.unique(coarse.reshape(-1, 3), axis=0)) == 1   # a single code
+    codes = cells(codes, 3)
+    assert len(codes) == 6   # left over, codes, image so far
+    assert len(np.unique(codes[1, 0].reshape(-1, 3), axis=0)) == 1   # a single code
     teaching, _ = draw(judged, tmp_path / "teaching.png", "teaching data:3")
-    second = np.s_[CELL + GAP:2 * CELL + GAP]   # the second row
-    for read, code, s in zip(columns(teaching, 3), columns(codes, 3), (1, 2, 4)):
-        assert len(np.unique(read[:CELL].reshape(-1, 3), axis=0)) <= s * s
-        assert np.array_equal(read[second], code[second])   # what is to be predicted: its codes
+    read, predicted = cells(teaching, 3)
+    for map_read, s in zip(read, (1, 2, 4)):
+        assert len(np.unique(map_read.reshape(-1, 3), axis=0)) <= s * s
+    assert np.array_equal(predicted, codes[1])
     attention, said = draw(judged, tmp_path / "attention.png", "attention data:3 --cell 0 3")
     assert len(np.unique(attention.reshape(-1, 3), axis=0)) > 20
-    red = (columns(attention, 4)[0][:CELL] == (255, 0, 0)).all(axis=-1)   # around the cell
+    attention = cells(attention, 4)
+    red = (attention[0, 0] == (255, 0, 0)).all(axis=-1)   # around the cell
     rows, places = red.nonzero()
     assert (rows.min(), rows.max()) == (0, CELL // 4 - 1)
     assert (places.min(), places.max()) == (CELL * 3 // 4, CELL - 1)
     shares = [line.split()[2:] for line in said.splitlines() if line.startswith("layer")]
-    assert len(shares) == len(attention) // (CELL + GAP)
+    assert len(shares) == len(attention)
     for row in shares:
         assert len(row) == 3 and sum(float(share.strip("%")) for share in row) == pytest.approx(
             100, abs=2)
@@ -250,19 +265,126 @@ def test_pictures_that_explain(judged, tmp_path):
 def test_images_forming(judged, tmp_path):
     picture, _ = draw(judged, tmp_path / "a.png", "progress --classes star heart --per-class 2",
                       "--gif", tmp_path / "a.gif")
-    assert picture.shape[0] == 4 * (CELL + GAP)
+    picture = cells(picture, 3)
     plain, _ = draw(judged, tmp_path / "b.png", "--classes star heart --per-class 2")
-    at_last = np.split(columns(picture, 1)[0], 4)
-    for i, column in enumerate(columns(plain, 2)):
-        for j, cell in enumerate(np.split(column, 2)):
-            assert np.array_equal(cell, at_last[2 * j + i])
+    assert np.array_equal(cells(plain, 2).reshape(4, CELL, CELL, 3), picture[:, -1])
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 3 and film.info["loop"] == 0
         times = []
         for frame in range(3):
             film.seek(frame)
             times.append(film.info["duration"])
+            last = cells(film.convert("RGB"), 2)
         assert times == [400, 400, 2000]   # the finished images stay for a while
+    assert abs(last.reshape(4, CELL, CELL, 3) - picture[:, -1].astype(int)).mean() < 10   # of 255
+    many = [Row("one", [np.zeros((8, 8, 1), np.uint8)], ["1x1"])] * 700
+    with pytest.raises(sample.UserError, match=r"film of 70\d* x .* has at most 65535 a side"):
+        save_film(tmp_path / "b.gif", many, 700)
+
+
+def test_a_picture_is_there_before_its_film(judged, tmp_path, monkeypatch):
+    monkeypatch.setattr("support.images.LONGEST_GIF", 100)
+    assert "would be a film of" in refused(
+        "sample.py", "progress", "--run", judged, "--per-class", 1, "--classes", "star", "heart",
+        "--out", tmp_path / "a.png", "--gif", tmp_path / "a.gif")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_grid_says_what_it_shows():
+    """Captions, labels and a note are drawn, and leave the images where they are."""
+    black, white = (np.full((8, 8, 1), shade, np.uint8) for shade in (0, 255))
+    rows = [Row("one", [black, white], ["first", "second"]), Row("two", [black], [])]
+    bare = [row._replace(captions=[]) for row in rows]
+    picture = np.asarray(grid(rows, CELL))
+    without = np.asarray(grid(bare, CELL))
+    noted = np.asarray(grid(rows, CELL, "note"))
+    line = len(picture) - len(without)
+    assert 10 < line < 25 and len(without) == 2 * (CELL + GAP)
+    assert picture[:line, :-2 * (CELL + GAP)].min() == 255 > picture[:line].min()
+    assert np.array_equal(picture[line:], without)
+    assert np.array_equal(noted[len(noted) - len(picture):], picture)
+    first = picture[line:, -2 * (CELL + GAP):]
+    assert (first[2:CELL + 2, 2:CELL + 2] == 0).all()
+    seen = first[:CELL + GAP, CELL + GAP:]   # white on white
+    assert (seen[2:-2, 2:-2] == 255).all() and (seen[1, 1:-1] == 128).all()
+    assert (seen[-2, 1:-1] == 128).all() and (seen[1:-1, [1, -2]] == 128).all()
+    assert (seen[0] == 255).all() and (seen[-1] == 255).all()
+    long = np.asarray(grid([Row("word " * 40, [black])], CELL))
+    assert len(long) == CELL + GAP and 150 < long.shape[1] - CELL - GAP < 250
+    assert grid([Row("", [black])], 4).size == (8 + 4 + GAP, 4 + GAP)   # made smaller
+
+
+@pytest.mark.parametrize("side, count, cell", [
+    (32, 10, 96), (32, 1, 160), (32, 6, 128), (28, 5, 140), (64, 10, 128), (8, 2, 160),
+    (256, 4, 256), (200, 4, 200)])
+def test_images_are_enlarged_by_whole_numbers(side, count, cell):
+    assert cell_size(side, count) == cell
+    row = Row("", [np.zeros((side, side, 3), np.uint8)])
+    assert grid([row] * count).height == count * (cell + GAP)
+
+
+def test_labels_are_wrapped():
+    assert wrapped("star 4: left over", 24, 5) == "star 4: left over"
+    assert wrapped("a_photograph_of_a_cat_on_a_mat", 12, 5) == "a_photograph\n_of_a_cat_on\n_a_mat"
+    assert wrapped("star 4\n29.3 dB", 13, 2) == "star 4\n29.3 dB"
+    assert wrapped("one two three four", 5, 2) == "one\ntwo…"
+    assert wrapped("three four", 5, 0) == "thre…"
+    assert wrapped("", 5, 1) == ""
+
+
+def test_captions(judged, run, given):
+    rows = sample.draw_progress(run, ["star", "heart"], 2, 0)
+    assert [row.label for row in rows] == ["star", "star", "heart", "heart"]
+    assert [list(row.captions) for row in rows] == [["1x1", "2x2", "4x4"], [], [], []]
+    two = sample.Given(given.images[:2], ["one", "two"], [0, 1])
+    rows = sample.complete(run, two, known_pixels((0, 0, 0.5, 1), 16), 10, [3, 5])
+    assert [list(row.captions) for row in rows] == [["original", "known", "seed 3", "seed 5"], []]
+    rows = sample.reconstruct(run, two)
+    assert [caption.split("\n")[0] for caption in rows[0].captions] == ["one", "two"]
+    assert [row.label for row in rows] == ["original", "reconstruction"]
+    many = sample.reconstruct(run, given)   # 40, eight in a row
+    assert len(many) == 10 and {len(row.images) for row in many} == {8}
+    assert many[2].captions[0].startswith(given.names[8])
+
+
+def test_a_file_is_not_replaced_without_a_word(judged, tmp_path):
+    path = tmp_path / "a.png"
+    _, first = draw(judged, path, "--classes star --per-class 1")
+    _, second = draw(judged, path, "--classes heart --per-class 1")
+    assert first.endswith(f"wrote {path}\n")
+    assert second.endswith(f"wrote {path}, in place of an older one\n")
+
+
+def test_a_tokenizer_alone_can_be_looked_at(judged, tmp_path):
+    for name in ("tokenizer.pt", "held_out.pt"):
+        shutil.copy(judged / name, tmp_path / name)
+    for command in ("reconstruct", "codes"):
+        whole, _ = draw(judged, tmp_path / "a.png", f"{command} data:1 data:3")
+        alone, said = draw(tmp_path, tmp_path / "b.png", f"{command} data:1 data:3")
+        assert np.array_equal(whole, alone) and "note" not in said.replace("note: one thread", "")
+    assert "no transformer checkpoint" in refused(
+        "sample.py", "teaching", "data:1", "--run", tmp_path)
+    (tmp_path / "held_out.pt").unlink()
+    ran("sample.py", "codes", tmp_path / "a.png", "--run", tmp_path)
+    assert "comes without images" in refused("sample.py", "codes", "data:1", "--run", tmp_path)
+
+
+def test_an_unfinished_training_is_drawn_with_its_step(judged, tmp_path):
+    shutil.copy(judged / "held_out.pt", tmp_path)
+    plain = {}
+    for name, command in (("tokenizer", "codes data:1"), ("var", "--classes star --per-class 1")):
+        plain[name], _ = draw(judged, tmp_path / "a.png", command)
+    for name in ("tokenizer", "var"):
+        content = torch.load(judged / f"{name}.pt", weights_only=True)
+        torch.save({**content, "training": {"step": 7}}, tmp_path / f"{name}.pt")
+    for name, command, steps in (("tokenizer", "codes data:1", 40),
+                                 ("var", "--classes star --per-class 1", 30)):
+        picture, said = draw(tmp_path, tmp_path / "a.png", command)
+        assert f"is not finished: step 7 of {steps}" in said
+        above = len(picture) - len(plain[name])
+        assert above > 10 and picture[:above].min() < 100   # something is written there
+        aligned = picture[above:, :plain[name].shape[1]]
+        assert np.array_equal(aligned, plain[name])
 
 
 def test_the_attention_drawn_is_that_of_the_cell(judged, tmp_path, monkeypatch):
@@ -465,6 +587,38 @@ def test_a_model_without_a_null_class_says_so_once(run, capsys):
     assert "never saw the null class" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name, cfg, dtype, images", [
+    ("tiny", 1.0, torch.float32, 100), ("imagenet256", 4.0, torch.bfloat16, 44),
+    ("imagenet256", 4.0, torch.float32, 22), ("imagenet256", 0.0, torch.float16, 89),
+    ("d36", 4.0, torch.float32, 1)])
+def test_so_many_images_at_a_time_as_have_a_small_cache(run, name, cfg, dtype, images):
+    """Of the published d16 with guidance, one image's takes 89 MB in half precision."""
+    shape = PRESETS["tiny" if name == "tiny" else "imagenet256"].var_shape(1000)
+    if name == "d36":
+        shape.update(depth=36, width=2304, scales=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
+    model = SimpleNamespace(config=VARConfig(**shape))
+    own = replace(run, model=model, machine=Machine(torch.device("cpu"), dtype),
+                  sampling=replace(run.sampling, cfg=cfg))
+    assert own.batch == images
+    assert replace(own, sampling=replace(own.sampling, batch=7)).batch == 7
+
+
+def test_images_are_drawn_and_judged_so_many_at_a_time(run, monkeypatch):
+    whole = run.log_likelihood(run.generate([0, 1, 2], 0), [0, 1, 2])
+    sizes = []
+
+    def noted(count, size, what):
+        sizes.append(size)
+        return batches(count, size)
+
+    monkeypatch.setattr(sample, "batches", noted)
+    in_parts = replace(run, sampling=replace(run.sampling, batch=2))
+    assert in_parts.generate([0, 1, 2], 0).shape == (3, run.model.config.length)
+    part_N = in_parts.log_likelihood(run.generate([0, 1, 2], 0), [0, 1, 2])
+    torch.testing.assert_close(part_N, whole)
+    assert sizes == [2, 100, 2]
+
+
 # Files and mistakes
 
 
@@ -495,6 +649,9 @@ def test_mistakes(judged, tmp_path):
     for command, told in {
         "inpaint": "required: IMAGE",
         f"--out {tmp_path}/var.pt": "named as checkpoints are",
+        f"--out {tmp_path}/a.jpg": "must be named .png",
+        f"progress --gif {tmp_path}/a.png": "must be named .gif",
+        "--cell-size 0": "--cell-size: 0 must be",
         "edit data:3": "edit needs --class",
         "inpaint data:3 --box 0 0 1.5 1": "--box: 1.5 must be from 0 to 1",
         "inpaint data:3 --box 0 0 nan 1": "nan must be from 0 to 1",
@@ -519,9 +676,54 @@ def test_mistakes(judged, tmp_path):
         "export many a.npz": "count: many must be a whole number",
         "export 0 a.npz": "0 must be a whole number",
         f"export 3 {tmp_path}/file/a.npz --var missing.pt": "file/a.npz cannot be written",
+        "inpaint --seeds 0 1 data:4": "data:4 must be a whole number, from 0 to 2147483647; "
+                                      "images are named before",
+        "--top-p .5 data:4": "images are named before such flags",
+        "--per-class 2 codes data:4": "the command comes first: python sample.py codes, then",
+        "--batch-size 3": "there is --batch",
+        "codes data:" + 5000 * "9": "999…: the held-out images are data:0 to data:",
+        f"export 9 {tmp_path}/a.npz --reference {tmp_path}/../{tmp_path.name}/a.npz":
+            "a.npz is the name of two outputs",
+        f"progress --gif {tmp_path}/a.gif --out {tmp_path}/a.gif": "the name of two outputs",
+        "--published d16": "--published names both models",
     }.items():
         assert told in refused("sample.py", *command.split(), "--run", judged), command
+    for flag in ("--out", "--run", "--var"):
+        assert f"{flag}: a name is missing" in refused("sample.py", flag, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_a_run_that_cannot_be_written_to_is_told_before_anything_is_drawn(judged, monkeypatch):
+    def denied(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr(sample, "load_run", None)
+    for flags in (["--run", judged], ["--var", judged / "var.pt"]):
+        told = refused("sample.py", "codes", "data:3", *flags)
+        assert f"{judged / 'codes.png'} cannot be written: Read-only file system" in told
+
+
+def test_white_is_what_it_was_in_training(judged, tmp_path):
+    images = tmp_path / "images"
+    for name in ("one", "two"):
+        (images / name).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(np.full((16, 16), 4095, np.uint16)).save(images / name / f"{i}.png")
+    path = images / "one" / "0.png"
+    data = load_data(str(images), 16, 3, tmp_path, tmp_path, 0, 0, True, 4095)
+    assert data.white == 4095 and data.held_out.tensors[0].min() == 255
+    shutil.copytree(judged, tmp_path / "run")
+    content = torch.load(judged / "var.pt", weights_only=True)
+    for white, seen in ((None, 4095 / 65535), (4095, 1.0)):
+        torch.save({**content, "white": white}, tmp_path / "run" / "var.pt")
+        run = load_run(tmp_path / "run", choose_machine("cpu"))
+        given = sample.load_images(run, [str(path)])
+        assert given.images.mean().item() == pytest.approx(2 * seen - 1, abs=0.01)
+    stage = tokenizer_stage(tmp_path)
+    stage.data.white = 4095
+    stage.save(finished=True)
+    assert torch.load(stage.path, weights_only=True)["white"] == 4095
 
 
 def test_every_command_has_a_help_of_its_own():

@@ -1,0 +1,94 @@
+"""A training that one can watch: its pictures and curves are written anew as it goes on, and so are
+TensorBoard's files, if they are asked for."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from support.checkpoint import Log, read_log
+from support.cli import UserError
+from support.devices import rank_and_world, say
+from support.figures import draw_curves, scale_names
+from support.images import Row, grid, save_picture
+
+PICTURES = {"tokenizer": "reconstructions.png", "var": "samples.png"}   # of each stage
+SHARE = 0.03       # of a training's time, at most, goes into pictures before its end
+FIRST_COST = 1.0   # seconds, until it is known what pictures cost
+
+
+class WatchedLog(Log):
+    """The log of a stage, and pictures of what the stage has come to."""
+
+    def __init__(self, stage: str, step: int, steps: int, settings):
+        """step, steps: where the training is, and where it ends. settings: a train.Settings."""
+        self.out = settings.out
+        super().__init__(self.out / "log.jsonl", stage, step)
+        self.steps = steps
+        self.scales = settings.preset.scales
+        self.begun = time.monotonic()
+        self.spent = 0.0
+        self.cost = FIRST_COST
+        self.writer = None
+        if settings.tensorboard and rank_and_world()[0] == 0:
+            folder = str(self.out / "tensorboard" / stage)
+            self.writer = settings.tensorboard(folder, purge_step=step + 1)
+
+    def write(self, step: int, split: str, **values) -> None:
+        super().write(step, split, **values)
+        if self.writer is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, list):
+                for scale, one in zip(scale_names(self.scales), value):
+                    self.writer.add_scalar(f"{split}/{name}/{scale}", one, step)
+            else:
+                self.writer.add_scalar(f"{split}/{name}", value, step)
+        self.writer.flush()
+
+    def show(self, draw: Callable[[bool], list[Row]], step: int, stopped: bool = False) -> None:
+        """Draw a training that goes on or is stopped: pictures with its step above them.
+
+        draw: a stage's `picture`.
+
+        While a training goes on, they are left out where they would take more than their share of
+        the time; and what cannot be written, as on a full disk, is no reason to end it.
+        """
+        begun = time.monotonic()
+        too_soon = self.spent + self.cost > SHARE * (begun - self.begun)
+        if rank_and_world()[0] > 0 or too_soon and not stopped:
+            return
+        try:
+            self.draw(draw(few=True), step, f"step {step} of {self.steps}")
+        except OSError as error:
+            say(f"note: no pictures of step {step}: {error}")
+        self.cost = time.monotonic() - begun
+        self.spent += self.cost
+
+    def draw(self, rows: list[Row], step: int, note: str = "") -> None:
+        """Write the stage's picture, of these rows, and the curves."""
+        picture = grid(rows, note=note)
+        save_picture(self.out / PICTURES[self.stage], picture)
+        save_picture(self.out / "curves.png", draw_curves(read_log(self.path), self.scales))
+        if self.writer is not None:
+            self.writer.add_image("picture", np.asarray(picture), step, dataformats="HWC")
+            self.writer.flush()
+
+
+def summary_writer() -> type:
+    """What writes TensorBoard's files. Raises UserError where that is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard takes one more package: pip install tensorboard")
+    return SummaryWriter
+
+
+def say_what_next(out: Path, stages: list[str]) -> None:
+    """The last line of a training: what to look at, and what to try."""
+    pictures = ", ".join(PICTURES[stage] for stage in stages)
+    command = "progress" if "var" in stages else "codes data:0"
+    say(f"{out} is complete; look at {pictures} and curves.png in it, then try "
+        f"python sample.py {command} --run {out}")
