@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -301,8 +300,6 @@ def decode(
 ) -> Tensor:
     """Write the images that can be read; returns their labels. The digest takes in the files."""
     shape = images.form.shape
-    free = shutil.disk_usage(path.parent).free
-    needed = len(images) * math.prod(shape)
     labels: list[int] = []
 
     def write(file: BinaryIO) -> None:
@@ -319,8 +316,6 @@ def decode(
         write_header(file, len(labels), shape)   # as long as the first
 
     try:
-        if needed > free:
-            raise OSError(f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
         save_whole(path, write)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}; --stream reads the images as training "

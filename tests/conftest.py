@@ -29,7 +29,7 @@ settings.load_profile("same")
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """Drawing them takes a third of a tiny run's time: only the runs that tests share have them."""
-    monkeypatch.setattr("train.draw_curves", lambda *_: Image.new("L", (1, 1)))
+    monkeypatch.setattr("support.watching.draw_curves", lambda *_: Image.new("L", (1, 1)))
 
 
 @pytest.fixture(scope="session")

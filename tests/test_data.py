@@ -105,10 +105,9 @@ def test_idx_files_that_are_others_are_refused(mnist):
     _, folder = mnist
     path = folder / "train-images-idx3-ubyte.gz"
     content = gzip.decompress(path.read_bytes())
-    for broken, told in ((path.read_bytes()[:200], "gzip"),
-                         (gzip.compress(content[:-1]), "not the published file")):
+    for broken in path.read_bytes()[:200], b"no archive", gzip.compress(content[:-1]):
         path.write_bytes(broken)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match="not the published file"):
             load_known("mnist", folder, 32)
 
 
@@ -375,15 +374,11 @@ def test_decoding_that_ends_early_leaves_nothing_half_written(tmp_path, monkeypa
     assert all(map(torch.equal, everything(load(root, out)), whole))
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    """As far as a program sees it: little is free, or a file may not grow."""
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """As far as a program sees it: a file may not grow."""
     resource = pytest.importorskip("resource")
     root = draw_folder(tmp_path / "data", {"a": 12})
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 2111))
-        with pytest.raises(UserError, match="0.0 GB are free; --stream"):
-            load(root, out)   # 11 images of 192 bytes
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:

@@ -184,6 +184,15 @@ def test_the_balance_of_gradients():
     (likeness + found * adversarial).backward()   # the graph is still there
 
 
+def test_the_balance_is_that_of_the_images_of_all_processes(monkeypatch):
+    """Here of two, in the other of which both losses have the gradient (3, -4)."""
+    monkeypatch.setattr("support.losses.average_over_processes",
+                        lambda gradient: (gradient + torch.tensor([3.0, -4.0])) / 2)
+    weight = torch.ones(2, requires_grad=True)
+    found = balance(weight @ torch.tensor([3.0, 4.0]), weight @ torch.tensor([1.0, 0.0]), weight)
+    assert found.item() == pytest.approx(3 / 8**0.5)   # of (3, 0) and (2, -2)
+
+
 def test_edges_are_to_be_as_steep():
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((2, 2, 3, 5, 4))

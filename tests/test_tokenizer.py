@@ -115,7 +115,7 @@ def test_every_step_of_the_loop_is_numpys():
     so_far, codebook_VC = [0.0, *f_hats], made.codebook_VC.detach().numpy()
     for k, s in enumerate(made.scales):
         residual_NC = reference.read(f_BCSS.numpy() - so_far[k], s).reshape(-1, 2)
-        assert (tokens[k].reshape(-1) == reference.distances(residual_NC, codebook_VC, False).argmin(axis=1)).all()
+        assert (tokens[k].reshape(-1) == reference.distances(residual_NC, codebook_VC).argmin(axis=1)).all()
     decoded_BCSS = made.decode(torch.from_numpy(np.concatenate(tokens, axis=1)))
     np.testing.assert_allclose(decoded_BCSS.numpy(), f_hats[-1], atol=1e-12)
     inputs = made.teacher_inputs(torch.from_numpy(np.concatenate(tokens, axis=1))).numpy()
@@ -224,7 +224,7 @@ def test_the_first_codes_are_residuals_of_every_scale_alike(vocabulary, shares):
         so_far = reference.running_latents(tokens, **known)[-1] if tokens else 0.0
         residual_NC = reference.read(f_BCSS.numpy() - so_far, s).reshape(-1, 2)
         end += share
-        distance_NV = reference.distances(residual_NC, known["codebook_VC"][:end], False)
+        distance_NV = reference.distances(residual_NC, known["codebook_VC"][:end])
         assert (distance_NV[:, end - share:].min(axis=0) < 1e-20).all()   # each code is one of the residuals
         assert len(set(distance_NV[:, end - share:].argmin(axis=0))) >= min(share, 2)   # and not always the same
         tokens.append(distance_NV.argmin(axis=1).reshape(6, -1))
