@@ -456,8 +456,8 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
           f"{found.nats_per_image:.2f} nats each, {found.nats_per_token:.3f} per token")
     say_classes(list(sets.values()))
     if count < 500:
-        print(f"note: {count} images are few: below 500 the Fréchet distance is much too large, and\n"
-              f"precision and recall are too good; half against half shows how much")
+        print(f"note: {count} images are few: below 500 the Fréchet distance is much too large, "
+              f"and\nprecision and recall are too good; half against half shows how much")
     if len(seeds) > 1:
         print(f"± is the standard deviation over the seeds {' '.join(map(str, seeds))}")
     print("This Fréchet distance is not FID: its features are those of the run's own classifier,\n"
