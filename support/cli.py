@@ -151,7 +151,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
         if not low <= value <= high or value == math.inf:
             limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
             whole = "a whole number, " if kind is int else ""
-            raise ArgumentTypeError(f"{in_short(text, 40)} must be {whole}{limits}")
+            raise ArgumentTypeError(f"{in_short(text, 40) or repr(text)} must be {whole}{limits}")
         return value
     return checked
 

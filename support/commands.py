@@ -50,9 +50,14 @@ class OneOrTwo(argparse.Action):
         setattr(options, self.dest, values[0] if len(values) == 1 else tuple(values))
 
 
+def source(text: str) -> str:
+    """The type of an image: "" would be all below the current folder."""
+    return str(place(text))
+
+
 FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (f"{COMPLETED} {SHOWN}", "images", dict(
-        nargs="+", metavar="IMAGE", help="files, folders, or data:17 for a held-out image; "
+        nargs="+", type=source, metavar="IMAGE", help="files, folders, or data:17 for a held-out image; "
         "teaching and attention are of the first")),
     ("evaluate", "count", dict(type=number(int, 8), help="images of each kind, an even number")),
     ("export", "count", dict(

@@ -418,9 +418,6 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
         f"generated, {asked}": found.generated,
         "generated, no guidance, no filters": found.unfiltered,
     }
-    if count < 500:
-        print("note: these figures depend on how many images there are; the Fréchet distance is "
-              "much too large\nand precision and recall are too good below 500")
     print(f"{count} images of each kind; the classifier recognises {found.accuracy:.1%} of all "
           f"held-out images")
     table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}
@@ -436,6 +433,9 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
     print(f"PSNR of the reconstructions {found.psnr:.2f} dB; held-out images take "
           f"{found.nats_per_image:.2f} nats each, {found.nats_per_token:.3f} per token")
     say_classes(list(sets.values()))
+    if count < 500:
+        print(f"note: {count} images are few: below 500 the Fréchet distance is much too large, "
+              f"and\nprecision and recall are too good; half against half shows how much")
     if len(seeds) > 1:
         print(f"± is the standard deviation over the seeds {' '.join(map(str, seeds))}")
     print("This Fréchet distance is not FID: its features are those of the run's own classifier,\n"

@@ -284,6 +284,9 @@ def test_the_table(opened, evaluated, capsys):
     assert star.split()[1:] == [f"{share:.1%}" for share in expected]
     assert "standard deviation over the seeds 3 4" in said
     assert "is not FID" in said and "export 50000" in said
+    assert f"note: {COUNT} images are few" in said
+    say_evaluation(found, 500, SEEDS, opened.sampling)
+    assert "are few" not in capsys.readouterr().out
 
 
 def test_one_seed_has_no_spread():

@@ -549,6 +549,7 @@ def test_mistakes_in_training(folder, tmp_path):
     ("--stage tokenizer --tokenizer t.pt", "--tokenizer names a finished one"),
     ("--perceptual vgg.pth", "--perceptual changes nothing without --perceptual-weight"),
     ("--perceptual vgg.pth --preset pixels64 --tokenizer t.pt", "where no tokenizer is trained"),
+    ("--multipliers 1,2,", "--multipliers: '' must be a whole number"),
     ("--seed " + 5000 * "9", "must be a whole number, from 0")])
 def test_flags_that_are_not_there_or_contradict_each_other(flags, told):
     said = refused("train.py", *shlex.split(flags))

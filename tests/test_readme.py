@@ -4,6 +4,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import ROOT, TINY, ran
+from program import ROOT, TINY, ran, refused
 
+import sample
+import train
 from sample import DEFAULTS
 from support.cli import UserError
 from support.commands import parse
@@ -22,6 +25,7 @@ from support.devices import forward_flops
 from support.presets import PRESETS, chosen_preset, training_flags
 from tests import needs
 from tokenizer import Tokenizer, TokenizerConfig
+from var import VAR
 
 README = (ROOT / "README.md").read_text()
 PYTHON = r"^    (?:\S*python )((?:train|sample)\.py.*|-m tests\.benchmark .*)"
@@ -62,6 +66,29 @@ def test_commands_that_draw(shapes, monkeypatch, command):
     smaller = {"50000": "20", "1000": "40", "16": "4"}   # as many samples; a small image's side
     said = ran(program, *(smaller.get(flag, flag) for flag in flags))
     assert "wrote" in said or "evaluate" in flags
+
+
+def test_changing_the_model(folder, tmp_path, monkeypatch):
+    """The example trains, draws and is no VAR to sample.py; `loudness` is a line it asks for."""
+    (example,) = re.findall(r"(?:^    .*\n)+", README[README.index("## Change the model"):].split(
+        "`python mine.py`")[0], re.MULTILINE)
+    example = textwrap.dedent(example).replace("self.settings.preset.loudness", "0.5")
+    own = type("MyTokenizer", (Tokenizer,), {})
+
+    def mine(*flags):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["mine.py", *map(str, flags)])
+            for module in (sample, train):   # of what the example replaces: put back at the end
+                patch.setattr(module, "VAR", VAR)
+                patch.setattr(module, "Tokenizer", own)
+            patch.setattr(train, "VARStage", train.VARStage)
+            exec(example, {})
+
+    mine("--data", folder, "--out", tmp_path, *TINY, "--tokenizer-steps", 2, "--var-steps", 2)
+    mine("draw", "--run", tmp_path, "--per-class", 1)
+    assert torch.load(tmp_path / "var.pt", weights_only=True)["class"] == "Mine"
+    assert (tmp_path / "grid.png").exists()
+    assert "the program that defines Mine opens it" in refused("sample.py", "--run", tmp_path)
 
 
 @pytest.mark.parametrize("command", TRAINED)

@@ -688,6 +688,7 @@ def test_mistakes(judged, tmp_path):
         "--published d16": "--published names both models",
     }.items():
         assert told in refused("sample.py", *command.split(), "--run", judged), command
+    assert "IMAGE: a name is missing" in refused("sample.py", "codes", "", "--run", judged)
     for flag in ("--out", "--run", "--var"):
         assert f"{flag}: a name is missing" in refused("sample.py", flag, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
