@@ -109,7 +109,8 @@ def all_jobs() -> list[Job]:
 
 def some_jobs() -> list[Job]:
     """Every kernel for a card of readers, with the widest tiles, and for one of data centres."""
-    jobs: list[Job] = [(86, partial(attention, torch.float32, 128))]
+    jobs: list[Job] = [(86, partial(attention, torch.float32, 128)),
+                       (90, partial(few_queries, torch.float32, 128, 16))]
     for card, head in (86, HEADS[2]), (90, HEADS[1]):
         jobs.append((card, partial(attention, *head)))
         jobs.append((card, partial(heads, *head, True)))

@@ -847,3 +847,5 @@ def test_a_few_queries_get_a_small_tile(L, rows, warps):
     tiles = kernels.attention_tiles("forward", q_BHLD)
     assert (tiles["TILE_L"], tiles["num_warps"]) == (rows, warps)
     assert kernels.attention_tiles("backward_q", q_BHLD)["TILE_L"] == 128
+    wide_BHLD = torch.zeros(1, 1, L, 128)
+    assert kernels.attention_tiles("forward", wide_BHLD)["TILE_L"] == 32   # in fp32, where 16 spill
