@@ -61,7 +61,8 @@ from torch.types import Number
 try:
     import triton
     import triton.language as tl
-    HAS_TRITON = True
+    # 3.5 does not compile attention's backward pass.
+    HAS_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 except ImportError:   # as on a Mac: the kernels stay plain functions that nobody calls
     from types import SimpleNamespace
     triton = SimpleNamespace(jit=lambda function: function, __version__="not installed")

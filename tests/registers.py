@@ -98,7 +98,7 @@ def sampling(V: int, guided: bool) -> None:
 def all_jobs() -> list[Job]:
     """The dearest first: where several processes share them, none ends long after the others."""
     launched = [partial(attention, *head) for head in HEADS]
-    launched += [partial(few_queries, *head, L) for head in HEADS for L in (16, 32, 64)]
+    launched += [partial(few_queries, *head, L) for head in HEADS for L in (1, 16, 32, 64)]
     launched += [partial(sampling, V, guided) for V in (4096, 33) for guided in (True, False)]
     launched += [partial(heads, *head, normalised) for head in HEADS for normalised in (True, False)]
     launched += [partial(adaln, *size) for size in

@@ -658,10 +658,12 @@ def test_the_triton_face_is_for_cards_of_nvidia_from_sm_80_on(major, hip, triton
     assert kernels.use_triton(SimpleNamespace(is_cuda=True, device="cuda:0")) == triton
 
 
-def test_without_triton_the_pytorch_faces_do_everything():
+@pytest.mark.parametrize("which", ['sys.modules["triton"] = None', pytest.param(
+    'import triton; triton.__version__ = "3.5.1"', marks=needs_triton)])
+def test_without_triton_or_an_old_one_the_pytorch_faces_do_everything(which):
     """And torch._dynamo, which takes as long to import as torch itself, is not imported."""
-    script = """if True:
-        import sys; sys.modules["triton"] = None
+    script = f"import sys; {which}" + """
+if True:
         import torch, kernels
         x = torch.randn(1, 2, 5, 16)
         assert not kernels.HAS_TRITON and "torch._dynamo" not in sys.modules
