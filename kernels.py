@@ -61,7 +61,8 @@ from torch.types import Number
 try:
     import triton
     import triton.language as tl
-    HAS_TRITON = True
+    # 3.5 does not compile attention's backward pass.
+    HAS_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 except ImportError:   # as on a Mac: the kernels stay plain functions that nobody calls
     from types import SimpleNamespace
     triton = SimpleNamespace(jit=lambda function: function, __version__="not installed")
@@ -945,7 +946,7 @@ def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
     in_fp32 = q_BHLD.dtype == torch.float32
     tiles = ATTENTION_TILES[name][2 * in_fp32 + (D > 64)]
     TILE_L, TILE_S, num_warps, num_stages = tiles
-    if name == "forward":
+    if name == "forward" and TILE_L > 32:   # of 32 to 16 registers would be spilled (sm_90)
         TILE_L = min(TILE_L, max(16, triton.next_power_of_2(L)))   # a product takes 16 or more
         num_warps = max(4, num_warps * TILE_L // tiles[0])
     return dict(TILE_L=TILE_L, TILE_S=TILE_S, num_warps=num_warps, num_stages=num_stages, D=D)

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import KeyRanges, adaln, block_attention, sample_tokens, split_heads
+from support.devices import fp32_products
 from support.published import transformer_of
 
 if TYPE_CHECKING:
@@ -285,8 +286,7 @@ class VAR(nn.Module):
         numbers of 4 to 16, as theirs are, bf16 keeps four or five binary places.
         """
         scale_BW, shift_BW = head_B2W.unbind(1)
-        device = scale_BW.device.type
-        with nullcontext() if self.training else torch.autocast(device, enabled=False):
+        with nullcontext() if self.training else fp32_products(scale_BW.device.type):
             _, y_BLW = adaln(*stream, scale_BW, shift_BW)
             return self.head(y_BLW)
 

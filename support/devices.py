@@ -1,9 +1,11 @@
 """What a model is computed on: the device, its precision, several processes, and what it can do."""
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -28,6 +30,21 @@ class Machine:
         """The context to run a model in: `with machine.autocast():`."""
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
+
+
+@contextlib.contextmanager
+def fp32_products(device: str) -> Iterator[None]:
+    """Products are in fp32 also within autocast. But where that is on, GPUs that have TF32 compute
+    them in it, many times as fast: it keeps three binary places more than bf16.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = before or torch.is_autocast_enabled(device)
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def choose_machine(device: str, precision: str = "auto", compile: bool = False) -> Machine:

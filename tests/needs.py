@@ -1,6 +1,7 @@
 """What a preset needs: hours, memory and disk, counted without a GPU.
 
     python -m tests.needs imagenet256
+    python -m tests.needs --cards        # every preset on the cards that readers have
 
 Training steps of both stages are gone through on tensors without numbers, in bf16. Hours are those
 of the arithmetic alone; the optimizer and reading the images come on top.
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from support.data import Data
-from support.devices import Machine, forward_flops
+from support.devices import PEAK_TFLOPS, Machine, forward_flops
 from support.losses import DetailLosses
 from support.presets import PRESETS, Preset
 from tests.benchmark import counting, training_inputs
@@ -30,7 +31,10 @@ from var import VAR, VARConfig
 
 WEIGHT_BYTES = 22   # fp32: weight, gradient, Adam's two moments, ema; and a copy in bf16
 RESULTS = 1.25      # what is passed from layer to layer, beside what is kept
-
+CARDS = {"Tesla T4": 16, "RTX 3060": 12, "RTX 4090": 24, "A100": 80, "H100": 80}   # GB
+SHARE_OF_PEAK = 0.4      # that products reach in training: a guess until it is measured
+SHARE_OF_MEMORY = 0.9    # that is left for tensors
+PYTORCH_FACE = 1.5       # times as much is kept for the backward pass, where Triton is not used
 
 IN_BF16 = Machine(torch.device("cpu"), torch.bfloat16)
 CHANNELS = 3        # of images
@@ -116,15 +120,59 @@ class Keep:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+def both_stages(preset: Preset, classes: int) -> list[tuple[int, int, Needs]]:
+    """Steps, images of a step, and needs of the tokenizer and of the transformer."""
+    return [(preset.tokenizer_steps, preset.tokenizer_batch, of_tokenizer(preset, classes)),
+            (preset.var_steps, preset.var_batch, of_transformer(preset, classes))]
+
+
+def hours_on(card: str, steps: int, batch: int, needs: Needs) -> float:
+    """Of all steps, by their arithmetic."""
+    return steps * batch * needs.flops / (SHARE_OF_PEAK * PEAK_TFLOPS[card] * 1e12) / 3600
+
+
+def micro_batches_on(card: str, stages: list[tuple[int, int, Needs]]) -> int | None:
+    """The least --grad-accumulation with which both stages fit; None if not even images one by one
+    do."""
+    face = PYTORCH_FACE if card == "Tesla T4" else 1
+
+    def fits(batch: int, needs: Needs, count: int) -> bool:
+        images = batch / count * needs.bytes_kept * RESULTS * face
+        return needs.weights * WEIGHT_BYTES + images < SHARE_OF_MEMORY * CARDS[card] * 1e9
+
+    batches = [batch for _, batch, _ in stages]
+    counts = [n for n in range(1, min(batches) + 1) if not any(batch % n for batch in batches)]
+    return next((n for n in counts if all(fits(batch, needs, n) for _, batch, needs in stages)), None)
+
+
+def print_cards(presets: list[str], classes: int) -> None:
+    print(f"Hours of the tokenizer + the transformer, by FLOPs at {SHARE_OF_PEAK:.0%} of a card's peak, "
+          f"and the least\n--grad-accumulation: estimates until somebody measures them.")
+    print(f"{'':12}{'TFLOP/s':>9}{'GB':>4}" + "".join(f"{preset:>22}" for preset in presets))
+    needs = [both_stages(PRESETS[preset], classes) for preset in presets]
+    for card, memory in CARDS.items():
+        row = f"{card:12}{PEAK_TFLOPS[card]:9}{memory:4}"
+        for stages in needs:
+            hours = [hours_on(card, *stage) for stage in stages]
+            hours = " + ".join(f"{hour:,.{0 if hour > 10 else 2}f}" for hour in hours)
+            row += f"{f'{hours}; {micro_batches_on(card, stages)}':>22}"
+        print(row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a preset needs, counted without a GPU.")
     add = parser.add_argument
-    add("preset", choices=PRESETS)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("preset", nargs="?", choices=PRESETS)
+    what.add_argument("--cards", action="store_true", help="all presets, on all cards of CARDS")
     add("--images", type=int, default=1_281_167, help="to train on (default: ImageNet's)")
     add("--classes", type=int, default=1000, help="of them (default: 1000)")
     add("--rate", type=float, default=400, help="TFLOP/s that a card reaches (default: 400)")
     add("--memory", type=float, default=80, help="GB that a card has (default: 80)")
     asked = parser.parse_args()
+    if asked.cards:
+        print_cards(list(PRESETS), asked.classes)
+        return
     preset = PRESETS[asked.preset]
     print(f"{asked.preset}, {asked.images:,} images, {asked.rate:g} TFLOP/s and "
           f"{asked.memory:g} GB a card")

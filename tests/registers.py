@@ -98,7 +98,7 @@ def sampling(V: int, guided: bool) -> None:
 def all_jobs() -> list[Job]:
     """The dearest first: where several processes share them, none ends long after the others."""
     launched = [partial(attention, *head) for head in HEADS]
-    launched += [partial(few_queries, *head, L) for head in HEADS for L in (16, 32, 64)]
+    launched += [partial(few_queries, *head, L) for head in HEADS for L in (1, 16, 32, 64)]
     launched += [partial(sampling, V, guided) for V in (4096, 33) for guided in (True, False)]
     launched += [partial(heads, *head, normalised) for head in HEADS for normalised in (True, False)]
     launched += [partial(adaln, *size) for size in
@@ -109,7 +109,7 @@ def all_jobs() -> list[Job]:
 
 def some_jobs() -> list[Job]:
     """Every kernel for a card of readers, with the widest tiles, and for one of data centres."""
-    jobs: list[Job] = []
+    jobs: list[Job] = [(90, partial(few_queries, torch.float32, 128, 16))]
     for card, head in (86, HEADS[2]), (90, HEADS[1]):
         jobs.append((card, partial(attention, *head)))
         jobs.append((card, partial(heads, *head, True)))
@@ -209,14 +209,20 @@ def print_registers() -> None:
     print(f"{'card':8}{'kernel':23}{'dtype':10}{'registers':>9}{'stack':>6}{'shared':>8}"
           f"{'columns':>8}{'programs':>9}  constants")
     seen: Counter[str] = Counter()
+    most: dict[int, tuple[int, int]] = {}   # shared memory and stack, by card
     for found in compiled(all_jobs()):
         constants = " ".join(f"{name.removeprefix('num_')} {value}"
                              for name, value in found.constants.items())
         row = (f"sm_{found.card:<5}{found.kernel:23}{found.dtype:10}{found.registers:9}"
                f"{found.stack:6}{found.shared:8}{found.columns:8}{found.programs:9}  {constants}")
+        shared, stack = most.get(found.card, (0, 0))
+        most[found.card] = max(shared, found.shared), max(stack, found.stack)
         seen[row] += 1
         if seen[row] == 1:   # sizes that are compiled alike are shown once
             print(row + ("" if found.fits() else "  <- does not fit"), flush=True)
     print(f"{len(seen)} kernels. Registers and stack, in bytes, are a thread's; shared memory, in "
           "bytes, and\ncolumns of tensor memory, a program's; programs are those that a multiprocessor "
           "holds at a time.")
+    for card, (shared, stack) in most.items():
+        print(f"sm_{card}: at most {shared:,} of {CARDS[card].shared:,} bytes of shared memory, and {stack} "
+              f"bytes spilled")

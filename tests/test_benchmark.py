@@ -189,3 +189,4 @@ def test_the_table_of_registers(monkeypatch, capsys):
     assert first.split()[:8] == ["sm_86", "kernel", "bfloat16", "255", "72", "1024", "0", "1"]
     assert first.endswith("TILE_L 64 warps 4  <- does not fit") and not second.endswith("fit")
     assert rest[0].startswith("2 kernels.")
+    assert rest[-1] == "sm_86: at most 1,024 of 101,376 bytes of shared memory, and 72 bytes spilled"

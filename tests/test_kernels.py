@@ -657,10 +657,12 @@ def test_the_triton_face_is_for_cards_of_nvidia_from_sm_80_on(major, hip, triton
     assert kernels.use_triton(SimpleNamespace(is_cuda=True, device="cuda:0")) == triton
 
 
-def test_without_triton_the_pytorch_functions_do_everything():
+@pytest.mark.parametrize("which", ['sys.modules["triton"] = None', pytest.param(
+    'import triton; triton.__version__ = "3.5.1"', marks=needs_triton)])
+def test_without_triton_or_an_old_one_the_pytorch_functions_do_everything(which):
     """And torch._dynamo, which takes as long to import as torch itself, is not imported."""
-    script = """if True:
-        import sys; sys.modules["triton"] = None
+    script = f"import sys; {which}" + """
+if True:
         import torch, kernels
         x = torch.randn(1, 2, 5, 16)
         assert not kernels.HAS_TRITON and "torch._dynamo" not in sys.modules
@@ -846,3 +848,5 @@ def test_a_few_queries_get_a_small_tile(L, rows, warps):
     tiles = kernels.attention_tiles("forward", q_BHLD)
     assert (tiles["TILE_L"], tiles["num_warps"]) == (rows, warps)
     assert kernels.attention_tiles("backward_q", q_BHLD)["TILE_L"] == 128
+    wide_BHLD = torch.zeros(1, 1, L, 128)
+    assert kernels.attention_tiles("forward", wide_BHLD)["TILE_L"] == 32   # in fp32, where 16 spill

@@ -142,6 +142,22 @@ def test_what_a_preset_needs(monkeypatch, capsys):
     layer = 32 * 32 * plain_preset.tokenizer_width * 2   # bytes of one at full resolution
     assert 10 * layer < plain.bytes_kept < 100 * layer
 
+    monkeypatch.setattr(needs, "PRESETS", {"tiny": plain_preset})
+    monkeypatch.setattr(sys, "argv", ["needs.py", "--cards"])
+    needs.main()
+    printed = capsys.readouterr().out
+    steps = plain_preset.tokenizer_steps * plain_preset.tokenizer_batch
+    hours = steps * plain.flops / (0.4 * 65e12) / 3600
+    assert re.search(rf"Tesla T4 +65 +16 +{hours:.2f} \+ [\d.]+; 1\n", printed)
+    assert printed.count("; 1\n") == 5
+    stages = [(2, 8, needs.Needs(10**8, 10**12, 10**9)), (1, 4, needs.Needs(10**8, 10**12, 10**8))]
+    assert needs.hours_on("A100", *stages[0]) == pytest.approx(16e12 / (0.4 * 312e12) / 3600)
+    # 2.2 GB of weights, and 1.25 GB an image: 1.875 by PyTorch's face.
+    counts = [needs.micro_batches_on(card, stages) for card in ("RTX 4090", "RTX 3060", "Tesla T4")]
+    assert counts == [1, 2, 2]
+    stages[0] = (2, 8, needs.Needs(10**8, 10**12, 10**10))
+    assert needs.micro_batches_on("RTX 3060", stages) is None
+
     monkeypatch.setattr(sys, "argv", "needs.py tiny --rate 0.001 --memory 1".split())
     needs.main()
     *_, head, tokenizer, transformer, disk = capsys.readouterr().out.splitlines()

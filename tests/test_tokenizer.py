@@ -318,13 +318,14 @@ def test_a_training_pass_returns_its_losses_by_name():
 
 
 @torch.no_grad()
-def test_a_decoder_in_half_precision_is_nearly_the_same():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_decoder_in_half_precision_is_nearly_the_same(dtype):
     made = tokenizer()
     tokens_BL = made.encode(images(made, 2))
     before = made.decode(tokens_BL)
-    made.cast_decoder(torch.bfloat16)
-    assert made.from_latent.weight.dtype == made.decoder.conv_out.weight.dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
+    made.cast_decoder(dtype)
+    assert made.from_latent.weight.dtype == made.decoder.conv_out.weight.dtype == dtype
+    with torch.autocast("cpu", dtype):
         after = made.decode(tokens_BL)
     assert after.dtype == torch.float32 and 0 < (after - before).abs().max() < 0.1
 

@@ -1,5 +1,6 @@
 """The transformer: nothing later moves an earlier logit, generation computes what teaching does, and what is known of
 an image stays."""
+import itertools
 import math
 
 import numpy as np
@@ -331,6 +332,20 @@ def test_nothing_is_computed_that_apples_gpu_lacks():
         made.decode(model.eval().generate(made, labels_B, cfg=2.0))
     assert torch.float64 not in operations.dtypes and torch.float32 in operations.dtypes
     assert "convolution" in operations.names and not any("adaptive" in name for name in operations.names)
+
+
+@pytest.mark.parametrize("half, training", [*itertools.product([False, True], repeat=2)])
+def test_only_the_head_of_drawing_in_half_precision_is_in_tf32(half, training):
+    """Not what codes are found with, nor anything in fp32."""
+    model, made, labels_B = VAR(config()).train(training), tokenizer(), torch.tensor([0, 2])
+    seen = {}
+    for part, name in ((model.head, "head"), (model.blocks[0].mlp[0], "layer"), (model.code_embedding, "read")):
+        part.register_forward_pre_hook(lambda *_, name=name: seen.update(
+            {name: torch.backends.cuda.matmul.allow_tf32}))
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model(labels_B, made.teacher_inputs(torch.zeros(2, model.config.length, dtype=torch.int64)))
+    assert seen == {"head": half and not training, "layer": False, "read": False}
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @torch.no_grad()
