@@ -239,6 +239,9 @@ def allowed(assignment: Assignment) -> str:
             "`import`, `class`, `global` and `match`; whatever reaches files, processes or the "
             "inside of Python's objects, double underscores among it; and changing what is not "
             "yours, such as an attribute of another object than `self`.")
+    if any(is_kernel(find((ROOT / path_of(x)).read_text(), x)) for x in assignment.bodies):
+        said += (" In a kernel also what Triton does not compile: comprehensions, inner "
+                 "functions, `try`, `with`, f-strings.")
     if forbidden(assignment):
         said += f" In this assignment also {in_prose(forbidden(assignment))}."
     return filled(said)
@@ -475,7 +478,7 @@ def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[st
             first[text] = name
     width = max(map(len, results))
     for name, result in results.items():
-        said = [f"{len(result['refused'])} times refused"] * bool(result["refused"])
+        said = ["refused"] * bool(result["refused"])
         said += [f"identical to {result['identical']}"] * bool(result["identical"])
         points = f"{result['points']:3} of {result['of']}  {result['seconds']:6.1f} s"
         print(f"{name:{width}}  {points}  {', '.join(said)}".rstrip())

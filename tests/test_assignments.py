@@ -373,6 +373,7 @@ def test_forgeries_are_refused(nursery, tmp_path):
     (9, "kernels.normalise", "return F.layer_norm(x_W, (W,)), 1.0", "F"),
     (10, "kernels.nearest_code_kernel", "x_NC.start.handle.data", "handle"),
     (11, "kernels.attention_forward", "torch.softmax(q_BHLD, 0)", "torch"),
+    (11, "kernels.attention_forward", "sorted(tl.static_range(2))", "sorted"),
     (13, "sample.fill_holes", "Path('x').unlink()", "Path"),
     (13, "sample.fill_holes", "os.remove('x')", "os"),
 ])
@@ -380,6 +381,16 @@ def test_the_twin_and_other_libraries_are_refused(number, name, body, said, nurs
     result = graded(ASSIGNMENTS[number], tmp_path, nursery, {name: with_lines(name, body)})
     assert result["points"] == 0
     assert any(f"{name} uses {said}" in x or f".{said}" in x for x in result["refused"]), result
+
+
+def test_a_kernel_has_nothing_that_triton_does_not_compile(nursery, tmp_path):
+    """The interpreter would take it."""
+    name = "kernels.normalise"
+    repository(tmp_path)
+    for body in ("[x for x in (x_W,)]", "def f():\n    pass", "try:\n    W\nexcept ValueError:\n    W"):
+        carry({name: with_lines(name, body + "\nreturn x_W, 1.0")}, tmp_path)
+        refused = assignments.solution(ASSIGNMENTS[9], tmp_path, nursery)[1]
+        assert "which Triton does not compile" in " ".join(refused), (body, refused)
 
 
 def test_another_signature_and_a_file_that_is_none_are_refused(nursery, tmp_path):
