@@ -4,9 +4,8 @@ from __future__ import annotations
 import ast
 import builtins
 import symtable
-import textwrap
 
-from functions import Function, find, is_kernel, text_of, tree_of
+from functions import Function, alone, find, is_kernel, parsed, text_of, tree_of
 
 PLAIN = set("""
     abs all any bool dict divmod enumerate filter float int isinstance len list map max min pow
@@ -56,7 +55,7 @@ class Reader(ast.NodeVisitor):
         self.outside = {*dir(builtins), *self.imports, *self.forbidden} | {
             getattr(x, "name", None) for x in tree_of(source).body}
         self.outside = self.outside - bound | {"self"}
-        node = ast.parse(textwrap.dedent(text)).body[0]
+        node = parsed(text)
         given = {x.arg for x in ast.walk(node.args) if isinstance(x, ast.arg)}
         self.read_scope(scope_of(text), given)
         for statement in node.body[ast.get_docstring(node) is not None:]:
@@ -131,7 +130,7 @@ class Reader(ast.NodeVisitor):
 
 
 def scope_of(text: str) -> symtable.SymbolTable:
-    return symtable.symtable(textwrap.dedent(text), "body", "exec").get_children()[-1]
+    return symtable.symtable(alone(text), "body", "exec").get_children()[-1]
 
 
 def symbols_of(scope: symtable.SymbolTable) -> list[symtable.Symbol]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import os
 import re
 import sys
 import tempfile
@@ -398,10 +399,22 @@ def test_another_signature_and_a_file_that_is_none_are_refused(nursery, tmp_path
     other = text(name).replace("tokens_BL: Tensor", "tokens_BL: Tensor, more=print(1)")
     result = graded(FEW, tmp_path, nursery, {name: other})
     assert result["points"] == 0 and "another signature" in result["refused"][0]
-    for content in (b"def (", b"\xff\xfe", b"x = 1"):
-        (tmp_path / "tokenizer.py").write_bytes(content)
+    for content in (b"def (", b"\xff\xfe", b"x = 1", b"#" * 2**21, None):
+        if content is None:     # nobody would ever write to it
+            (tmp_path / "tokenizer.py").unlink()
+            os.mkfifo(tmp_path / "tokenizer.py")
+        else:
+            (tmp_path / "tokenizer.py").write_bytes(content)
         result = grade(FEW, tmp_path, nursery)
         assert result["points"] == 0 and len(result["refused"]) == 1
+
+
+def test_a_comment_at_the_margin_is_as_good_as_any(nursery, tmp_path):
+    name = "tokenizer.Quantizer.teacher_inputs"
+    commented = text(name).replace("        return", "# print(inputs)\n        return")
+    handed_in(tmp_path, {name: commented})
+    assert assignments.solution(ASSIGNMENTS[4], tmp_path, nursery) == ({name: commented}, [])
+    assert assignments.normal({name: commented}) == assignments.normal({name: text(name)})
 
 
 def test_only_the_bodies_travel(nursery, tmp_path):
