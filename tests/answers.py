@@ -105,12 +105,12 @@ ANSWERS = {number: textwrap.dedent(text).strip() for number, text in {
     4: """
         At the first scale there is no difference: both read the class. At the second there is none
         either but chance, since the sum after one map is that map. From the third on f_hat holds
-        what a single map does not, and the difference is largest where most has been summed up: at
-        the finest scales. Attention to the coarser scales does not make up for it: a token would
-        have to find, out of all coarser places, those that cover its own, and add their codes as
-        phi and interpolation would; f_hat at its place is that sum, without a layer spent. Samples
-        fail because generation reads another thing than training taught (a shift between training
-        and use), however good the loss is.
+        what a single map does not. The difference is largest at the finest scale, where most has
+        been summed up; between, one scale may show next to none. Attention to the coarser scales
+        does not make up for it: a token would have to find, out of all coarser places, those that
+        cover its own, and add their codes as phi and interpolation would; f_hat at its place is
+        that sum, without a layer spent. Samples fail because generation reads another thing than
+        training taught (a shift between training and use), however good the loss is.
     """,
     5: """
         A token that sees its own scale alone still reads f_hat at its place: the sum of all coarser

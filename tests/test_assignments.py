@@ -14,7 +14,9 @@ import tempfile
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import answers
 import assignments
 import pytest
 import torch
@@ -212,6 +214,31 @@ def test_what_is_compiled_works(number, tests, nursery, tmp_path):
     carry({name: text(name) for name in ASSIGNMENTS[number].bodies}, tmp_path / "cut")
     result = nursery.run(tmp_path / "cut", [f"tests/{test}" for test in tests], SECONDS)
     assert result["passed"], result
+
+
+@pytest.mark.parametrize("number", ASSIGNMENTS)
+def test_every_question_has_an_experiment_and_an_answer(number, tmp_path, monkeypatch):
+    ran = []
+    done = SimpleNamespace(returncode=0, stdout="measured", stderr="")
+    monkeypatch.setattr("subprocess.run", lambda command, **how: ran.append(command[3]) or done)
+    repository(tmp_path)
+    assert answers.experiment(ASSIGNMENTS[number], tmp_path) == "measured"
+    (commands,) = ran
+    for script in set(re.findall(r"python (\w+\.py)", commands)):
+        ast.parse((tmp_path / script).read_text())
+    assert "\npython " in commands or "    python " in commands
+    assert ("cp " in commands) == ("# changed" in ASSIGNMENTS[number].question)
+    if number in answers.CHANGED:
+        assert (tmp_path / "tokenizer.changed").read_text() != (ROOT / "tokenizer.py").read_text()
+    assert len(answers.ANSWERS[number]) > 300
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [9, 11, 12])     # those that need no run
+def test_experiments_run(number, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["assignments.py", "answers", str(number)])
+    assignments.main()
+    assert answers.ANSWERS[number] in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------
