@@ -167,7 +167,8 @@ def test_a_handout_says_all_that_its_tests_and_its_functions_use(number):
 
 
 @pytest.mark.parametrize("arguments, told", [
-    (["grade", "3", "nowhere"], "nowhere is no folder"), (["cut", "3", "."], ". exists")])
+    (["grade", "3", "nowhere"], "nowhere is no folder"), (["cut", "3", "."], ". exists"),
+    (["answers", "3", "--run", "nowhere"], "nowhere is no trained run")])
 def test_mistakes_are_told_in_a_sentence(arguments, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["assignments.py", *arguments])
     monkeypatch.setattr(Nursery, "__enter__", lambda self: self)
@@ -201,6 +202,14 @@ def test_what_is_cut_is_gone_and_nothing_else_is(number, tmp_path):
                 assert path.parent / link in files, (path, link)
     assert not any(".git/" in str(path) or "mutations" in str(path) for path in files)
     assert {"HANDOUT.md", "train.py", "tests"} <= {path.parts[0] for path in files}
+
+
+def test_a_run_is_copied_where_programs_look_for_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "var.pt").write_text("weights")
+    assignments.cut(FEW, tmp_path / "cut", tmp_path / "run")
+    copied = tmp_path / "cut" / "out" / "shapes" / "var.pt"
+    assert copied.read_text() == "weights" and not copied.is_symlink()
 
 
 @pytest.mark.parametrize("number, tests", [
