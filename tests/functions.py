@@ -54,6 +54,15 @@ def text_of(source: str, name: str) -> str:
     return "\n".join(lines_of(source)[first_line(node) - 1:node.end_lineno])
 
 
+def alone(text: str) -> str:
+    """A function's text as a module, a method's too; a comment in it may stand at the margin."""
+    return f"if True:\n{text}" if text[0].isspace() else text
+
+
+def parsed(text: str) -> Function:
+    return next(x for x in ast.walk(ast.parse(alone(text))) if isinstance(x, Function))
+
+
 def is_kernel(node: Function) -> bool:
     return any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
 

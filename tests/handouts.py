@@ -45,7 +45,7 @@ LIST = [
                     "reference.running_latents", "reference.read"),
         forbidden=(),
         quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.nearest",
-                "tokenizer.Quantizer.split", "kernels.full_precision"),
+                "tokenizer.Quantizer.split", "kernels.full_precision", "kernels.nearest_code"),
         points={
             TOKENIZER + "test_every_step_of_the_loop_is_numpys": 3,
             TOKENIZER + "test_every_pyramid_encodes_and_decodes": 1,
@@ -77,7 +77,8 @@ LIST = [
             few maps alone. Compute outside of autocast, in the dtype of what you are given (fp32 in
             the program, float64 in most tests). A sum is a new tensor: training fails if
             `accumulate` changes f_hat in place, and gradients reach f_hat, codes and phi through
-            it. Each vector is compared with the codes once, and each map accumulated once.
+            it. Each vector is compared with the codes once, by `nearest`, and each map accumulated
+            once.
 
             ![The maps of images, and what each adds](.github/images/codes.png)
         """,
@@ -113,7 +114,7 @@ LIST = [
         quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.accumulate",
                 "tokenizer.Quantizer.read", "tokenizer.Quantizer.nearest",
                 "tokenizer.Quantizer.split", "tokenizer.Quantizer.update_hits",
-                "tokenizer.Quantizer.count", "tokenizer.COMMITMENT"),
+                "tokenizer.Quantizer.count", "tokenizer.COMMITMENT", "kernels.nearest_code"),
         points={
             TOKENIZER + "test_the_codebook_loss_and_its_gradients_are_numpys": 4,
             TOKENIZER + "test_gradients_pass_straight_through_to_the_encoder": 2,
@@ -216,7 +217,7 @@ LIST = [
                     "var.VAR.generate", "reference.running_latents"),
         forbidden=(),
         quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.accumulate",
-                "tokenizer.Quantizer.read", "tokenizer.Quantizer.split"),
+                "tokenizer.Quantizer.read", "tokenizer.Quantizer.split", "kernels.nearest_code"),
         points={
             TOKENIZER + "test_teacher_inputs_read_the_running_latent_of_coarser_scales_only": 3,
             TOKENIZER + "test_every_step_of_the_loop_is_numpys": 2,
@@ -417,7 +418,7 @@ LIST = [
             computed twice. The guidance of scale k is cfg k / (K - 1), and K may be 1. Noise comes
             from the generator that was given. `known` may replace what was drawn (assignment 13):
             later scales read the replacement. A cache takes its memory once. Each token passes each
-            layer once, with guidance twice: that is counted.
+            layer once, with guidance twice: that is counted where it comes out of each `mlp`.
 
             ![Images after each scale](.github/images/progress.png)
         """,
@@ -435,7 +436,7 @@ LIST = [
 
                 kernel = var.sample_tokens
                 labels = [label for label in range(10) for _ in range(16)]
-                for cfg in (0.0, 1.0, 4.0, 8.0):
+                for cfg in (0.0, 4.0, 8.0, 16.0):
                     sampling = sample.Sampling(cfg, top_k=900, top_p=1.0)
                     run = sample.load_run(Path("out/shapes"), choose_machine("cpu"), sampling)
 
@@ -445,17 +446,20 @@ LIST = [
                     for name, draw in (("growing", kernel), ("constant", constant)):
                         var.sample_tokens = draw
                         tokens_NL = run.generate(labels, seed=0)
+                        first = sum(len(x.unique()) for x in tokens_NL[:, 0].split(16)) / 10
+                        print(f"cfg {cfg:.0f}, {name}: of 16 first tokens {first} differ, images "
+                              "of a class after each scale by", *(
+                                  f"{sum(torch.pdist(x).mean() for x in images) / 10:.1f}"
+                                  for span in run.model.config.spans
+                                  for images in [run.decode(tokens_NL[:, :span.stop])
+                                                 .flatten(1).split(16)]))
                         images = run.decode(tokens_NL)
-                        apart = [torch.pdist(x).mean() for x in images.flatten(1).split(16)]
-                        first = [len(x.unique()) for x in tokens_NL[:, 0].split(16)]
-                        print(f"cfg {cfg:.0f}, {name}: distance within a class "
-                              f"{sum(apart) / 10:.1f}, first tokens {sum(first) / 10:.1f}")
                         picture = rows_of_classes(run.classes, to_bytes(images))
                         save_picture(Path(f"{name}-{cfg:.0f}.png"), picture)
 
-            A good answer compares variety within a class and what the pictures look like, says from
-            which cfg on the two differ, and explains the number of different first tokens from the
-            formula of t.
+            A good answer compares variety within a class after the first scales and after all, and
+            what the pictures look like, says from which cfg on the two differ, and explains the
+            number of different first tokens from the formula of t.
         """,
     ),
     Assignment(
@@ -504,20 +508,27 @@ LIST = [
                 import torch
                 import sample
                 from support.devices import choose_machine
+                from support.images import to_float
 
-                for top_p in (0.5, 0.6, 0.75, 0.9, 1.0):
+                for top_p in (0.3, 0.5, 0.75, 0.9, 1.0):
                     sampling = sample.Sampling(0.0, 900, top_p)
                     run = sample.load_run(Path("out/shapes"), choose_machine("cpu"), sampling)
                     labels = [label for label in range(10) for _ in range(16)]
                     tokens_NL = run.generate(labels, seed=0)
                     nats = -run.log_likelihood(tokens_NL, labels).mean() / tokens_NL.shape[1]
+                    first = sum(len(x.unique()) for x in tokens_NL[:, 0].split(16)) / 10
                     images = run.decode(tokens_NL).flatten(1).split(16)
                     spread = sum(torch.pdist(x).mean() for x in images) / 10
-                    print(f"top-p {top_p}: {nats:.2f} nats per token, distance {spread:.1f}")
+                    print(f"top-p {top_p}: {nats:.2f} nats per token, of 16 first tokens {first} "
+                          f"differ, images of a class by {spread:.1f}")
+                images, labels = (x[:200] for x in run.held_out.tensors)
+                tokens_NL = run.encode(to_float(images))[1]
+                nats = -run.log_likelihood(tokens_NL, labels.tolist()).mean() / tokens_NL.shape[1]
+                print(f"held-out images: {nats:.2f} nats per token")
 
-            A good answer plots one against the other, adds the point of real held-out
-            images (`run.held_out`, `run.encode`), and says at which p samples are as likely as real
-            images, and whether that is where they look best.
+            A good answer plots variety against likelihood, says at which p samples are as likely as
+            real images and whether that is where they look best, and which of the two measures of
+            variety sees anything, and why.
         """,
     ),
     Assignment(

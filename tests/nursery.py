@@ -193,7 +193,7 @@ class Outcomes:
                 owner = getattr(owner, part)
             if isinstance(vars(owner)[last], types.FunctionType):
                 setattr(owner, last, watched(vars(owner)[last], last))
-            else:   # a kernel: what it is given, and what it writes, is said where it is launched
+            elif len(owners) == 1:      # a kernel, whose launch says what it reads and writes
                 owner.launch = watched(owner.launch, last)
 
     def pytest_runtest_setup(self, item):

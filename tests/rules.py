@@ -4,9 +4,8 @@ from __future__ import annotations
 import ast
 import builtins
 import symtable
-import textwrap
 
-from functions import Function, find, text_of, tree_of
+from functions import Function, alone, find, is_kernel, parsed, text_of, tree_of
 
 PLAIN = set("""
     abs all any bool dict divmod enumerate filter float int isinstance len list map max min pow
@@ -19,6 +18,10 @@ REFUSED = {
     ast.Global: "uses `global`", ast.Match: "uses `match`", ast.AsyncFunctionDef: "is asynchronous",
     ast.Await: "is asynchronous",
 }
+NOT_COMPILED = (        # what the interpreter takes in a kernel, and the compiler refuses
+    ast.Try, ast.With, ast.Lambda, ast.FunctionDef, ast.ListComp, ast.SetComp, ast.DictComp,
+    ast.GeneratorExp, ast.Dict, ast.Set, ast.JoinedStr, ast.Yield, ast.Starred)
+COMPILED = {"abs", "bool", "float", "int", "len", "max", "min", "print", "range"}
 
 
 class Reader(ast.NodeVisitor):
@@ -40,6 +43,8 @@ class Reader(ast.NodeVisitor):
         symbols = [x for body in bodies for x in symbols_of(scope_of(text_of(source, body)))]
         self.used = {x.get_name() for x in symbols if x.is_global()} - self.forbidden
         bound = {x.get_name() for x in symbols if not x.is_global()}
+        self.compiled = is_kernel(find(source, name))
+        self.plain = PLAIN & COMPILED if self.compiled else PLAIN
         self.set = {x.attr for x in inside if stored_attribute(x)}
         self.filled = {dotted(x.value) for x in inside
                        if isinstance(x, ast.Subscript) and isinstance(x.ctx, ast.Store)}
@@ -50,7 +55,7 @@ class Reader(ast.NodeVisitor):
         self.outside = {*dir(builtins), *self.imports, *self.forbidden} | {
             getattr(x, "name", None) for x in tree_of(source).body}
         self.outside = self.outside - bound | {"self"}
-        node = ast.parse(textwrap.dedent(text)).body[0]
+        node = parsed(text)
         given = {x.arg for x in ast.walk(node.args) if isinstance(x, ast.arg)}
         self.read_scope(scope_of(text), given)
         for statement in node.body[ast.get_docstring(node) is not None:]:
@@ -68,7 +73,7 @@ class Reader(ast.NodeVisitor):
             elif symbol.is_global():
                 if name in self.forbidden:
                     self.refuse(f"uses {name}, which this assignment forbids")
-                elif not (name in PLAIN or name in self.used
+                elif not (name in self.plain or name in self.used
                           or self.imports.get(name) in MODULES):
                     self.refuse(f"uses {name}, which no solution needs")
             elif name in self.outside and (symbol.is_assigned() or symbol.is_parameter()
@@ -81,6 +86,8 @@ class Reader(ast.NodeVisitor):
     def visit(self, node: ast.AST) -> None:
         if type(node) in REFUSED:
             self.refuse(REFUSED[type(node)])
+        if self.compiled and isinstance(node, NOT_COMPILED):
+            self.refuse(f"has `{ast.unparse(node)[:40]}` in it, which Triton does not compile")
         super().visit(node)
 
     def visit_Name(self, node: ast.Name) -> None:
@@ -123,7 +130,7 @@ class Reader(ast.NodeVisitor):
 
 
 def scope_of(text: str) -> symtable.SymbolTable:
-    return symtable.symtable(textwrap.dedent(text), "body", "exec").get_children()[-1]
+    return symtable.symtable(alone(text), "body", "exec").get_children()[-1]
 
 
 def symbols_of(scope: symtable.SymbolTable) -> list[symtable.Symbol]:

@@ -7,13 +7,16 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import os
 import re
 import sys
 import tempfile
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import answers
 import assignments
 import pytest
 import torch
@@ -164,7 +167,8 @@ def test_a_handout_says_all_that_its_tests_and_its_functions_use(number):
 
 
 @pytest.mark.parametrize("arguments, told", [
-    (["grade", "3", "nowhere"], "nowhere is no folder"), (["cut", "3", "."], ". exists")])
+    (["grade", "3", "nowhere"], "nowhere is no folder"), (["cut", "3", "."], ". exists"),
+    (["answers", "3", "--run", "nowhere"], "nowhere is no trained run")])
 def test_mistakes_are_told_in_a_sentence(arguments, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["assignments.py", *arguments])
     monkeypatch.setattr(Nursery, "__enter__", lambda self: self)
@@ -200,6 +204,14 @@ def test_what_is_cut_is_gone_and_nothing_else_is(number, tmp_path):
     assert {"HANDOUT.md", "train.py", "tests"} <= {path.parts[0] for path in files}
 
 
+def test_a_run_is_copied_where_programs_look_for_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "var.pt").write_text("weights")
+    assignments.cut(FEW, tmp_path / "cut", tmp_path / "run")
+    copied = tmp_path / "cut" / "out" / "shapes" / "var.pt"
+    assert copied.read_text() == "weights" and not copied.is_symlink()
+
+
 @pytest.mark.parametrize("number, tests", [
     pytest.param(1, ["test_tokenizer.py::test_gradients_pass_straight_through_to_the_encoder"],
                  marks=pytest.mark.long),
@@ -211,6 +223,31 @@ def test_what_is_compiled_works(number, tests, nursery, tmp_path):
     carry({name: text(name) for name in ASSIGNMENTS[number].bodies}, tmp_path / "cut")
     result = nursery.run(tmp_path / "cut", [f"tests/{test}" for test in tests], SECONDS)
     assert result["passed"], result
+
+
+@pytest.mark.parametrize("number", ASSIGNMENTS)
+def test_every_question_has_an_experiment_and_an_answer(number, tmp_path, monkeypatch):
+    ran = []
+    done = SimpleNamespace(returncode=0, stdout="measured", stderr="")
+    monkeypatch.setattr("subprocess.run", lambda command, **how: ran.append(command[3]) or done)
+    repository(tmp_path)
+    assert answers.experiment(ASSIGNMENTS[number], tmp_path) == "measured"
+    (commands,) = ran
+    for script in set(re.findall(r"python (\w+\.py)", commands)):
+        ast.parse((tmp_path / script).read_text())
+    assert "\npython " in commands or "    python " in commands
+    assert ("cp " in commands) == ("# changed" in ASSIGNMENTS[number].question)
+    if number in answers.CHANGED:
+        assert (tmp_path / "tokenizer.changed").read_text() != (ROOT / "tokenizer.py").read_text()
+    assert len(answers.ANSWERS[number]) > 300
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [9, 11, 12])     # those that need no run
+def test_experiments_run(number, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["assignments.py", "answers", str(number)])
+    assignments.main()
+    assert answers.ANSWERS[number] in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------
@@ -373,6 +410,7 @@ def test_forgeries_are_refused(nursery, tmp_path):
     (9, "kernels.normalise", "return F.layer_norm(x_W, (W,)), 1.0", "F"),
     (10, "kernels.nearest_code_kernel", "x_NC.pointer.handle.data", "handle"),
     (11, "kernels.attention_forward", "torch.softmax(q_BHLD, 0)", "torch"),
+    (11, "kernels.attention_forward", "sorted(tl.static_range(2))", "sorted"),
     (13, "sample.fill_holes", "Path('x').unlink()", "Path"),
     (13, "sample.fill_holes", "os.remove('x')", "os"),
 ])
@@ -382,15 +420,37 @@ def test_the_twin_and_other_libraries_are_refused(number, name, body, said, nurs
     assert any(f"{name} uses {said}" in x or f".{said}" in x for x in result["refused"]), result
 
 
+def test_a_kernel_has_nothing_that_triton_does_not_compile(nursery, tmp_path):
+    """The interpreter would take it."""
+    name = "kernels.normalise"
+    repository(tmp_path)
+    for body in ("[x for x in (x_W,)]", "def f():\n    pass", "try:\n    W\nexcept ValueError:\n    W"):
+        carry({name: with_lines(name, body + "\nreturn x_W, 1.0")}, tmp_path)
+        refused = assignments.solution(ASSIGNMENTS[9], tmp_path, nursery)[1]
+        assert "which Triton does not compile" in " ".join(refused), (body, refused)
+
+
 def test_another_signature_and_a_file_that_is_none_are_refused(nursery, tmp_path):
     name = "tokenizer.Quantizer.teacher_inputs"
     other = text(name).replace("tokens_BL: Tensor", "tokens_BL: Tensor, more=print(1)")
     result = graded(FEW, tmp_path, nursery, {name: other})
     assert result["points"] == 0 and "another signature" in result["refused"][0]
-    for content in (b"def (", b"\xff\xfe", b"x = 1"):
-        (tmp_path / "tokenizer.py").write_bytes(content)
+    for content in (b"def (", b"\xff\xfe", b"x = 1", b"#" * 2**21, None):
+        if content is None:     # nobody would ever write to it
+            (tmp_path / "tokenizer.py").unlink()
+            os.mkfifo(tmp_path / "tokenizer.py")
+        else:
+            (tmp_path / "tokenizer.py").write_bytes(content)
         result = grade(FEW, tmp_path, nursery)
         assert result["points"] == 0 and len(result["refused"]) == 1
+
+
+def test_a_comment_at_the_margin_is_as_good_as_any(nursery, tmp_path):
+    name = "tokenizer.Quantizer.teacher_inputs"
+    commented = text(name).replace("        return", "# print(inputs)\n        return")
+    handed_in(tmp_path, {name: commented})
+    assert assignments.solution(ASSIGNMENTS[4], tmp_path, nursery) == ({name: commented}, [])
+    assert assignments.normal({name: commented}) == assignments.normal({name: text(name)})
 
 
 def test_only_the_bodies_travel(nursery, tmp_path):
