@@ -34,7 +34,8 @@ def launched() -> Iterator:
 
 def main(page: str, light: str, dark: str) -> None:
     with launched() as browser:
-        for path, scheme, first, height in ((light, "light", "body", 1330), (dark, "dark", "#guidance", 1160)):
+        pictures = (light, "light", "body", 1500), (dark, "dark", "#guidance", 1760)
+        for path, scheme, first, height in pictures:
             size = {"width": 1600, "height": height}
             tab = browser.new_page(viewport=size, color_scheme=scheme)
             tab.goto(Path(page).resolve().as_uri())
