@@ -5,17 +5,18 @@ Tests in a browser need Chromium and playwright, and are skipped without them; .
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import io
 import json
 import re
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from browser import launched
 from PIL import Image
 from program import ran
 
@@ -259,18 +260,12 @@ def test_large_tiles_are_made_smaller_and_grey_ones_stay_grey():
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, without a window."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        path = None
-    if path is None:
-        pytest.skip("this needs a browser and what drives it: apt install chromium; pip install playwright")
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
+    with contextlib.ExitStack() as stack:
+        try:
+            started = stack.enter_context(launched())
+        except ImportError as lacking:
+            pytest.skip(str(lacking))
+        yield started
 
 
 @pytest.fixture

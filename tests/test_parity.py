@@ -2,6 +2,7 @@
 import contextlib
 import hashlib
 import json
+import re
 import sys
 import threading
 import types
@@ -78,6 +79,19 @@ def test_published_files_are_sampled_from_as_downloaded(case, tmp_path):
     with Image.open(tmp_path / "x.png") as image:
         assert image.height == 2 * 66 and len(np.unique(np.asarray(image))) > 20
     assert "not a published VAR transformer" in refused("sample.py", "--var", paths["vae"], *flags)
+
+
+def test_published_files_are_explored(case, tmp_path):
+    """There are no held-out images."""
+    for part in ("vae", "var"):
+        torch.save(case[0][part], tmp_path / f"{part}.pth")
+    ran("sample.py", "explore", "--tokenizer", tmp_path / "vae.pth", "--var", tmp_path / "var.pth", "--classes", "2",
+        "--out", tmp_path / "x.html")
+    page = json.loads(re.search('id="data">(.*?)</script>', (tmp_path / "x.html").read_text(), re.S)[1])
+    (image,) = page["images"]
+    config = VAR.from_official(case[0]["var"]).config
+    assert image["name"] == "2" and page["wanted"] == 1 and page["scales"] == list(config.scales)
+    assert len(image["tokens"]) == config.length and page["vocabulary"] == config.vocabulary
 
 
 @contextlib.contextmanager
