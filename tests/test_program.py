@@ -226,8 +226,9 @@ def test_the_health_that_is_printed_is_the_one_measured(finished, capsys):
 
 
 def test_the_stages_alone_equal_the_whole(folder, finished, tmp_path):
-    for stage in ("tokenizer", "var"):
-        ran("train.py", "--data", folder, "--out", tmp_path, "--stage", stage, *TINY)
+    for stage, command in (("tokenizer", "codes data:0"), ("var", "progress")):
+        said = ran("train.py", "--data", folder, "--out", tmp_path, "--stage", stage, *TINY)
+        assert said.endswith(f"then try python sample.py {command} --run {tmp_path}\n")
     assert same_run(tmp_path, finished)
 
 
