@@ -16,7 +16,7 @@ from support.images import Row, grid, save_picture
 
 PICTURES = {"tokenizer": "reconstructions.png", "var": "samples.png"}   # of each stage
 SHARE = 0.03       # of a training's time, at most, goes into pictures before its end
-FIRST_COST = 1.0   # seconds, until it is known what pictures cost
+FIRST_COST = 0.5   # seconds, until it is known what pictures cost
 
 
 class WatchedLog(Log):

@@ -52,21 +52,27 @@ def usual_signals():
 def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
     """And so do the stages, each alone."""
     flags = ["--data", folder, "--out", tmp_path, *TINY, "--resume"]
-    for steps, stage, name, stop in ((40, "tokenizer", "tokenizer.pt", signal.SIGTERM),
-                                     (30, "var", "var.pt", signal.SIGINT)):
+    for steps, stage, stop, next_command in ((40, "tokenizer", signal.SIGTERM, "codes data:0"),
+                                             (30, "var", signal.SIGINT, "progress")):
         with at_step(steps, 3, lambda: signal.raise_signal(stop)):
             result = run("train.py", *flags, "--stage", stage)
         assert result.returncode == 130 and "--resume" in result.stdout
-        step = torch.load(tmp_path / name, weights_only=True)["training"]["step"]
-        assert 4 <= step <= 14   # the signal is obeyed within ten steps
+        content = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
+        assert 4 <= content["training"]["step"] <= 14   # the signal is obeyed within ten steps
         if stage == "tokenizer":
             assert "not trained to its end" in refused("train.py", *flags, "--stage", "var")
-            assert (tmp_path / "reconstructions.png").exists()
-            assert (tmp_path / "curves.png").exists()
-        else:
-            assert (tmp_path / "samples.png").exists()
-        ran("train.py", *flags, "--stage", stage)
+        said = ran("train.py", *flags, "--stage", stage)
+        assert f"then try python sample.py {next_command} --run {tmp_path}\n" in said
     assert same_run(tmp_path, finished)
+
+
+def test_a_training_that_is_stopped_is_drawn(folder, tmp_path):
+    """Where nothing is measured, too."""
+    flags = ["--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer"]
+    with at_step(40, 10, lambda: signal.raise_signal(signal.SIGINT)):
+        assert run("train.py", *flags).returncode == 130
+    assert torch.load(tmp_path / "tokenizer.pt", weights_only=True)["training"]["step"] == 11
+    assert {"reconstructions.png", "curves.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
@@ -175,6 +181,7 @@ def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
         assert f"{flag} {value} is not that of the tokenizer, which has {has}" in told
     ran("train.py", *without_shape)
     assert (tmp_path / "samples.png").exists()
+    ran("sample.py", "codes", "data:0", "--run", tmp_path)   # the copy knows the classes
     told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")
     assert "tokenizer.pt was made with another" in told
 

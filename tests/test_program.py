@@ -127,7 +127,7 @@ def test_pictures_take_their_share_of_the_time_and_no_more(tmp_path, monkeypatch
         now += 10.0
         log.show(draw, step)
         assert log.spent <= 0.03 * now + 2
-    assert drawn[0] == 40 and 5 <= len(drawn) <= 8   # 0.03 of 34 s are the second of the first
+    assert drawn[0] == 20 and 5 <= len(drawn) <= 8   # 0.03 of 17 s are half a second
     count = len(drawn)
     for stopped in (False, True):
         log.show(draw, step, stopped)

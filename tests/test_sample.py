@@ -315,7 +315,7 @@ def test_a_grid_says_what_it_shows():
 
 
 @pytest.mark.parametrize("side, count, cell", [
-    (32, 10, 96), (32, 1, 160), (32, 6, 128), (28, 5, 140), (64, 10, 128), (8, 2, 160),
+    (32, 10, 96), (32, 1, 160), (32, 6, 128), (32, 7, 128), (28, 5, 140), (64, 10, 128), (8, 2, 160),
     (256, 4, 256), (200, 4, 200)])
 def test_images_are_enlarged_by_whole_numbers(side, count, cell):
     assert cell_size(side, count) == cell
