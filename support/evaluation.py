@@ -311,6 +311,22 @@ def evaluated_images(run, count: int) -> tuple[Tensor, Tensor]:
     return to_float(images[by_label_N]), labels_N
 
 
+def judge_completions(
+    run, originals: Tensor, own: list[int | None], asked: int, completions: list[Tensor]
+) -> list[Quality]:
+    """Judge completions of held-out images, a set for each seed.
+
+    own: the images' classes. asked: the class to complete them towards; theirs, if it is the null
+    class. Raises UserError for images of other origin, whose classes nobody knows.
+    """
+    if None in own or len(own) < 4 * NEIGHBOURS or len(own) % 2:
+        raise UserError(f"--judge needs held-out images, data:0 and so on, an even number of at "
+                        f"least {4 * NEIGHBOURS}")
+    labels = torch.tensor(own) if asked == len(run.classes) else torch.full((len(own),), asked)
+    judge = Judge(kept_classifier(run), originals, run.classes)
+    return [judge(images, labels) for images in completions]
+
+
 class Judge:
     """Measures the quality of images against held-out ones, `originals`.
 
@@ -442,6 +458,20 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
     }
     print(f"{count} images of each kind; the classifier recognises {found.accuracy:.1%} of all "
           f"held-out images")
+    say_qualities(sets)
+    print(f"PSNR of the reconstructions {found.psnr:.2f} dB; held-out images take "
+          f"{found.nats_per_image:.2f} nats each, {found.nats_per_token:.3f} per token")
+    say_classes(list(sets.values()))
+    if len(seeds) > 1:
+        print(f"± is the standard deviation over the seeds {' '.join(map(str, seeds))}")
+    print("This Fréchet distance is not FID: its features are those of the run's own classifier,\n"
+          "so it compares images of this run's data alone. For FID, which the field's programs\n"
+          "measure, this writes the files:\n"
+          "    python sample.py export 50000 samples.npz --reference reference.npz")
+
+
+def say_qualities(sets: dict[str, list[Quality]]) -> None:
+    """Print a row for each set of images."""
     table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}
     for name, qualities in sets.items():
         table[name] = (
@@ -452,15 +482,6 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
             in_words([x.detail for x in qualities], 2),
         )
     say_table(table)
-    print(f"PSNR of the reconstructions {found.psnr:.2f} dB; held-out images take "
-          f"{found.nats_per_image:.2f} nats each, {found.nats_per_token:.3f} per token")
-    say_classes(list(sets.values()))
-    if len(seeds) > 1:
-        print(f"± is the standard deviation over the seeds {' '.join(map(str, seeds))}")
-    print("This Fréchet distance is not FID: its features are those of the run's own classifier,\n"
-          "so it compares images of this run's data alone. For FID, which the field's programs\n"
-          "measure, this writes the files:\n"
-          "    python sample.py export 50000 samples.npz --reference reference.npz")
 
 
 def say_classes(sets: list[list[Quality]]) -> None:
