@@ -34,9 +34,7 @@ from support.checkpoint import blaming, fingerprint, load_checkpoint, read_tenso
 from support.cli import UserError, run_program
 from support.commands import parse
 from support.devices import Machine, choose_machine, pack, say
-from support.evaluation import (
-    evaluate, judge_completions, psnr, say_evaluation, say_qualities, seam,
-)
+from support.evaluation import evaluate, judge_completions, psnr, say_evaluation, seam
 from support.figures import draw_attention, draw_codes, draw_teaching
 from support.images import (
     at_a_time, batches, composed, grid, grid_of_classes, grid_of_pairs, known_pixels, legible,
@@ -525,8 +523,7 @@ def complete(
     if not known_HW.all():
         say_completion(results, images, known_HW)
     if judge:
-        judged = judge_completions(run, images, given.labels, label, results)
-        say_qualities({"completions": judged})
+        judge_completions(run, given, label, results)
     columns = map(to_bytes, (images, shown, *results))
     return grid(zip(given.names, zip(*columns)))
 

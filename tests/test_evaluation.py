@@ -24,8 +24,8 @@ from support.evaluation import (
     frechet_distance,
     in_words,
     kept_classifier,
-    precision_recall,
     say_evaluation,
+    share_among,
     train_classifier,
 )
 from support.images import to_float
@@ -80,6 +80,10 @@ def test_the_frechet_distance_of_a_set_to_itself_and_to_itself_shifted(count):
 
 
 # Precision and recall
+
+
+def precision_recall(made_ND: np.ndarray, real_MD: np.ndarray) -> tuple[float, float]:
+    return share_among(made_ND, real_MD), share_among(real_MD, made_ND)
 
 
 def test_precision_and_recall_of_a_set_with_itself_and_of_disjoint_sets():

@@ -596,20 +596,21 @@ def test_completions_are_judged(judged, tmp_path, monkeypatch):
     said = ran("sample.py", "inpaint", *held_out, *flags)
     row = next(line for line in said.splitlines() if line.startswith("completions"))
     assert row.count("±") == 5 and row.count("%") == 3
-    for wrong in (held_out[:10], held_out[:11] + [tmp_path / "a.png"], [*held_out, "data:0"]):
+    for wrong in (held_out[:11], held_out[:11] + [tmp_path / "a.png"]):
         assert "--judge needs held-out images" in refused("sample.py", "inpaint", *wrong, *flags)
 
     run = load_run(judged, choose_machine("cpu"))
     given = load_images(run, held_out)
-    first = given.images[:1].expand_as(given.images)
+    same = given.images[:1].expand_as(given.images)
+    seen = []
+    monkeypatch.setattr(evaluation, "say_qualities", lambda sets: seen.append(sets["completions"]))
     monkeypatch.setattr(evaluation, "features_and_classes", lambda classifier, images: (
         images.flatten(1)[:, :5].double().numpy(), torch.full((len(images),), 3)))
-    null = len(run.classes)
-    for asked, share in ((null, given.labels.count(3) / 12), (3, 1.0), (4, 0.0)):
-        qualities = evaluation.judge_completions(
-            run, given.images, given.labels, asked, [given.images, first])
-        assert [x.recognised for x in qualities] == [share, share]
-        assert [x.recall for x in qualities][0] == 1
+    for asked, share in ((len(run.classes), given.labels.count(3) / 12), (3, 1.0), (4, 0.0)):
+        evaluation.judge_completions(run, given, asked, [given.images, same])
+        itself, other = seen.pop()
+        assert itself.recognised == other.recognised == share
+        assert itself.recall == 1 > other.recall
 
 
 @pytest.mark.parametrize("label, particles, tried", [
