@@ -500,9 +500,9 @@ def complete(
     if label == len(run.classes) <= particles:
         labels = [i % len(run.classes) for i in range(particles)] * len(images)
 
-    # By half, nothing of the maps 1x1 and 2x2 is known where the middle of an image is, and its
-    # colours would have to be drawn by luck. But to whom only the edges are known, their quarter
-    # would say that the middle is like them.
+    # By half, nothing of the maps 1x1 and 2x2 is known where an image's middle is, and particles
+    # would draw its colours by luck. Where the edges are, a quarter would be too much: such maps
+    # say that the middle is like them.
     surrounded = known_HW[1:-1, 1:-1].sum() == known_HW.sum()
     free = 0.25 if surrounded else 0.5
 
@@ -538,7 +538,8 @@ def most_likely(
     likely these are after what was drawn. So many particles each draw what is in the hole from
     p(tokens | coarser ones), and are weighed by what they passed over, the product of
     p(known token | coarser ones). (Importance sampling draws one by these weights; the heaviest is
-    better than that.)
+    better than that. It is as good as the best that was drawn: the more is known of the coarse
+    maps, the fewer particles will do.)
 
     Where no class is asked for, particles try the classes in turn, if there are enough of them, and
     the weights tell which the known part is of, too.
