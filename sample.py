@@ -37,7 +37,7 @@ from support.checkpoint import (
 from support.cli import UserError, in_short, run_program
 from support.commands import parse
 from support.devices import Machine, choose_machine, pack, say
-from support.evaluation import evaluate, psnr, say_evaluation, seam
+from support.evaluation import evaluate, judge_completions, psnr, say_evaluation, seam
 from support.explorer import explore
 from support.figures import draw_attention, draw_codes, draw_teaching, scale_names
 from support.images import (
@@ -100,7 +100,7 @@ def main() -> None:
             label = asked_class(run, options.class_name)
             picture = complete(
                 run, load_images(run, options.images), known_HW, label, options.seeds,
-                options.small, options.open_loop, options.paste, options.particles)
+                options.small, options.open_loop, options.paste, options.particles, options.judge)
     path = options.out or run.folder / f"{options.command}.png"
     save_picture(path, picture, options.cell_size, run.note, told=True)
     if options.gif:   # now the picture is there, whatever becomes of the film
@@ -460,13 +460,14 @@ class Known:
     scales: at how many of the scales, from the coarsest, anything is known.
     own_tokens_BL: if given, the images' tokens, computed beforehand, are put as they are: the open
         loop, as published.
-    free: whether the coarse maps are drawn in the holes, too: see `most_likely`.
+    free: if not 0, coarse maps are drawn in the holes, too (see `most_likely`): in cells of which
+        less than this share is known.
     """
     latent_BCSS: Tensor
     where_B1SS: Tensor
     scales: int
     own_tokens_BL: Tensor | None = None
-    free: bool = False
+    free: float = 0.0
 
     def put(self, drawn_Bl: Tensor, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
         """The tokens drawn for scale k [B, l], with the images' own where they are known."""
@@ -494,23 +495,25 @@ class Known:
         finest side, where a cell covers 4 x 4 of the finest or more, all cells are known, in the
         holes too. They say how large forms and colours go on there, and leave to the finer maps
         what is seen in them. On those, cells of which any part is known; and on the finest, those
-        of which half is, so that a hole ends where it was asked to. If coarse maps are free, that
-        is the rule on all.
+        of which half is, so that a hole ends where it was asked to. If coarse maps are free, the
+        share that makes them known is the same on all.
         """
         s = quantizer.scales[k]
         S = quantizer.scales[-1]
         share_Bl = quantizer.read(self.where_B1SS, k).squeeze(-1)
-        if self.free:
+        if s == S:
             return share_Bl >= 0.5
+        if self.free:
+            return share_Bl >= self.free
         if 4 * s <= S:
             share_Bl = share_Bl.amax(dim=1, keepdim=True).expand_as(share_Bl)
-        return share_Bl >= 0.5 if s == S else share_Bl > 0
+        return share_Bl > 0
 
 
 def complete(
     run: Run, given: Given, known_HW: Tensor | None, label: int, seeds: Sequence[int],
     small_side: int | None = None, open_loop: bool = False, paste: bool = False,
-    particles: int = 0,
+    particles: int = 0, judge: bool = False,
 ) -> list[Row]:
     """In-painting and its kin: a row for each image, what is known of it, and a result per seed.
 
@@ -519,6 +522,7 @@ def complete(
     open_loop: see `Known`. paste: put the known pixels over the results.
     particles: how many results to choose each from, see `most_likely`; 0 is as published: one,
         whose coarse maps are those of the border.
+    judge: print how good they are, too, as `evaluate` does.
     """
     images = given.images
     device = run.machine.device
@@ -539,11 +543,17 @@ def complete(
     if label == len(run.classes) <= particles:
         labels = [i % len(run.classes) for i in range(particles)] * len(images)
 
+    # By half, nothing of the maps 1x1 and 2x2 is known where an image's middle is, and particles
+    # would draw its colours by luck. Where the edges are, a quarter would be too much: such maps
+    # say that the middle is like them.
+    surrounded = known_HW[1:-1, 1:-1].sum() == known_HW.sum()
+    free = 0.25 if surrounded else 0.5
+
     def known_of(rows: slice) -> Known:
         image_B = image_N[rows]
         own_tokens_BL = tokens_NL[image_B].to(device) if open_loop else None
         return Known(latent_NCSS[image_B].to(device), where_11SS, scales, own_tokens_BL,
-                     free=particles > 0)
+                     free=free if particles else 0.0)
 
     results = []
     for seed in seeds:
@@ -555,6 +565,8 @@ def complete(
         results = [torch.where(known_HW > 0, images, result) for result in results]
     if not known_HW.all():
         say_completion(results, images, known_HW)
+    if judge:
+        judge_completions(run, given, label, results)
     columns = map(to_bytes, (images, shown, *results))
     captions = ["original", "known", *(f"seed {seed}" for seed in seeds)]
     return headed(captions, given.names, zip(*columns))
@@ -570,7 +582,8 @@ def most_likely(
     likely these are after what was drawn. So many particles each draw what is in the hole from
     p(tokens | coarser ones), and are weighed by what they passed over, the product of
     p(known token | coarser ones). (Importance sampling draws one by these weights; the heaviest is
-    better than that.)
+    better than that. It is as good as the best that was drawn: the more is known of the coarse
+    maps, the fewer particles will do.)
 
     Where no class is asked for, particles try the classes in turn, if there are enough of them, and
     the weights tell which the known part is of, too.
@@ -584,13 +597,14 @@ def most_likely(
 
 
 def say_completion(results: list[Tensor], images: Tensor, known_HW: Tensor) -> None:
-    """Print how far the known part drifted, and whether the border of the hole shows."""
+    """Print how far the known part drifted and the hole strays, and whether its border shows."""
     results = torch.stack(results)   # [seeds, N, channels, side, side]
-    drift = (results - images) * known_HW / 2
-    error = drift.square().mean().item() / known_HW.mean().item()
+    error_HW = ((results - images) / 2).square().mean(dim=(0, 1, 2))
+    drift = error_HW[known_HW > 0].mean().item()
+    strays = error_HW[known_HW == 0].mean().item()
     own = seam(images, known_HW)
     seen = seam(results.flatten(0, 1), known_HW)
-    print(f"known part: mean squared error {error:.5f} (pixels in [0, 1]); "
+    print(f"mean squared error (pixels in [0, 1]): known part {drift:.5f}, hole {strays:.5f}; "
           f"border: mean step {seen:.4f}, {seen / own if own else math.nan:.2f} of the image's own")
 
 

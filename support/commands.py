@@ -81,8 +81,11 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         type=place, help="instead of a box, an image in which what is to be generated is painted: "
         "in white on black, or in any colour on a transparent layer")),
     (HOLES, "--particles", dict(
-        type=number(int, 0), default=0, help="choose each result from so many, drawn from the "
-        "coarsest scale on, by how well they fit what is known; 0: coarse scales from the border")),
+        type=number(int, 0), help="choose each result from so many, drawn from the coarsest scale "
+        "on, by how well they fit what is known (default: 32, and 0 for a published model, which "
+        "takes long); 0: one, whose coarse scales are the border's")),
+    (HOLES, "--judge", dict(
+        action="store_true", help="print what evaluate prints, of completed held-out images")),
     (HOLES, "--paste", dict(action="store_true", help="put the known pixels over the results")),
     ("upscale", "--small", dict(
         type=COUNT, help="side to which images are averaged down at first; half if not given")),
@@ -134,7 +137,7 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
     parser = CommandParser(description="Draw with a trained VAR, and look into it.",
                     epilog="Each has its own flags: python sample.py grid --help")
     # For commands that are without these:
-    parser.set_defaults(**defaults, small=None, paste=False, particles=0, gif=None)
+    parser.set_defaults(**defaults, small=None, paste=False, particles=0, judge=False, gif=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
         own = commands.add_parser(command, help=text, description=text.capitalize() + ".")
@@ -163,6 +166,8 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
     check_outputs(options)
     if options.command == "edit" and options.class_name is None:
         raise UserError("edit needs --class NAME: what to edit towards")
+    if options.particles is None:
+        options.particles = 0 if options.published else 32
     return options
 
 

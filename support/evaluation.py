@@ -60,12 +60,11 @@ def tokenizer_health(tokenizer: nn.Module, batches: Iterable[Tensor]) -> dict:
         pixels += images.numel()
     codes_K = (counts_KV > 0).sum(dim=1)
     tokens_K1 = counts_KV.sum(dim=1, keepdim=True)
-    most_K = tokens_K1.flatten().clamp(max=V)
     entropy_K = torch.special.entr(counts_KV / tokens_K1).sum(dim=1)
     return {
         "psnr_per_scale": [psnr(error / pixels) for error in errors_K],
         "codes_per_scale": codes_K.tolist(),
-        "usage_per_scale": (codes_K / most_K).tolist(),
+        "usage_per_scale": (codes_K / tokens_K1.flatten().clamp(max=V)).tolist(),
         "perplexity_per_scale": entropy_K.exp().tolist(),
         "codes_used": counts_KV.any(dim=0).sum().item() / V,
     }
@@ -262,11 +261,8 @@ def evaluate(run, count: int, seeds: Sequence[int]) -> Evaluation:
     nats = -run.log_likelihood(tokens_NL, labels.tolist()).mean().item()
 
     def generated(run) -> list[Quality]:
-        qualities = []
-        for seed in seeds:
-            images = run.decode(run.generate(labels.tolist(), seed))
-            qualities.append(judge(images, labels))
-        return qualities
+        drawn = (run.generate(labels.tolist(), seed) for seed in seeds)
+        return [judge(run.decode(tokens), labels) for tokens in drawn]
 
     return Evaluation(
         accuracy=(taken_for_N == all_labels_N).double().mean().item(),
@@ -299,6 +295,20 @@ def evaluated_images(run, count: int) -> tuple[Tensor, Tensor]:
     return to_float(images[by_label_N]), labels_N
 
 
+def judge_completions(run, given, asked: int, results: list[Tensor]) -> None:
+    """Print how good completions of held-out images are, a set of them for each seed.
+
+    given: a sample.Given. asked: the class to complete them towards; each image's own, if it is the
+    null class. Raises UserError for few images, and for others, whose classes nobody knows.
+    """
+    own = given.labels
+    if None in own or len(own) < 12:
+        raise UserError("--judge needs held-out images, data:0 and so on, a dozen or more")
+    labels = torch.tensor(own if asked == len(run.classes) else [asked] * len(own))
+    judge = Judge(kept_classifier(run), given.images, run.classes)
+    say_qualities({"completions": [judge(images, labels) for images in results]})
+
+
 class Judge:
     """Measures the quality of images against held-out ones, `originals`.
 
@@ -318,9 +328,8 @@ class Judge:
                             "made them is broken")
         features_ND, taken_for_N = features_and_classes(self.classifier, images)
         hit_N = (taken_for_N == labels).double()
-        per_class = {}
-        for label in labels.unique().tolist():
-            per_class[self.classes[label]] = hit_N[labels == label].mean().item()
+        per_class = {self.classes[label]: hit_N[labels == label].mean().item()
+                     for label in labels.unique().tolist()}
         measured = []
         for first in (0, 1):
             made_ND = features_ND[first::2]
@@ -354,8 +363,8 @@ def frechet_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     values_D, vectors_DD = np.linalg.eigh(a_DD)
     root_DD = vectors_DD * np.sqrt(values_D.clip(0)) @ vectors_DD.T   # rounding may leave -1e-17
     shared_D = np.linalg.eigvalsh(root_DD @ b_DD @ root_DD).clip(0)
-    spread = np.trace(a_DD) + np.trace(b_DD) - 2 * np.sqrt(shared_D).sum()
-    return float(between_D @ between_D + spread)
+    return float(between_D @ between_D + np.trace(a_DD) + np.trace(b_DD)
+                 - 2 * np.sqrt(shared_D).sum())
 
 
 NEIGHBOURS = 3   # as in the paper
@@ -387,8 +396,7 @@ def fine_power(images: Tensor) -> float:
     total = 0.0
     for some in images.split(at_a_time(side)):
         centred = some - some.mean(dim=(2, 3), keepdim=True)
-        spectrum = torch.fft.fft2(centred * fade_HW)
-        power = spectrum.abs().square()[..., fine_HW]
+        power = torch.fft.fft2(centred * fade_HW).abs().square()[..., fine_HW]
         total += power.sum(dtype=torch.float64).item()
     return total / images.numel()
 
@@ -399,8 +407,7 @@ def seam(images: Tensor, known_HW: Tensor) -> float:
     steps = []
     for axis in (-1, -2):
         across_HW = known_HW.diff(dim=axis) != 0
-        step = images.diff(dim=axis)[..., across_HW] / 2
-        steps.append(step.abs().flatten())
+        steps.append((images.diff(dim=axis)[..., across_HW] / 2).abs().flatten())
     steps = torch.cat(steps)
     return steps.mean().item() if len(steps) else 0.0
 
@@ -420,16 +427,7 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
     }
     print(f"{count} images of each kind; the classifier recognises {found.accuracy:.1%} of all "
           f"held-out images")
-    table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}
-    for name, qualities in sets.items():
-        table[name] = (
-            in_words([100 * x.recognised for x in qualities], 1, " %"),
-            in_words([x.frechet for x in qualities], 2),
-            in_words([100 * x.precision for x in qualities], 1, " %"),
-            in_words([100 * x.recall for x in qualities], 1, " %"),
-            in_words([x.detail for x in qualities], 2),
-        )
-    say_table(table)
+    say_qualities(sets)
     print(f"PSNR of the reconstructions {found.psnr:.2f} dB; held-out images take "
           f"{found.nats_per_image:.2f} nats each, {found.nats_per_token:.3f} per token")
     say_classes(list(sets.values()))
@@ -442,6 +440,18 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
           "so it compares images of this run's data alone. For FID, which the field's programs\n"
           "measure, this writes the files:\n"
           "    python sample.py export 50000 samples.npz --reference reference.npz")
+
+
+def say_qualities(sets: dict[str, list[Quality]]) -> None:
+    """Print a row for each set of images."""
+    table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}
+    for name, qualities in sets.items():
+        table[name] = []
+        for figure in ("recognised", "frechet", "precision", "recall", "detail"):
+            values = np.array([getattr(x, figure) for x in qualities])
+            share = figure not in ("frechet", "detail")
+            table[name].append(in_words(100 * values, 1, " %") if share else in_words(values, 2))
+    say_table(table)
 
 
 def say_classes(sets: list[list[Quality]]) -> None:

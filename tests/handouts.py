@@ -808,7 +808,7 @@ LIST = [
                 for box in "0.25 0.25 0.75 0.75" "0 0 0.5 1" "0.6 0.6 0.9 0.9"; do
                     for loop in "" --open-loop; do
                         python sample.py inpaint data:{0..49} --seeds 0 1 \\
-                            --box $box $loop --out x.png
+                            --particles 0 --box $box $loop --out x.png
                     done
                 done
 

@@ -18,7 +18,8 @@ from program import ran, refused, tokenizer_stage
 
 import sample
 from sample import Known, Run, load_images, load_run
-from support.commands import COMMANDS, GENERATING, HOLES
+from support import evaluation
+from support.commands import COMMANDS, GENERATING, HOLES, parse
 from support.data import load_data
 from support.devices import Machine, PackedLinear, choose_machine, pack
 from support.figures import attention_weights
@@ -91,7 +92,7 @@ def test_completing_keeps_what_is_known(judged, tmp_path, command):
     for column in (shown, first, second):
         assert np.array_equal(column[known], original[known])
     assert not np.array_equal(first[made], original[made])
-    assert float(said.split("error ")[1].split()[0]) < 1e-4
+    assert float(said.split("known part ")[1].split(",")[0]) < 1e-4
 
 
 def test_upscaling_reads_the_small_image_alone(run):
@@ -165,7 +166,7 @@ def test_the_report_on_a_completion(capsys):
     result[:, :, :, 2:] = 1.0
     sample.say_completion([result, images], images, known_HW)
     said = capsys.readouterr().out
-    assert f"error {0.2**2 / 8 / 2:.5f}" in said
+    assert f"known part {0.2**2 / 8 / 2:.5f}, hole {0.25**2 / 2:.5f};" in said
     assert "mean step 0.3750, 1.50 of the image's own" in said
 
 
@@ -742,7 +743,7 @@ def test_of_many_particles_the_one_whose_known_part_is_likely_is_kept(judged, mo
     where_11SS = torch.zeros(1, 1, 4, 4)
     where_11SS[..., :2] = 1   # the left half
     known = Known(torch.zeros(1, quantizer.codebook_VC.shape[1], 4, 4), where_11SS, 3,
-                         free=True)
+                  free=0.5)
     places = [known.places(quantizer, k)[0].tolist() for k in range(3)]
     assert places == [[True], [True, False] * 2, [True, True, False, False] * 4]
     nats_NL = -torch.rand(6, 21)
@@ -760,6 +761,59 @@ def test_particles_complete_images(judged, tmp_path):
         ran("sample.py", *flags, "--particles", particles, "--out", tmp_path / f"{particles}.png")
     none, three = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in (0, 3))
     assert none.shape == three.shape and not np.array_equal(none, three)
+
+
+@pytest.mark.parametrize("box, outside, free", [
+    ((0.25, 0.25, 0.75, 0.75), True, 0.5),
+    ((0.25, 0.25, 0.75, 0.75), False, 0.25),   # the hole surrounds what is known
+    ((0.25, 0.25, 0.75, 1.0), False, 0.5),
+    ((0, 0.5, 1, 1), True, 0.5),
+])
+def test_in_a_hole_all_around_a_quarter_makes_a_coarse_cell_known(
+    run, given, monkeypatch, box, outside, free
+):
+    found = []
+
+    def generate(self, labels, seed, known_of):
+        found.append(known_of(slice(0, 1)).free)
+        return torch.zeros(len(labels), 21, dtype=torch.int64)
+
+    monkeypatch.setattr(Run, "generate", generate)
+    known_HW = known_pixels(box, 16, outside)
+    for particles in (0, 2):
+        sample.complete(run, given, known_HW, 10, [0], particles=particles)
+    assert found == [0, free]
+
+
+def test_holes_are_completed_by_particles_unless_a_published_model_takes_long():
+    for flags, particles in (([], 32), (["--published", "d16"], 0), (["--particles", "5"], 5)):
+        assert parse({}, ["inpaint", "a.png", *flags]).particles == particles
+    assert parse({}, ["upscale", "a.png"]).particles == 0
+
+
+def test_completions_are_judged(judged, tmp_path, monkeypatch):
+    """As images of their own classes, or of the one that is asked for; each seed's for itself."""
+    flags = "--box 0 0.5 1 1 --particles 0 --seeds 0 1 --judge".split()
+    flags += ["--run", judged, "--out", tmp_path / "a.png"]
+    held_out = [f"data:{i}" for i in range(12)]
+    said = ran("sample.py", "inpaint", *held_out, *flags)
+    row = next(line for line in said.splitlines() if line.startswith("completions"))
+    assert row.count("±") == 5 and row.count("%") == 3
+    for wrong in (held_out[:11], held_out[:11] + [tmp_path / "a.png"]):
+        assert "--judge needs held-out images" in refused("sample.py", "inpaint", *wrong, *flags)
+
+    run = load_run(judged, choose_machine("cpu"))
+    given = load_images(run, held_out)
+    same = given.images[:1].expand_as(given.images)
+    seen = []
+    monkeypatch.setattr(evaluation, "say_qualities", lambda sets: seen.append(sets["completions"]))
+    monkeypatch.setattr(evaluation, "features_and_classes", lambda classifier, images: (
+        images.flatten(1)[:, :5].double().numpy(), torch.full((len(images),), 3)))
+    for asked, share in ((len(run.classes), given.labels.count(3) / 12), (3, 1.0), (4, 0.0)):
+        evaluation.judge_completions(run, given, asked, [given.images, same])
+        itself, other = seen.pop()
+        assert itself.recognised == other.recognised == share
+        assert itself.recall == 1 > other.recall
 
 
 @pytest.mark.parametrize("label, particles, tried", [

@@ -391,6 +391,14 @@ def test_which_tokens_are_known():
     known.where_B1SS[..., 3] = 0.49
     assert row(known, 3) == [True] * 3 + [False] * 5
     assert not known_left(made, 0).places(made.quantizer, 0).any()
+    known = known_left(made, 3, free=0.5)   # of coarse maps, too, what is known enough
+    assert row(known, 0) == [False] and row(known, 1) == [True, False]
+    assert row(known, 2) == [True, True, False, False]
+    known.free = 0.375
+    assert row(known, 0) == [True] and row(known, 1) == [True, False]
+    known.where_B1SS[..., 3] = 0.49
+    assert row(known, 3) == [True] * 3 + [False] * 5
+    known = known_left(made, 3)
     drawn_Bl, f_hat_BCSS = torch.full((2, 64), -1), made.quantizer.empty(2)
     put_Bl = known.put(drawn_Bl, made.quantizer, f_hat_BCSS, 3).view(2, 8, 8)
     assert (put_Bl[..., :3] >= 0).all() and (put_Bl[..., 3:] == -1).all()
