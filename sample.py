@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -35,8 +34,8 @@ from support.checkpoint import (
     blaming, fingerprint, load_checkpoint, read_tensors, restored, unfinished,
 )
 from support.cli import UserError, in_short, run_program
-from support.commands import parse
-from support.devices import Machine, choose_machine, pack, say
+from support.commands import class_indices, parse
+from support.devices import Machine, choose_machine, pack, say_once
 from support.evaluation import evaluate, judge_completions, psnr, say_evaluation, seam
 from support.explorer import explore
 from support.figures import draw_attention, draw_codes, draw_teaching, scale_names
@@ -246,9 +245,6 @@ class Run:
         return self.held_out.tensors[0]
 
 
-say_once = cache(say)
-
-
 def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
              tokenizer: Path | None = None, var: Path | None = None, alone: bool = False) -> Run:
     """A run as train.py wrote it. tokenizer, var: other checkpoints than the folder's. alone: the
@@ -292,8 +288,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
 
 def load_alone(path: Path, machine: Machine, sampling: Sampling) -> Run:
     """A tokenizer without a transformer, and the held-out images beside it."""
-    tokenizer = placed(load_tokenizer(path), machine)
-    run = Run(path.parent, tokenizer, None, [], None, machine, sampling)
+    run = Run(path.parent, placed(load_tokenizer(path), machine), None, [], None, machine, sampling)
     if path.suffix == ".pt":
         content = load_checkpoint(path, "tokenizer")
         run.classes = content["classes"]
@@ -339,8 +334,7 @@ def draw_samples(run: Run, names: list[str] | None, per_class: int, seed: int) -
     return rows_of_classes(labels, run.decode_to_bytes(tokens_NL))
 
 
-def draw_progress(run: Run, names: list[str] | None, per_class: int, seed: int
-                  ) -> list[Row]:
+def draw_progress(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
     """A row for each image: what it looks like after each scale."""
     labels, tokens_NL = drawn(run, names, per_class, seed)
     frames_KN = run.after_each_scale(tokens_NL)
@@ -357,18 +351,6 @@ def drawn(run: Run, names: list[str] | None, per_class: int, seed: int
     labels = [name if composed(name) in map(composed, run.classes) else f"{name} {run.classes[i]}"
               for name, i in zip(names, chosen)]
     return list(map(legible, labels, chosen)), tokens_NL
-
-
-def class_indices(names: list[str], classes: list[str]) -> list[int]:
-    """The numbers of classes, named or numbered. é may be one letter or two, by keyboard and file
-    system."""
-    index = {str(i): i for i in range(len(classes))}
-    index |= {composed(name): i for i, name in enumerate(classes)}   # which come before numbers
-    chosen = [index.get(composed(name)) for name in names]
-    if None in chosen:
-        there = ", ".join(classes) if len(classes) <= 20 else f"{classes[0]} to {classes[-1]}"
-        raise UserError(f"there is no class {names[chosen.index(None)]}; there are {there}")
-    return chosen
 
 
 def asked_class(run: Run, name: str | None, own: int | None = None) -> int:

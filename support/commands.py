@@ -9,6 +9,7 @@ from typing import Any
 from support.cli import (
     COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output, output_as, place,
 )
+from support.images import composed
 
 COMMANDS = {
     "grid": "draw a row of images for each class; the command if none is named",
@@ -184,3 +185,15 @@ def check_outputs(options: argparse.Namespace) -> None:
     names = [path.resolve() for path in paths if path]
     if len({*names}) < len(names):
         raise UserError(f"{names[-1]} is the name of two outputs")
+
+
+def class_indices(names: list[str], classes: list[str]) -> list[int]:
+    """The numbers of classes, named or numbered. é may be one letter or two, by keyboard and file
+    system."""
+    index = {str(i): i for i in range(len(classes))}
+    index |= {composed(name): i for i, name in enumerate(classes)}   # which come before numbers
+    chosen = [index.get(composed(name)) for name in names]
+    if None in chosen:
+        there = ", ".join(classes) if len(classes) <= 20 else f"{classes[0]} to {classes[-1]}"
+        raise UserError(f"there is no class {names[chosen.index(None)]}; there are {there}")
+    return chosen

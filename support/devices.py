@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -166,6 +167,9 @@ def say(text: str) -> None:
     """Print once, not in every process, and above a progress bar."""
     if rank_and_world()[0] == 0:
         tqdm.write(text)
+
+
+say_once = functools.cache(say)
 
 
 def progress_bar(*arguments, **named) -> tqdm:
