@@ -230,7 +230,8 @@ def test_every_question_has_an_experiment_and_an_answer(number, tmp_path, monkey
     ran = []
     done = SimpleNamespace(returncode=0, stdout="measured", stderr="")
     monkeypatch.setattr("subprocess.run", lambda command, **how: ran.append(command[3]) or done)
-    repository(tmp_path)
+    for file in ("tokenizer.py", "train.py", "sample.py"):
+        (tmp_path / file).write_text((ROOT / file).read_text())
     assert answers.experiment(ASSIGNMENTS[number], tmp_path) == "measured"
     (commands,) = ran
     for script in set(re.findall(r"python (\w+\.py)", commands)):
@@ -424,10 +425,10 @@ def test_a_kernel_has_nothing_that_triton_does_not_compile(nursery, tmp_path):
     """The interpreter would take it."""
     name = "kernels.normalise"
     repository(tmp_path)
-    for body in ("[x for x in (x_W,)]", "def f():\n    pass", "try:\n    W\nexcept ValueError:\n    W"):
-        carry({name: with_lines(name, body + "\nreturn x_W, 1.0")}, tmp_path)
-        refused = assignments.solution(ASSIGNMENTS[9], tmp_path, nursery)[1]
-        assert "which Triton does not compile" in " ".join(refused), (body, refused)
+    body = "[x for x in (x_W,)]\ndef f():\n    pass\ntry:\n    W\nexcept ValueError:\n    W\nreturn x_W, 1.0"
+    carry({name: with_lines(name, body)}, tmp_path)
+    refused = assignments.solution(ASSIGNMENTS[9], tmp_path, nursery)[1]
+    assert sum("which Triton does not compile" in sentence for sentence in refused) >= 3, refused
 
 
 def test_another_signature_and_a_file_that_is_none_are_refused(nursery, tmp_path):
