@@ -30,7 +30,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from support.checkpoint import blaming, fingerprint, load_checkpoint, read_tensors, restored
+from support.checkpoint import (
+    blaming, check_finite, fingerprint, load_checkpoint, read_tensors, restored,
+)
 from support.cli import UserError, in_short, run_program
 from support.commands import parse
 from support.devices import Machine, choose_machine, pack, say
@@ -247,6 +249,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
             held_out = load_held_out(var_path.parent)
         else:
             model = VAR.from_official(read_tensors(var_path, "published checkpoint"))
+            check_finite(model.state_dict())
             classes = class_names(model.config.classes)
     tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
     if learned_from not in (None, fingerprint(tokenizer)):
@@ -272,7 +275,10 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
     """A tokenizer of ours, or a published one, whose scales the caller may name."""
     with blaming(path):
         if path.suffix != ".pt":
-            return Tokenizer.from_official(read_tensors(path, "published checkpoint"), scales)
+            content = read_tensors(path, "published checkpoint")
+            tokenizer = Tokenizer.from_official(content, scales)
+            check_finite(tokenizer.state_dict())
+            return tokenizer
         return restored(path, "tokenizer", Tokenizer, TokenizerConfig)[0].eval()
 
 
