@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from support.checkpoint import (
-    blaming, fingerprint, load_checkpoint, read_tensors, restored, unfinished,
+    blaming, check_finite, fingerprint, load_checkpoint, read_tensors, restored, unfinished,
 )
 from support.cli import UserError, in_short, run_program
 from support.commands import class_indices, parse
@@ -267,6 +267,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
             note = unfinished(content, "var_steps")
         else:
             model = VAR.from_official(read_tensors(var_path, "published checkpoint"))
+            check_finite(model.state_dict())
             classes = class_names(model.config.classes)
     tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
     if learned_from not in (None, fingerprint(tokenizer)):
@@ -312,7 +313,10 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
     """A tokenizer of ours, or a published one, whose scales the caller may name."""
     with blaming(path):
         if path.suffix != ".pt":
-            return Tokenizer.from_official(read_tensors(path, "published checkpoint"), scales)
+            content = read_tensors(path, "published checkpoint")
+            tokenizer = Tokenizer.from_official(content, scales)
+            check_finite(tokenizer.state_dict())
+            return tokenizer
         return restored(path, "tokenizer", Tokenizer, TokenizerConfig)[0].eval()
 
 

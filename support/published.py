@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.checkpoint import check_finite, download
+from support.checkpoint import download
 
 # The files that the authors' README links to, as they are since May 2024. The SHA-256 are those of
 # Hugging Face's LFS pointers; the pages with those of d24 and d30 were not to be had, and they are
@@ -99,7 +99,6 @@ def tokenizer_of(content: dict, scales: tuple[int, ...] | None = None) -> tuple[
     V, C = state["quantizer.codebook_VC"].shape
     K = len(state.pop("quantize.ema_vocab_hit_SV"))   # of its training: only K is of use
     state["quantizer.hits_V"] = torch.ones(V)
-    check_finite(state)
     if scales is None:
         scales = PUBLISHED_SCALES if K == len(PUBLISHED_SCALES) else range(1, K + 1)
     width, image_channels = state["encoder.conv_in.weight"].shape[:2]
@@ -131,7 +130,6 @@ def transformer_of(content: dict) -> tuple[dict, dict]:
             tensor = tensor.flatten(0, 2)
         if not name.endswith(("lvl_1L", "attn_bias_for_masking", "zero_k_bias")):   # constants
             state[name] = tensor
-    check_finite(state)
     W, C = state["code_embedding.weight"].shape
     depth = modules_under("blocks.", state)
     log_scale_H11 = state.get("blocks.0.attention.log_scale_H11")
