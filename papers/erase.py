@@ -138,7 +138,7 @@ def main() -> None:
         by_run.append({name: found_of(replace(run, model=model), label)
                        for name, model in models.items()})
     plain_R7, erased_R7 = say_evaluations(others).values()
-    print(f"so far of all but {options.erased}; row: overwritten; again: {AGAIN} steps on its images")
+    print(f"so far all but {options.erased}; row: overwritten; again: {AGAIN} steps on its images")
     rows = say_figures(HEADS, by_run, 1, base="plain")
     plain, _, erased, row_again, again = rows.values()   # [6, runs] each
     say_verdicts(CLAIMS, [
