@@ -10,8 +10,9 @@ five layers' attention in Janus-Pro, by images that it draws; here all weights a
 ones. Where training drops a class, h_theta has none: c is not to come without being asked for.)
 
 The rival takes no training: the class's row of the embedding becomes the null class's. Two attacks
-look for c in what should have lost it. Left halves of its images are completed, the class told or
-not. And if 20 steps of training on images of c bring it back, which took 1550, it was not gone.
+(attacks.py) look for c in what should have lost it. Left halves of its images are completed, the
+class told or not. And c is learned again, in 20 steps: if they bring back what took 1550, was it
+gone? That tells something only beside how well a class that was never there is learned in 20 steps.
 """
 from __future__ import annotations
 
@@ -24,18 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from papers import FILTERED, UNFILTERED, Claim, Trained, open_runs, parser_of
-from papers import say_evaluations, say_figures, say_verdicts
-from papers.hmar_passes import left_halves
+from papers import (
+    Claim, Trained, open_runs, parser_of, say_evaluations, say_figures, say_verdicts,
+)
+from papers.attacks import AGAIN, LR, found_of, learned
 from papers.tuning import Tuning
-from sample import Run, class_indices
+from sample import class_indices
 from support.cli import COUNT, run_program
-from support.evaluation import evaluate, features_and_classes, kept_classifier
-from support.images import to_float
+from support.evaluation import evaluate
 
-ETA = 2.0    # twice the authors'
-LR = 3e-3    # peak learning rate
-AGAIN = 20   # steps of relearning
+ETA = 2.0   # twice the authors'
 HEADS = ("", "nats", "untold", "recognised %", "f. recognised %", "halves %", "halves, untold %")
 CLAIMS = (
     Claim("of the erased class under 10 % are recognised, unfiltered", (-inf, 10), (10, inf)),
@@ -87,36 +86,6 @@ def overwritten(model: nn.Module, label: int) -> nn.Module:
     return model
 
 
-def relearned(run: Trained, model: nn.Module, name: str, label: int) -> nn.Module:
-    """After training on images of the class alone; not the EMA, which would hold much back."""
-    preset = replace(run.settings.preset, ema=0.0, warmup=0)
-    run = replace(run, settings=replace(run.settings, preset=preset))
-    model = copy.deepcopy(model).requires_grad_(True)
-    stage = Tuning(run, model, f"erase-again-{name}", AGAIN, LR)
-    stage.rows = where(stage.rows, stage.rows.tensors[1] == label)
-    return stage.run()
-
-
-def where(rows: TensorDataset, chosen_N: Tensor) -> TensorDataset:
-    return TensorDataset(*(x[chosen_N] for x in rows.tensors))
-
-
-def found_of(run: Run, label: int) -> list[float]:
-    """As in HEADS, of all held-out images of the class, and as many that are drawn."""
-    none = run.model.config.classes
-    its = where(run.held_out, run.held_out.tensors[1] == label)
-    images = to_float(its.tensors[0])
-    tokens_NL = run.encode(images)[1]
-    found = [-run.log_likelihood(tokens_NL, [c] * len(images)).mean().item() for c in (label, none)]
-    known = left_halves(run, images)[1]
-    for c, sampling, told in ((label, UNFILTERED, None), (label, FILTERED, None),
-                              (label, UNFILTERED, known), (none, UNFILTERED, known)):
-        drawn_NL = replace(run, sampling=sampling).generate([c] * len(images), 0, told)
-        taken_for_N = features_and_classes(kept_classifier(run), run.decode(drawn_NL))[1]
-        found.append(100 * (taken_for_N == label).double().mean().item())
-    return found
-
-
 def main() -> None:
     parser = parser_of("erase", __doc__)
     parser.set_defaults(count=500)
@@ -130,17 +99,21 @@ def main() -> None:
         plain = Tuning(run, copy.deepcopy(run.model), "erase-plain", options.steps, LR).run()
         models = {"plain": plain, "row": overwritten(plain, label)}
         models["erased"] = Erasing(run, label, options.steps).run()
-        rest = replace(run, held_out=where(run.held_out, run.held_out.tensors[1] != label))
+        others_N = run.held_out.tensors[1] != label
+        rest = replace(run, held_out=TensorDataset(*(x[others_N] for x in run.held_out.tensors)))
         for name, row in others.items():
             row.append(evaluate(replace(rest, model=models[name]), options.count, seeds=[0]))
         for name in ("row", "erased"):
-            models[f"{name}, again"] = relearned(run, models[name], name, label)
+            models[f"{name}, again"] = learned(run, models[name], label, f"erase-again-{name}")
         by_run.append({name: found_of(replace(run, model=model), label)
                        for name, model in models.items()})
+        unseen = learned(run, models["row"], label, "erase-unseen", flips=True)
+        by_run[-1]["unseen"] = found_of(replace(run, model=unseen), label, flips=True)
     plain_R7, erased_R7 = say_evaluations(others).values()
-    print(f"so far all but {options.erased}; row: overwritten; again: {AGAIN} steps on its images")
+    print(f"so far all but {options.erased}; row: overwritten; again: {AGAIN} steps on its images\n"
+          f"unseen: of row, {AGAIN} steps on its images upside down, and so measured")
     rows = say_figures(HEADS, by_run, 1, base="plain")
-    plain, _, erased, row_again, again = rows.values()   # [6, runs] each
+    plain, _, erased, row_again, again, _ = rows.values()   # [6, runs] each
     say_verdicts(CLAIMS, [
         erased[2], (erased_R7 - plain_R7)[:, 1], erased[5] / plain[5], again[2] / plain[2],
         again[2] - row_again[2]])

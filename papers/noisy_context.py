@@ -84,7 +84,7 @@ class NoisyContext(Tuning):
 
 def main() -> None:
     parser = parser_of("noisy_context", __doc__)
-    parser.set_defaults(count=500)
+    parser.set_defaults(count=300)
     add = parser.add_argument
     add("--share", type=SHARE, default=0.2, help="of tokens, at most (default: %(default)s)")
     add("--steps", type=COUNT, default=100, help="of each tuning (default: %(default)s)")

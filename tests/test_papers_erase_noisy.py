@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 from program import ran, refused, rows_of
 
-from papers import FILTERED, UNFILTERED, erase, mistakes, noisy_context, open_runs, parser_of
+from papers import (
+    FILTERED, UNFILTERED, attacks, erase, mistakes, noisy_context, open_runs, parser_of,
+)
 from papers.tuning import Tuning
 from sample import Run
+from support.checkpoint import load_checkpoint
 from support.evaluation import evaluated_images
 from support.images import to_float
 
@@ -117,34 +120,43 @@ def test_an_overwritten_class_is_no_class(run, real):
                                run.model(torch.full_like(labels, null), inputs))
 
 
-def test_relearning_sees_the_class_alone(run, monkeypatch):
-    monkeypatch.setattr(erase, "AGAIN", 3)
-    seen, rates = [], []
+@pytest.mark.parametrize("flips", [False, True])
+def test_what_is_learned_is_the_class_alone(run, flips, monkeypatch):
+    monkeypatch.setattr(attacks, "AGAIN", 3)
+    seen = []
     loss = Tuning.loss
 
     def watched(stage, model, tokens, labels):
-        seen.extend(labels.tolist())
-        rates.append(max(group["lr"] for group in stage.optimizers[0].param_groups))
+        seen.append((tokens, labels, stage.rows.tensors[0]))
         return loss(stage, model, tokens, labels)
 
     monkeypatch.setattr(Tuning, "loss", watched)
     monkeypatch.setattr(Tuning, "validate", lambda stage: {})
     model = copy.deepcopy(run.model).requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    again = erase.relearned(run, model, "some", 3)
-    assert set(seen) == {3} and len(seen) == 3 * run.settings.preset.var_batch
+    again = attacks.learned(run, model, 3, "some", flips)
+    assert len(seen) == 3
+    kept = load_checkpoint(run.folder / "train_images.pt", "set of training images")
+    images = to_float(kept["images"][kept["labels"] == 3])
+    own = run.encode(images.flip(2) if flips else images)[1]
+    for tokens, labels, rows in seen:
+        assert (labels == 3).all() and len(labels) == run.settings.preset.var_batch
+        assert torch.equal(rows, own)
+        assert all((own == token).all(dim=1).any() for token in tokens)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     # At decay 0 the average is the last weights, so a step of Adam's, with its rate, is in it.
     moved = (again.head.bias - before["head.bias"]).abs().max().item()
-    assert moved > erase.LR
+    assert moved > attacks.LR
 
 
-def test_how_the_class_is_looked_for(run, monkeypatch):
+@pytest.mark.parametrize("flips", [False, True])
+def test_how_the_class_is_looked_for(run, flips, monkeypatch):
     asked = []
     label, null = 3, run.model.config.classes
     images, labels = run.held_out.tensors
-    own = images[labels == label]
+    own = to_float(images[labels == label])
+    own = own.flip(2) if flips else own
 
     def generate(run, wanted, seed, known_of=None):
         known = known_of and known_of(slice(0, len(wanted)))
@@ -153,8 +165,16 @@ def test_how_the_class_is_looked_for(run, monkeypatch):
 
     taken = [torch.tensor([label] * n + [0] * (len(own) - n)) for n in (1, 2, 3, 4)]
     monkeypatch.setattr(Run, "generate", generate)
-    monkeypatch.setattr(erase, "features_and_classes", lambda *_: (None, taken[len(asked) - 1]))
-    found = erase.found_of(run, label)
+    drawn = torch.rand(len(own), 3, 16, 16)
+    monkeypatch.setattr(Run, "decode", lambda *_: drawn)
+    upright = drawn.flip(2) if flips else drawn
+
+    def features_and_classes(_, images):
+        assert torch.equal(images, upright)
+        return None, taken[len(asked) - 1]
+
+    monkeypatch.setattr(attacks, "features_and_classes", features_and_classes)
+    found = attacks.found_of(run, label, flips)
     assert found[2:] == pytest.approx([100 * n / len(own) for n in (1, 2, 3, 4)])
     assert [(sampling, set(wanted)) for sampling, wanted, _ in asked] == [
         (UNFILTERED, {label}), (FILTERED, {label}), (UNFILTERED, {label}), (UNFILTERED, {null})]
@@ -163,14 +183,14 @@ def test_how_the_class_is_looked_for(run, monkeypatch):
     where = asked[2][2].where_B1SS
     half = where.shape[3] // 2
     assert where[..., :half].min() == 1 and where[..., half:].max() == 0
-    tokens = run.encode(to_float(own))[1]
+    tokens = run.encode(own)[1]
     for nats, told in zip(found, (label, null)):
         expected = -run.log_likelihood(tokens, [told] * len(own)).mean().item()
         assert nats == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_page_on_erasing(judged, monkeypatch):
-    monkeypatch.setattr(erase, "AGAIN", 2)
+    monkeypatch.setattr(attacks, "AGAIN", 2)
     seen = []
     evaluate = erase.evaluate
     monkeypatch.setattr(erase, "evaluate", lambda run, *how, **more: (
@@ -178,8 +198,8 @@ def test_the_page_on_erasing(judged, monkeypatch):
     said = ran("papers.erase", "--run", judged, *SHORT, "--steps", 2, "--erased", "ring")
     assert len(seen) == 2 and all(set(labels.tolist()) == set(range(10)) - {1} for labels in seen)
     rows = {name: row for name, row in rows_of(said, 6).items()
-            if name in ("plain", "row", "erased", "row, again", "erased, again")}
-    assert list(rows) == ["plain", "row", "erased", "row, again", "erased, again"]
+            if name in ("plain", "row", "erased", "row, again", "erased, again", "unseen")}
+    assert list(rows) == ["plain", "row", "erased", "row, again", "erased, again", "unseen"]
     assert rows["row"][0] == rows["row"][1] == rows["plain"][1] != rows["plain"][0]
     assert rows["row"][5] == rows["plain"][5]
     others = rows_of(said, 7)
