@@ -14,8 +14,9 @@ training. Here a trained model is tuned.)
 
 And what becomes of a mistake is measured (mistakes.py): images are drawn twice, with the same
 noise, and the second time one token of scale k is replaced. How far are the two latents apart,
-after each finer scale, where after scale k it is 1? If these took no notice, it would stay 1. The
-encoder, which knows the image, repairs all that they can.
+after each finer scale, where after scale k it is 1? If these took no notice, it would stay 1. But
+the encoder, which knows the image and corrects what it can, does not stay there either: a little
+more or less left over, and another code is nearest. It is what the model is to be held against.
 """
 from __future__ import annotations
 
@@ -113,7 +114,7 @@ def main() -> None:
     control_R, noisy_R, _ = (figure.mean(axis=0) for figure in left.values())
     say_verdicts(CLAIMS, [
         (noisy_R7 - control_R7)[:, 1],
-        100 * (noisy_R7 / control_R7 - 1)[:, 0],
+        100 * (noisy_R7[:, 0] / control_R7[:, 0] - 1),
         control_R,
         noisy_R - control_R,
     ])
