@@ -43,7 +43,7 @@ from handouts import ASSIGNMENTS, Assignment
 
 ROOT = Path(__file__).parent.parent
 TAKEN = ["*.py", "*.md", "LICENSE", "requirements.txt", ".pytest.ini", ".gitignore", ".github/**/*",
-         "support/*.py", "papers/**/*.py", "tests/**/*.py", "tests/golden/*"]
+         "support/*.py", "support/*.html", "papers/**/*.py", "tests/**/*.py", "tests/golden/*"]
 LECTURERS = {"assignments.py", "handouts.py", "nursery.py", "mutations.py", "test_assignments.py"}
 SECONDS = 120           # a graded test may take
 RULE = re.compile("# -{20,}")     # begins a section of a file
