@@ -632,3 +632,8 @@ def test_errors_of_every_kind_cost_points(number, nursery):
 def test_every_planted_error_costs_points(name, nursery):
     for (_, new), mutant in zip(PLANTED[name], mutants(name)):
         assert first_failure(name, mutant, nursery), new
+
+
+def test_copies_have_what_a_source_reads(tmp_path):
+    repository(tmp_path)
+    assert (tmp_path / "support" / "explorer.html").is_file()
