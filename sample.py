@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -36,11 +36,12 @@ from support.checkpoint import (
 from support.cli import UserError, in_short, run_program
 from support.commands import class_indices, parse
 from support.devices import Machine, choose_machine, pack, say_once
-from support.evaluation import evaluate, judge_completions, psnr, say_evaluation, seam
+from support.evaluation import evaluate, psnr, say_evaluation
 from support.explorer import explore
 from support.figures import draw_attention, draw_codes, draw_teaching, scale_names
+from support.holes import from_small, judge_completions, known_pixels, say_completion
 from support.images import (
-    Row, at_a_time, batches, composed, headed, known_pixels, legible, read_images,
+    Row, at_a_time, batches, composed, headed, legible, read_images,
     rows_of_classes, rows_of_pairs, save_film, save_npz, save_picture, to_bytes, to_float,
 )
 from support.published import class_names, published_pair
@@ -136,6 +137,7 @@ class Run:
     held_out: TensorDataset | None      # bytes [N, channels, side, side] and labels [N]
     machine: Machine
     sampling: Sampling
+    _: KW_ONLY
     note: str = ""                      # of a training that is not finished: its step
     white: int | None = None            # of files of 16 bits: see --white-level
 
@@ -283,8 +285,8 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
     model.to(machine.device).eval()
     if machine.compile:
         model.compile_layers()
-    return Run(
-        var_path.parent, tokenizer, model, classes, held_out, machine, sampling, note, white)
+    return Run(var_path.parent, tokenizer, model, classes, held_out, machine, sampling,
+               note=note, white=white)
 
 
 def load_alone(path: Path, machine: Machine, sampling: Sampling) -> Run:
@@ -580,35 +582,6 @@ def most_likely(
     weights_NL = run.log_likelihoods(tokens_NL, labels) * known_1L
     best_n = weights_NL.sum(dim=1).view(-1, particles).argmax(dim=1)
     return tokens_NL.unflatten(0, (-1, particles))[torch.arange(len(best_n)), best_n]
-
-
-def say_completion(results: list[Tensor], images: Tensor, known_HW: Tensor) -> None:
-    """Print how far the known part drifted and the hole strays, and whether its border shows."""
-    results = torch.stack(results)   # [seeds, N, channels, side, side]
-    error_HW = ((results - images) / 2).square().mean(dim=(0, 1, 2))
-    drift = error_HW[known_HW > 0].mean().item()
-    strays = error_HW[known_HW == 0].mean().item()
-    own = seam(images, known_HW)
-    seen = seam(results.flatten(0, 1), known_HW)
-    print(f"mean squared error (pixels in [0, 1]): known part {drift:.5f}, hole {strays:.5f}; "
-          f"border: mean step {seen:.4f}, {seen / own if own else math.nan:.2f} of the image's own")
-
-
-def from_small(
-    images: Tensor, small_side: int | None, config: TokenizerConfig
-) -> tuple[Tensor, int]:
-    """What upscaling starts from: small images, enlarged; and how many scales they are.
-
-    small_side: half of the images', if it is None.
-    """
-    side = small_side or config.image_side // 2
-    if side >= config.image_side:
-        raise UserError(f"--small {side} must be less than the side of the images, "
-                        f"{config.image_side}")
-    small = F.interpolate(images, size=(side, side), mode="area")
-    large = F.interpolate(small, size=images.shape[2:], mode="bicubic")
-    scales = sum(s * config.downsampling <= side for s in config.scales)
-    return large.clamp(-1, 1), max(1, scales)
 
 
 def fill_holes(images: Tensor, known_HW: Tensor) -> Tensor:

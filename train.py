@@ -10,8 +10,7 @@ A run is a folder. It ends up holding
     held_out.pt              images that training does not see, for measuring and for sample.py
     train_images.pt          some that it sees, for the classifier by which sample.py judges
     tokens.pt                all images as tokens, for the next training in this folder
-    train.npy  held_out.npy  a folder's images, decoded once
-    decoded.pt               of which files, so that they are not decoded again
+    train.npy  held_out.npy  a folder's images, decoded once; decoded.pt says of which files
     log.jsonl                one line per ten steps, and what was measured on held-out images
     reconstructions.png      held-out images above their reconstructions
     samples.png              generated images, a row per class
@@ -41,7 +40,7 @@ from torch.utils.data import Dataset, TensorDataset
 from kernels import use_triton
 from sample import DEFAULTS, Run, draw_samples, load_tokenizer
 from support.checkpoint import (
-    blaming, check_class, content_of, fingerprint, load_checkpoint, save_checkpoint,
+    blaming, check_class, content_of, fingerprint, load_checkpoint, load_if_same, save_checkpoint,
 )
 from support.cli import Interrupt, Stopped, UserError, run_program
 from support.data import Data, balanced_subset, classifier_images, load_data, read_batches, shuffled
@@ -57,7 +56,7 @@ from support.optim import adamw_and_muon, learning_rate, update_ema
 from support.presets import (
     Preset, TokenizerPreset, VARPreset, check_sizes, chosen_preset, training_options,
 )
-from support.watching import WatchedLog, say_what_next, summary_writer
+from support.watching import WatchedLog, say_what_next
 from tokenizer import Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig
 from var import VAR, Block, VARConfig
 
@@ -84,7 +83,6 @@ class Settings:
 def main() -> None:
     options = training_options()
     out = options.out
-    tensorboard = summary_writer() if options.tensorboard else None
     machine = choose_machine(options.device, options.precision, options.compile)
     join_processes()
     preset = chosen_preset(options)
@@ -101,7 +99,8 @@ def main() -> None:
                      options.seed, options.workers, options.stream, options.white_level)
     settings = Settings(
         preset, machine, out, options.seed, options.resume, options.checkpoint_every,
-        options.grad_accumulation, options.checkpoint_activations, options.workers, tensorboard)
+        options.grad_accumulation, options.checkpoint_activations, options.workers,
+        options.tensorboard)
     first = rank_and_world()[0] == 0
     if "tokenizer" in options.stages:
         tokenizer = TokenizerStage(data, settings, options.perceptual).run()
@@ -300,9 +299,8 @@ class Stage:
         largest = get_total_norm(self.ema.parameters(), math.inf).item()
         if all(map(math.isfinite, (loss, norm, largest))):
             return
-        kept = "there is no checkpoint yet"
-        if self.saved:
-            kept = f"the last good checkpoint, of step {self.saved}, is {self.path}"
+        kept = (f"the last good checkpoint, of step {self.saved}, is {self.path}" if self.saved
+                else "there is no checkpoint yet")
         also = " or --precision fp32" if self.loss_scale.is_enabled() else ""
         raise UserError(f"at step {self.step - 1} the {self.name} loss became {loss}, its gradient "
                         f"{norm} and its largest weight {largest}; {kept}; try a lower "
@@ -347,8 +345,7 @@ class Stage:
             self.helpers.load_state_dict(training["helpers"])
             for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            if training["loss_scale"]:   # it was in fp16
-                self.loss_scale.load_state_dict(training["loss_scale"])
+            self.loss_scale.load_state_dict(training["loss_scale"])
             self.step = self.saved = training["step"]
         return False
 
@@ -391,7 +388,7 @@ class TokenizerStage(Stage):
         config = TokenizerConfig(**preset.tokenizer_shape(data.channels))
         model = Tokenizer(config).to(machine.device)
         detail = DetailLosses(preset, data.channels, len(data.classes), lpips_weights)
-        detail = detail.to(machine.device)
+        detail.to(machine.device)
         layers = nn.ModuleList([model.encoder, model.decoder])
         optimizers = adamw_and_muon(
             model, layers, preset.tokenizer_lr, 0.0, preset.muon, machine.dtype)
@@ -572,9 +569,7 @@ class VARStage(Stage):
 
 def var_optimizers(model: VAR, preset: Preset, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """Muon is for layers; modulations, embeddings and the head are AdamW's in any case."""
-    layers = nn.ModuleList()
-    for block in model.blocks:
-        layers += [block.attention, block.mlp]
+    layers = nn.ModuleList(part for block in model.blocks for part in (block.attention, block.mlp))
     return adamw_and_muon(model, layers, preset.var_lr, preset.weight_decay, preset.muon, dtype)
 
 
@@ -585,14 +580,9 @@ def tokens_of(tokenizer: Tokenizer, data: Data, settings: Settings
     path = settings.out / "tokens.pt"
     made_with = {"tokenizer": fingerprint(tokenizer), "data set": data.digest,
                  "dtype": str(settings.machine.dtype)}
-    if path.exists():
-        try:
-            content = load_checkpoint(path, "set of tokens")
-            if content["made_with"] == made_with:
-                return TensorDataset(*content["train"]), TensorDataset(*content["held_out"])
-            say(f"{path} is of other images, or of another tokenizer: tokens are made anew")
-        except UserError as error:
-            say(f"{error}: tokens are made anew")
+    content = load_if_same(path, "set of tokens", made_with)
+    if content:
+        return TensorDataset(*content["train"]), TensorDataset(*content["held_out"])
     train = tokenise(tokenizer, data.train, settings, "tokenise train")
     held_out = tokenise(tokenizer, data.held_out, settings, "tokenise held_out")
     if rank_and_world()[0] == 0:

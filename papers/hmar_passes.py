@@ -26,7 +26,8 @@ from papers import (
 from papers.hmar import add_flags, tuned
 from sample import Known, Run, Sampling, fill_holes
 from support.cli import COUNT, UserError, run_program, several
-from support.evaluation import Judge, evaluated_images, kept_classifier, seam
+from support.evaluation import Judge, evaluated_images, kept_classifier
+from support.holes import seam
 from support.images import grid, save_picture, to_bytes
 
 MORE = {"holds": (0, inf), "false": (-inf, 0)}

@@ -62,6 +62,21 @@ def load_checkpoint(path: Path, kind: str) -> dict:
     return content
 
 
+def load_if_same(path: Path, kind: str, made_with: dict[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint holds that was made with the same; None, and a word, for any other."""
+    if not path.exists():
+        return None
+    try:
+        content = load_checkpoint(path, kind)
+    except UserError as error:
+        say(f"{error}: it is made anew")
+        return None
+    if content["made_with"] == made_with:
+        return content
+    say(f"{path} is of other images, or of another tokenizer: it is made anew")
+    return None
+
+
 def unfinished(content: dict, steps: str) -> str:
     """The step of a training that is not at its end, of how many; empty for one that is."""
     if "training" not in content:

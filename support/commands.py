@@ -58,8 +58,8 @@ def source(text: str) -> str:
 
 FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (f"{COMPLETED} {SHOWN}", "images", dict(
-        nargs="+", type=source, metavar="IMAGE", help="files, folders, or data:17 for a held-out image; "
-        "teaching and attention are of the first")),
+        nargs="+", type=source, metavar="IMAGE", help="files, folders, or data:17 for a held-out "
+        "image; teaching and attention are of the first")),
     ("evaluate", "count", dict(type=number(int, 8), help="images of each kind, an even number")),
     ("export", "count", dict(
         type=number(int, 1, 1_000_000), help="samples, balanced over the classes")),

@@ -125,6 +125,11 @@ class LossScale(torch.amp.GradScaler):
         super().__init__(machine.device.type, enabled=machine.dtype == torch.float16)
         self.machine = machine
 
+    def load_state_dict(self, state: dict) -> None:
+        """state: empty of a training that was not in fp16."""
+        if state:
+            super().load_state_dict(state)
+
     def factor(self) -> Tensor:
         """The power of two as a tensor; 1 in other dtypes."""
         return self.scale(torch.ones((), device=self.machine.device))

@@ -295,20 +295,6 @@ def evaluated_images(run, count: int) -> tuple[Tensor, Tensor]:
     return to_float(images[by_label_N]), labels_N
 
 
-def judge_completions(run, given, asked: int, results: list[Tensor]) -> None:
-    """Print how good completions of held-out images are, a set of them for each seed.
-
-    given: a sample.Given. asked: the class to complete them towards; each image's own, if it is the
-    null class. Raises UserError for few images, and for others, whose classes nobody knows.
-    """
-    own = given.labels
-    if None in own or len(own) < 12:
-        raise UserError("--judge needs held-out images, data:0 and so on, a dozen or more")
-    labels = torch.tensor(own if asked == len(run.classes) else [asked] * len(own))
-    judge = Judge(kept_classifier(run), given.images, run.classes)
-    say_qualities({"completions": [judge(images, labels) for images in results]})
-
-
 class Judge:
     """Measures the quality of images against held-out ones, `originals`.
 
@@ -399,17 +385,6 @@ def fine_power(images: Tensor) -> float:
         power = torch.fft.fft2(centred * fade_HW).abs().square()[..., fine_HW]
         total += power.sum(dtype=torch.float64).item()
     return total / images.numel()
-
-
-def seam(images: Tensor, known_HW: Tensor) -> float:
-    """How much the border of what is known shows, where known_HW is 1 and not 0: the mean absolute
-    difference between neighbours across it; 0 if there are none."""
-    steps = []
-    for axis in (-1, -2):
-        across_HW = known_HW.diff(dim=axis) != 0
-        steps.append((images.diff(dim=axis)[..., across_HW] / 2).abs().flatten())
-    steps = torch.cat(steps)
-    return steps.mean().item() if len(steps) else 0.0
 
 
 # -------------------------------------------------------------------------------------------------

@@ -191,27 +191,6 @@ def read_mask(path: Path, side: int) -> np.ndarray:
     return painted_HW
 
 
-def known_pixels(hole: Path | Sequence[float], side: int, outside: bool = True) -> Tensor:
-    """1 where an image is known and 0 where it is not: float [side, side].
-
-    hole: the file of a mask, in which it is painted, or a box (y0, x0, y1, x1) in fractions of the
-    side. outside: whether what is outside the box is known, or what is inside. Raises UserError
-    where there is no hole, and where there is nothing else.
-    """
-    if isinstance(hole, Path):
-        name = hole
-        known_HW = torch.from_numpy(~read_mask(hole, side)).float()
-    else:
-        name = f"--box {' '.join(map(str, hole))}"
-        y0, x0, y1, x1 = (round(fraction * side) for fraction in hole)
-        known_HW = torch.full((side, side), float(outside))
-        known_HW[y0:y1, x0:x1] = float(not outside)
-    if known_HW.min() == known_HW.max():
-        lacks = "a hole" if known_HW.max() else "anything that is known"
-        raise UserError(f"{name} leaves {side} x {side} pixels without {lacks}")
-    return known_HW
-
-
 def read_images(
     source: Path, side: int, channels: int, white: int | None = None
 ) -> list[tuple[Tensor, str]]:

@@ -12,6 +12,7 @@ from support.cli import (
 )
 from support.data import PUBLISHED
 from support.devices import own_cores
+from support.watching import summary_writer
 
 SIZE = number(int, 1, 2**16)
 STEPS = number(int, 0)
@@ -249,6 +250,7 @@ def training_options(arguments: list[str] | None = None) -> Namespace:
         options.stages = ["var"]
     options.out = options.out or Path("out") / Path(options.data).resolve().name
     check_folder(options.data, options.out, options.stages, options.resume)
+    options.tensorboard = summary_writer() if options.tensorboard else None
     return options
 
 

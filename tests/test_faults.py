@@ -381,10 +381,10 @@ def test_tokens_are_made_once(finished, tmp_path, monkeypatch, capsys):
     assert "made anew" not in capsys.readouterr().out
     stage.data.digest = "of other images"
     train.tokens_of(tokenizer, stage.data, stage.settings)
-    assert "tokens are made anew" in capsys.readouterr().out
+    assert "it is made anew" in capsys.readouterr().out
     torch.nn.init.normal_(tokenizer.quantizer.codebook_VC)
     train.tokens_of(tokenizer, stage.data, stage.settings)
-    assert "tokens are made anew" in capsys.readouterr().out
+    assert "it is made anew" in capsys.readouterr().out
 
 
 def test_more_processes_than_images(tmp_path, monkeypatch):
@@ -415,7 +415,7 @@ def test_a_damaged_set_of_tokens_is_made_anew(tmp_path, capsys, content):
     path.write_bytes(whole[:len(whole) // 2] if content is None else content)
     again = train.tokens_of(stage.model, stage.data, stage.settings)
     assert torch.equal(made[0].tensors[0], again[0].tensors[0])
-    assert "tokens are made anew" in capsys.readouterr().out
+    assert "it is made anew" in capsys.readouterr().out
     load_checkpoint(path, "set of tokens")
 
 

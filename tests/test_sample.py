@@ -18,13 +18,14 @@ from program import ran, refused, tokenizer_stage
 
 import sample
 from sample import Known, Run, load_images, load_run
-from support import evaluation
+from support import evaluation, holes
 from support.commands import COMMANDS, GENERATING, HOLES, parse
 from support.data import load_data
 from support.devices import Machine, PackedLinear, choose_machine, pack
 from support.figures import attention_weights
+from support.holes import known_pixels
 from support.images import (
-    Row, batches, cell_size, grid, known_pixels, legible, save_film, save_npz, to_bytes, wrapped,
+    Row, batches, cell_size, grid, legible, save_film, save_npz, to_bytes, wrapped,
 )
 from support.presets import PRESETS
 from var import VAR, VARConfig
@@ -685,7 +686,6 @@ def test_mistakes(judged, tmp_path):
         "codes data:" + 5000 * "9": "999…: the held-out images are data:0 to data:",
         f"export 9 {tmp_path}/a.npz --reference {tmp_path}/../{tmp_path.name}/a.npz":
             "a.npz is the name of two outputs",
-        f"progress --gif {tmp_path}/a.gif --out {tmp_path}/a.gif": "the name of two outputs",
         "--published d16": "--published names both models",
     }.items():
         assert told in refused("sample.py", *command.split(), "--run", judged), command
@@ -806,11 +806,11 @@ def test_completions_are_judged(judged, tmp_path, monkeypatch):
     given = load_images(run, held_out)
     same = given.images[:1].expand_as(given.images)
     seen = []
-    monkeypatch.setattr(evaluation, "say_qualities", lambda sets: seen.append(sets["completions"]))
+    monkeypatch.setattr(holes, "say_qualities", lambda sets: seen.append(sets["completions"]))
     monkeypatch.setattr(evaluation, "features_and_classes", lambda classifier, images: (
         images.flatten(1)[:, :5].double().numpy(), torch.full((len(images),), 3)))
     for asked, share in ((len(run.classes), given.labels.count(3) / 12), (3, 1.0), (4, 0.0)):
-        evaluation.judge_completions(run, given, asked, [given.images, same])
+        holes.judge_completions(run, given, asked, [given.images, same])
         itself, other = seen.pop()
         assert itself.recognised == other.recognised == share
         assert itself.recall == 1 > other.recall

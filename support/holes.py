@@ -1,0 +1,89 @@
+"""What is known of images of which the rest is to be generated, and how good the rest becomes."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from support.cli import UserError
+from support.evaluation import Judge, kept_classifier, say_qualities
+from support.images import read_mask
+
+
+def known_pixels(hole: Path | Sequence[float], side: int, outside: bool = True) -> Tensor:
+    """1 where an image is known and 0 where it is not: float [side, side].
+
+    hole: the file of a mask, in which it is painted, or a box (y0, x0, y1, x1) in fractions of the
+    side. outside: whether what is outside the box is known, or what is inside. Raises UserError
+    where there is no hole, and where there is nothing else.
+    """
+    if isinstance(hole, Path):
+        name = hole
+        known_HW = torch.from_numpy(~read_mask(hole, side)).float()
+    else:
+        name = f"--box {' '.join(map(str, hole))}"
+        y0, x0, y1, x1 = (round(fraction * side) for fraction in hole)
+        known_HW = torch.full((side, side), float(outside))
+        known_HW[y0:y1, x0:x1] = float(not outside)
+    if known_HW.min() == known_HW.max():
+        lacks = "a hole" if known_HW.max() else "anything that is known"
+        raise UserError(f"{name} leaves {side} x {side} pixels without {lacks}")
+    return known_HW
+
+
+def from_small(
+    images: Tensor, small_side: int | None, config
+) -> tuple[Tensor, int]:
+    """What upscaling starts from: small images, enlarged; and how many scales they are.
+
+    small_side: half of the images', if it is None. config: a TokenizerConfig.
+    """
+    side = small_side or config.image_side // 2
+    if side >= config.image_side:
+        raise UserError(f"--small {side} must be less than the side of the images, "
+                        f"{config.image_side}")
+    small = F.interpolate(images, size=(side, side), mode="area")
+    large = F.interpolate(small, size=images.shape[2:], mode="bicubic")
+    scales = sum(s * config.downsampling <= side for s in config.scales)
+    return large.clamp(-1, 1), max(1, scales)
+
+
+def say_completion(results: list[Tensor], images: Tensor, known_HW: Tensor) -> None:
+    """Print how far the known part drifted and the hole strays, and whether its border shows."""
+    results = torch.stack(results)   # [seeds, N, channels, side, side]
+    error_HW = ((results - images) / 2).square().mean(dim=(0, 1, 2))
+    drift = error_HW[known_HW > 0].mean().item()
+    strays = error_HW[known_HW == 0].mean().item()
+    own = seam(images, known_HW)
+    seen = seam(results.flatten(0, 1), known_HW)
+    print(f"mean squared error (pixels in [0, 1]): known part {drift:.5f}, hole {strays:.5f}; "
+          f"border: mean step {seen:.4f}, {seen / own if own else math.nan:.2f} of the image's own")
+
+
+def seam(images: Tensor, known_HW: Tensor) -> float:
+    """How much the border of what is known shows, where known_HW is 1 and not 0: the mean absolute
+    difference between neighbours across it; 0 if there are none."""
+    steps = []
+    for axis in (-1, -2):
+        across_HW = known_HW.diff(dim=axis) != 0
+        steps.append((images.diff(dim=axis)[..., across_HW] / 2).abs().flatten())
+    steps = torch.cat(steps)
+    return steps.mean().item() if len(steps) else 0.0
+
+
+def judge_completions(run, given, asked: int, results: list[Tensor]) -> None:
+    """Print how good completions of held-out images are, a set of them for each seed.
+
+    given: a sample.Given. asked: the class to complete them towards; each image's own, if it is the
+    null class. Raises UserError for few images, and for others, whose classes nobody knows.
+    """
+    own = given.labels
+    if None in own or len(own) < 12:
+        raise UserError("--judge needs held-out images, data:0 and so on, a dozen or more")
+    labels = torch.tensor(own if asked == len(run.classes) else [asked] * len(own))
+    judge = Judge(kept_classifier(run), given.images, run.classes)
+    say_qualities({"completions": [judge(images, labels) for images in results]})
