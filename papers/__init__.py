@@ -75,7 +75,7 @@ def open_runs(options: Namespace) -> list[Trained]:
 def open_run(folder: Path, machine: Machine, resume: bool) -> Trained:
     run = load_run(folder, machine, FILTERED)
     content = load_checkpoint(folder / "var.pt", "transformer")
-    if "training" in content:
+    if run.note:
         raise UserError(f"{folder / 'var.pt'} is not trained to its end")
     for name, has in (("class", run.classes), ("scale", run.model.config.scales)):
         if len(has) == 1:

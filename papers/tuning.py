@@ -8,8 +8,9 @@ from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
 from papers import Trained
-from support.checkpoint import Log, blaming, fingerprint, load_checkpoint
+from support.checkpoint import blaming, fingerprint, load_checkpoint
 from support.data import Data
+from support.images import Row
 from train import Stage, VARStage, var_optimizers
 
 
@@ -48,8 +49,9 @@ class Tuning(VARStage):
         device = self.settings.machine.device
         return tokens_BL.to(device).long(), labels_B.to(device)
 
-    def finish(self, log: Log) -> None:
-        """Its page shows what became of it."""
+    def picture(self, few: bool) -> list[Row]:
+        """Nothing: its page shows what became of it."""
+        return []
 
 
 def kept_tokens(run: Trained) -> tuple[TensorDataset, TensorDataset, str]:

@@ -68,7 +68,9 @@ class WatchedLog(Log):
         self.spent += self.cost
 
     def draw(self, rows: list[Row], step: int, note: str = "") -> None:
-        """Write the stage's picture, of these rows, and the curves."""
+        """Write the stage's picture, of these rows, and the curves; of no rows, nothing."""
+        if not rows:
+            return
         picture = grid(rows, note=note)
         save_picture(self.out / PICTURES[self.stage], picture)
         save_picture(self.out / "curves.png", draw_curves(read_log(self.path), self.scales))

@@ -345,7 +345,7 @@ def test_the_pages_on_passes(run, folder):
                     found.frechet]
         assert rows[name][:4] == pytest.approx(expected, abs=0.006)
     picture = Image.open(folder / "papers" / "hmar_passes.png")
-    assert picture.size[1] == 6 * 66
+    assert picture.size[1] == 6 * 100
     assert "--passes 1,2 must be" in refused("papers.hmar_passes", *flags, "--passes", "1,2")
 
 

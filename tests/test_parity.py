@@ -77,7 +77,7 @@ def test_published_files_are_sampled_from_as_downloaded(case, tmp_path):
     flags = ["--tokenizer", paths["vae"], "--classes", "2", "7", "--per-class", "2", "--out", tmp_path / "x.png"]
     ran("sample.py", "--var", paths["var"], *flags)
     with Image.open(tmp_path / "x.png") as image:
-        assert image.height == 2 * 66 and len(np.unique(np.asarray(image))) > 20
+        assert image.height == 2 * 132 and len(np.unique(np.asarray(image))) > 20
     assert "not a published VAR transformer" in refused("sample.py", "--var", paths["vae"], *flags)
 
 
