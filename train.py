@@ -10,12 +10,12 @@ A run is a folder. It ends up holding
     held_out.pt              images that training does not see, for measuring and for sample.py
     train_images.pt          some that it sees, for the classifier by which sample.py judges
     tokens.pt                all images as tokens, for the next training in this folder
-    train.npy  held_out.npy  a folder's images, decoded once; decoded.pt says of which files
+    train.npy  held_out.npy  a folder's images, decoded once
+    decoded.pt               of which files, so that they are not decoded again
     log.jsonl                one line per ten steps, and what was measured on held-out images
     reconstructions.png      held-out images above their reconstructions
     samples.png              generated images, a row per class
     curves.png               losses, PSNR; the transformer's loss and accuracy per scale
-    tensorboard/             the same for TensorBoard, with --tensorboard
 """
 from __future__ import annotations
 

@@ -363,14 +363,15 @@ def test_what_is_claimed_of_control(judged, monkeypatch):
 
 def test_the_picture_of_edges(run, judged, page):
     picture = np.asarray(Image.open(judged / "papers" / "control.png"))
-    assert picture.shape[0] == 2 * 100
+    assert picture.shape[0] == 2 * 164
 
-    def edges(row):   # one pixel of each 6 x 6; the first of four columns
-        left = picture.shape[1] - 400 + 2
-        return picture[100 * row + 2:100 * row + 98, left:left + 96, 0][::6, ::6]
-    drawing = edges(1)   # 16 of 200: the lines at 4 and 12
-    assert (drawing[8, [4, 12]] == 0).all()
-    assert (drawing[5:10, 6:10] == 255).all() and (drawing[:3] == 255).all()
+    def edges(row):   # one pixel of each 10 x 10; the first of four columns
+        top = 164 * row + 2
+        left = picture.shape[1] - 4 * 164 + 2
+        return picture[top:top + 160, left:left + 160, 0][::10, ::10]
+    drawing = edges(1)   # 16 of 200: the lines at 4 and 11
+    assert (drawing[8, [4, 11]] == 0).all()
+    assert (drawing[5:11, 5:11] == 255).all() and (drawing[:3] == 255).all()
     images = to_float(run.held_out.tensors[0][:1])
     asked = control.edges_of(images)[0, 0].numpy()
     assert np.array_equal(edges(0) == 0, asked == 1)
