@@ -591,8 +591,7 @@ LIST = [
         bodies=("kernels.nearest_code_kernel",),
         give_aways=("kernels.nearest_code_torch", "reference.distances"),
         forbidden=ONLY_TRITON,
-        quoted=("kernels.nearest_code", "kernels.code_terms", "kernels.Array", "kernels.load_tile",
-                "kernels.product"),
+        quoted=("kernels.nearest_code", "kernels.Array", "kernels.load_tile", "kernels.product"),
         points={
             KERNELS + "test_nearest_code_is_nearest[triton]": 4,
             KERNELS + "test_of_equally_near_codes_the_first_wins_wherever_it_is[triton]": 2,
@@ -658,7 +657,7 @@ LIST = [
         forbidden=ONLY_TRITON,
         quoted=("kernels.block_attention", "kernels.block_attention_triton", "kernels.KeyRanges",
                 "kernels.KeyRanges.from_scales", "kernels.KeyRanges.cached", "kernels.launch",
-                "kernels.load_head", "kernels.store_head", "kernels.product",
+                "kernels.Array", "kernels.load_head", "kernels.store_head", "kernels.product",
                 "kernels.tile_partners", "kernels.seen_by", "kernels.attention_tiles"),
         points={
             KERNELS + "test_attention_and_its_gradients[triton]": 3,
@@ -780,7 +779,7 @@ LIST = [
             GRADED + "test_filling_reads_nothing_in_the_hole_and_reaches_its_middle": 1,
             GRADED + "test_all_or_nothing_known_ends": 1,
             GRADED + "test_what_is_put_is_where_the_drawn_tokens_are": 1,
-            GRADED + "test_coarse_maps_that_are_free_follow_the_rule_of_halves": 1,
+            GRADED + "test_free_coarse_maps_are_known_where_that_share_is": 1,
         },
         hours="3-5",
         after=(1, 7),

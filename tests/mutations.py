@@ -675,7 +675,7 @@ KINDS = {
          ("dgate_W += dx_W * load_token(h_BLW",
           "dgate_W += (dx_W - load_token(dsum_BLW, token, columns_W, W)) * load_token(h_BLW")),
         (WHERE, "kernels.adaln_forward",
-         ("(x_W + gate_W * h_W).to(sum_BLW.start.dtype.element_ty)", "(x_W + gate_W * h_W)")),
+         ("(x_W + gate_W * h_W).to(sum_BLW.pointer.dtype.element_ty)", "(x_W + gate_W * h_W)")),
         (EDGE, "kernels.adaln_backward",
          ("tl.minimum(L, (chunk + 1) * TOKENS)", "(chunk + 1) * TOKENS")),
         (EASY, "kernels.normalise",     # right where W is a power of two
@@ -685,7 +685,7 @@ KINDS = {
     10: [
         (IN_PLACE, "kernels.nearest_code_kernel",
          ("    index_TV = tile_TV",
-          "    tl.store(squares_V.start, 0.0)\n    index_TV = tile_TV")),
+          "    tl.store(squares_V.pointer, 0.0)\n    index_TV = tile_TV")),
         (WHERE, "kernels.nearest_code_kernel",
          ("product(x_TC, e_TC.T)", "product(x_TC.to(tl.float16), e_TC.T.to(tl.float16))")),
         (EDGE, "kernels.nearest_code_kernel",

@@ -189,7 +189,8 @@ def test_the_balance_is_that_of_the_images_of_all_processes(monkeypatch):
     monkeypatch.setattr("support.losses.average_over_processes",
                         lambda gradient: (gradient + torch.tensor([3.0, -4.0])) / 2)
     weight = torch.ones(2, requires_grad=True)
-    found = balance(weight @ torch.tensor([3.0, 4.0]), weight @ torch.tensor([1.0, 0.0]), weight)
+    losses = weight @ torch.tensor([3.0, 4.0]), weight @ torch.tensor([1.0, 0.0])
+    found = balance(*losses, weight, torch.tensor(1.0))
     assert found.item() == pytest.approx(3 / 8**0.5)   # of (3, 0) and (2, -2)
 
 

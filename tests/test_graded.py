@@ -460,10 +460,11 @@ def test_what_is_put_is_where_the_drawn_tokens_are():
     assert {x.device.type for x in found} == {"cpu"}
 
 
-def test_coarse_maps_that_are_free_follow_the_rule_of_halves():
-    made = tokenizer(scales=(1, 2, 4, 8))
-    known = known_left(made, 3, free=True)
-    for k, columns in enumerate(([False], [True, False], [True, True, False, False],
-                                 3 * [True] + 5 * [False])):
-        places_Bl = known.places(made.quantizer, k)
-        assert places_Bl[0].view(len(columns), -1)[0].tolist() == columns
+def test_free_coarse_maps_are_known_where_that_share_is():
+    made = tokenizer(scales=(1, 2, 4, 8))   # of which three columns of eight are known
+    for share, twos, fours in ((0.5, [True, False], [True, True, False, False]),
+                               (0.8, [False, False], [True, False, False, False])):
+        known = known_left(made, 3, free=share)
+        for k, columns in enumerate(([False], twos, fours, 3 * [True] + 5 * [False])):
+            places_Bl = known.places(made.quantizer, k)
+            assert places_Bl[0].view(len(columns), -1)[0].tolist() == columns
