@@ -262,7 +262,7 @@ class Stage:
 
                 # Reading a number waits for the GPU: every tenth step, and before what follows.
                 last = self.step == self.steps
-                measured = last or self.step % max(1, self.steps // 8) == 0   # a curve of eight
+                measured = last or self.step % math.ceil(self.steps / 8) == 0   # a curve of eight
                 saved = last or self.step % settings.checkpoint_every == 0
                 if logged is None and not measured and not saved:
                     continue
