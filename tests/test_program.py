@@ -94,7 +94,7 @@ def test_a_training_draws_itself_and_computes_the_same(folder, finished, tmp_pat
     monkeypatch.setattr(watching, "SHARE", 1e9)
     said = ran("train.py", "--data", folder, "--out", tmp_path, *TINY)
     assert same_run(tmp_path, finished)
-    names = ["reconstructions.png"] * 8 + ["samples.png"] * 10   # of 40 and of 30 steps
+    names = ["reconstructions.png"] * 8 + ["samples.png"] * 8
     assert [name for name, _ in drawn] == [x for name in names for x in (name, "curves.png")]
     few, all_of_them = drawn[16][1], drawn[-2][1]
     assert few[0] < all_of_them[0]
