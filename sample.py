@@ -483,8 +483,8 @@ class Known:
         finest side, where a cell covers 4 x 4 of the finest or more, all cells are known, in the
         holes too. They say how large forms and colours go on there, and leave to the finer maps
         what is seen in them. On those, cells of which any part is known; and on the finest, those
-        of which half is, so that a hole ends where it was asked to. If coarse maps are free, the
-        share that makes them known is the same on all.
+        of which half is, so that a hole ends where it was asked to. If coarse maps are free, one
+        share makes cells known on all maps but the finest.
         """
         s = quantizer.scales[k]
         S = quantizer.scales[-1]

@@ -368,7 +368,7 @@ def wrap_layers(model: nn.Module, settings: Settings) -> None:
 
 
 class TokenizerStage(Stage):
-    """Squared and absolute error of the pixels, and the codebook loss.
+    """Squared and absolute error of the pixels, the error of edges, and the codebook loss.
 
     At first encoder and decoder train alone; then codes are taken from real residuals. In presets
     for larger images two losses that keep detail are added (support/losses.py): a perceptual
