@@ -34,15 +34,15 @@ from support.checkpoint import (
     blaming, check_finite, fingerprint, load_checkpoint, read_tensors, restored, unfinished,
 )
 from support.cli import UserError, in_short, run_program
-from support.commands import class_indices, parse
+from support.commands import TOKENIZER_ALONE, class_indices, parse
 from support.devices import Machine, choose_machine, pack, say_once
 from support.evaluation import evaluate, psnr, say_evaluation
 from support.explorer import explore
 from support.figures import draw_attention, draw_codes, draw_teaching, scale_names
 from support.holes import from_small, judge_completions, known_pixels, say_completion
 from support.images import (
-    Row, at_a_time, batches, composed, headed, legible, read_images,
-    rows_of_classes, rows_of_pairs, save_film, save_npz, save_picture, to_bytes, to_float,
+    Row, at_a_time, batches, composed, headed, legible, read_images, rows_of_classes, rows_of_pairs,
+    save_film, save_npz, save_picture, to_bytes, to_float,
 )
 from support.published import class_names, published_pair
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig
@@ -56,7 +56,7 @@ def main() -> None:
     others = options.tokenizer, options.var
     if options.published:
         others = published_pair(options.published)
-    alone = options.command in ("reconstruct", "codes")   # which no transformer is needed for
+    alone = options.command in TOKENIZER_ALONE
     run = load_run(options.run, machine, sampling, *others, alone)
     if run.model and machine.dtype != torch.float32:
         run.model.cast_layers(machine.dtype)
@@ -291,15 +291,16 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
 
 def load_alone(path: Path, machine: Machine, sampling: Sampling) -> Run:
     """A tokenizer without a transformer, and the held-out images beside it."""
-    run = Run(path.parent, placed(load_tokenizer(path), machine), None, [], None, machine, sampling)
-    if path.suffix == ".pt":
-        content = load_checkpoint(path, "tokenizer")
-        run.classes = content["classes"]
-        run.white = content.get("white")
-        run.note = unfinished(content, "tokenizer_steps")
-        if (path.parent / "held_out.pt").exists():
-            run.held_out = load_held_out(path.parent)
-    return run
+    if path.suffix != ".pt":
+        tokenizer = placed(load_tokenizer(path), machine)
+        return Run(path.parent, tokenizer, None, [], None, machine, sampling)
+    tokenizer, content = restored(path, "tokenizer", Tokenizer, TokenizerConfig)
+    held_out = None
+    if (path.parent / "held_out.pt").exists():
+        held_out = load_held_out(path.parent)
+    return Run(path.parent, placed(tokenizer.eval(), machine), None, content["classes"], held_out,
+               machine, sampling, note=unfinished(content, "tokenizer_steps"),
+               white=content.get("white"))
 
 
 def placed(tokenizer: Tokenizer, machine: Machine) -> Tokenizer:

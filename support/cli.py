@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-
 # A closed terminal sends SIGHUP, which Windows does not have.
 ENDING = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 

@@ -30,7 +30,8 @@ CLASSES = "grid progress"
 HOLES = "inpaint outpaint edit"
 COMPLETED = f"{HOLES} upscale"
 GENERATING = f"{CLASSES} explore {COMPLETED} evaluate export"
-SHOWN = "reconstruct codes teaching attention"
+TOKENIZER_ALONE = ("reconstruct", "codes")   # which no transformer is needed for
+SHOWN = f"{' '.join(TOKENIZER_ALONE)} teaching attention"
 
 
 class CommandParser(Parser):
@@ -111,7 +112,7 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         "100")),
     (f"{CLASSES} {COMPLETED} {SHOWN}", "--out", dict(
         type=output_as(".png"), help="the picture; if not given, named for the command, beside the "
-        "transformer")),
+        "transformer, or the tokenizer where it alone is looked at")),
     ("explore", "--out", dict(
         type=output_as(".html"),
         help="the page; if not given, explorer.html beside the transformer")),
@@ -136,7 +137,7 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
     if first.startswith("-") and first not in ("-h", "--help"):
         arguments = ["grid", *arguments]
     parser = CommandParser(description="Draw with a trained VAR, and look into it.",
-                    epilog="Each has its own flags: python sample.py grid --help")
+                           epilog="Each has its own flags: python sample.py grid --help")
     # For commands that are without these:
     parser.set_defaults(**defaults, small=None, paste=False, particles=0, judge=False, gif=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -175,16 +176,17 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
 def check_outputs(options: argparse.Namespace) -> None:
     """Raises UserError for two outputs of one name, and where the picture that is not given a name
     cannot be written: before anything is drawn."""
-    paths = [getattr(options, name, None) for name in ("out", "gif", "file", "reference")]
     folder = options.var.parent if options.var else options.run
+    if options.command in TOKENIZER_ALONE and options.tokenizer and not options.var:
+        folder = options.tokenizer.parent
     if "out" in options and not options.out and not options.published and folder.is_dir():
         try:
-            paths[0] = output(str(folder / f"{options.command}.png"))
+            output(str(folder / f"{options.command}.png"))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"{error}; --out names another place")
-    names = [path.resolve() for path in paths if path]
-    if len({*names}) < len(names):
-        raise UserError(f"{names[-1]} is the name of two outputs")
+    if options.command == "export" and options.reference:
+        if options.reference.resolve() == options.file.resolve():
+            raise UserError(f"{options.file.resolve()} is the name of two outputs")
 
 
 def class_indices(names: list[str], classes: list[str]) -> list[int]:

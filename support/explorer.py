@@ -23,7 +23,7 @@ from torch import Tensor
 
 from support.checkpoint import save_whole
 from support.devices import progress_bar
-from support.figures import code_colours
+from support.figures import code_colours, weights_of_layers
 from support.images import to_float
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
@@ -226,7 +226,6 @@ def attention_shown(config) -> tuple[list[int], int]:
     return evenly(config.depth, maps), heads
 
 
-@torch.no_grad()
 def attention(run, labels_1: Tensor, inputs: Tensor) -> str:
     """Maps [L, L]: how much each token attends to each, of every head of every layer.
 
@@ -234,24 +233,15 @@ def attention(run, labels_1: Tensor, inputs: Tensor) -> str:
     which give the small ones their due.
     """
     layers, heads = attention_shown(run.model.config)
-    visible_LL = run.model.ranges.dense().to(inputs.device)
-    maps = []
 
-    def note(attention, arguments: tuple) -> None:
-        q_1HLD, k_1HLD, _, scale = attention.project(arguments[0])
-        scores_HLL = scale * (q_1HLD[0] @ k_1HLD[0].mT).float()
-        weights_HLL = scores_HLL.masked_fill(~visible_LL, -torch.inf).softmax(dim=-1)
+    def keep(weights_HLL: Tensor) -> Tensor:
         if heads == 1:
             weights_HLL = weights_HLL.mean(dim=0, keepdim=True)
-        maps.extend((weights_HLL / weights_HLL.amax(dim=-1, keepdim=True)).sqrt().cpu())
+        return (weights_HLL / weights_HLL.amax(dim=-1, keepdim=True)).sqrt()
 
-    hooks = [run.model.blocks[layer].attention.register_forward_pre_hook(note)
-             for layer in layers]
     with run.machine.autocast():
-        run.model(labels_1, inputs)
-    for hook in hooks:
-        hook.remove()
-    return as_picture(LEVELS * torch.stack(maps).numpy()[..., None]) if maps else ""
+        maps = weights_of_layers(run.model, labels_1, inputs, keep, layers)
+    return as_picture(LEVELS * torch.cat(maps).numpy()[..., None]) if maps else ""
 
 
 # --------------------------------------------------------------------------------------------------

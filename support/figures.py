@@ -4,6 +4,8 @@ Of a run (a sample.Run) and of `given` images (a sample.Given).
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -86,8 +88,7 @@ def draw_attention(run, images: Tensor, label: int, cell: tuple[int, int] | None
     """What a cell of the last scale attends to: a row per layer, over heads, a column per scale.
 
     Brightness is the root of a weight, of all scales alike; the share that each scale gets stands
-    above it.
-    Of the images it is the first; cell: (y, x), if not the middle.
+    above it. images: the first is taken. cell: (y, x), if not the middle.
     """
     config = run.model.config
     side = config.scales[-1]
@@ -116,29 +117,39 @@ def draw_attention(run, images: Tensor, label: int, cell: tuple[int, int] | None
     return rows
 
 
-@torch.no_grad()
 def attention_weights(
     model: nn.Module, labels_B: Tensor, inputs: Tensor, query: int
 ) -> list[Tensor]:
-    """What one token attends to in each layer: weights [L], averaged over heads, on the CPU.
+    """What one token attends to in each layer: weights [L], averaged over heads, on the CPU."""
+    return weights_of_layers(
+        model, labels_B, inputs, lambda weights_H1L: weights_H1L.mean(dim=0)[0],
+        range(model.config.depth), slice(query, query + 1))
 
-    model: a var.VAR. labels_B, inputs: of one image, as in its `forward`.
+
+@torch.no_grad()
+def weights_of_layers(
+    model: nn.Module, labels_B: Tensor, inputs: Tensor, keep: Callable[[Tensor], Tensor],
+    layers: Sequence[int], queries: slice = slice(None),
+) -> list[Tensor]:
+    """What is kept of some layers' attention, on the CPU.
+
+    model: a var.VAR. labels_B, inputs: of one image, as in its `forward`. keep: takes the weights
+    of a layer [H, l, L], of these queries; all layers' together may be too much.
     """
-    visible_L = model.ranges.dense()[query].to(inputs.device)
-    layers = []
+    visible_lL = model.ranges.dense()[queries].to(inputs.device)
+    kept = []
 
     def note(attention: nn.Module, arguments: tuple) -> None:
         q_BHLD, k_BHLD, _, scale = attention.project(arguments[0])
-        q_HD1 = q_BHLD[0, :, query, :, None]
-        scores_HL = scale * (k_BHLD[0] @ q_HD1).squeeze(-1).float()
-        weights_HL = scores_HL.masked_fill(~visible_L, -torch.inf).softmax(dim=-1)
-        layers.append(weights_HL.mean(dim=0).cpu())
+        scores_HlL = scale * (q_BHLD[0, :, queries] @ k_BHLD[0].mT).float()
+        weights_HlL = scores_HlL.masked_fill(~visible_lL, -torch.inf).softmax(dim=-1)
+        kept.append(keep(weights_HlL).cpu())
 
-    hooks = [block.attention.register_forward_pre_hook(note) for block in model.blocks]
+    hooks = [model.blocks[layer].attention.register_forward_pre_hook(note) for layer in layers]
     model(labels_B, inputs)
     for hook in hooks:
         hook.remove()
-    return layers
+    return kept
 
 
 def outlined(images: Tensor, y: int, x: int, size: int) -> np.ndarray:

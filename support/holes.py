@@ -35,9 +35,7 @@ def known_pixels(hole: Path | Sequence[float], side: int, outside: bool = True) 
     return known_HW
 
 
-def from_small(
-    images: Tensor, small_side: int | None, config
-) -> tuple[Tensor, int]:
+def from_small(images: Tensor, small_side: int | None, config) -> tuple[Tensor, int]:
     """What upscaling starts from: small images, enlarged; and how many scales they are.
 
     small_side: half of the images', if it is None. config: a TokenizerConfig.

@@ -21,6 +21,7 @@ from support.checkpoint import save_whole
 from support.cli import UserError, in_short
 from support.devices import progress_bar, say
 
+LONGEST_GIF = 2**16 - 1   # pixels a side
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}   # known to Pillow, but not read by it
 SYSTEM_NAMES = {
     "__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "#snapshot", "~snapshot", "lost+found",
@@ -286,9 +287,6 @@ def save_film(path: Path, rows: list[Row], per_class: int, cell: int | None = No
         file, "GIF", save_all=True, append_images=rest, duration=times, loop=0))
 
 
-LONGEST_GIF = 2**16 - 1
-
-
 def save_told(path: Path, write: Callable[[BinaryIO], None], what: str = "") -> None:
     """Save a file the user asked for, and say so, and whether an older one has made way for it."""
     replaced = ", in place of an older one" if path.exists() else ""
@@ -393,9 +391,7 @@ def rows_of_classes(names: list[str], images: np.ndarray) -> list[Row]:
     return list(map(Row, names, np.split(images, len(names))))
 
 
-def rows_of_pairs(
-    originals: Tensor, results: Tensor, captions: Sequence[str] = ()
-) -> list[Row]:
+def rows_of_pairs(originals: Tensor, results: Tensor, captions: Sequence[str] = ()) -> list[Row]:
     """Originals above what became of them, eight in a row. captions: of each pair, if any."""
     rows = []
     for begin in range(0, len(originals), 8):

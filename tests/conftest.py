@@ -1,6 +1,8 @@
 """Before a test imports Triton: without a GPU its kernels run in Triton's interpreter, on NumPy."""
+import copy
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,12 @@ settings.load_profile("same")
 def no_curves(monkeypatch):
     """Drawing them takes a third of a tiny run's time: only the runs that tests share have them."""
     monkeypatch.setattr("support.watching.draw_curves", lambda *_: Image.new("L", (1, 1)))
+
+
+@pytest.fixture(name="run")
+def copied_run(opened):
+    """Of the run that a module opens, a copy whose model a test may change."""
+    return replace(opened, model=copy.deepcopy(opened.model))
 
 
 @pytest.fixture(scope="session")

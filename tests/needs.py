@@ -34,7 +34,7 @@ RESULTS = 1.25      # what is passed from layer to layer, beside what is kept
 CARDS = {"Tesla T4": 16, "RTX 3060": 12, "RTX 4090": 24, "A100": 80, "H100": 80}   # GB
 SHARE_OF_PEAK = 0.4      # that products reach in training: a guess until it is measured
 SHARE_OF_MEMORY = 0.9    # that is left for tensors
-PYTORCH_FACE = 1.5       # times as much is kept for the backward pass, where Triton is not used
+PYTORCH_BACKEND = 1.5    # times as much is kept for the backward pass, where Triton is not used
 
 IN_BF16 = Machine(torch.device("cpu"), torch.bfloat16)
 CHANNELS = 3        # of images
@@ -134,10 +134,10 @@ def hours_on(card: str, steps: int, batch: int, needs: Needs) -> float:
 def micro_batches_on(card: str, stages: list[tuple[int, int, Needs]]) -> int | None:
     """The least --grad-accumulation with which both stages fit; None if not even images one by one
     do."""
-    face = PYTORCH_FACE if card == "Tesla T4" else 1
+    more = PYTORCH_BACKEND if card == "Tesla T4" else 1
 
     def fits(batch: int, needs: Needs, count: int) -> bool:
-        images = batch / count * needs.bytes_kept * RESULTS * face
+        images = batch / count * needs.bytes_kept * RESULTS * more
         return needs.weights * WEIGHT_BYTES + images < SHARE_OF_MEMORY * CARDS[card] * 1e9
 
     batches = [batch for _, batch, _ in stages]

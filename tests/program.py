@@ -18,6 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import train
+from papers import Trained, open_runs, parser_of
 from support.cli import UserError, run_program
 from support.data import SHAPES, data_of, draw_shapes
 from support.devices import choose_machine
@@ -202,3 +203,9 @@ def read_or_refused(read, path: Path, content: bytes):
     except UserError as error:
         assert str(path) in str(error) and "\n" not in str(error)
         return None
+
+
+def opened_run(folder: Path, *flags) -> Trained:
+    """As the pages of papers/ open a run."""
+    (run,) = open_runs(parser_of("cca", "").parse_args(["--run", str(folder), *map(str, flags)]))
+    return run

@@ -340,7 +340,7 @@ def test_a_range_is_not_empty_and_its_ends_never_decrease(first, last):
 
 @needs_triton
 @pytest.mark.parametrize("D", [8, 136])
-def test_the_triton_face_names_the_head_widths_that_it_takes(D):
+def test_the_triton_backend_names_the_head_widths_that_it_takes(D):
     q = torch.zeros(1, 2, 5, D)
     with pytest.raises(ValueError, match=f"head width of 16 to 128: it is {D}"):
         kernels.block_attention_triton(q, q, q, KeyRanges.from_scales((1, 2)), 1.0)
@@ -639,7 +639,7 @@ def test_shapes_that_do_not_fit_are_refused(operation, shapes):
         getattr(kernels, operation)(*inputs)
 
 
-def test_the_face_follows_the_tensors_unless_told_otherwise(monkeypatch):
+def test_the_backend_follows_the_tensors_unless_told_otherwise(monkeypatch):
     cpu = torch.zeros(1)
     assert not kernels.use_triton(cpu)
     monkeypatch.setattr(kernels, "BACKEND", "triton")
@@ -649,7 +649,7 @@ def test_the_face_follows_the_tensors_unless_told_otherwise(monkeypatch):
 
 
 @pytest.mark.parametrize("major, hip, triton", [(7, None, False), (8, None, True), (12, None, True), (9, "6.4", False)])
-def test_the_triton_face_is_for_cards_of_nvidia_from_sm_80_on(major, hip, triton, monkeypatch):
+def test_the_triton_backend_is_for_cards_of_nvidia_from_sm_80_on(major, hip, triton, monkeypatch):
     monkeypatch.setattr(kernels, "BACKEND", None)
     monkeypatch.setattr(kernels, "HAS_TRITON", True)
     monkeypatch.setattr(torch.version, "hip", hip)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from program import ran, refused, rows_of
+from program import opened_run, ran, refused, rows_of
 
-from papers import FILTERED, UNFILTERED, cca, control, open_runs, parser_of
+from papers import FILTERED, UNFILTERED, cca, control
 from papers.tuning import Tuning
 from support.checkpoint import load_checkpoint
 from support.evaluation import Judge, evaluated_images, kept_classifier
@@ -23,14 +23,7 @@ SHORT = ("--device", "cpu", "--count", COUNT)
 
 @pytest.fixture(scope="module")
 def opened(judged):
-    (run,) = open_runs(parser_of("cca", "").parse_args(
-        ["--run", str(judged), *map(str, SHORT)]))
-    return run
-
-
-@pytest.fixture
-def run(opened):
-    return replace(opened, model=copy.deepcopy(opened.model))
+    return opened_run(judged, *SHORT)
 
 
 @pytest.fixture(scope="module")

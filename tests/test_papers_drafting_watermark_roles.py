@@ -1,7 +1,6 @@
 """Three pages of papers/: drafts of a large model, a watermark, and heads that need the past."""
 from __future__ import annotations
 
-import copy
 import shutil
 from dataclasses import replace
 
@@ -9,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 from benchmark import obvious_attention
-from program import ran, refused, rows_of
+from program import opened_run, ran, refused, rows_of
 
-from papers import (
-    FILTERED, damage, drafting, forgetful, open_runs, parser_of, roles, watermark,
-)
+from papers import FILTERED, damage, drafting, forgetful, roles, watermark
 from papers.tuning import kept_tokens
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.evaluation import evaluated_images
@@ -48,14 +45,7 @@ def folder3(judged, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(folder3):
-    (run,) = open_runs(parser_of("drafting", "").parse_args(
-        ["--run", str(folder3), *map(str, SHORT)]))
-    return run
-
-
-@pytest.fixture
-def run(opened):
-    return replace(opened, model=copy.deepcopy(opened.model))
+    return opened_run(folder3, *SHORT)
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import ran, refused, rows_of
+from program import opened_run, ran, refused, rows_of
 
-from papers import (
-    FILTERED, UNFILTERED, attacks, erase, mistakes, noisy_context, open_runs, parser_of,
-)
+from papers import FILTERED, UNFILTERED, attacks, erase, mistakes, noisy_context
 from papers.tuning import Tuning
 from sample import Run
 from support.checkpoint import load_checkpoint
@@ -26,17 +24,11 @@ SHORT = ("--device", "cpu", "--count", COUNT)
 @pytest.fixture(scope="module")
 def opened(judged):
     """The short run, its weights moved: at first gates and the head are next to zero."""
-    (run,) = open_runs(parser_of("erase", "").parse_args(
-        ["--run", str(judged), *map(str, SHORT)]))
+    run = opened_run(judged, *SHORT)
     torch.manual_seed(0)
     for weight in run.model.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     return run
-
-
-@pytest.fixture
-def run(opened):
-    return replace(opened, model=copy.deepcopy(opened.model))
 
 
 @pytest.fixture(scope="module")

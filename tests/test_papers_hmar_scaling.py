@@ -1,7 +1,6 @@
 """Pages of papers/: HMAR, in its three parts, and VAR's scaling law."""
 from __future__ import annotations
 
-import copy
 import itertools
 import shutil
 from dataclasses import replace
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from program import ran, refused, rows_of
+from program import opened_run, ran, refused, rows_of
 
 from papers import (
     FILTERED,
@@ -21,8 +20,6 @@ from papers import (
     hmar_markov,
     hmar_passes,
     masked,
-    open_runs,
-    parser_of,
     power_law,
     scaling,
 )
@@ -47,14 +44,7 @@ def folder(judged, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    options = parser_of("hmar", "").parse_args(["--run", str(folder), *map(str, SHORT)])
-    (run,) = open_runs(options)
-    return run
-
-
-@pytest.fixture
-def run(opened):
-    return replace(opened, model=copy.deepcopy(opened.model))
+    return opened_run(folder, *SHORT)
 
 
 @pytest.fixture(scope="module")

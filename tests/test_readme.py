@@ -154,7 +154,7 @@ def test_what_a_preset_needs(monkeypatch, capsys):
     assert printed.count("; 1\n") == 5
     stages = [(2, 8, needs.Needs(10**8, 10**12, 10**9)), (1, 4, needs.Needs(10**8, 10**12, 10**8))]
     assert needs.hours_on("A100", *stages[0]) == pytest.approx(16e12 / (0.4 * 312e12) / 3600)
-    # 2.2 GB of weights, and 1.25 GB an image: 1.875 by PyTorch's face.
+    # 2.2 GB of weights, and 1.25 GB an image: 1.875 by PyTorch's functions.
     counts = [needs.micro_batches_on(card, stages) for card in ("RTX 4090", "RTX 3060", "Tesla T4")]
     assert counts == [1, 2, 2]
     stages[0] = (2, 8, needs.Needs(10**8, 10**12, 10**10))

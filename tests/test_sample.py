@@ -366,6 +366,10 @@ def test_a_tokenizer_alone_can_be_looked_at(judged, tmp_path):
         assert np.array_equal(whole, alone) and "note" not in said.replace("note: one thread", "")
     assert "no transformer checkpoint" in refused(
         "sample.py", "teaching", "data:1", "--run", tmp_path)
+    (tmp_path / "codes.png").mkdir()   # a picture lies beside the tokenizer, whatever --run says
+    assert "codes.png is there and is no file; --out names another place" in refused(
+        "sample.py", "codes", "data:1", "--run", judged, "--tokenizer", tmp_path / "tokenizer.pt")
+    (tmp_path / "codes.png").rmdir()
     (tmp_path / "held_out.pt").unlink()
     ran("sample.py", "codes", tmp_path / "a.png", "--run", tmp_path)
     assert "comes without images" in refused("sample.py", "codes", "data:1", "--run", tmp_path)
