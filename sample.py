@@ -259,6 +259,9 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
     held_out, learned_from, note, white = None, None, "", None
     if alone and var is None:
         return load_alone(tokenizer_path, machine, sampling)
+    if var is None and tokenizer_path.exists() and not var_path.exists():
+        raise UserError(f"there is no transformer at {var_path} yet: train.py --resume goes on to "
+                        f"train it; reconstruct and codes need none")
     with blaming(var_path):
         if var_path.suffix == ".pt":   # ours; published ones are .pth, .safetensors and so on
             model, content = restored(var_path, "transformer", VAR, VARConfig)

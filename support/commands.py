@@ -168,6 +168,8 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
     check_outputs(options)
     if options.command == "edit" and options.class_name is None:
         raise UserError("edit needs --class NAME: what to edit towards")
+    if "seeds" in options and len({*options.seeds}) < len(options.seeds):
+        raise UserError("--seeds: one is named twice, and would give the same images again")
     if options.particles is None:
         options.particles = 0 if options.published else 32
     return options

@@ -622,6 +622,12 @@ def test_a_mistake_ends_a_program_with_one_sentence(tmp_path, monkeypatch, capsy
     assert end.value.code == 2 and capsys.readouterr().err == told
 
 
+def test_a_run_whose_transformer_is_still_to_be_trained(finished, tmp_path):
+    shutil.copy(finished / "tokenizer.pt", tmp_path)
+    told = refused("sample.py", "--run", tmp_path)
+    assert "train.py --resume" in told and "reconstruct and codes need none" in told
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError(
     "DefaultCPUAllocator: can't allocate memory"), RuntimeError("another")], ids=str)
 def test_too_little_memory_is_told_in_one_sentence(error, capsys):

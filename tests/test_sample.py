@@ -682,6 +682,7 @@ def test_mistakes(judged, tmp_path):
         "export many a.npz": "count: many must be a whole number",
         "export 0 a.npz": "0 must be a whole number",
         f"export 3 {tmp_path}/file/a.npz --var missing.pt": "file/a.npz cannot be written",
+        "inpaint data:4 --seeds 0 1 0": "--seeds: one is named twice",
         "inpaint --seeds 0 1 data:4": "data:4 must be a whole number, from 0 to 2147483647; "
                                       "images are named before",
         "--top-p .5 data:4": "images are named before such flags",
