@@ -245,6 +245,8 @@ def heart(points: int) -> np.ndarray:
     y = 13 * np.cos(t) - 5 * np.cos(2 * t)
     y = y - 2 * np.cos(3 * t) - np.cos(4 * t)
     return 0.063 * (x - 1j * y)
+
+
 OUTLINES = {   # x + 1j y, from -1 to 1, y down
     "square": [
         -0.8 - 0.8j, 0.8 - 0.8j,
@@ -279,6 +281,8 @@ class Published:
     url: str
     files: dict[str, str]
     classes: Sequence[str]
+
+
 IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
              "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 PUBLISHED = {

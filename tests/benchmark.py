@@ -754,4 +754,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     run_program(main)
-
