@@ -540,6 +540,9 @@ def complete(
     # say that the middle is like them.
     surrounded = known_HW[1:-1, 1:-1].sum() == known_HW.sum()
     free = 0.25 if surrounded else 0.5
+    if particles and surrounded and known_HW.mean() < free:
+        print("note: on the coarsest maps so small a part does not count as known, and may drift; "
+              "--paste puts it back")
 
     def known_of(rows: slice) -> Known:
         image_B = image_N[rows]

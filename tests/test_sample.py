@@ -790,6 +790,14 @@ def test_in_a_hole_all_around_a_quarter_makes_a_coarse_cell_known(
     assert found == [0, free]
 
 
+def test_a_part_too_small_for_coarse_maps_is_noted(judged, tmp_path):
+    flags = "outpaint data:1 --seeds 0 --particles 2".split()
+    for box, noted in (("0.25 0.25 0.75 0.75", False), ("0.375 0.375 0.625 0.625", True)):
+        said = ran("sample.py", *flags, "--box", *box.split(), "--run", judged,
+                   "--out", tmp_path / "a.png")
+        assert ("may drift; --paste" in said) == noted
+
+
 def test_holes_are_completed_by_particles_unless_a_published_model_takes_long():
     for flags, particles in (([], 32), (["--published", "d16"], 0), (["--particles", "5"], 5)):
         assert parse({}, ["inpaint", "a.png", *flags]).particles == particles
