@@ -161,6 +161,7 @@ def in_the_child(folder: str, tests: list[str], seconds: float,
     sys.addaudithook(guard(folder))
     outcomes = Outcomes(watch)
     flags = ["-m", "", "-p", "no:cacheprovider", "--rootdir", folder, "--tb=short",
+             "-p", "no:unraisableexception",   # it collects garbage, which takes as long as a test
              "--basetemp", f"{folder}/tmp/pytest"]
     code = pytest.main([*tests, *flags], plugins=[outcomes])
     passed = code == pytest.ExitCode.OK and not outcomes.failed

@@ -52,8 +52,8 @@ def usual_signals():
 def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
     """And so do the stages, each alone."""
     flags = ["--data", folder, "--out", tmp_path, *TINY, "--resume"]
-    for steps, stage, stop, next_command in ((40, "tokenizer", signal.SIGTERM, "codes data:0"),
-                                             (30, "var", signal.SIGINT, "progress")):
+    for steps, stage, stop, next_command in ((24, "tokenizer", signal.SIGTERM, "codes data:0"),
+                                             (16, "var", signal.SIGINT, "progress")):
         with at_step(steps, 3, lambda: signal.raise_signal(stop)):
             result = run("train.py", *flags, "--stage", stage)
         assert result.returncode == 130 and "--resume" in result.stdout
@@ -69,7 +69,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder, finished, tmp_path
 def test_a_training_that_is_stopped_is_drawn(folder, tmp_path):
     """Where nothing is measured, too."""
     flags = ["--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer"]
-    with at_step(40, 10, lambda: signal.raise_signal(signal.SIGINT)):
+    with at_step(24, 10, lambda: signal.raise_signal(signal.SIGINT)):
         assert run("train.py", *flags).returncode == 130
     assert torch.load(tmp_path / "tokenizer.pt", weights_only=True)["training"]["step"] == 11
     assert {"reconstructions.png", "curves.png"} <= {path.name for path in tmp_path.iterdir()}
@@ -92,7 +92,7 @@ def test_killed_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
     assert same_run(tmp_path, finished)
 
 
-@pytest.mark.parametrize("steps, step", [(40, 3), (40, 39), (30, 22)])
+@pytest.mark.parametrize("steps, step", [(24, 3), (24, 23), (16, 10)])
 def test_stopped_at_any_step_and_resumed_equals_uninterrupted(
         folder, finished, tmp_path, steps, step):
     """Whether a checkpoint is there by then or not, in the tokenizer's training or the other."""
@@ -243,14 +243,14 @@ def weights_of(stage: train.TokenizerStage) -> list[torch.Tensor]:
 def test_a_step_whose_gradient_overflows_in_fp16_is_left_out(tmp_path):
     flags = ["--precision", "fp16", "--grad-accumulation", 2, "--adversarial-weight", 0.4,
              "--adversarial-from", 0, "--discriminator-width", 8, "--checkpoint-every", 1]
-    stage = tokenizer_stage(tmp_path, *flags)
+    stage = tokenizer_stage(tmp_path, *flags, tokenizer_steps=21)
     overflow(stage, {10, 11})   # the first would be logged
     moments, weights, scales = [], [], []
     save = stage.save
 
     def noted(finished):
-        save(finished)
         if stage.step in (10, 11, 12, 13):
+            save(finished)
             saved = torch.load(stage.path, weights_only=True)["training"]
             weights.append(weights_of(stage) + list(saved["helpers"].values()))
             moments.append([x.clone() for each in saved["optimizers"] for state in
@@ -264,32 +264,33 @@ def test_a_step_whose_gradient_overflows_in_fp16_is_left_out(tmp_path):
         same = [all(map(torch.equal, before, after)) for before, after in pairwise(kept)]
         assert same == [True, True, False]
     lines = [x for x in read_log(tmp_path / "log.jsonl") if x["split"] == "train"]
-    assert [x["step"] for x in lines] == [1, 21, 31] and lines[-1]["mse"] < lines[0]["mse"]
+    assert [x["step"] for x in lines] == [1, 21] and lines[-1]["mse"] < lines[0]["mse"]
     assert all(p.isfinite().all() for p in weights_of(stage))
 
 
 def test_a_scaled_loss_trains_as_it_does_unscaled(tmp_path, monkeypatch):
     losses = []
     for enabled in (True, False):
-        stage = tokenizer_stage(tmp_path / str(enabled), "--precision", "fp16")
+        stage = tokenizer_stage(
+            tmp_path / str(enabled), "--precision", "fp16", tokenizer_steps=11)
         assert stage.loss_scale.is_enabled()
         stage.loss_scale._enabled = enabled
         stage.run()
         log = read_log(tmp_path / str(enabled) / "log.jsonl")
         losses.append([x["loss"] for x in log if x["split"] == "train"])
-    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_a_training_in_fp16_goes_on_with_its_scale(tmp_path):
     """Also one that began in fp32."""
     flags = ["--precision", "fp16", "--checkpoint-every", 5]
-    whole, broken = (tokenizer_stage(tmp_path / name, *flags) for name in ("whole", "broken"))
+    whole, broken, going_on = (tokenizer_stage(tmp_path / name, *flags, tokenizer_steps=11)
+                               for name in ("whole", "broken", "broken"))
     for stage in (whole, broken):
         overflow(stage, {3})
     whole.run()
-    with at_step(40, 7, kill), pytest.raises(Killed):
+    with at_step(11, 7, kill), pytest.raises(Killed):
         broken.run()
-    going_on = tokenizer_stage(tmp_path / "broken", *flags)
     going_on.settings = replace(going_on.settings, resume=True)
     going_on.run()
     assert going_on.loss_scale.state_dict() == whole.loss_scale.state_dict()
@@ -317,12 +318,12 @@ def test_numbers_are_read_every_tenth_step_and_before_a_checkpoint(tmp_path, mon
                         lambda x: seen.append(stage.step) or x)
     stage.run()
     # What is logged, eight measurements, and whether a signal came at the last.
-    assert seen == [1, 5, 10, 11, 15, 20, 21, 25, 30, 31, 35, 40, 40]
+    assert seen == [1, 3, 6, 9, 11, 12, 15, 18, 21, 24, 24]
 
 
 def test_a_training_goes_on_with_another_learning_rate(folder, tmp_path):
     flags = ["--data", folder, "--out", tmp_path, *TINY, "--stage", "tokenizer"]
-    with at_step(40, 3, lambda: signal.raise_signal(signal.SIGINT)):
+    with at_step(24, 3, lambda: signal.raise_signal(signal.SIGINT)):
         assert run("train.py", *flags).returncode == 130
     ran("train.py", *flags, "--resume", "--tokenizer-lr", "0.0005")
 

@@ -1,8 +1,10 @@
 """Every command in the README runs, at tiny size."""
 from __future__ import annotations
 
+import functools
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 from dataclasses import asdict, replace
@@ -39,11 +41,10 @@ TRAINED = [command for command in COMMANDS if command.startswith("train.py")]
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
+def shapes(judged, tmp_path_factory) -> Path:
     """A run on the built-in data, and images of one's own beside it."""
     folder = tmp_path_factory.mktemp("readme")
-    ran("train.py", "--out", folder / "out" / "shapes", *TINY, "--tokenizer-steps", 3,
-        "--var-steps", 3)
+    shutil.copytree(judged, folder / "out" / "shapes")
     (folder / "photos").mkdir()
     white = np.zeros((8, 8), np.uint8)
     white[2:4] = 255
@@ -132,16 +133,19 @@ def test_the_picture_of_tiles(tmp_path, monkeypatch):
 
 def test_what_a_preset_needs(monkeypatch, capsys):
     """Of the tokenizer with all losses, and of the transformer by our kernels."""
-    plain_preset = PRESETS["tiny"]
+    for count in ("of_tokenizer", "of_transformer"):   # each counts the same thing once
+        monkeypatch.setattr(needs, count, functools.cache(getattr(needs, count)))
+    plain_preset = replace(
+        PRESETS["tiny"], image_size=16, multipliers=(1, 2), scales=(1, 8), depth=2)
     both = replace(plain_preset, perceptual_weight=0.1, adversarial_weight=0.1)
-    plain, whole = (needs.of_tokenizer(preset, 10) for preset in (plain_preset, both))
+    plain, whole = (needs.of_tokenizer(preset, 1000) for preset in (plain_preset, both))
     model = Tokenizer(TokenizerConfig(**plain_preset.tokenizer_shape(3)))
-    forward = forward_flops(model, torch.zeros(1, 3, 32, 32))
+    forward = forward_flops(model, torch.zeros(1, 3, 16, 16))
     assert plain.weights == sum(weight.numel() for weight in model.parameters())
     assert 2.8 * forward < plain.flops < 3 * forward   # the image itself needs no gradient
     assert 1.02 * plain.flops < whole.flops < 2 * plain.flops
     assert plain.weights < whole.weights and plain.bytes_kept < whole.bytes_kept
-    layer = 32 * 32 * plain_preset.tokenizer_width * 2   # bytes of one at full resolution
+    layer = 16 * 16 * plain_preset.tokenizer_width * 2   # bytes of one at full resolution
     assert 10 * layer < plain.bytes_kept < 100 * layer
 
     monkeypatch.setattr(needs, "PRESETS", {"tiny": plain_preset})
@@ -163,7 +167,7 @@ def test_what_a_preset_needs(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", "needs.py tiny --rate 0.001 --memory 1".split())
     needs.main()
     *_, head, tokenizer, transformer, disk = capsys.readouterr().out.splitlines()
-    assert disk.startswith("disk: 3.9 GB") and "hours an epoch" in head
+    assert disk.startswith("disk: 1.0 GB") and "hours an epoch" in head
     name, weights, gflop, hours, on_8, *_ = transformer.split()
     assert name == "transformer"
     assert float(hours) == pytest.approx(1_281_167 * float(gflop) / 3600, rel=0.02)
