@@ -409,7 +409,7 @@ def test_forgeries_are_refused(nursery, tmp_path):
      "return sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)",
      "sample_tokens_triton"),
     (9, "kernels.normalise", "return F.layer_norm(x_W, (W,)), 1.0", "F"),
-    (10, "kernels.nearest_code_kernel", "x_NC.pointer.handle.data", "handle"),
+    (10, "kernels.nearest_code_kernel", "squares_V.handle.data", "handle"),
     (11, "kernels.attention_forward", "torch.softmax(q_BHLD, 0)", "torch"),
     (11, "kernels.attention_forward", "sorted(tl.static_range(2))", "sorted"),
     (13, "sample.fill_holes", "Path('x').unlink()", "Path"),
