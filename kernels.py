@@ -56,7 +56,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.types import Number
 
 try:
     import triton
@@ -1202,31 +1201,32 @@ def launch(kernel: Callable, programs: Sequence[int],
            *numbers: float, **constants: int) -> None:
     """Run a kernel on the arrays it reads, the arrays it writes, and numbers.
 
-    torch.compile cannot look into it and gets one operator, whose call takes longer than many a
-    kernel.
+    torch.compile cannot look into it and gets one operator, not a `custom_op`, which takes longer.
     """
     if torch.compiler.is_compiling():
-        launch_compiled(kernel.__name__, programs, read, written, list(numbers),
-                        ",".join(constants), list(constants.values()))
+        torch.ops.var.launch(kernel.__name__, programs, read, written, numbers,
+                             ",".join(constants), list(constants.values()))
     else:
         run_kernel(kernel, programs, read + written, numbers, constants)
 
 
-@torch.library.custom_op("var::launch", mutates_args=["written"])
-def launch_compiled(kernel: str, programs: Sequence[int], read: list[Tensor],
-                    written: list[Tensor], numbers: list[Number], names: str,
-                    values: list[int]) -> None:
+torch.library.define("var::launch", "(str kernel, SymInt[] programs, Tensor[] read, Tensor(a!)[] "
+                     "written, Scalar[] numbers, str names, SymInt[] values) -> ()")
+
+
+@torch.library.impl("var::launch", "default")
+def launch_compiled(kernel, programs, read, written, numbers, names, values):
     constants = dict(zip(names.split(","), values))
     run_kernel(globals()[kernel], programs, read + written, numbers, constants)
 
 
-@launch_compiled.register_fake
-def launch_nothing(*arguments) -> None:
+@torch.library.register_fake("var::launch")
+def launch_nothing(*arguments):
     """What torch.compile calls to learn the outputs' shapes: there are none."""
 
 
 def run_kernel(kernel: Callable, programs: Sequence[int], tensors: Sequence[Tensor],
-          numbers: Sequence[float], constants: dict[str, int]) -> None:
+               numbers: Sequence[float], constants: dict[str, int]) -> None:
     """Where the tensors are: Triton alone takes the current GPU. Raises LaunchError."""
     with torch.cuda.device_of(tensors[0]):
         try:
