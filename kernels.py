@@ -50,13 +50,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.types import Number
 
 try:
     import triton
@@ -81,10 +80,15 @@ def use_triton(tensor: Tensor) -> bool:
     return torch.cuda.get_device_properties(tensor.device).major >= 8   # kept by PyTorch
 
 
-class Array(NamedTuple):
-    """A tensor as kernels get it: a pointer to its first number, and a stride for every axis."""
-    pointer: Any
-    strides: tuple[int, ...]
+def as_arrays(tensors: Sequence[Tensor]) -> list[Tensor | tuple]:
+    """Tensors as kernels get them: a pair of a pointer to the first number and the strides, one for
+    each axis; of one axis the pointer alone. (Triton takes longer over a NamedTuple.)"""
+    return [x if x.dim() == 1 else (x, x.stride()) for x in tensors]
+
+
+def next_power_of_2(n: int) -> int:
+    """triton.next_power_of_2 is for kernels: outside of them a call takes a third of a launch."""
+    return 1 << (n - 1).bit_length()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -112,19 +116,21 @@ class Array(NamedTuple):
 @triton.jit
 def load_token(x_BLW, token, columns_W, W):
     """x[image, token] in fp32, of the program's image; zeros in the columns from W on."""
+    pointer, strides = x_BLW
     image = tl.program_id(1).to(tl.int64)   # in 64 bits: there may be over 2^31 numbers
-    begin = image * x_BLW.strides[0] + token * x_BLW.strides[1]
-    places_W = x_BLW.pointer + begin + columns_W * x_BLW.strides[2]
+    begin = image * strides[0] + token * strides[1]
+    places_W = pointer + begin + columns_W * strides[2]
     return tl.load(places_W, mask=columns_W < W, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_token(x_BLW, token, columns_W, W, x_W):
     """x[image, token] = x_W, in the dtype of x."""
+    pointer, strides = x_BLW
     image = tl.program_id(1).to(tl.int64)
-    begin = image * x_BLW.strides[0] + token * x_BLW.strides[1]
-    places_W = x_BLW.pointer + begin + columns_W * x_BLW.strides[2]
-    tl.store(places_W, x_W.to(x_BLW.pointer.dtype.element_ty), mask=columns_W < W)
+    begin = image * strides[0] + token * strides[1]
+    places_W = pointer + begin + columns_W * strides[2]
+    tl.store(places_W, x_W.to(pointer.dtype.element_ty), mask=columns_W < W)
 
 
 @triton.jit
@@ -144,7 +150,7 @@ def adaln_forward(x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, sum_BLW, y_BLW, 
     x_W = load_token(x_BLW, token, columns_W, W)
     h_W = load_token(h_BLW, token, columns_W, W)
     gate_W = load_token(gate_B1W, 0, columns_W, W)
-    sum_W = (x_W + gate_W * h_W).to(sum_BLW.pointer.dtype.element_ty)
+    sum_W = (x_W + gate_W * h_W).to(sum_BLW[0].dtype.element_ty)
     store_token(sum_BLW, token, columns_W, W, sum_W)
     normed_W, _ = normalise(sum_W.to(tl.float32), columns_W, W)   # of what the backward will find
     scale_W = load_token(scale_B1W, 0, columns_W, W)
@@ -188,9 +194,8 @@ def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW
 
 def adaln_tiles(W: int) -> dict[str, int]:
     """A token in registers; from W 65 to 2048 4 numbers a thread, in fp32 moved by one load."""
-    TILE_W = triton.next_power_of_2(W)
-    num_warps = min(16, max(1, TILE_W // 128))
-    return dict(TILE_W=TILE_W, num_warps=num_warps)
+    TILE_W = next_power_of_2(W)
+    return dict(TILE_W=TILE_W, num_warps=min(16, max(1, TILE_W // 128)))
 
 
 class AdaLN(torch.autograd.Function):
@@ -212,7 +217,7 @@ class AdaLN(torch.autograd.Function):
         sum_BLW, h_BLW, gate_B1W, scale_B1W = ctx.saved_tensors
         B, L, W = sum_BLW.shape
         TOKENS = 32   # so the sums are a small share of what is read and written
-        chunks = triton.cdiv(L, TOKENS)
+        chunks = math.ceil(L / TOKENS)
         dx_BLW = torch.empty_like(sum_BLW)
         dh_BLW = torch.empty_like(h_BLW)
         sums_3BPW = sum_BLW.new_empty(3, B, chunks, W, dtype=torch.float32)
@@ -275,13 +280,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
 @triton.jit
 def load_tile(x_NC, rows_T, N, columns_T, C, CUT: tl.constexpr = True):
     """x[rows, columns] as [T, T], with zeros outside. CUT: rows, too, may lie outside."""
+    pointer, strides = x_NC
     rows_T1 = rows_T[:, None]
     columns_1T = columns_T[None, :]
-    places_TT = rows_T1 * x_NC.strides[0] + columns_1T * x_NC.strides[1]
+    places_TT = rows_T1 * strides[0] + columns_1T * strides[1]
     inside_TT = columns_1T < C
     if CUT:
         inside_TT &= rows_T1 < N
-    return tl.load(x_NC.pointer + places_TT, mask=inside_TT, other=0.0)
+    return tl.load(pointer + places_TT, mask=inside_TT, other=0.0)
 
 
 @triton.jit
@@ -310,7 +316,7 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
             x_TC = load_tile(x_NC, rows_T, N, channels_T, C)
             e_TC = load_tile(e_VC, codes_T, V, channels_T, C)
             dots_TV += product(x_TC, e_TC.T)
-        squares_T = tl.load(squares_V.pointer + codes_T, mask=codes_T < V, other=float("inf"))
+        squares_T = tl.load(squares_V + codes_T, mask=codes_T < V, other=float("inf"))
         distance_TV = squares_T[None, :] - 2 * dots_TV
         closer_TV = distance_TV < best_TV   # not <=: of equal distances the lower index stays
         best_TV = tl.where(closer_TV, distance_TV, best_TV)
@@ -319,8 +325,7 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
     least_T1 = tl.min(best_TV, 1, keep_dims=True)
     nearest_TV = tl.where(best_TV == least_T1, index_TV, V)
     index_T = tl.min(nearest_TV, 1)
-    places_T = index_N.pointer + rows_T
-    tl.store(places_T, index_T.to(tl.int64), mask=rows_T < N)
+    tl.store(index_N + rows_T, index_T.to(tl.int64), mask=rows_T < N)
 
 
 def nearest_code_triton(x_NC, codebook_VC):
@@ -330,9 +335,8 @@ def nearest_code_triton(x_NC, codebook_VC):
     N, C = x_NC.shape
     index_N = torch.empty(N, dtype=torch.int64, device=x_NC.device)
     tiles = dict(TILE_N=64, TILE_V=64, TILE_C=16 if C <= 16 else 32)
-    launch(nearest_code_kernel, (triton.cdiv(N, 64),),
-           [x_NC, e_VC, squares_V],
-           [index_N],
+    launch(nearest_code_kernel, (math.ceil(N / 64),),
+           [x_NC, e_VC, squares_V], [index_N],
            N, len(e_VC), C=C, **tiles, num_warps=4, num_stages=3)
     return index_N
 
@@ -395,13 +399,12 @@ def aligned(stride, D: tl.constexpr):
 def matrix_of(x_BHLD, D: tl.constexpr):
     """x of the program's image and head as a matrix [L, D], and the columns of its tiles, a power
     of two: D 72 is computed as 128, with 1.8 times the products."""
+    pointer, strides = x_BHLD
     image = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
-    begin = image * aligned(x_BHLD.strides[0], D)
-    begin += head * aligned(x_BHLD.strides[1], D)
-    strides = (aligned(x_BHLD.strides[2], D), 1)
+    begin = image * aligned(strides[0], D) + head * aligned(strides[1], D)
     columns_D = tl.arange(0, triton.next_power_of_2(D))
-    return Array(x_BHLD.pointer + begin, strides), columns_D
+    return (pointer + begin, (aligned(strides[2], D), 1)), columns_D
 
 
 @triton.jit
@@ -415,17 +418,18 @@ def load_head(x_BHLD, rows_T, L, D: tl.constexpr, CUT: tl.constexpr = True):
 def store_head(x_BHLD, rows_T, L, D: tl.constexpr, x_TD):
     """x[image, head, rows] = x_TD, in the dtype of x."""
     x_LD, columns_D = matrix_of(x_BHLD, D)
+    pointer, strides = x_LD
     rows_T1 = rows_T[:, None]
     columns_1D = columns_D[None, :]
-    places_TD = x_LD.pointer + rows_T1 * x_LD.strides[0] + columns_1D
+    places_TD = pointer + rows_T1 * strides[0] + columns_1D
     inside_TD = (rows_T1 < L) & (columns_1D < D)
-    tl.store(places_TD, x_TD.to(x_LD.pointer.dtype.element_ty), mask=inside_TD)
+    tl.store(places_TD, x_TD.to(pointer.dtype.element_ty), mask=inside_TD)
 
 
 @triton.jit
 def learned_factor(log_scale_H, largest):
     head = tl.program_id(1)
-    log_scale = tl.load(log_scale_H.pointer + head).to(tl.float32)
+    log_scale = tl.load(log_scale_H + head).to(tl.float32)
     return tl.exp(tl.minimum(log_scale, largest))
 
 
@@ -510,7 +514,7 @@ def rows_first(x_BHLD: Tensor) -> Tensor:
 
 def heads_tiles(L: int, D: int) -> dict[str, int]:
     """A tile is 2048 numbers at most, of which 128 threads hold 16 each."""
-    TILE_L = min(triton.next_power_of_2(L), 2048 // triton.next_power_of_2(D))
+    TILE_L = min(next_power_of_2(L), 2048 // next_power_of_2(D))
     return dict(D=D, TILE_L=TILE_L, num_warps=4)
 
 
@@ -527,12 +531,11 @@ def launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_s
     q_BHLD = product_BLX.new_empty(B, H, L, D)
     k_BHLD, v_BHLD = kv_slots or (torch.empty_like(q_BHLD), torch.empty_like(q_BHLD))
     inverse_2BHL1 = product_BLX.new_empty(2, B, H, L, 1, dtype=torch.float32)
-    biases = [bias_W.reshape(H, 1, D).expand(B, H, 1, D)
-              for bias_W in (q_bias_W, v_bias_W)]
+    biases = [bias_W.reshape(H, 1, D).expand(B, H, 1, D) for bias_W in (q_bias_W, v_bias_W)]
     normalised = log_scale_H is not None
     scales = log_scale_H if normalised else q_bias_W   # of which nothing is read then
     tiles = heads_tiles(L, D)
-    launch(split_heads_forward, (triton.cdiv(L, tiles["TILE_L"]), H, B),
+    launch(split_heads_forward, (math.ceil(L / tiles["TILE_L"]), H, B),
            [*views, *biases, scales],
            [q_BHLD, k_BHLD, v_BHLD, *inverse_2BHL1],
            LARGEST_LOG_SCALE, L, NORMALISED=normalised, **tiles)
@@ -555,7 +558,7 @@ class SplitHeads(torch.autograd.Function):
         scales = log_scale_H if normalised else inverse_2BHL1   # of which nothing is read then
         B, H, L, D = q_BHLD.shape
         sizes = heads_tiles(L, D)
-        tiles = triton.cdiv(L, sizes["TILE_L"])
+        tiles = math.ceil(L / sizes["TILE_L"])
         gradients = [rows_first(x) for x in (dq_BHLD, dk_BHLD, dv_BHLD)]
         dproduct_BLX = q_BHLD.new_empty(B, L, 3 * H * D)
         sums_3BHPD = q_BHLD.new_empty(3, B, H, tiles, D, dtype=torch.float32)
@@ -748,10 +751,10 @@ def plan_tiles(first, last, tile, length, ROWS: tl.constexpr, TILE: tl.constexpr
     """
     begin = tile * ROWS
     final = tl.minimum(length, begin + ROWS) - 1
-    start = tl.load(first.pointer + begin)
-    all_start = tl.load(first.pointer + final)
-    all_end = tl.load(last.pointer + begin)
-    end = tl.load(last.pointer + final)
+    start = tl.load(first + begin)
+    all_start = tl.load(first + final)
+    all_end = tl.load(last + begin)
+    end = tl.load(last + final)
     before = tl.cdiv(all_start - start, TILE)
     whole = tl.maximum(all_end - start - before * TILE, 0) // TILE
     left = end - start - (before + whole) * TILE
@@ -773,8 +776,8 @@ def tile_partners(n, start, before, whole, CUT: tl.constexpr, TILE: tl.constexpr
 def seen_by(rows_T, length, first, last, partners_T):
     """Bool [T rows, T partners]: which partner lies in the range of which row of the table."""
     rows_T = tl.minimum(rows_T, length - 1)
-    first_T1 = tl.load(first.pointer + rows_T)[:, None]
-    last_T1 = tl.load(last.pointer + rows_T)[:, None]
+    first_T1 = tl.load(first + rows_T)[:, None]
+    last_T1 = tl.load(last + rows_T)[:, None]
     return (partners_T[None, :] >= first_T1) & (partners_T[None, :] < last_T1)
 
 
@@ -947,7 +950,7 @@ def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
     tiles = ATTENTION_TILES[name][2 * in_fp32 + (D > 64)]
     TILE_L, TILE_S, num_warps, num_stages = tiles
     if name == "forward" and TILE_L > 32:   # of 32 to 16 registers would be spilled (sm_90)
-        TILE_L = min(TILE_L, max(16, triton.next_power_of_2(L)))   # a product takes 16 or more
+        TILE_L = min(TILE_L, max(16, next_power_of_2(L)))   # a product takes 16 or more
         num_warps = max(4, num_warps * TILE_L // tiles[0])
     return dict(TILE_L=TILE_L, TILE_S=TILE_S, num_warps=num_warps, num_stages=num_stages, D=D)
 
@@ -968,7 +971,7 @@ class BlockAttention(torch.autograd.Function):
         log2sum_BHL1 = q_BHLD.new_empty(B, H, L, 1, dtype=torch.float32)
         ctx.sizes = scale / math.log(2), L, S
         tiles = attention_tiles("forward", q_BHLD)
-        launch(attention_forward, (triton.cdiv(L, tiles["TILE_L"]), H, B),
+        launch(attention_forward, (math.ceil(L / tiles["TILE_L"]), H, B),
                [*qkv, *ranges.cached(table, q_BHLD.device)],
                [o_BHLD, log2sum_BHL1],
                *ctx.sizes, **tiles)
@@ -988,12 +991,12 @@ class BlockAttention(torch.autograd.Function):
         B, H, L, _ = do_BHLD.shape
         S = dk_BHSD.shape[2]
         tiles = attention_tiles("backward_q", do_BHLD)
-        launch(attention_backward_q, (triton.cdiv(L, tiles["TILE_L"]), H, B),
+        launch(attention_backward_q, (math.ceil(L / tiles["TILE_L"]), H, B),
                [*qkv, *by_query, o_BHLD, do_BHLD, log2sum_BHL1],
                [delta_BHL1, dq_BHLD],
                *ctx.sizes, **tiles)
         tiles = attention_tiles("backward_kv", do_BHLD)
-        launch(attention_backward_kv, (triton.cdiv(S, tiles["TILE_S"]), H, B),
+        launch(attention_backward_kv, (math.ceil(S / tiles["TILE_S"]), H, B),
                [*qkv, *by_key, do_BHLD, log2sum_BHL1, delta_BHL1],
                [dk_BHSD, dv_BHSD],
                *ctx.sizes, **tiles)
@@ -1134,7 +1137,7 @@ def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV
     B, l, V = cond_BlV.shape
     token_Bl = torch.empty(B, l, dtype=torch.int64, device=cond_BlV.device)
     GUIDED = uncond_BlV is not None
-    TILE_V = triton.next_power_of_2(V)
+    TILE_V = next_power_of_2(V)
     launch(sample_tokens_kernel, (l, B),
            [cond_BlV, uncond_BlV if GUIDED else cond_BlV, noise_BlV], [token_Bl[:, :, None]],
            float(guidance), float(top_p), top_k if top_k > 0 else V, V,
@@ -1198,31 +1201,32 @@ def launch(kernel: Callable, programs: Sequence[int],
            *numbers: float, **constants: int) -> None:
     """Run a kernel on the arrays it reads, the arrays it writes, and numbers.
 
-    torch.compile cannot look into it and gets one operator, whose call takes longer than many a
-    kernel.
+    torch.compile cannot look into it and gets one operator, not a `custom_op`, which takes longer.
     """
     if torch.compiler.is_compiling():
-        launch_compiled(kernel.__name__, programs, read, written, list(numbers),
-                        ",".join(constants), list(constants.values()))
+        torch.ops.var.launch(kernel.__name__, programs, read, written, numbers,
+                             ",".join(constants), list(constants.values()))
     else:
         run_kernel(kernel, programs, read + written, numbers, constants)
 
 
-@torch.library.custom_op("var::launch", mutates_args=["written"])
-def launch_compiled(kernel: str, programs: Sequence[int], read: list[Tensor],
-                    written: list[Tensor], numbers: list[Number], names: str,
-                    values: list[int]) -> None:
+torch.library.define("var::launch", "(str kernel, SymInt[] programs, Tensor[] read, Tensor(a!)[] "
+                     "written, Scalar[] numbers, str names, SymInt[] values) -> ()")
+
+
+@torch.library.impl("var::launch", "default")
+def launch_compiled(kernel, programs, read, written, numbers, names, values):
     constants = dict(zip(names.split(","), values))
     run_kernel(globals()[kernel], programs, read + written, numbers, constants)
 
 
-@launch_compiled.register_fake
-def launch_nothing(*arguments) -> None:
+@torch.library.register_fake("var::launch")
+def launch_nothing(*arguments):
     """What torch.compile calls to learn the outputs' shapes: there are none."""
 
 
 def run_kernel(kernel: Callable, programs: Sequence[int], tensors: Sequence[Tensor],
-          numbers: Sequence[float], constants: dict[str, int]) -> None:
+               numbers: Sequence[float], constants: dict[str, int]) -> None:
     """Where the tensors are: Triton alone takes the current GPU. Raises LaunchError."""
     with torch.cuda.device_of(tensors[0]):
         try:
@@ -1232,10 +1236,6 @@ def run_kernel(kernel: Callable, programs: Sequence[int], tensors: Sequence[Tens
                 if sign in f"{type(error).__name__}: {error}":
                     raise LaunchError(sentence) from error
             raise
-
-
-def as_arrays(tensors: Sequence[Tensor]) -> list[Array]:
-    return [Array(x, x.stride()) for x in tensors]
 
 
 class LaunchError(OSError):

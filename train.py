@@ -180,8 +180,8 @@ class Stage:
         self.ddp = model
         if dist.is_initialized():   # then gradients are those of all processes
             self.ddp = DistributedDataParallel(
-                model, find_unused_parameters=self.some_unused, broadcast_buffers=False,
-                gradient_as_bucket_view=True)
+                model, find_unused_parameters=self.some_unused, gradient_as_bucket_view=True)
+            self.ddp.broadcast_buffers = False   # every step; of the argument torch 2.13 warns
 
     def begin(self) -> None:
         """What a training that does not go on from a checkpoint does first."""
@@ -256,7 +256,7 @@ class Stage:
                 torch.manual_seed(seed)
                 self.after_step()
                 update_ema(self.ema, self.model, self.decay if self.step else 0.0)
-                logged = to_log() if self.step % 10 == 0 and not left_out else None
+                logged = None if self.step % 10 else {} if left_out else to_log()
                 self.step += 1
                 bar.update()
 
@@ -273,7 +273,7 @@ class Stage:
                 if rank == 0 and not left_out:
                     speed = self.speed.text(bar)
                     bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed}", refresh=False)
-                if logged is not None:
+                if logged:
                     values = {name: value.tolist() for name, value in logged.items()}
                     log.write(self.step, "train", loss=mean_loss, **values)
                 if measured:

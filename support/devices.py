@@ -101,7 +101,9 @@ def has_fast(half: str, device: torch.device) -> bool:
     if device.type == "cuda":
         since = {"bf16": (8, 0), "fp16": (7, 0)}   # tensor cores
         return torch.cuda.get_device_capability(device) >= since[half]
-    capable = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):   # torch 2.9 has none
+        return False
+    capable = torch.cpu.get_capabilities()
     return any(capable.get(f"{unit}_{half}") for unit in ("avx512", "amx"))
 
 

@@ -537,7 +537,7 @@ LIST = [
         bodies=("kernels.normalise", "kernels.adaln_forward", "kernels.adaln_backward"),
         give_aways=("kernels.adaln_torch", "reference.adaln"),
         forbidden=ONLY_TRITON,
-        quoted=("kernels.adaln", "kernels.adaln_triton", "kernels.AdaLN", "kernels.Array",
+        quoted=("kernels.adaln", "kernels.adaln_triton", "kernels.AdaLN", "kernels.as_arrays",
                 "kernels.load_token", "kernels.store_token"),
         points={
             KERNELS + "test_adaln_and_its_gradients[triton]": 6,
@@ -591,7 +591,7 @@ LIST = [
         bodies=("kernels.nearest_code_kernel",),
         give_aways=("kernels.nearest_code_torch", "reference.distances"),
         forbidden=ONLY_TRITON,
-        quoted=("kernels.nearest_code", "kernels.Array", "kernels.load_tile", "kernels.product"),
+        quoted=("kernels.nearest_code", "kernels.as_arrays", "kernels.load_tile", "kernels.product"),
         points={
             KERNELS + "test_nearest_code_is_nearest[triton]": 4,
             KERNELS + "test_of_equally_near_codes_the_first_wins_wherever_it_is[triton]": 2,
@@ -657,7 +657,7 @@ LIST = [
         forbidden=ONLY_TRITON,
         quoted=("kernels.block_attention", "kernels.block_attention_triton", "kernels.KeyRanges",
                 "kernels.KeyRanges.from_scales", "kernels.KeyRanges.cached", "kernels.launch",
-                "kernels.Array", "kernels.load_head", "kernels.store_head", "kernels.product",
+                "kernels.as_arrays", "kernels.load_head", "kernels.store_head", "kernels.product",
                 "kernels.tile_partners", "kernels.seen_by", "kernels.attention_tiles"),
         points={
             KERNELS + "test_attention_and_its_gradients[triton]": 3,

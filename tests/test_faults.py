@@ -268,6 +268,14 @@ def test_a_step_whose_gradient_overflows_in_fp16_is_left_out(tmp_path):
     assert all(p.isfinite().all() for p in weights_of(stage))
 
 
+def test_a_stop_is_obeyed_where_the_tenth_step_is_left_out(tmp_path):
+    stage = tokenizer_stage(tmp_path, "--precision", "fp16")
+    overflow(stage, {10})
+    stop = at_step(40, 10, lambda: signal.raise_signal(signal.SIGTERM))
+    with stop, pytest.raises(cli.Stopped, match="stopped after step 11 of 40"):
+        stage.run()
+
+
 def test_a_scaled_loss_trains_as_it_does_unscaled(tmp_path, monkeypatch):
     losses = []
     for enabled in (True, False):

@@ -279,7 +279,7 @@ if kernels.HAS_TRITON:
         tile = kernels.tl.program_id(0)
         plan = kernels.plan_tiles(first_L, last_L, tile, L, TILE_L, TILE_S)
         for n in kernels.tl.static_range(4):
-            kernels.tl.store(plan_T4.pointer + 4 * tile + n, plan[n])
+            kernels.tl.store(plan_T4[0] + 4 * tile + n, plan[n])
 
 
 @needs_triton
