@@ -285,8 +285,11 @@ def test_images_forming(judged, tmp_path):
 
 
 def test_a_picture_is_there_before_its_film(judged, tmp_path, monkeypatch):
-    monkeypatch.setattr("support.images.LONGEST_GIF", 100)
-    assert "would be a film of" in refused(
+    def full(*arguments):
+        raise sample.UserError("as if a film were too large")
+
+    monkeypatch.setattr(sample, "save_film", full)
+    assert "too large" in refused(
         "sample.py", "progress", "--run", judged, "--per-class", 1, "--classes", "star", "heart",
         "--out", tmp_path / "a.png", "--gif", tmp_path / "a.gif")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
@@ -295,7 +298,7 @@ def test_a_picture_is_there_before_its_film(judged, tmp_path, monkeypatch):
 def test_a_grid_says_what_it_shows():
     """Captions, labels and a note are drawn, and leave the images where they are."""
     black, white = (np.full((8, 8, 1), shade, np.uint8) for shade in (0, 255))
-    rows = [Row("one", [black, white], ["first", "second"]), Row("two", [black], [])]
+    rows = [Row("one", [black, white], ["first", "second"]), Row("two", [black])]
     bare = [row._replace(captions=[]) for row in rows]
     picture = np.asarray(grid(rows, CELL))
     without = np.asarray(grid(bare, CELL))
@@ -311,6 +314,7 @@ def test_a_grid_says_what_it_shows():
     assert (seen[2:-2, 2:-2] == 255).all() and (seen[1, 1:-1] == 128).all()
     assert (seen[-2, 1:-1] == 128).all() and (seen[1:-1, [1, -2]] == 128).all()
     assert (seen[0] == 255).all() and (seen[-1] == 255).all()
+    assert np.array_equal(grid([rows[0], rows[1]._replace(captions=rows[0].captions)], CELL), picture)
     long = np.asarray(grid([Row("word " * 40, [black])], CELL))
     assert len(long) == CELL + GAP and 150 < long.shape[1] - CELL - GAP < 250
     assert grid([Row("", [black])], 4).size == (8 + 4 + GAP, 4 + GAP)   # made smaller
@@ -329,18 +333,18 @@ def test_labels_are_wrapped():
     assert wrapped("star 4: left over", 24, 5) == "star 4: left over"
     assert wrapped("a_photograph_of_a_cat_on_a_mat", 12, 5) == "a_photograph\n_of_a_cat_on\n_a_mat"
     assert wrapped("star 4\n29.3 dB", 13, 2) == "star 4\n29.3 dB"
-    assert wrapped("one two three four", 5, 2) == "one\ntwo…"
-    assert wrapped("three four", 5, 0) == "thre…"
+    assert wrapped("one two three four", 5, 2) == "one\ntwo"
+    assert wrapped("three four", 5, 0) == "three" and wrapped("three", 0, 1) == "t"
     assert wrapped("", 5, 1) == ""
 
 
 def test_captions(judged, run, given):
     rows = sample.draw_progress(run, ["star", "heart"], 2, 0)
     assert [row.label for row in rows] == ["star", "star", "heart", "heart"]
-    assert [list(row.captions) for row in rows] == [["1x1", "2x2", "4x4"], [], [], []]
+    assert [list(row.captions) for row in rows] == [["1x1", "2x2", "4x4"]] * 4
     two = sample.Given(given.images[:2], ["one", "two"], [0, 1])
     rows = sample.complete(run, two, known_pixels((0, 0, 0.5, 1), 16), 10, [3, 5])
-    assert [list(row.captions) for row in rows] == [["original", "known", "seed 3", "seed 5"], []]
+    assert [list(row.captions) for row in rows] == [["original", "known", "seed 3", "seed 5"]] * 2
     rows = sample.reconstruct(run, two)
     assert [caption.split("\n")[0] for caption in rows[0].captions] == ["one", "two"]
     assert [row.label for row in rows] == ["original", "reconstruction"]
