@@ -23,7 +23,7 @@ from torch import Tensor
 
 from support.checkpoint import save_whole
 from support.devices import progress_bar
-from support.figures import code_colours, weights_of_layers
+from support.figures import attention_weights, code_colours, evenly
 from support.images import to_float
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
@@ -83,11 +83,6 @@ def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
 def as_json(value) -> str:
     """ASCII, and nothing in it that HTML would take for the end of a script."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def evenly(count: int, most: int) -> list[int]:
-    """0 .. count-1, or so many of them."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 def held_out_rows(run, labels: Sequence[int]) -> list[int]:
@@ -233,15 +228,15 @@ def attention(run, labels_1: Tensor, inputs: Tensor) -> str:
     which give the small ones their due.
     """
     layers, heads = attention_shown(run.model.config)
-
-    def keep(weights_HLL: Tensor) -> Tensor:
-        if heads == 1:
-            weights_HLL = weights_HLL.mean(dim=0, keepdim=True)
-        return (weights_HLL / weights_HLL.amax(dim=-1, keepdim=True)).sqrt()
-
     with run.machine.autocast():
-        maps = weights_of_layers(run.model, labels_1, inputs, keep, layers)
-    return as_picture(LEVELS * torch.cat(maps).numpy()[..., None]) if maps else ""
+        maps = attention_weights(run.model, labels_1, inputs, layers)
+    if not maps:
+        return ""
+    if heads == 1:
+        maps = [weights_HLL.mean(dim=0, keepdim=True) for weights_HLL in maps]
+    maps_NLL = torch.cat(maps)
+    maps_NLL = (maps_NLL / maps_NLL.amax(dim=-1, keepdim=True)).sqrt()
+    return as_picture(LEVELS * maps_NLL[..., None].numpy())
 
 
 # --------------------------------------------------------------------------------------------------

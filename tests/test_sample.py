@@ -22,7 +22,7 @@ from support import evaluation, holes
 from support.commands import COMMANDS, GENERATING, HOLES, parse
 from support.data import load_data
 from support.devices import Machine, PackedLinear, choose_machine, pack
-from support.figures import attention_weights
+from support.figures import attention_weights, draw_attention
 from support.holes import known_pixels
 from support.images import (
     Row, batches, cell_size, grid, legible, save_film, save_npz, to_bytes, wrapped,
@@ -250,18 +250,21 @@ def test_pictures_that_explain(judged, tmp_path):
     for map_read, s in zip(read, (1, 2, 4)):
         assert len(np.unique(map_read.reshape(-1, 3), axis=0)) <= s * s
     assert np.array_equal(predicted, codes[1])
-    attention, said = draw(judged, tmp_path / "attention.png", "attention data:3 --cell 0 3")
+    attention, _ = draw(judged, tmp_path / "attention.png", "attention data:3 --cell 0 3")
     assert len(np.unique(attention.reshape(-1, 3), axis=0)) > 20
     attention = cells(attention, 4)
     red = (attention[0, 0] == (255, 0, 0)).all(axis=-1)   # around the cell
     rows, places = red.nonzero()
     assert (rows.min(), rows.max()) == (0, CELL // 4 - 1)
     assert (places.min(), places.max()) == (CELL * 3 // 4, CELL - 1)
-    shares = [line.split()[2:] for line in said.splitlines() if line.startswith("layer")]
-    assert len(shares) == len(attention)
-    for row in shares:
-        assert len(row) == 3 and sum(float(share.strip("%")) for share in row) == pytest.approx(
-            100, abs=2)
+
+
+def test_the_shares_of_all_scales_stand_above_a_row(run, given):
+    (row,) = draw_attention(run, given.images, 3, (0, 3))
+    where, *shares = row.captions
+    assert where == "cell 0 3" and [share.split(":")[0] for share in shares] == ["1x1", "2x2", "4x4"]
+    whole = sum(float(share.split()[1].strip("%")) for share in shares)
+    assert whole == pytest.approx(100, abs=2)
 
 
 def test_images_forming(judged, tmp_path):
@@ -400,9 +403,9 @@ def test_an_unfinished_training_is_drawn_with_its_step(judged, tmp_path):
 def test_the_attention_drawn_is_that_of_the_cell(judged, tmp_path, monkeypatch):
     asked = []
 
-    def noted(model, labels_B, inputs, query):
-        asked.append((labels_B.tolist(), query))
-        return attention_weights(model, labels_B, inputs, query)
+    def noted(model, labels_B, inputs, layers, queries):
+        asked.append((labels_B.tolist(), queries.start))
+        return attention_weights(model, labels_B, inputs, layers, queries)
 
     monkeypatch.setattr("support.figures.attention_weights", noted)
     label = sample.load_held_out(judged).tensors[1][3].item()
@@ -421,7 +424,8 @@ def test_attention_weights_are_what_the_layer_computes(run, given, normalise_qk)
     hook = block.register_forward_hook(
         lambda module, arguments, result: seen.update(x=arguments[0], o=result))
     with torch.no_grad():
-        weights_L = attention_weights(model, torch.tensor([2]), inputs, query=4)[0]
+        weights_HlL = attention_weights(model, torch.tensor([2]), inputs, [0], slice(4, 5))[0]
+        weights_L = weights_HlL.mean(dim=(0, 1))
         hook.remove()
         assert abs(weights_L.sum() - 1) < 1e-5
         assert weights_L[5:].abs().max() == 0   # scales 1x1 and 2x2 alone
