@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -148,7 +149,7 @@ def features_and_classes(classifier: Classifier, images: Tensor) -> tuple[np.nda
     features = []
     taken_for = []
     for some in images.split(at_a_time(images.shape[-1])):
-        some = averaged_down(some if some.is_floating_point() else to_float(some))
+        some = some if some.is_floating_point() else to_float(some)
         features_BD = classifier.features(some.to(classifier.head.weight.device))
         features.append(features_BD.cpu().double())
         taken_for.append(classifier.head(features_BD).argmax(dim=1).cpu())
@@ -359,13 +360,12 @@ NEIGHBOURS = 3   # as in the paper
 def share_among(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     """Which share of the vectors a is as near to any vector of b as that one's third neighbour in b
     is (1904.06991, Eq. 1)."""
-    reach_M = np.sort(distances(b_MD, b_MD), axis=1)[:, NEIGHBOURS]   # 0 is the vector itself
-    return float((distances(a_ND, b_MD) <= reach_M).any(axis=1).mean())
-
-
-def distances(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
-    """Squared, [N, M]. A vector at a time: exactly 0 from a vector to itself."""
-    return np.stack([np.square(b_MD - a_D).sum(axis=1) for a_D in a_ND])
+    # Not by a matrix product: exactly 0 from a vector to itself.
+    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    a = torch.from_numpy(a_ND)
+    b = torch.from_numpy(b_MD)
+    reach_M = distances(b, b).kthvalue(NEIGHBOURS + 1).values   # the nearest is the vector itself
+    return (distances(a, b) <= reach_M).any(dim=1).double().mean().item()
 
 
 def fine_power(images: Tensor) -> float:

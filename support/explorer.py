@@ -150,7 +150,7 @@ def chances(run, labels_2: Tensor, inputs: Tensor, tokens_L: Tensor) -> dict:
     likely_LX = plain_LV.topk(min(LISTED, config.vocabulary))
     ranked_LV, codes_LV = guided_LV.sort(descending=True, stable=True)
     codes_LX = codes_LV[:, :LISTED]
-    first, last = ends(sampling.top_p)
+    first, last = np.broadcast_to(sampling.top_p, 2)   # of the first and of the last scale
     top_p_L1 = first + (last - first) * progress_L1
     within_LV = ranked_LV[:, :sampling.top_k or None]
     before_LV = within_LV.cumsum(dim=1) - within_LV
@@ -171,11 +171,6 @@ def chances(run, labels_2: Tensor, inputs: Tensor, tokens_L: Tensor) -> dict:
 
 def shares(p: Tensor) -> list:
     return (10_000 * p).round().int().tolist()
-
-
-def ends(top_p: float | tuple[float, float]) -> tuple[float, float]:
-    """Of the first and of the last scale."""
-    return top_p if isinstance(top_p, tuple) else (top_p, top_p)
 
 
 def replaced(run, tokens_1L: Tensor, instead: list[int], image: np.ndarray) -> str:
@@ -203,7 +198,7 @@ def ways_to_draw(run) -> dict:
     if 0 < own.top_k < run.model.config.vocabulary:
         guided += f", top-k {own.top_k}"
         ways[guided] = replace(own, top_p=1.0)
-    first, last = ends(own.top_p)
+    first, last = np.broadcast_to(own.top_p, 2)
     ways[f"{guided}, top-p {first:g} to {last:g}, as above"] = own
     ways["the same, guidance 8"] = replace(own, cfg=8.0)
     ways["always the likeliest code"] = replace(own, top_k=1)
@@ -274,8 +269,8 @@ def as_picture(tiles: np.ndarray, most: int | None = None) -> str:
     side = min(tiles.shape[-1], most or tiles.shape[-1])
     tiles = F.interpolate(tiles, size=(side, side), mode="area").round().clamp(0, 255).byte()
     tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, -len(tiles) % COLUMNS))
-    rows = tiles.unflatten(0, (-1, COLUMNS)).permute(0, 3, 1, 4, 2)   # [rows, y, columns, x, ...]
-    pixels = rows.flatten(2, 3).flatten(0, 1).squeeze(-1).numpy()
+    rows = [torch.cat([*row], dim=2) for row in tiles.split(COLUMNS)]
+    pixels = torch.cat(rows, dim=1).permute(1, 2, 0).squeeze(-1).numpy()
     file = io.BytesIO()
     lossless = side <= LOSSLESS or pixels.ndim == 2
     Image.fromarray(pixels).save(file, "WEBP", lossless=lossless, quality=85)

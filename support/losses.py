@@ -109,15 +109,9 @@ def perceptual_distance(maps_x: list[Tensor], maps_y: list[Tensor]) -> Tensor:
     """
     total = 0.0
     for x_BCHW, y_BCHW in zip(maps_x, maps_y):
-        difference_BCHW = unit(x_BCHW) - unit(y_BCHW)                       # [B, C, H, W]
-        total = total + difference_BCHW.square().sum(dim=1).mean()
+        x_BCHW, y_BCHW = (F.normalize(z.float(), dim=1, eps=1e-3) for z in (x_BCHW, y_BCHW))
+        total = total + (x_BCHW - y_BCHW).square().sum(dim=1).mean()
     return total
-
-
-def unit(x_BCHW: Tensor) -> Tensor:
-    """Makes the channels at every place a vector of length 1; of next to nothing, nothing."""
-    x_BCHW = x_BCHW.float()
-    return x_BCHW * (x_BCHW.square().sum(dim=1, keepdim=True) + 1e-6).rsqrt()
 
 
 class Discriminator(nn.Module):
