@@ -102,12 +102,10 @@ class Classifier(nn.Module):
         super().__init__()
         widths = (channels, 32, 64, 128, 128)
         strides = (1 if side <= JUDGED_SIDE // 2 else 2, 2, 2, 2)
-        self.levels = nn.ModuleList()
-        for width_in, width, stride in zip(widths, widths[1:], strides):
-            self.levels.append(nn.Sequential(
-                nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU()))
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False),
+                          nn.BatchNorm2d(width), nn.ReLU())
+            for width_in, width, stride in zip(widths, widths[1:], strides))
         self.normalise = nn.BatchNorm1d(widths[-1], affine=False)   # to mean 0 and variance 1
         self.head = nn.Linear(widths[-1], classes)
 
@@ -265,6 +263,8 @@ def evaluate(run, count: int, seeds: Sequence[int]) -> Evaluation:
         drawn = (run.generate(labels.tolist(), seed) for seed in seeds)
         return [judge(run.decode(tokens), labels) for tokens in drawn]
 
+    # Without guidance and filters the model draws from its own distribution.
+    unfiltered = replace(run.sampling, cfg=0.0, top_k=0, top_p=1.0)
     return Evaluation(
         accuracy=(taken_for_N == all_labels_N).double().mean().item(),
         originals=judge(originals[other_half], labels[other_half]),
@@ -273,13 +273,8 @@ def evaluate(run, count: int, seeds: Sequence[int]) -> Evaluation:
         nats_per_image=nats,
         nats_per_token=nats / tokens_NL.shape[1],
         generated=generated(run),
-        unfiltered=generated(unfiltered(run)),
+        unfiltered=generated(replace(run, sampling=unfiltered)),
     )
-
-
-def unfiltered(run):
-    """The run without guidance and filters: it draws from the model's own distribution."""
-    return replace(run, sampling=replace(run.sampling, cfg=0.0, top_k=0, top_p=1.0))
 
 
 def evaluated_images(run, count: int) -> tuple[Tensor, Tensor]:
@@ -421,22 +416,22 @@ def say_qualities(sets: dict[str, list[Quality]]) -> None:
     """Print a row for each set of images."""
     table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}
     for name, qualities in sets.items():
-        table[name] = []
-        for figure in ("recognised", "frechet", "precision", "recall", "detail"):
-            values = np.array([getattr(x, figure) for x in qualities])
-            share = figure not in ("frechet", "detail")
-            table[name].append(in_words(100 * values, 1, " %") if share else in_words(values, 2))
+        figures = [(100 * x.recognised, x.frechet, 100 * x.precision, 100 * x.recall, x.detail)
+                   for x in qualities]
+        recognised, frechet, *shares, detail = zip(*figures)
+        table[name] = [in_words(recognised, 1, " %"), in_words(frechet, 2),
+                       *(in_words(share, 1, " %") for share in shares), in_words(detail, 2)]
     say_table(table)
 
 
 def say_classes(sets: list[list[Quality]]) -> None:
     """Print the share recognised of each of the twenty classes that, generated, are least so."""
-    shares = {}
-    for name in sets[0][0].per_class:
-        shares[name] = [np.mean([x.per_class[name] for x in qualities]) for qualities in sets]
+    def recognised(name: str) -> list[float]:
+        return [np.mean([x.per_class[name] for x in qualities]) for qualities in sets]
+
     table = {"recognised": ("held-out", "reconstructed", "generated", "unfiltered")}
-    for name in sorted(shares, key=lambda name: shares[name][2])[:20]:
-        table[f"  {name}"] = [f"{share:.1%}" for share in shares[name]]
+    for name in sorted(sets[0][0].per_class, key=lambda name: recognised(name)[2])[:20]:
+        table[f"  {name}"] = [f"{share:.1%}" for share in recognised(name)]
     say_table(table)
 
 
@@ -448,7 +443,7 @@ def say_table(rows: dict[str, Sequence[str]]) -> None:
         print(f"{name:{first}}" + "".join(f"{text:>{width}}" for text in columns))
 
 
-def in_words(values: list[float], digits: int, unit: str = "") -> str:
+def in_words(values: Sequence[float], digits: int, unit: str = "") -> str:
     """Their mean and, if they are several, their standard deviation."""
     mean = f"{np.mean(values):.{digits}f}"
     if len(values) == 1:

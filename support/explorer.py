@@ -10,9 +10,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
     config = run.model.config
     if not labels:
         labels = evenly(config.classes, GENERATED)
-    rows = held_out_rows(run, labels)
+    wanted = chosen(run, labels)
     ways = ways_to_draw(run)
     layers, heads = attention_shown(config)
     template = TEMPLATE.read_text("utf-8")
@@ -61,13 +60,13 @@ def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
         "layers": [layer + 1 for layer in layers],
         "heads": heads,
         "ways": list(ways),
-        "wanted": len(labels) + len(rows),
+        "wanted": len(wanted),
         "images": [],
     }
     images = page["images"]
     room = MOST_BYTES - len(template.encode()) - len(as_json(page))
-    found = drawn_and_real(run, labels, rows, seed)
-    for name, label, tokens_1L in progress_bar(found, "explore", page["wanted"], unit="image"):
+    for name, label, row in progress_bar(wanted, "explore", unit="image"):
+        tokens_1L = tokens_of(run, label, row, seed + label)
         image = {"name": name, **about(run, label, tokens_1L, ways.values(), seed + label)}
         room -= len(as_json(image)) + 1
         if room < 0 and images:   # at least one
@@ -75,8 +74,8 @@ def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
         images.append(image)
     written = template.replace("{{DATA}}", as_json(page)).encode()
     save_whole(path, lambda file: file.write(written))
-    if len(images) < page["wanted"]:
-        print(f"{len(images)} of {page['wanted']} images: there is no room for more in 4 MB")
+    if len(images) < len(wanted):
+        print(f"{len(images)} of {len(wanted)} images: there is no room for more in 4 MB")
     print(f"wrote {path}, to be opened in a browser")
 
 
@@ -85,25 +84,24 @@ def as_json(value) -> str:
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def held_out_rows(run, labels: Sequence[int]) -> list[int]:
-    """The first held-out image of each of a few classes."""
-    if run.held_out is None:
-        return []
-    known = run.held_out.tensors[1].tolist()
-    return [known.index(label) for label in labels if label in known][:HELD_OUT]
+def chosen(run, labels: Sequence[int]) -> list[tuple[str, int, int | None]]:
+    """Name, class and held-out number of images: generated ones, which have none, and after each of
+    the first few a held-out one of its class, so that there are both where room is short."""
+    known = [] if run.held_out is None else run.held_out.tensors[1].tolist()
+    found = []
+    for i, label in enumerate(labels):
+        found.append((run.classes[label], label, None))
+        if i < HELD_OUT and label in known:
+            found.append((f"{run.classes[label]}, held-out", label, known.index(label)))
+    return found
 
 
-def drawn_and_real(
-    run, labels: Sequence[int], rows: list[int], seed: int
-) -> Iterator[tuple[str, int, Tensor]]:
-    """Name, class and tokens [1, L] of images: generated and held-out ones in turn, so that there
-    are some of both where room is short."""
-    for label, row in zip_longest(labels, rows):
-        yield run.classes[label], label, run.generate([label], seed + label)
-        if row is not None:
-            pixels, label = run.held_out[row]
-            name = f"{run.classes[label]}, held-out"
-            yield name, int(label), run.encode(to_float(pixels[None]))[1]
+def tokens_of(run, label: int, row: int | None, seed: int) -> Tensor:
+    """[1, L], of a held-out image, or of a new one of that class."""
+    if row is None:
+        return run.generate([label], seed)
+    pixels, _ = run.held_out[row]
+    return run.encode(to_float(pixels[None]))[1]
 
 
 def about(run, label: int, tokens_1L: Tensor, ways: Sequence, seed: int) -> dict:
