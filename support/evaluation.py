@@ -46,19 +46,17 @@ def tokenizer_health(tokenizer: nn.Module, batches: Iterable[Tensor]) -> dict:
     """
     quantizer = tokenizer.quantizer
     V = tokenizer.config.vocabulary
-    K = len(tokenizer.config.scales)
-    counts_KV = torch.zeros(K, V)
-    errors_K = [0.0] * K
+    counts_KV = torch.zeros(len(tokenizer.config.scales), V)
+    errors_K = [0.0] * len(counts_KV)
     pixels = 0
     for images in batches:
+        pixels += images.numel()
         f_hat_BCSS = quantizer.empty(len(images))
-        tokens_BL = tokenizer.encode(images)
-        for k, tokens_Bl in enumerate(quantizer.split(tokens_BL)):
+        for k, tokens_Bl in enumerate(quantizer.split(tokenizer.encode(images))):
             f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)
             so_far = tokenizer.render(f_hat_BCSS).clamp(-1, 1)
             errors_K[k] += F.mse_loss(so_far, images, reduction="sum").item()
             counts_KV[k] += tokens_Bl.flatten().bincount(minlength=V).cpu()
-        pixels += images.numel()
     codes_K = (counts_KV > 0).sum(dim=1)
     tokens_K1 = counts_KV.sum(dim=1, keepdim=True)
     entropy_K = torch.special.entr(counts_KV / tokens_K1).sum(dim=1)
@@ -67,7 +65,7 @@ def tokenizer_health(tokenizer: nn.Module, batches: Iterable[Tensor]) -> dict:
         "codes_per_scale": codes_K.tolist(),
         "usage_per_scale": (codes_K / tokens_K1.flatten().clamp(max=V)).tolist(),
         "perplexity_per_scale": entropy_K.exp().tolist(),
-        "codes_used": counts_KV.any(dim=0).sum().item() / V,
+        "codes_used": counts_KV.any(dim=0).double().mean().item(),
     }
 
 
@@ -312,14 +310,9 @@ class Judge:
         hit_N = (taken_for_N == labels).double()
         per_class = {self.classes[label]: hit_N[labels == label].mean().item()
                      for label in labels.unique().tolist()}
-        measured = []
-        for first in (0, 1):
-            made_ND = features_ND[first::2]
-            real_ND = self.features_ND[first::2]
-            measured.append((
-                frechet_distance(made_ND, real_ND),
-                share_among(made_ND, real_ND),
-                share_among(real_ND, made_ND)))
+        halves = [(features_ND[i::2], self.features_ND[i::2]) for i in (0, 1)]
+        measured = [(frechet_distance(made_ND, real_ND), share_among(made_ND, real_ND),
+                     share_among(real_ND, made_ND)) for made_ND, real_ND in halves]
         frechet, precision, recall = np.mean(measured, axis=0).tolist()
         return Quality(
             recognised=hit_N.mean().item(),
@@ -373,7 +366,7 @@ def fine_power(images: Tensor) -> float:
     cycles = torch.fft.fftfreq(side)
     fine_HW = torch.hypot(cycles[:, None], cycles) > 0.25
     fade = torch.hann_window(side, periodic=False)
-    fade_HW = fade[:, None] * fade
+    fade_HW = fade.outer(fade)
     total = 0.0
     for some in images.split(at_a_time(side)):
         centred = some - some.mean(dim=(2, 3), keepdim=True)

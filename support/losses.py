@@ -123,15 +123,16 @@ class Discriminator(nn.Module):
 
     def __init__(self, image_channels: int, width: int):
         super().__init__()
-        widths = (image_channels, width, 2 * width, 4 * width)
-        layers = []
-        for i, (width_in, width_out) in enumerate(zip(widths, widths[1:])):
-            layers.append(nn.Conv2d(width_in, width_out, 4, stride=2, padding=1))
-            if i > 0:
-                layers.append(nn.GroupNorm(1, width_out))   # no image sees another
-            layers.append(nn.LeakyReLU(0.2))
-        self.layers = nn.Sequential(*layers)
-        self.conv_out = nn.Conv2d(widths[-1], 1, 3, padding=1)
+        self.layers = nn.Sequential(
+            nn.Conv2d(image_channels, width, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, 2, 1),
+            nn.GroupNorm(1, 2 * width),   # no image sees another
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 4 * width, 4, 2, 1),
+            nn.GroupNorm(1, 4 * width),
+            nn.LeakyReLU(0.2))
+        self.conv_out = nn.Conv2d(4 * width, 1, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.layers(images)             # [B, 4 width, side / 8, side / 8]
