@@ -4,7 +4,6 @@ from __future__ import annotations
 import functools
 import io
 import math
-import os
 import textwrap
 import unicodedata
 from collections import Counter
@@ -240,10 +239,10 @@ class Row(NamedTuple):
     captions: Sequence[str] = ()
 
 
-def save_picture(path: Path, picture, save: Callable | None = None) -> None:
-    """A Pillow image, or a matplotlib figure, as PNG. save: `save_told`, if not `save_whole`."""
+def save_picture(path: Path, picture, save: Callable = save_whole) -> None:
+    """A Pillow image, or a matplotlib figure, as PNG. save: or `save_told`."""
     write = picture.save if isinstance(picture, Image.Image) else picture.savefig
-    (save or save_whole)(path, lambda file: write(file, format="png"))
+    save(path, lambda file: write(file, format="png"))
 
 
 def save_film(path: Path, rows: list[Row], per_class: int, cell: int | None = None) -> None:
