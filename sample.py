@@ -41,8 +41,8 @@ from support.explorer import explore
 from support.figures import draw_attention, draw_codes, draw_teaching, scale_names
 from support.holes import from_small, judge_completions, known_pixels, say_completion
 from support.images import (
-    Row, at_a_time, batches, composed, headed, legible, read_images, rows_of_classes, rows_of_pairs,
-    save_film, save_npz, save_picture, to_bytes, to_float,
+    Row, at_a_time, batches, composed, grid, legible, read_images, rows_of_classes, rows_of_pairs,
+    save_film, save_npz, save_picture, save_told, to_bytes, to_float,
 )
 from support.published import class_names, published_pair
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig
@@ -102,7 +102,7 @@ def main() -> None:
                 run, load_images(run, options.images), known_HW, label, options.seeds,
                 options.small, options.open_loop, options.paste, options.particles, options.judge)
     path = options.out or run.folder / f"{options.command}.png"
-    save_picture(path, picture, options.cell_size, run.note, told=True)
+    save_picture(path, grid(picture, options.cell_size, run.note), save_told)
     if options.gif:   # now the picture is there, whatever becomes of the film
         save_film(options.gif, picture, options.per_class, options.cell_size)
 
@@ -349,7 +349,8 @@ def draw_progress(run: Run, names: list[str] | None, per_class: int, seed: int) 
     labels, tokens_NL = drawn(run, names, per_class, seed)
     frames_KN = run.after_each_scale(tokens_NL)
     captions = scale_names(run.tokenizer.config.scales)
-    return headed(captions, np.repeat(labels, per_class), zip(*frames_KN))
+    rows = zip(np.repeat(labels, per_class), zip(*frames_KN))
+    return [Row(label, frames_K, captions) for label, frames_K in rows]
 
 
 def drawn(run: Run, names: list[str] | None, per_class: int, seed: int
@@ -564,7 +565,7 @@ def complete(
         judge_completions(run, given, label, results)
     columns = map(to_bytes, (images, shown, *results))
     captions = ["original", "known", *(f"seed {seed}" for seed in seeds)]
-    return headed(captions, given.names, zip(*columns))
+    return [Row(name, images, captions) for name, images in zip(given.names, zip(*columns))]
 
 
 def most_likely(

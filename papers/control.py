@@ -24,7 +24,7 @@ from papers.tuning import Tuning
 from sample import Run, class_indices, load_images
 from support.cli import COUNT, run_program
 from support.evaluation import Judge, evaluated_images, kept_classifier
-from support.images import grid, save_picture, to_bytes
+from support.images import Row, grid, save_picture, to_bytes
 from var import VAR
 
 HEADS = ("", "IoU", "recognised %", "recall %", "f. IoU", "f. recognised %", "f. recall %")
@@ -143,7 +143,7 @@ def main() -> None:
     gain, frozen_gain = (figures[name] - figures["plain"] for name in ("all", "frozen"))
     say_verdicts(CLAIMS, [figures["all"][0], gain[1], frozen_gain[0] / gain[0]])
     columns = [1 - 2 * edges_N1HW] + [draw(tuned[0], labels, edges_N1HW, seed) for seed in range(3)]
-    picture = grid(list(zip(names, zip(*map(to_bytes, columns)))))
+    picture = grid(list(map(Row, names, zip(*map(to_bytes, columns)))))
     save_picture(options.run[0] / "papers" / "control.png", picture)
 
 

@@ -28,7 +28,7 @@ from sample import Known, Run, Sampling, fill_holes
 from support.cli import COUNT, UserError, run_program, several
 from support.evaluation import Judge, evaluated_images, kept_classifier
 from support.holes import seam
-from support.images import grid, save_picture, to_bytes
+from support.images import Row, grid, save_picture, to_bytes
 
 MORE = {"holds": (0, inf), "false": (-inf, 0)}
 CLAIMS = (
@@ -119,7 +119,7 @@ def measure(run: Trained, many: list[int], steps: int, lr: float, count: int
         rows[name] = [*(100 * share for share in shares), found.frechet, step]
         if completes:
             pictures[name.removeprefix("halves: ")] = images
-    shown = [(name, to_bytes(images[::len(originals) // 12 or 1][:12]))
+    shown = [Row(name, to_bytes(images[::len(originals) // 12 or 1][:12]))
              for name, images in pictures.items()]
     save_picture(run.folder / "papers" / "hmar_passes.png", grid(shown))
     return rows

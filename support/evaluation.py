@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,19 +46,17 @@ def tokenizer_health(tokenizer: nn.Module, batches: Iterable[Tensor]) -> dict:
     """
     quantizer = tokenizer.quantizer
     V = tokenizer.config.vocabulary
-    K = len(tokenizer.config.scales)
-    counts_KV = torch.zeros(K, V)
-    errors_K = [0.0] * K
+    counts_KV = torch.zeros(len(tokenizer.config.scales), V)
+    errors_K = [0.0] * len(counts_KV)
     pixels = 0
     for images in batches:
+        pixels += images.numel()
         f_hat_BCSS = quantizer.empty(len(images))
-        tokens_BL = tokenizer.encode(images)
-        for k, tokens_Bl in enumerate(quantizer.split(tokens_BL)):
+        for k, tokens_Bl in enumerate(quantizer.split(tokenizer.encode(images))):
             f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)
             so_far = tokenizer.render(f_hat_BCSS).clamp(-1, 1)
             errors_K[k] += F.mse_loss(so_far, images, reduction="sum").item()
             counts_KV[k] += tokens_Bl.flatten().bincount(minlength=V).cpu()
-        pixels += images.numel()
     codes_K = (counts_KV > 0).sum(dim=1)
     tokens_K1 = counts_KV.sum(dim=1, keepdim=True)
     entropy_K = torch.special.entr(counts_KV / tokens_K1).sum(dim=1)
@@ -66,7 +65,7 @@ def tokenizer_health(tokenizer: nn.Module, batches: Iterable[Tensor]) -> dict:
         "codes_per_scale": codes_K.tolist(),
         "usage_per_scale": (codes_K / tokens_K1.flatten().clamp(max=V)).tolist(),
         "perplexity_per_scale": entropy_K.exp().tolist(),
-        "codes_used": counts_KV.any(dim=0).sum().item() / V,
+        "codes_used": counts_KV.any(dim=0).double().mean().item(),
     }
 
 
@@ -101,12 +100,10 @@ class Classifier(nn.Module):
         super().__init__()
         widths = (channels, 32, 64, 128, 128)
         strides = (1 if side <= JUDGED_SIDE // 2 else 2, 2, 2, 2)
-        self.levels = nn.ModuleList()
-        for width_in, width, stride in zip(widths, widths[1:], strides):
-            self.levels.append(nn.Sequential(
-                nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.ReLU()))
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False),
+                          nn.BatchNorm2d(width), nn.ReLU())
+            for width_in, width, stride in zip(widths, widths[1:], strides))
         self.normalise = nn.BatchNorm1d(widths[-1], affine=False)   # to mean 0 and variance 1
         self.head = nn.Linear(widths[-1], classes)
 
@@ -148,7 +145,7 @@ def features_and_classes(classifier: Classifier, images: Tensor) -> tuple[np.nda
     features = []
     taken_for = []
     for some in images.split(at_a_time(images.shape[-1])):
-        some = averaged_down(some if some.is_floating_point() else to_float(some))
+        some = some if some.is_floating_point() else to_float(some)
         features_BD = classifier.features(some.to(classifier.head.weight.device))
         features.append(features_BD.cpu().double())
         taken_for.append(classifier.head(features_BD).argmax(dim=1).cpu())
@@ -264,6 +261,8 @@ def evaluate(run, count: int, seeds: Sequence[int]) -> Evaluation:
         drawn = (run.generate(labels.tolist(), seed) for seed in seeds)
         return [judge(run.decode(tokens), labels) for tokens in drawn]
 
+    # Without guidance and filters the model draws from its own distribution.
+    unfiltered = replace(run.sampling, cfg=0.0, top_k=0, top_p=1.0)
     return Evaluation(
         accuracy=(taken_for_N == all_labels_N).double().mean().item(),
         originals=judge(originals[other_half], labels[other_half]),
@@ -272,13 +271,8 @@ def evaluate(run, count: int, seeds: Sequence[int]) -> Evaluation:
         nats_per_image=nats,
         nats_per_token=nats / tokens_NL.shape[1],
         generated=generated(run),
-        unfiltered=generated(unfiltered(run)),
+        unfiltered=generated(replace(run, sampling=unfiltered)),
     )
-
-
-def unfiltered(run):
-    """The run without guidance and filters: it draws from the model's own distribution."""
-    return replace(run, sampling=replace(run.sampling, cfg=0.0, top_k=0, top_p=1.0))
 
 
 def evaluated_images(run, count: int) -> tuple[Tensor, Tensor]:
@@ -316,14 +310,9 @@ class Judge:
         hit_N = (taken_for_N == labels).double()
         per_class = {self.classes[label]: hit_N[labels == label].mean().item()
                      for label in labels.unique().tolist()}
-        measured = []
-        for first in (0, 1):
-            made_ND = features_ND[first::2]
-            real_ND = self.features_ND[first::2]
-            measured.append((
-                frechet_distance(made_ND, real_ND),
-                share_among(made_ND, real_ND),
-                share_among(real_ND, made_ND)))
+        halves = [(features_ND[i::2], self.features_ND[i::2]) for i in (0, 1)]
+        measured = [(frechet_distance(made_ND, real_ND), share_among(made_ND, real_ND),
+                     share_among(real_ND, made_ND)) for made_ND, real_ND in halves]
         frechet, precision, recall = np.mean(measured, axis=0).tolist()
         return Quality(
             recognised=hit_N.mean().item(),
@@ -359,13 +348,12 @@ NEIGHBOURS = 3   # as in the paper
 def share_among(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
     """Which share of the vectors a is as near to any vector of b as that one's third neighbour in b
     is (1904.06991, Eq. 1)."""
-    reach_M = np.sort(distances(b_MD, b_MD), axis=1)[:, NEIGHBOURS]   # 0 is the vector itself
-    return float((distances(a_ND, b_MD) <= reach_M).any(axis=1).mean())
-
-
-def distances(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
-    """Squared, [N, M]. A vector at a time: exactly 0 from a vector to itself."""
-    return np.stack([np.square(b_MD - a_D).sum(axis=1) for a_D in a_ND])
+    # Not by a matrix product: exactly 0 from a vector to itself.
+    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    a = torch.from_numpy(a_ND)
+    b = torch.from_numpy(b_MD)
+    reach_M = distances(b, b).kthvalue(NEIGHBOURS + 1).values   # the nearest is the vector itself
+    return (distances(a, b) <= reach_M).any(dim=1).double().mean().item()
 
 
 def fine_power(images: Tensor) -> float:
@@ -378,7 +366,7 @@ def fine_power(images: Tensor) -> float:
     cycles = torch.fft.fftfreq(side)
     fine_HW = torch.hypot(cycles[:, None], cycles) > 0.25
     fade = torch.hann_window(side, periodic=False)
-    fade_HW = fade[:, None] * fade
+    fade_HW = fade.outer(fade)
     total = 0.0
     for some in images.split(at_a_time(side)):
         centred = some - some.mean(dim=(2, 3), keepdim=True)
@@ -421,22 +409,22 @@ def say_qualities(sets: dict[str, list[Quality]]) -> None:
     """Print a row for each set of images."""
     table = {"": ("recognised", "Fréchet", "precision", "recall", "fine detail")}
     for name, qualities in sets.items():
-        table[name] = []
-        for figure in ("recognised", "frechet", "precision", "recall", "detail"):
-            values = np.array([getattr(x, figure) for x in qualities])
-            share = figure not in ("frechet", "detail")
-            table[name].append(in_words(100 * values, 1, " %") if share else in_words(values, 2))
+        figures = [(100 * x.recognised, x.frechet, 100 * x.precision, 100 * x.recall, x.detail)
+                   for x in qualities]
+        recognised, frechet, *shares, detail = zip(*figures)
+        table[name] = [in_words(recognised, 1, " %"), in_words(frechet, 2),
+                       *(in_words(share, 1, " %") for share in shares), in_words(detail, 2)]
     say_table(table)
 
 
 def say_classes(sets: list[list[Quality]]) -> None:
     """Print the share recognised of each of the twenty classes that, generated, are least so."""
-    shares = {}
-    for name in sets[0][0].per_class:
-        shares[name] = [np.mean([x.per_class[name] for x in qualities]) for qualities in sets]
+    def recognised(name: str) -> list[float]:
+        return [np.mean([x.per_class[name] for x in qualities]) for qualities in sets]
+
     table = {"recognised": ("held-out", "reconstructed", "generated", "unfiltered")}
-    for name in sorted(shares, key=lambda name: shares[name][2])[:20]:
-        table[f"  {name}"] = [f"{share:.1%}" for share in shares[name]]
+    for name in sorted(sets[0][0].per_class, key=lambda name: recognised(name)[2])[:20]:
+        table[f"  {name}"] = [f"{share:.1%}" for share in recognised(name)]
     say_table(table)
 
 
@@ -448,7 +436,7 @@ def say_table(rows: dict[str, Sequence[str]]) -> None:
         print(f"{name:{first}}" + "".join(f"{text:>{width}}" for text in columns))
 
 
-def in_words(values: list[float], digits: int, unit: str = "") -> str:
+def in_words(values: Sequence[float], digits: int, unit: str = "") -> str:
     """Their mean and, if they are several, their standard deviation."""
     mean = f"{np.mean(values):.{digits}f}"
     if len(values) == 1:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from support.checkpoint import save_whole
 from support.devices import progress_bar
-from support.figures import code_colours, weights_of_layers
+from support.figures import attention_weights, code_colours, evenly
 from support.images import to_float
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
@@ -48,7 +47,7 @@ def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
     config = run.model.config
     if not labels:
         labels = evenly(config.classes, GENERATED)
-    rows = held_out_rows(run, labels)
+    wanted = chosen(run, labels)
     ways = ways_to_draw(run)
     layers, heads = attention_shown(config)
     template = TEMPLATE.read_text("utf-8")
@@ -61,13 +60,13 @@ def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
         "layers": [layer + 1 for layer in layers],
         "heads": heads,
         "ways": list(ways),
-        "wanted": len(labels) + len(rows),
+        "wanted": len(wanted),
         "images": [],
     }
     images = page["images"]
     room = MOST_BYTES - len(template.encode()) - len(as_json(page))
-    found = drawn_and_real(run, labels, rows, seed)
-    for name, label, tokens_1L in progress_bar(found, "explore", page["wanted"], unit="image"):
+    for name, label, row in progress_bar(wanted, "explore", unit="image"):
+        tokens_1L = tokens_of(run, label, row, seed + label)
         image = {"name": name, **about(run, label, tokens_1L, ways.values(), seed + label)}
         room -= len(as_json(image)) + 1
         if room < 0 and images:   # at least one
@@ -75,8 +74,8 @@ def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
         images.append(image)
     written = template.replace("{{DATA}}", as_json(page)).encode()
     save_whole(path, lambda file: file.write(written))
-    if len(images) < page["wanted"]:
-        print(f"{len(images)} of {page['wanted']} images: there is no room for more in 4 MB")
+    if len(images) < len(wanted):
+        print(f"{len(images)} of {len(wanted)} images: there is no room for more in 4 MB")
     print(f"wrote {path}, to be opened in a browser")
 
 
@@ -85,30 +84,24 @@ def as_json(value) -> str:
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """0 .. count-1, or so many of them."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+def chosen(run, labels: Sequence[int]) -> list[tuple[str, int, int | None]]:
+    """Name, class and held-out number of images: generated ones, which have none, and after each of
+    the first few a held-out one of its class, so that there are both where room is short."""
+    known = [] if run.held_out is None else run.held_out.tensors[1].tolist()
+    found = []
+    for i, label in enumerate(labels):
+        found.append((run.classes[label], label, None))
+        if i < HELD_OUT and label in known:
+            found.append((f"{run.classes[label]}, held-out", label, known.index(label)))
+    return found
 
 
-def held_out_rows(run, labels: Sequence[int]) -> list[int]:
-    """The first held-out image of each of a few classes."""
-    if run.held_out is None:
-        return []
-    known = run.held_out.tensors[1].tolist()
-    return [known.index(label) for label in labels if label in known][:HELD_OUT]
-
-
-def drawn_and_real(
-    run, labels: Sequence[int], rows: list[int], seed: int
-) -> Iterator[tuple[str, int, Tensor]]:
-    """Name, class and tokens [1, L] of images: generated and held-out ones in turn, so that there
-    are some of both where room is short."""
-    for label, row in zip_longest(labels, rows):
-        yield run.classes[label], label, run.generate([label], seed + label)
-        if row is not None:
-            pixels, label = run.held_out[row]
-            name = f"{run.classes[label]}, held-out"
-            yield name, int(label), run.encode(to_float(pixels[None]))[1]
+def tokens_of(run, label: int, row: int | None, seed: int) -> Tensor:
+    """[1, L], of a held-out image, or of a new one of that class."""
+    if row is None:
+        return run.generate([label], seed)
+    pixels, _ = run.held_out[row]
+    return run.encode(to_float(pixels[None]))[1]
 
 
 def about(run, label: int, tokens_1L: Tensor, ways: Sequence, seed: int) -> dict:
@@ -155,7 +148,7 @@ def chances(run, labels_2: Tensor, inputs: Tensor, tokens_L: Tensor) -> dict:
     likely_LX = plain_LV.topk(min(LISTED, config.vocabulary))
     ranked_LV, codes_LV = guided_LV.sort(descending=True, stable=True)
     codes_LX = codes_LV[:, :LISTED]
-    first, last = ends(sampling.top_p)
+    first, last = np.broadcast_to(sampling.top_p, 2)   # of the first and of the last scale
     top_p_L1 = first + (last - first) * progress_L1
     within_LV = ranked_LV[:, :sampling.top_k or None]
     before_LV = within_LV.cumsum(dim=1) - within_LV
@@ -176,11 +169,6 @@ def chances(run, labels_2: Tensor, inputs: Tensor, tokens_L: Tensor) -> dict:
 
 def shares(p: Tensor) -> list:
     return (10_000 * p).round().int().tolist()
-
-
-def ends(top_p: float | tuple[float, float]) -> tuple[float, float]:
-    """Of the first and of the last scale."""
-    return top_p if isinstance(top_p, tuple) else (top_p, top_p)
 
 
 def replaced(run, tokens_1L: Tensor, instead: list[int], image: np.ndarray) -> str:
@@ -208,7 +196,7 @@ def ways_to_draw(run) -> dict:
     if 0 < own.top_k < run.model.config.vocabulary:
         guided += f", top-k {own.top_k}"
         ways[guided] = replace(own, top_p=1.0)
-    first, last = ends(own.top_p)
+    first, last = np.broadcast_to(own.top_p, 2)
     ways[f"{guided}, top-p {first:g} to {last:g}, as above"] = own
     ways["the same, guidance 8"] = replace(own, cfg=8.0)
     ways["always the likeliest code"] = replace(own, top_k=1)
@@ -233,15 +221,15 @@ def attention(run, labels_1: Tensor, inputs: Tensor) -> str:
     which give the small ones their due.
     """
     layers, heads = attention_shown(run.model.config)
-
-    def keep(weights_HLL: Tensor) -> Tensor:
-        if heads == 1:
-            weights_HLL = weights_HLL.mean(dim=0, keepdim=True)
-        return (weights_HLL / weights_HLL.amax(dim=-1, keepdim=True)).sqrt()
-
     with run.machine.autocast():
-        maps = weights_of_layers(run.model, labels_1, inputs, keep, layers)
-    return as_picture(LEVELS * torch.cat(maps).numpy()[..., None]) if maps else ""
+        maps = attention_weights(run.model, labels_1, inputs, layers)
+    if not maps:
+        return ""
+    if heads == 1:
+        maps = [weights_HLL.mean(dim=0, keepdim=True) for weights_HLL in maps]
+    maps_NLL = torch.cat(maps)
+    maps_NLL = (maps_NLL / maps_NLL.amax(dim=-1, keepdim=True)).sqrt()
+    return as_picture(LEVELS * maps_NLL[..., None].numpy())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -279,8 +267,8 @@ def as_picture(tiles: np.ndarray, most: int | None = None) -> str:
     side = min(tiles.shape[-1], most or tiles.shape[-1])
     tiles = F.interpolate(tiles, size=(side, side), mode="area").round().clamp(0, 255).byte()
     tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, -len(tiles) % COLUMNS))
-    rows = tiles.unflatten(0, (-1, COLUMNS)).permute(0, 3, 1, 4, 2)   # [rows, y, columns, x, ...]
-    pixels = rows.flatten(2, 3).flatten(0, 1).squeeze(-1).numpy()
+    rows = [torch.cat([*row], dim=2) for row in tiles.split(COLUMNS)]
+    pixels = torch.cat(rows, dim=1).permute(1, 2, 0).squeeze(-1).numpy()
     file = io.BytesIO()
     lossless = side <= LOSSLESS or pixels.ndim == 2
     Image.fromarray(pixels).save(file, "WEBP", lossless=lossless, quality=85)

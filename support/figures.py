@@ -4,7 +4,8 @@ Of a run (a sample.Run) and of `given` images (a sample.Given).
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from support.cli import UserError
-from support.evaluation import say_table
 from support.images import Row, in_colour, to_bytes
 
 
@@ -37,10 +37,11 @@ def draw_codes(run, given) -> list[Row]:
     frames_NK = zip(*run.after_each_scale(tokens_NL))
     rows = []
     for name, left_L1, codes_L3, frames_K in zip(given.names, left_NL1, codes_NL3, frames_NK):
-        rows.append(Row(f"{name}: left over (black: nothing)", as_maps(left_L1, scales),
-                        scale_names(scales)))
-        rows.append(Row("its codes, like ones in like colours", as_maps(codes_L3, scales)))
-        rows.append(Row("image so far", frames_K))
+        rows += [
+            Row(f"{name}: left over (black: nothing)", as_maps(left_L1, scales),
+                scale_names(scales)),
+            Row("its codes, like ones in like colours", as_maps(codes_L3, scales)),
+            Row("image so far", frames_K)]
     return rows
 
 
@@ -99,93 +100,72 @@ def draw_attention(run, images: Tensor, label: int, cell: tuple[int, int] | None
     _, tokens_1L = run.encode(images[:1])
     inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.machine.device))
     query = config.spans[-1].start + y * side + x
+    layers = evenly(config.depth, 8)
     with run.machine.autocast():
-        layers = attention_weights(run.model, labels_B, inputs, query)
-    marked = outlined(images, y, x, run.tokenizer.config.downsampling)
+        weights = attention_weights(
+            run.model, labels_B, inputs, layers, slice(query, query + 1))
+    marked = Image.fromarray(in_colour(to_bytes(images[:1])[0]))
+    size = run.tokenizer.config.downsampling
+    corners = (x * size, y * size, x * size + size - 1, y * size + size - 1)
+    ImageDraw.Draw(marked).rectangle(corners, outline="red")
     rows = []
-    names = scale_names(config.scales)
-    table = {"attention to": names}
-    shown = np.linspace(0, config.depth - 1, min(8, config.depth))
-    for layer in shown.round().astype(int):
-        maps = as_maps(layers[layer], config.scales)
-        shares = [f"{weights_ss.sum():.0%}" for weights_ss in maps]
-        table[f"layer {layer + 1}"] = shares
-        captions = [f"cell {y} {x}", *map("{}: {}".format, names, shares)]
-        bright = as_maps(heat(layers[layer].sqrt()), config.scales)
-        rows.append(Row(f"layer {layer + 1}", [marked, *bright], captions))
-    say_table(table)
+    for layer, weights_H1L in zip(layers, weights):
+        weights_L = weights_H1L.mean(dim=(0, 1))
+        captions = [f"cell {y} {x}"]
+        for name, weights_ss in zip(scale_names(config.scales), as_maps(weights_L, config.scales)):
+            captions.append(f"{name}: {weights_ss.sum():.0%}")
+        bright = as_maps(heat(weights_L.sqrt()), config.scales)
+        rows.append(Row(f"layer {layer + 1}", [np.asarray(marked), *bright], captions))
     return rows
 
 
-def attention_weights(
-    model: nn.Module, labels_B: Tensor, inputs: Tensor, query: int
-) -> list[Tensor]:
-    """What one token attends to in each layer: weights [L], averaged over heads, on the CPU."""
-    return weights_of_layers(
-        model, labels_B, inputs, lambda weights_H1L: weights_H1L.mean(dim=0)[0],
-        range(model.config.depth), slice(query, query + 1))
+def evenly(count: int, most: int) -> list[int]:
+    """0 .. count-1, or so many of them."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 @torch.no_grad()
-def weights_of_layers(
-    model: nn.Module, labels_B: Tensor, inputs: Tensor, keep: Callable[[Tensor], Tensor],
-    layers: Sequence[int], queries: slice = slice(None),
+def attention_weights(
+    model: nn.Module, labels_B: Tensor, inputs: Tensor, layers: Sequence[int],
+    queries: slice = slice(None),
 ) -> list[Tensor]:
-    """What is kept of some layers' attention, on the CPU.
+    """What these tokens attend to in some layers: the weights [H, l, L] of each, on the CPU.
 
-    model: a var.VAR. labels_B, inputs: of one image, as in its `forward`. keep: takes the weights
-    of a layer [H, l, L], of these queries; all layers' together may be too much.
+    model: a var.VAR. labels_B, inputs: of one image, as in its `forward`.
     """
     visible_lL = model.ranges.dense()[queries].to(inputs.device)
-    kept = []
+    weights = []
 
     def note(attention: nn.Module, arguments: tuple) -> None:
         q_BHLD, k_BHLD, _, scale = attention.project(arguments[0])
         scores_HlL = scale * (q_BHLD[0, :, queries] @ k_BHLD[0].mT).float()
-        weights_HlL = scores_HlL.masked_fill(~visible_lL, -torch.inf).softmax(dim=-1)
-        kept.append(keep(weights_HlL).cpu())
+        weights.append(scores_HlL.masked_fill(~visible_lL, -torch.inf).softmax(dim=-1).cpu())
 
     hooks = [model.blocks[layer].attention.register_forward_pre_hook(note) for layer in layers]
     model(labels_B, inputs)
     for hook in hooks:
         hook.remove()
-    return kept
+    return weights
 
 
-def outlined(images: Tensor, y: int, x: int, size: int) -> np.ndarray:
-    """The first image as bytes [side, side, 3], with a frame around the cell (y, x)."""
-    image = Image.fromarray(in_colour(to_bytes(images[:1])[0]))
-    left = x * size
-    top = y * size
-    corners = (left, top, left + size - 1, top + size - 1)
-    ImageDraw.Draw(image).rectangle(corners, outline="red")
-    return np.asarray(image)
-
-
-CURVES = [   # a list for each row of panels: title, scale of the axis, stage; split, name, legend
-    [
-        ("tokenizer: errors in training", "log", "tokenizer", [
-            ("train", "mse", "squared error"), ("train", "codebook", "codebook loss"),
-            ("train", "perceptual", "perceptual distance")]),
-        ("tokenizer: PSNR of held-out images, dB", "linear", "tokenizer", [
-            ("held_out", "psnr", "from all scales")]),
-        ("tokenizer: PSNR after each scale, dB", "linear", "tokenizer", [
-            ("health", "psnr_per_scale", "trained, held-out images")]),
-    ],
-    [
-        ("transformer: loss, nats a token", "linear", "var", [
-            ("train", "loss", "training images"), ("held_out", "loss", "held-out images")]),
-        ("transformer: held-out loss of each scale", "linear", "var", [
-            ("held_out", "loss_per_scale", "")]),
-        ("transformer: held-out tokens right, of each scale", "linear", "var", [
-            ("held_out", "accuracy_per_scale", "")]),
-    ],
-    [
-        ("discriminator", "linear", "tokenizer", [
-            ("train", "discriminator", "its loss"),
-            ("train", "discriminator_right", "share of patches right")]),
-        ("weight of the adversarial loss", "log", "tokenizer", [("train", "balance", "weight")]),
-    ],
+CURVES = [   # of each panel the title, the axis, the stage; and of each curve split, name, legend
+    ("tokenizer: errors in training", "log", "tokenizer", [
+        ("train", "mse", "squared error"), ("train", "codebook", "codebook loss"),
+        ("train", "perceptual", "perceptual distance")]),
+    ("tokenizer: PSNR of held-out images, dB", "linear", "tokenizer", [
+        ("held_out", "psnr", "from all scales")]),
+    ("tokenizer: PSNR after each scale, dB", "linear", "tokenizer", [
+        ("health", "psnr_per_scale", "trained, held-out images")]),
+    ("transformer: loss, nats a token", "linear", "var", [
+        ("train", "loss", "training images"), ("held_out", "loss", "held-out images")]),
+    ("transformer: held-out loss of each scale", "linear", "var", [
+        ("held_out", "loss_per_scale", None)]),
+    ("transformer: held-out tokens right, of each scale", "linear", "var", [
+        ("held_out", "accuracy_per_scale", None)]),
+    ("discriminator", "linear", "tokenizer", [
+        ("train", "discriminator", "its loss"),
+        ("train", "discriminator_right", "share of patches right")]),
+    ("weight of the adversarial loss", "log", "tokenizer", [("train", "balance", "weight")]),
 ]
 
 
@@ -193,35 +173,28 @@ def draw_curves(log: list[dict], scales: tuple[int, ...]):
     """A matplotlib figure of what a training has logged so far, against the step."""
     from matplotlib.figure import Figure   # importing it takes as long as many a command
 
-    def lines_of(stage: str, split: str, name: str) -> list[dict]:
-        return [line for line in log
-                if (line["stage"], line["split"]) == (stage, split) and name in line]
+    panels = []
+    for title, yscale, stage, curves in CURVES:
+        logged = []
+        for split, name, label in curves:
+            lines = [line for line in log
+                     if (line["stage"], line["split"]) == (stage, split) and name in line]
+            if lines:
+                x = [line["step"] for line in lines]
+                logged.append((split, x, [line[name] for line in lines], label))
+        if logged:
+            panels.append((title, yscale, logged))
 
-    rows = [[(title, yscale, stage, curves) for title, yscale, stage, curves in row
-             if any(lines_of(stage, split, name) for split, name, _ in curves)] for row in CURVES]
-    rows = [row for row in rows if row]
-    columns = max(map(len, rows))
-    figure = Figure(figsize=(5 * columns, 3.5 * len(rows)))
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for row, row_of_axes in zip(rows, axes):
-        for (title, yscale, stage, curves), axis in zip(row, row_of_axes):
-            axis.set_axis_on()
-            axis.set(title=title, xlabel="step")
-            for split, name, label in curves:
-                lines = lines_of(stage, split, name)
-                steps = [line["step"] for line in lines]
-                values = [line[name] for line in lines]
-                if split == "health":
-                    steps, values = range(len(scales)), values[-1]
-                    axis.set(xlabel="scale", xticks=steps, xticklabels=scale_names(scales))
-                if lines:
-                    axis.plot(steps, values, label=label or scale_names(scales),
-                              marker=None if split == "train" else ".")
-            axis.set_yscale(yscale, **{"nonpositive": "mask"} if yscale == "log" else {})
-            axis.legend(fontsize="small", ncols=2)
-    # Room for the words around the panels, in inches: to find it out would draw everything twice.
-    wide, high = figure.get_size_inches()
-    figure.subplots_adjust(0.6 / wide, 0.6 / high, 1 - 0.2 / wide, 1 - 0.4 / high, 0.16, 0.36)
+    high = math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(15, 3.5 * high), layout="constrained")
+    for i, (title, yscale, logged) in enumerate(panels):
+        axis = figure.add_subplot(high, 3, i + 1, title=title, xlabel="step", yscale=yscale)
+        for split, x, y, label in logged:
+            if split == "health":   # which is measured once
+                axis.plot(scale_names(scales), y[-1], ".-", label=label)
+                axis.set_xlabel("scale")
+            else:
+                axis.plot(x, y, "-" if split == "train" else ".-",
+                          label=label or scale_names(scales))
+        axis.legend(fontsize="small", ncols=2)
     return figure

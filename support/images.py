@@ -4,11 +4,10 @@ from __future__ import annotations
 import functools
 import io
 import math
-import os
 import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,12 +20,11 @@ from support.checkpoint import save_whole
 from support.cli import UserError, in_short
 from support.devices import progress_bar, say
 
-LONGEST_GIF = 2**16 - 1   # pixels a side
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}   # known to Pillow, but not read by it
-SYSTEM_NAMES = {
+SYSTEM_NAMES = {   # of folders, which may hold images
     "__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "#snapshot", "~snapshot", "lost+found",
-    "$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db",
-    "desktop.ini", "icon\r", "network trash folder", "temporary items",
+    "$recycle.bin", "recycler", "system volume information", "network trash folder",
+    "temporary items",
 }
 
 
@@ -62,34 +60,29 @@ class Walk:
 
     def look(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """The sub-folders of a folder and the images in it, both by name."""
-        folders = []
-        images = []
-        entries = sorted(os.scandir(folder), key=lambda entry: composed(entry.name))
-        for entry in entries:
-            path = Path(entry.path)
-            ending = path.suffix.lower()
-            linked = entry.is_symlink()   # only for links there is a need to ask the disk
-            if is_system_name(path.name):
-                self.passed_over["hidden or the system's"] += 1
-            elif path.is_dir() if linked else entry.is_dir():
-                if self.meet(path.resolve(), linked):
-                    folders.append(path)
-                else:
-                    self.passed_over["links to folders that are there already"] += 1
-            elif ending not in image_endings():
-                self.passed_over[ending or "without an ending"] += 1
-            elif path.is_file() if linked else entry.is_file():
-                images.append(path)
+        found = {"folder": [], "image": []}
+        for path in sorted(folder.iterdir(), key=lambda path: composed(path.name)):
+            kind = self.kind(path)
+            if kind in found:
+                found[kind].append(path)
             else:
-                self.passed_over["links to nowhere, pipes"] += 1
-        return folders, images
+                self.passed_over[kind] += 1
+        return found["folder"], found["image"]
 
-    def meet(self, real: Path, linked: bool) -> bool:
-        """Whether a real folder is new; one inside of the root will be met, or was, by itself."""
-        if real in self.met or linked and real.is_relative_to(self.root):
-            return False
-        self.met.add(real)
-        return True
+    def kind(self, path: Path) -> str:
+        """A folder, an image, or what else it is, for which it is passed over."""
+        ending = path.suffix.lower()
+        if is_system_name(path.name):
+            return "hidden or the system's"
+        if path.is_dir():
+            real = path.resolve()
+            if real in self.met or path.is_symlink() and real.is_relative_to(self.root):
+                return "links to folders that are there already"
+            self.met.add(real)
+            return "folder"
+        if ending not in image_endings():
+            return ending or "without an ending"
+        return "image" if path.is_file() else "links to nowhere, pipes"
 
     def images_below(self, folder: Path) -> list[Path]:
         """The images in a folder, then those in its sub-folders."""
@@ -150,20 +143,25 @@ def decode_image(
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB" if channels == 3 else "L")
             pixels = np.array(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
-    except UnidentifiedImageError:
-        raise UserError(f"{path} cannot be read as an image: Pillow knows no such format")
     except Exception as error:   # damaged files make Pillow raise nearly anything
-        raise UserError(f"{path} cannot be read as an image: {in_short(error)}")
+        unknown = isinstance(error, UnidentifiedImageError)   # whose text has no name of a file
+        told = "Pillow knows no such format" if unknown else in_short(error)
+        raise UserError(f"{path} cannot be read as an image: {told}")
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
 
 def transparency_in_eight_bits(image: Image.Image) -> None:
     """A PNG names its transparent colour in the bits of the file; Pillow compares it in eight."""
     if image.format == "PNG" and "transparency" in image.info:
-        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(image.tile[0].args)
-        if scale:
-            colour = np.int64(np.multiply(image.info["transparency"], scale)).tolist()
-            image.info["transparency"] = tuple(colour) if isinstance(colour, list) else colour
+        colour = image.info["transparency"]
+        match image.tile[0].args:
+            case "L;2":
+                colour *= 85
+            case "L;4":
+                colour *= 17
+            case "RGB;16B":
+                colour = tuple(value >> 8 for value in colour)
+        image.info["transparency"] = colour
 
 
 def in_eight_bits(image: Image.Image, white: int | None) -> Image.Image:
@@ -183,13 +181,9 @@ def read_mask(path: Path, side: int) -> np.ndarray:
     """
     painted_HW = read_image(path, side, 3).max(axis=0) >= 128
     with Image.open(path) as image:
-        if image.has_transparency_data:
-            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
-            alpha = ImageOps.fit(alpha, (side, side), Image.Resampling.LANCZOS)
-            opaque_HW = np.asarray(alpha) >= 128
-            if not opaque_HW.all():
-                return opaque_HW
-    return painted_HW
+        alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    opaque_HW = np.asarray(ImageOps.fit(alpha, (side, side), Image.Resampling.LANCZOS)) >= 128
+    return painted_HW if opaque_HW.all() else opaque_HW
 
 
 def read_images(
@@ -199,13 +193,12 @@ def read_images(
 
     Files of a folder that cannot be read are named and left out. Raises UserError if none is left.
     """
-    folder = source.is_dir()
     found = []
-    for path in image_paths(source) if folder else [source]:
+    for path in image_paths(source) if source.is_dir() else [source]:
         try:
             pixels = read_image(path, side, channels, white)
         except UserError as error:
-            if not folder:
+            if path == source:
                 raise
             print(f"left out: {error}")
         else:
@@ -232,39 +225,24 @@ def at_a_time(side: int) -> int:
     return max(1, 2**19 // side**2)
 
 
-def batches(count: int, size: int, what: str | None = None) -> Iterator[slice]:
+def batches(count: int, size: int, what: str | None = None) -> Iterable[slice]:
     """Rows 0 .. count-1, `size` at a time; behind a progress bar if what is done has a name."""
     some = [slice(begin, begin + size) for begin in range(0, count, size)]
-    yield from progress_bar(some, desc=what, unit="batch") if what and len(some) > 1 else some
+    return progress_bar(some, desc=what, unit="batch") if what and len(some) > 1 else some
 
 
 class Row(NamedTuple):
     """A row of a picture: images, bytes [side, side, 1 or 3], and what is written beside and above
-    them."""
+    them. (Captions that are those of the row above are not written again.)"""
     label: str
     images: Sequence[np.ndarray | Tensor]
     captions: Sequence[str] = ()
 
 
-def headed(
-    captions: Sequence[str], labels: Iterable[str], rows: Iterable[Sequence[np.ndarray | Tensor]]
-) -> list[Row]:
-    """Rows of which the first has the captions of all."""
-    first, *rest = map(Row, labels, rows)
-    return [first._replace(captions=captions), *rest]
-
-
-def save_picture(
-    path: Path, picture, cell: int | None = None, note: str = "", told: bool = False
-) -> None:
-    """Rows, of which `grid` makes an image, a Pillow image, or a matplotlib figure: as PNG."""
-    save = save_told if told else save_whole
-    if isinstance(picture, list):
-        picture = grid(picture, cell, note)
-    if isinstance(picture, Image.Image):
-        save(path, lambda file: picture.save(file, "PNG"))
-    else:
-        save(path, lambda file: picture.savefig(file, format="png", dpi=90))
+def save_picture(path: Path, picture, save: Callable = save_whole) -> None:
+    """A Pillow image, or a matplotlib figure, as PNG. save: or `save_told`."""
+    write = picture.save if isinstance(picture, Image.Image) else picture.savefig
+    save(path, lambda file: write(file, format="png"))
 
 
 def save_film(path: Path, rows: list[Row], per_class: int, cell: int | None = None) -> None:
@@ -273,15 +251,13 @@ def save_film(path: Path, rows: list[Row], per_class: int, cell: int | None = No
 
     Raises UserError where a GIF cannot be as large.
     """
-    frames = []
-    for k, caption in enumerate(rows[0].captions):
-        frame = [Row(rows[some.start].label, [row.images[k] for row in rows[some]])
-                 for some in batches(len(rows), per_class)]
-        frames.append(grid(frame, cell, caption))
-    first, *rest = frames
-    if max(first.size) > LONGEST_GIF:
+    labels = [row.label for row in rows[::per_class]]
+    columns = zip(*(row.images for row in rows))
+    first, *rest = [grid(rows_of_classes(labels, np.stack(column)), cell, caption)
+                    for caption, column in zip(rows[0].captions, columns)]
+    if max(first.size) >= 2**16:
         raise UserError(f"{path} would be a film of {first.width} x {first.height} pixels, and a "
-                        f"GIF has at most {LONGEST_GIF} a side; draw fewer images, or smaller ones")
+                        f"GIF has at most 65535 a side; draw fewer images, or smaller ones")
     times = [400] * len(rest) + [2000]   # milliseconds
     save_told(path, lambda file: first.save(
         file, "GIF", save_all=True, append_images=rest, duration=times, loop=0))
@@ -305,51 +281,47 @@ def save_npz(path: Path, images: np.ndarray) -> None:
               f"{len(images)} images to ")
 
 
-LETTERS = 13   # their size; a line is four pixels higher, a letter three fifths as wide
-GAP = 4        # between images: a frame around each, and white
+GAP = 4        # pixels between images: a frame around each, and white
+LETTERS = 13   # the size of letters
+LINE = 17      # the height of a line of them
 
 
-def grid(rows: Iterable[Row], cell: int | None = None, note: str = "") -> Image.Image:
+def grid(rows: list[Row], cell: int | None = None, note: str = "") -> Image.Image:
     """An image of rows of images: each in a thin frame, small ones enlarged.
 
     cell: the side of each in pixels; if None, such that a screen holds the picture. note: what is
     written above all.
     """
-    rows = [Row(*row) for row in rows]
     columns = max(len(row.images) for row in rows)
     largest = max(len(pixels) for row in rows for pixels in row.images)
     cell = cell or cell_size(largest, max(columns, len(rows)))
     step = cell + GAP
-    line = LETTERS + 4
-    letters = cell // (LETTERS * 3 // 5)   # in the width of an image
-    labels = [wrapped(row.label, 24, cell // line) for row in rows]
-    captions = [[wrapped(caption, letters, 2) for caption in row.captions] for row in rows]
-    above = [line * max([text.count("\n") + 1 for text in texts], default=0) for texts in captions]
-
     font = ImageFont.truetype(label_font(), LETTERS)
-    widths = [font.getlength(text) for label in labels for text in label.split("\n")]
-    margin = 8 + math.ceil(max(widths))
-    top = line + 4 if note else 0
+    labels = [wrapped(row.label, 24, cell // LINE) for row in rows]
+    lines = "\n".join(labels).split("\n")
+    margin = 8 + math.ceil(max(map(font.getlength, lines)))
     width = max(margin + columns * step, 8 + math.ceil(font.getlength(note)))
-    canvas = Image.new("RGB", (width, top + sum(above) + len(rows) * step), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((4, 4), note, fill="black", font=font)
-    y = top
-    for row, label, texts, height in zip(rows, labels, captions, above):
-        for c, text in enumerate(texts):
-            draw.multiline_text((margin + c * step + step // 2, y + height), text, fill="black",
-                                font=font, anchor="md", align="center")
-        y += height
-        draw.multiline_text((4, y + step // 2), label, fill="black", font=font, anchor="lm")
-        for c, pixels in enumerate(row.images):
+
+    strips = [Image.new("RGB", (width, LINE + 4 if note else 0), "white")]
+    ImageDraw.Draw(strips[0]).text((4, 4), note, "black", font)
+    written = ()
+    for row, label in zip(rows, labels):
+        captions = row.captions if row.captions != written else ()
+        captions = [wrapped(text, cell // (LETTERS * 3 // 5), 2) for text in captions]
+        written = row.captions
+        above = LINE * max((text.count("\n") + 1 for text in captions), default=0)
+        strip = Image.new("RGB", (width, above + step), "white")
+        draw = ImageDraw.Draw(strip)
+        draw.text((4, above + step // 2), label, "black", font, "lm")
+        for i, text in enumerate(captions):
+            draw.text((margin + i * step + step // 2, above), text, "black", font, "md",
+                      align="center")
+        for i, pixels in enumerate(row.images):
             image = Image.fromarray(in_colour(np.asarray(pixels)))
-            way = Image.Resampling.NEAREST if cell >= image.width else Image.Resampling.BOX
-            left = margin + c * step + GAP // 2
-            corner = (left, y + GAP // 2)
-            canvas.paste(image.resize((cell, cell), way), corner)
-            draw.rectangle((left - 1, corner[1] - 1, left + cell, corner[1] + cell), outline="grey")
-        y += step
-    return canvas
+            image = image.resize((cell, cell), Image.Resampling.BOX)   # enlarged, pixels stay sharp
+            strip.paste(ImageOps.expand(image, 1, "grey"), (margin + i * step + 1, above + 1))
+        strips.append(strip)
+    return Image.fromarray(np.concatenate(strips))
 
 
 def cell_size(side: int, count: int) -> int:
@@ -359,12 +331,9 @@ def cell_size(side: int, count: int) -> int:
 
 
 def wrapped(text: str, letters: int, lines: int) -> str:
-    """In lines of at most so many letters; what is more than so many lines ends in three dots."""
-    parts = text.split("\n")
-    found = [line for part in parts for line in textwrap.wrap(part, max(1, letters))]
-    if len(found) > max(1, lines):
-        found = [*found[:max(1, lines) - 1], found[max(1, lines) - 1][:letters - 1] + "…"]
-    return "\n".join(found)
+    """Each line of it in at most so many lines of so many letters; what is more is cut off."""
+    return "\n".join(line for part in text.split("\n")
+                     for line in textwrap.wrap(part, letters or 1)[:lines or 1])
 
 
 def label_font() -> Path:
@@ -394,8 +363,7 @@ def rows_of_classes(names: list[str], images: np.ndarray) -> list[Row]:
 def rows_of_pairs(originals: Tensor, results: Tensor, captions: Sequence[str] = ()) -> list[Row]:
     """Originals above what became of them, eight in a row. captions: of each pair, if any."""
     rows = []
-    for begin in range(0, len(originals), 8):
-        some = slice(begin, begin + 8)
+    for some in batches(len(originals), 8):
         rows.append(Row("original", to_bytes(originals[some]), captions[some]))
         rows.append(Row("reconstruction", to_bytes(results[some])))
     return rows

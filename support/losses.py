@@ -109,15 +109,9 @@ def perceptual_distance(maps_x: list[Tensor], maps_y: list[Tensor]) -> Tensor:
     """
     total = 0.0
     for x_BCHW, y_BCHW in zip(maps_x, maps_y):
-        difference_BCHW = unit(x_BCHW) - unit(y_BCHW)                       # [B, C, H, W]
-        total = total + difference_BCHW.square().sum(dim=1).mean()
+        x_BCHW, y_BCHW = (F.normalize(z.float(), dim=1, eps=1e-3) for z in (x_BCHW, y_BCHW))
+        total = total + (x_BCHW - y_BCHW).square().sum(dim=1).mean()
     return total
-
-
-def unit(x_BCHW: Tensor) -> Tensor:
-    """Makes the channels at every place a vector of length 1; of next to nothing, nothing."""
-    x_BCHW = x_BCHW.float()
-    return x_BCHW * (x_BCHW.square().sum(dim=1, keepdim=True) + 1e-6).rsqrt()
 
 
 class Discriminator(nn.Module):
@@ -129,15 +123,16 @@ class Discriminator(nn.Module):
 
     def __init__(self, image_channels: int, width: int):
         super().__init__()
-        widths = (image_channels, width, 2 * width, 4 * width)
-        layers = []
-        for i, (width_in, width_out) in enumerate(zip(widths, widths[1:])):
-            layers.append(nn.Conv2d(width_in, width_out, 4, stride=2, padding=1))
-            if i > 0:
-                layers.append(nn.GroupNorm(1, width_out))   # no image sees another
-            layers.append(nn.LeakyReLU(0.2))
-        self.layers = nn.Sequential(*layers)
-        self.conv_out = nn.Conv2d(widths[-1], 1, 3, padding=1)
+        self.layers = nn.Sequential(
+            nn.Conv2d(image_channels, width, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, 2, 1),
+            nn.GroupNorm(1, 2 * width),   # no image sees another
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 4 * width, 4, 2, 1),
+            nn.GroupNorm(1, 4 * width),
+            nn.LeakyReLU(0.2))
+        self.conv_out = nn.Conv2d(4 * width, 1, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.layers(images)             # [B, 4 width, side / 8, side / 8]

@@ -22,11 +22,9 @@ def adamw_and_muon(model: nn.Module, layers: nn.Module, lr: float, weight_decay:
     """
     decayed = multiplying_weights(model)
     for_muon = multiplying_weights(layers) if muon else []
-    not_for_adamw = set(for_muon)
-    not_decayed = [p for p in model.parameters() if p not in set(decayed)]
     groups = [
-        {"params": [p for p in decayed if p not in not_for_adamw], "weight_decay": weight_decay},
-        {"params": not_decayed, "weight_decay": 0.0},
+        {"params": [p for p in decayed if p not in set(for_muon)], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p not in set(decayed)], "weight_decay": 0.0},
     ]
     optimizers: list[Optimizer] = [AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
     if muon:
@@ -116,12 +114,10 @@ def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """ema = decay ema + (1 - decay) model, buffers among it; whole numbers are copied."""
-    averages = []
-    values = []
-    for average, value in zip(ema.state_dict().values(), model.state_dict().values()):
-        if average.is_floating_point():
-            averages.append(average)
-            values.append(value)
-        else:
-            average.copy_(value)
-    torch._foreach_lerp_(averages, values, 1 - decay)   # one launch on a GPU, not one a tensor
+    averages = ema.state_dict()
+    values = model.state_dict()
+    real = [name for name in averages if averages[name].is_floating_point()]
+    torch._foreach_lerp_(   # one launch on a GPU, not one a tensor
+        [averages[name] for name in real], [values[name] for name in real], 1 - decay)
+    for name in averages.keys() - real:
+        averages[name].copy_(values[name])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from support.checkpoint import download
+from support.cli import in_short
 
 # The files that the authors' README links to, as they are since May 2024. The SHA-256 are those of
 # Hugging Face's LFS pointers; the pages with those of d24 and d30 were not to be had, and they are
@@ -169,9 +170,8 @@ def unwrapped(content: dict, what: str, landmark: str) -> dict[str, Tensor]:
                 own = [name for name in state if name.startswith(prefix)]
                 return {name.removeprefix(prefix): state[name] for name in own}
         found += state.values()
-    holds = type(content).__name__
-    if isinstance(content, dict):
-        holds = ", ".join(map(str, list(content)[:4])) + (", ..." if len(content) > 4 else "")
+    names = content if isinstance(content, dict) else [type(content).__name__]
+    holds = in_short(", ".join(map(str, names)), 60)
     raise ValueError(f"not a published VAR {what}: it has no {landmark} but holds {holds or '{}'}")
 
 

@@ -432,7 +432,7 @@ LIST = [
                 import sample
                 import var
                 from support.devices import choose_machine
-                from support.images import rows_of_classes, save_picture, to_bytes
+                from support.images import grid, rows_of_classes, save_picture, to_bytes
 
                 kernel = var.sample_tokens
                 labels = [label for label in range(10) for _ in range(16)]
@@ -454,7 +454,7 @@ LIST = [
                                   for images in [run.decode(tokens_NL[:, :span.stop])
                                                  .flatten(1).split(16)]))
                         images = run.decode(tokens_NL)
-                        picture = rows_of_classes(run.classes, to_bytes(images))
+                        picture = grid(rows_of_classes(run.classes, to_bytes(images)))
                         save_picture(Path(f"{name}-{cfg:.0f}.png"), picture)
 
             A good answer compares variety within a class after the first scales and after all, and

@@ -484,7 +484,7 @@ def test_a_folder_without_classes_is_refused(tmp_path):
 
 
 STRAY = ("._000.png", "__MACOSX/a/000.png", ".ipynb_checkpoints/000.png", "@eaDir/000.png",
-         ".Trashes/000.png", "lost+found/000.png", "$RECYCLE.BIN/000.png", "Thumbs.db")
+         ".Trashes/000.png", "lost+found/000.png", "$RECYCLE.BIN/000.png")
 
 
 @pytest.mark.parametrize("below", ["", "a", "a/deeper"])

@@ -282,6 +282,9 @@ def test_the_table(opened, evaluated, capsys):
     expected += [np.mean([quality.per_class["star"] for quality in qualities])
                  for qualities in (found.generated, found.unfiltered)]
     assert star.split()[1:] == [f"{share:.1%}" for share in expected]
+    heads = next(i for i, line in enumerate(lines) if line.startswith("recognised"))
+    shares = [float(line.split()[3].strip("%")) for line in lines[heads + 1:heads + 11]]
+    assert shares == sorted(shares) and shares[0] < shares[-1]   # of generated ones, the least first
     assert "standard deviation over the seeds 3 4" in said
     assert "is not FID" in said and "export 50000" in said
     assert f"note: {COUNT} images are few" in said

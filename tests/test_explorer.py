@@ -24,7 +24,7 @@ from kernels import sample_tokens
 from sample import DEFAULTS, Run, load_run
 from support import explorer
 from support.devices import choose_machine
-from support.figures import attention_weights, code_colours
+from support.figures import attention_weights, code_colours, evenly
 from support.images import to_float
 
 NAMES = ["star", "heart"]
@@ -199,7 +199,8 @@ def test_attention_is_the_model_s(run, page, facts):
         scores = torch.einsum("hd,hld->hl", q_HLD[0, :, i], k_HLD[0, :, :last]) * scale
         np.testing.assert_allclose(maps_HLL[:, i, :last], scores.softmax(-1).detach(), atol=0.02)
         assert not maps_HLL[:, i, last:].any()
-        mean_L = attention_weights(run.model, torch.tensor([fact.label]), fact.inputs, i)[0]
+        mean_L = attention_weights(
+            run.model, torch.tensor([fact.label]), fact.inputs, [0], slice(i, i + 1))[0].mean(dim=(0, 1))
         np.testing.assert_allclose(maps_HLL[:, i].mean(0), mean_L, atol=0.01)
 
 
@@ -240,7 +241,7 @@ def test_attention_of_many_tokens_is_that_of_fewer_layers_and_their_mean():
     assert shown(103, 6, 4) == ([0, 1, 2, 3, 4, 5], 4)
     assert shown(680, 16, 16) == ([0, 8, 15], 1)
     assert shown(2240, 36, 36) == ([], 1)
-    assert explorer.evenly(1000, 3) == [0, 500, 999] and explorer.evenly(2, 20) == [0, 1]
+    assert evenly(1000, 3) == [0, 500, 999] and evenly(2, 20) == [0, 1]
 
 
 def test_names_cannot_end_the_script():
@@ -351,7 +352,8 @@ def test_numbers_on_the_page_are_the_model_s(opened, page, facts, run):
         assert f"the filters leave {kept} for" in tab.inner_text("#guidance-text")
         assert f"{held / 100:.1f} %" in tab.inner_text("#guidance-text")
 
-        weights_L = attention_weights(run.model, torch.tensor([fact.label]), fact.inputs, i)[0]
+        weights_L = attention_weights(
+            run.model, torch.tensor([fact.label]), fact.inputs, [0], slice(i, i + 1))[0].mean(dim=(0, 1))
         shares = [weights_L[a:a + s * s].sum().item() for a, s in zip(STARTS, SCALES)][:k + 1]
         maps = [re.fullmatch(r"(\d) × \1: (\d+) %", text) for text in tab.locator("#maps figcaption").all_inner_texts()]
         assert [int(found[1]) for found in maps] == list(SCALES[:k + 1])

@@ -473,7 +473,7 @@ def test_the_page_on_scaling(run, folder):
     error = power_law.law_of(*np.transpose(found)[[0, 3]])
     for claim, figure in zip(scaling.CLAIMS, (loss[1], abs(loss[2]), error[1])):
         assert f"claim: {claim.text}\n    measured {figure:.4f}: no verdict" in said
-    assert Image.open(folder / "papers" / "scaling.png").size == (810, 630)
+    assert Image.open(folder / "papers" / "scaling.png").size == (900, 700)
     for wrong in ("1,2,3", "1,2,2,3", "4,3,2,1"):
         assert f"--depths {wrong} must" in refused(
             "papers.scaling", "--run", folder, *SHORT, "--depths", wrong)

@@ -256,7 +256,7 @@ def test_wrapped_and_prefixed_files_are_opened(case, wrap):
 
 
 @pytest.mark.parametrize("content, holds", [
-    ({"weight": 0, "bias": 1, "a": 2, "b": 3, "c": 4}, "but holds weight, bias, a, b, ..."),
+    ({"weight": 0, "bias": 1, "a": 2, "b": 3, "c": 4}, "but holds weight, bias, a, b, c$"),
     ({"model": {"pos_1LCD": 0, "xpos_1LC": 0}}, "but holds model$"), ({}, "but holds {}"), ([1, 2], "but holds list")])
 def test_other_files_are_refused_by_what_they_hold(content, holds):
     with pytest.raises(ValueError, match="not a published VAR transformer: it has no pos_1LC " + holds):

@@ -22,7 +22,7 @@ from support import evaluation, holes
 from support.commands import COMMANDS, GENERATING, HOLES, parse
 from support.data import load_data
 from support.devices import Machine, PackedLinear, choose_machine, pack
-from support.figures import attention_weights
+from support.figures import attention_weights, draw_attention
 from support.holes import known_pixels
 from support.images import (
     Row, batches, cell_size, grid, legible, save_film, save_npz, to_bytes, wrapped,
@@ -250,18 +250,21 @@ def test_pictures_that_explain(judged, tmp_path):
     for map_read, s in zip(read, (1, 2, 4)):
         assert len(np.unique(map_read.reshape(-1, 3), axis=0)) <= s * s
     assert np.array_equal(predicted, codes[1])
-    attention, said = draw(judged, tmp_path / "attention.png", "attention data:3 --cell 0 3")
+    attention, _ = draw(judged, tmp_path / "attention.png", "attention data:3 --cell 0 3")
     assert len(np.unique(attention.reshape(-1, 3), axis=0)) > 20
     attention = cells(attention, 4)
     red = (attention[0, 0] == (255, 0, 0)).all(axis=-1)   # around the cell
     rows, places = red.nonzero()
     assert (rows.min(), rows.max()) == (0, CELL // 4 - 1)
     assert (places.min(), places.max()) == (CELL * 3 // 4, CELL - 1)
-    shares = [line.split()[2:] for line in said.splitlines() if line.startswith("layer")]
-    assert len(shares) == len(attention)
-    for row in shares:
-        assert len(row) == 3 and sum(float(share.strip("%")) for share in row) == pytest.approx(
-            100, abs=2)
+
+
+def test_the_shares_of_all_scales_stand_above_a_row(run, given):
+    (row,) = draw_attention(run, given.images, 3, (0, 3))
+    where, *shares = row.captions
+    assert where == "cell 0 3" and [share.split(":")[0] for share in shares] == ["1x1", "2x2", "4x4"]
+    whole = sum(float(share.split()[1].strip("%")) for share in shares)
+    assert whole == pytest.approx(100, abs=2)
 
 
 def test_images_forming(judged, tmp_path):
@@ -285,8 +288,11 @@ def test_images_forming(judged, tmp_path):
 
 
 def test_a_picture_is_there_before_its_film(judged, tmp_path, monkeypatch):
-    monkeypatch.setattr("support.images.LONGEST_GIF", 100)
-    assert "would be a film of" in refused(
+    def full(*arguments):
+        raise sample.UserError("as if a film were too large")
+
+    monkeypatch.setattr(sample, "save_film", full)
+    assert "too large" in refused(
         "sample.py", "progress", "--run", judged, "--per-class", 1, "--classes", "star", "heart",
         "--out", tmp_path / "a.png", "--gif", tmp_path / "a.gif")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
@@ -295,7 +301,7 @@ def test_a_picture_is_there_before_its_film(judged, tmp_path, monkeypatch):
 def test_a_grid_says_what_it_shows():
     """Captions, labels and a note are drawn, and leave the images where they are."""
     black, white = (np.full((8, 8, 1), shade, np.uint8) for shade in (0, 255))
-    rows = [Row("one", [black, white], ["first", "second"]), Row("two", [black], [])]
+    rows = [Row("one", [black, white], ["first", "second"]), Row("two", [black])]
     bare = [row._replace(captions=[]) for row in rows]
     picture = np.asarray(grid(rows, CELL))
     without = np.asarray(grid(bare, CELL))
@@ -311,6 +317,7 @@ def test_a_grid_says_what_it_shows():
     assert (seen[2:-2, 2:-2] == 255).all() and (seen[1, 1:-1] == 128).all()
     assert (seen[-2, 1:-1] == 128).all() and (seen[1:-1, [1, -2]] == 128).all()
     assert (seen[0] == 255).all() and (seen[-1] == 255).all()
+    assert np.array_equal(grid([rows[0], rows[1]._replace(captions=rows[0].captions)], CELL), picture)
     long = np.asarray(grid([Row("word " * 40, [black])], CELL))
     assert len(long) == CELL + GAP and 150 < long.shape[1] - CELL - GAP < 250
     assert grid([Row("", [black])], 4).size == (8 + 4 + GAP, 4 + GAP)   # made smaller
@@ -329,18 +336,18 @@ def test_labels_are_wrapped():
     assert wrapped("star 4: left over", 24, 5) == "star 4: left over"
     assert wrapped("a_photograph_of_a_cat_on_a_mat", 12, 5) == "a_photograph\n_of_a_cat_on\n_a_mat"
     assert wrapped("star 4\n29.3 dB", 13, 2) == "star 4\n29.3 dB"
-    assert wrapped("one two three four", 5, 2) == "one\ntwo…"
-    assert wrapped("three four", 5, 0) == "thre…"
+    assert wrapped("one two three four", 5, 2) == "one\ntwo"
+    assert wrapped("three four", 5, 0) == "three" and wrapped("three", 0, 1) == "t"
     assert wrapped("", 5, 1) == ""
 
 
 def test_captions(judged, run, given):
     rows = sample.draw_progress(run, ["star", "heart"], 2, 0)
     assert [row.label for row in rows] == ["star", "star", "heart", "heart"]
-    assert [list(row.captions) for row in rows] == [["1x1", "2x2", "4x4"], [], [], []]
+    assert [list(row.captions) for row in rows] == [["1x1", "2x2", "4x4"]] * 4
     two = sample.Given(given.images[:2], ["one", "two"], [0, 1])
     rows = sample.complete(run, two, known_pixels((0, 0, 0.5, 1), 16), 10, [3, 5])
-    assert [list(row.captions) for row in rows] == [["original", "known", "seed 3", "seed 5"], []]
+    assert [list(row.captions) for row in rows] == [["original", "known", "seed 3", "seed 5"]] * 2
     rows = sample.reconstruct(run, two)
     assert [caption.split("\n")[0] for caption in rows[0].captions] == ["one", "two"]
     assert [row.label for row in rows] == ["original", "reconstruction"]
@@ -396,9 +403,9 @@ def test_an_unfinished_training_is_drawn_with_its_step(judged, tmp_path):
 def test_the_attention_drawn_is_that_of_the_cell(judged, tmp_path, monkeypatch):
     asked = []
 
-    def noted(model, labels_B, inputs, query):
-        asked.append((labels_B.tolist(), query))
-        return attention_weights(model, labels_B, inputs, query)
+    def noted(model, labels_B, inputs, layers, queries):
+        asked.append((labels_B.tolist(), queries.start))
+        return attention_weights(model, labels_B, inputs, layers, queries)
 
     monkeypatch.setattr("support.figures.attention_weights", noted)
     label = sample.load_held_out(judged).tensors[1][3].item()
@@ -417,7 +424,8 @@ def test_attention_weights_are_what_the_layer_computes(run, given, normalise_qk)
     hook = block.register_forward_hook(
         lambda module, arguments, result: seen.update(x=arguments[0], o=result))
     with torch.no_grad():
-        weights_L = attention_weights(model, torch.tensor([2]), inputs, query=4)[0]
+        weights_HlL = attention_weights(model, torch.tensor([2]), inputs, [0], slice(4, 5))[0]
+        weights_L = weights_HlL.mean(dim=(0, 1))
         hook.remove()
         assert abs(weights_L.sum() - 1) < 1e-5
         assert weights_L[5:].abs().max() == 0   # scales 1x1 and 2x2 alone
