@@ -117,7 +117,7 @@ def measure(run: Trained, clusters: int, steps: int, lr: float, count: int
 def main() -> None:
     parser = parser_of("clusters", __doc__)
     hmar.add_flags(parser)
-    parser.set_defaults(count=500, steps=300)
+    parser.set_defaults(count=500)
     parser.add_argument("--clusters", type=number(int, 2), default=16,
                         help="of codes (default: %(default)s)")
     options = parser.parse_args()
