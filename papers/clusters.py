@@ -9,7 +9,8 @@ tokens of a scale independently, that is a second pass in which they know of eac
 
 an exact likelihood, as that of hmar.py's two passes, the rival. (CTF draws one token after the
 other, with 512 clusters of 16384 codes and two models. Here one set of weights is tuned, on half of
-a batch for either pass, so that a step costs what one of ordinary training does: clustered.py.)
+a batch for either pass, so that a step costs what one of ordinary training does: clustered.py. Of
+CTF the abstract and others' copies of its tables were at hand, of IAR the abstract and its code.)
 
 Is it the likeness of codes that helps, or any second pass? Clusters of the same sizes, but drawn by
 lot, tell. IAR keeps to one pass and adds the cluster's cross entropy to the token's (lambda 1, as
