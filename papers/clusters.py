@@ -108,6 +108,7 @@ def measure(run: Trained, clusters: int, steps: int, lr: float, count: int
     last = run.model.config.spans[-1].start
     shares = {}
     for name, of_V in (("clusters", cluster_V.cpu()), ("lot", lot_V.cpu())):
+        torch.manual_seed(0)   # whatever was trained before
         shown_NL = replaced(tokens_NL, of_V)
         last_NL = torch.cat([tokens_NL[:, :last], shown_NL[:, last:]], dim=1)
         shares[name] = [100 * judge(run.decode(x_NL), labels_N).recognised
