@@ -21,13 +21,12 @@ from var import VAR
 
 
 class ReadAndKnown(nn.Module):
-    """VAR's code embedding, and one of hints: [B, l, C], or C + C + 1 with hints, to W."""
+    """VAR's code embedding, and one of hints: [B, l, C], or C + X with hints, to W."""
 
-    def __init__(self, read: nn.Linear):
+    def __init__(self, read: nn.Linear, X: int):
         super().__init__()
-        C = read.in_features
         self.read = read
-        self.known = nn.Linear(C + 1, read.out_features, bias=False)
+        self.known = nn.Linear(X, read.out_features, bias=False)
         nn.init.zeros_(self.known.weight)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ class MaskedVAR(VAR):
     def __init__(self, plain: VAR, leaks: bool = False):
         super().__init__(plain.config)
         self.load_state_dict(plain.state_dict())
-        self.code_embedding = ReadAndKnown(self.code_embedding)
+        self.code_embedding = ReadAndKnown(self.code_embedding, plain.config.code_channels + 1)
         self.passes = [1] * len(plain.config.scales)
         self.surest = False
         self.leaks = leaks
