@@ -1210,17 +1210,18 @@ def launch(kernel: Callable, programs: Sequence[int],
         run_kernel(kernel, programs, read + written, numbers, constants)
 
 
-torch.library.define("var::launch", "(str kernel, SymInt[] programs, Tensor[] read, Tensor(a!)[] "
-                     "written, Scalar[] numbers, str names, SymInt[] values) -> ()")
+LIBRARY = torch.library.Library("var", "FRAGMENT")   # replaced if this module is loaded anew
+LIBRARY.define("launch(str kernel, SymInt[] programs, Tensor[] read, Tensor(a!)[] written, "
+               "Scalar[] numbers, str names, SymInt[] values) -> ()")
 
 
-@torch.library.impl("var::launch", "default")
+@torch.library.impl(LIBRARY, "launch", "CompositeExplicitAutograd")
 def launch_compiled(kernel, programs, read, written, numbers, names, values):
     constants = dict(zip(names.split(","), values))
     run_kernel(globals()[kernel], programs, read + written, numbers, constants)
 
 
-@torch.library.register_fake("var::launch")
+@torch.library.register_fake("var::launch", lib=LIBRARY)
 def launch_nothing(*arguments):
     """What torch.compile calls to learn the outputs' shapes: there are none."""
 

@@ -197,10 +197,10 @@ def programs(card: Card, registers: int, shared: int, warps: int) -> int:
     return min(by_registers, by_warps, by_memory, card.programs)
 
 
-def compiled(jobs: list[Job]) -> Iterator[Report]:
+def compiled(jobs: list[Job], workers: int | None = None) -> Iterator[Report]:
     """By as many processes as there are cores, new ones: Triton's interpreter is off in them."""
     with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             for reports in pool.map(compile_for, jobs):
                 yield from reports
 

@@ -371,7 +371,7 @@ def test_a_tokenizer_alone_can_be_looked_at(judged, tmp_path):
         whole, _ = draw(judged, tmp_path / "a.png", f"{command} data:1 data:3")
         alone, said = draw(tmp_path, tmp_path / "b.png", f"{command} data:1 data:3")
         assert np.array_equal(whole, alone) and "note" not in said.replace("note: one thread", "")
-    assert "no transformer checkpoint" in refused(
+    assert "there is no transformer at" in refused(
         "sample.py", "teaching", "data:1", "--run", tmp_path)
     (tmp_path / "codes.png").mkdir()   # a picture lies beside the tokenizer, whatever --run says
     assert "codes.png is there and is no file; --out names another place" in refused(
