@@ -216,7 +216,8 @@ class Outcomes:
             self.failed[report.nodeid] = str(report.longrepr)[-2000:]
 
 
-CARING = {"start_from", "update_hits", "revive", "room"}     # what these are methods of, they change
+CARING = {"start_from", "update_hits", "revive", "slots"}     # what these are methods of, they change
+TO_FILL = ("kv_slots", "written", "cache")                    # arguments that are to be written to
 
 
 def watched(function, what: str):
@@ -227,7 +228,7 @@ def watched(function, what: str):
     @functools.wraps(function)
     def call(*given, **named):
         arguments = dict(parameters.bind(*given, **named).arguments)
-        for name in ("kv_slots", "written", "cache", *["self"] * (what in CARING)):
+        for name in (*TO_FILL, *["self"] * (what in CARING)):
             arguments.pop(name, None)
         before = held([*arguments.values()])
         copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in before]

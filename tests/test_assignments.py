@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import inspect
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from assignments import Nursery, carry, grade, repository
 from functions import ROOT, body_lines, find, first_line, lines_of, path_of, text_of, with_body, without_body
 from handouts import ASSIGNMENTS, Assignment
 from mutations import EASY, EDGE, IN_PLACE, KINDS, PLANTED
+from nursery import CARING, TO_FILL
 from rules import imports_of, stored_attribute
 
 import kernels
@@ -268,6 +270,15 @@ def check_full_points(each: Assignment, nursery: Nursery, folder: Path) -> None:
 
 def test_the_source_gets_full_points(nursery, tmp_path):
     check_full_points(FEW, nursery, tmp_path)
+
+
+def test_what_may_be_changed_is_named_as_in_the_source():
+    assigned = {name for each in ASSIGNMENTS.values() for name in each.bodies}
+    assert CARING <= {name.rpartition(".")[2] for name in assigned}
+    arguments = {argument.arg for name in assigned
+                 for argument in find(source_of(name), name).args.args}
+    assert {*TO_FILL} - {"written"} <= arguments
+    assert "written" in inspect.signature(kernels.launch).parameters
 
 
 @pytest.mark.long
