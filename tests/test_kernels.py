@@ -399,8 +399,8 @@ def test_nearest_code_at_the_published_size(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nearest_code_stays_in_fp32_under_autocast(backend):
-    """Two codes that bf16 cannot tell apart."""
-    x, codebook = torch.tensor([[1.0, 1.0]], device=DEVICE), torch.tensor([[1.0, 1.002], [1.0, 1.001]], device=DEVICE)
+    """Two codes that neither bf16, fp16 nor TF32 can tell apart."""
+    x, codebook = torch.tensor([[3.0, 1.0]], device=DEVICE), torch.tensor([[1.0001, 1.0], [1.0003, 1.0]], device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert operation("nearest_code", backend)(x, codebook).item() == 1
 
