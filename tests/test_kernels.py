@@ -225,6 +225,7 @@ def test_attention_at_the_length_of_the_published_models(backend):
     for dtype in dtypes(backend):
         with attention_tiles(None if GPU else (128, 64)):   # few, as the interpreter takes as long for any
             check_block_attention(backend, ranges, len(ranges), (2, 4, 64) if GPU else (1, 1, 16), dtype)
+            check_block_attention(backend, KeyRanges([0, 0], [4, 9]), 9, (1, 1, 16), dtype)   # more keys than queries
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -584,6 +585,8 @@ def last_kept(backend: str, logits: list[float], top_k: int, top_p: float) -> in
 def test_top_k_keeps_k_whatever_their_sign_and_their_ties(backend, logits):
     for top_k in range(1, len(logits) + 2):
         assert last_kept(backend, logits, top_k, 1.0) == min(top_k, len(logits)) - 1
+    unlimited = (last_kept(backend, logits, top_k, 0.999) for top_k in (0, len(logits), len(logits) + 1))
+    assert len({*unlimited}) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
