@@ -240,7 +240,8 @@ class Row(NamedTuple):
 
 
 def save_picture(path: Path, picture, save: Callable = save_whole) -> None:
-    """A Pillow image, or a matplotlib figure, as PNG. save: or `save_told`."""
+    """A Pillow image, or a matplotlib figure, as PNG. save: what writes it, `save_told` if the user
+    asked for it."""
     write = picture.save if isinstance(picture, Image.Image) else picture.savefig
     save(path, lambda file: write(file, format="png"))
 
@@ -289,8 +290,7 @@ LINE = 17      # the height of a line of them
 def grid(rows: list[Row], cell: int | None = None, note: str = "") -> Image.Image:
     """An image of rows of images: each in a thin frame, small ones enlarged.
 
-    cell: the side of each in pixels; if None, such that a screen holds the picture. note: what is
-    written above all.
+    cell: the side of each in pixels; if None, see `cell_size`. note: what is written above all.
     """
     columns = max(len(row.images) for row in rows)
     largest = max(len(pixels) for row in rows for pixels in row.images)
@@ -325,8 +325,8 @@ def grid(rows: list[Row], cell: int | None = None, note: str = "") -> Image.Imag
 
 
 def cell_size(side: int, count: int) -> int:
-    """A multiple of the images' side, so that all their pixels are as large: of 96 to 160 the
-    largest at which so many are 900; but never a part of one."""
+    """A multiple of the images' side, so that all their pixels are as large: the largest up to 160 at
+    which so many are up to 900, as on a screen; but at least 96."""
     return side * max(min(160, 900 // count) // side, math.ceil(96 / side))
 
 
