@@ -325,8 +325,8 @@ def grid(rows: list[Row], cell: int | None = None, note: str = "") -> Image.Imag
 
 
 def cell_size(side: int, count: int) -> int:
-    """A multiple of the images' side, so that all their pixels are as large: the largest up to 160 at
-    which so many are up to 900, as on a screen; but at least 96."""
+    """A multiple of the images' side, so that all their pixels are as large: the largest up to 160
+    at which so many are up to 900, as on a screen; but at least 96."""
     return side * max(min(160, 900 // count) // side, math.ceil(96 / side))
 
 
