@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -120,6 +121,19 @@ def run_as_two(*arguments) -> Result:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return result
+
+
+def with_moved_weights(run):
+    """A run whose gates and head are no longer next to zero, as they are after a short training."""
+    torch.manual_seed(0)
+    for weight in run.model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    return run
+
+
+def copied_run(folder: Path, out: Path) -> Path:
+    """A copy, for what is tuned there."""
+    return shutil.copytree(folder, out, ignore=lambda _, names: {"papers"} & {*names})
 
 
 def tiny_settings(out: Path, *flags, **values) -> train.Settings:

@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from program import opened_run, ran, refused, rows_of
+from program import copied_run, opened_run, ran, refused, rows_of, with_moved_weights
 
 from papers import FILTERED, UNFILTERED, clusters, hmar
 from papers.clustered import ClusteredVAR, ClusterLoss, TwoPasses, k_means, of_clusters
@@ -23,20 +22,12 @@ SHORT = ("--device", "cpu", "--count", COUNT)
 
 @pytest.fixture(scope="module")
 def folder(judged, tmp_path_factory):
-    """A copy of the run, for what is tuned here."""
-    out = tmp_path_factory.mktemp("clusters") / "shapes"
-    shutil.copytree(judged, out, ignore=lambda _, names: {"papers"} & set(names))
-    return out
+    return copied_run(judged, tmp_path_factory.mktemp("clusters") / "shapes")
 
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """The short run, its weights moved: at first gates and the head are next to zero."""
-    run = opened_run(folder, *SHORT)
-    torch.manual_seed(0)
-    for weight in run.model.parameters():
-        weight.data += 0.1 * torch.randn_like(weight)
-    return run
+    return with_moved_weights(opened_run(folder, *SHORT))
 
 
 @pytest.fixture(scope="module")

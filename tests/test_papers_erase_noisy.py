@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import opened_run, ran, refused, rows_of
+from program import opened_run, ran, refused, rows_of, with_moved_weights
 
 from papers import FILTERED, UNFILTERED, attacks, erase, mistakes, noisy_context
 from papers.tuning import Tuning
@@ -23,12 +23,7 @@ SHORT = ("--device", "cpu", "--count", COUNT)
 
 @pytest.fixture(scope="module")
 def opened(judged):
-    """The short run, its weights moved: at first gates and the head are next to zero."""
-    run = opened_run(judged, *SHORT)
-    torch.manual_seed(0)
-    for weight in run.model.parameters():
-        weight.data += 0.1 * torch.randn_like(weight)
-    return run
+    return with_moved_weights(opened_run(judged, *SHORT))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from program import opened_run, ran, refused, rows_of
+from program import copied_run, opened_run, ran, refused, rows_of
 
 from papers import (
     FILTERED,
@@ -36,10 +35,7 @@ SHORT = ("--device", "cpu", "--count", COUNT)
 
 @pytest.fixture(scope="module")
 def folder(judged, tmp_path_factory):
-    """A copy of the run, for what is tuned here."""
-    out = tmp_path_factory.mktemp("family") / "shapes"
-    shutil.copytree(judged, out, ignore=lambda _, names: {"papers"} & set(names))
-    return out
+    return copied_run(judged, tmp_path_factory.mktemp("family") / "shapes")
 
 
 @pytest.fixture(scope="module")
