@@ -104,7 +104,7 @@ def main() -> None:
     path = options.out or run.folder / f"{options.command}.png"
     save_picture(path, grid(picture, options.cell_size, run.note), save_told)
     if options.gif:   # now the picture is there, whatever becomes of the film
-        save_film(options.gif, picture, options.per_class, options.cell_size)
+        save_film(options.gif, picture, options.per_class, options.cell_size, run.note)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,13 +380,13 @@ def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
     """
     classes = len(run.classes)
     wanted = [len(range(label, count, classes)) for label in range(classes)]
-    drawn = [math.ceil(n / rejection) for n in wanted]
-    labels = np.repeat(range(classes), drawn).tolist()
+    counts = [math.ceil(n / rejection) for n in wanted]
+    labels = np.repeat(range(classes), counts).tolist()
     tokens_NL = run.generate(labels, seed)
     if rejection < 1:
         likelihood_N = run.log_likelihood(tokens_NL, labels)
         best = []
-        by_class = zip(tokens_NL.split(drawn), likelihood_N.split(drawn), wanted)
+        by_class = zip(tokens_NL.split(counts), likelihood_N.split(counts), wanted)
         for tokens_nL, likelihood_n, count_of_class in by_class:
             best.append(tokens_nL[likelihood_n.topk(count_of_class).indices])
         tokens_NL = torch.cat(best)
@@ -423,7 +423,8 @@ def load_images(run: Run, sources: list[str]) -> Given:
         image, label = run.held_out[int(row)]
         found.append((image, f"{run.classes[label]} {int(row)}", int(label)))
     pixels, names, labels = zip(*found)
-    return Given(to_float(torch.stack(pixels)), list(names), list(labels))
+    names = list(map(legible, names, range(len(names))))
+    return Given(to_float(torch.stack(pixels)), names, list(labels))
 
 
 def reconstruct(run: Run, given: Given) -> list[Row]:

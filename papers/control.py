@@ -6,8 +6,8 @@ linear layer Z, which is zero at first, adds it to what the transformer reads an
 
     x_k = embed(read(f_hat, k)) + Z read(e, k) + position
 
-Where training drops the class it drops the edges: guidance goes away from images with neither. Is
-all to be tuned (ControlAR), or only what is new (ECM, whose adapters are much more than Z)? Both.
+Where training drops the class it drops the edges: guidance goes away from images with neither.
+Tuned are all weights (ControlAR), or only what is new (ECM, whose adapters are much more than Z).
 """
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def read_mask(path: Path, side: int) -> np.ndarray:
 def read_images(
     source: Path, side: int, channels: int, white: int | None = None
 ) -> list[tuple[Tensor, str]]:
-    """An image file, or a folder of them: bytes [channels, side, side] and a label of each.
+    """An image file, or a folder of them: bytes [channels, side, side] and the name of each.
 
     Files of a folder that cannot be read are named and left out. Raises UserError if none is left.
     """
@@ -202,7 +202,7 @@ def read_images(
                 raise
             print(f"left out: {error}")
         else:
-            found.append((torch.from_numpy(pixels), legible(path.stem, len(found))))
+            found.append((torch.from_numpy(pixels), path.stem))
     if not found:
         raise UserError(f"{source} holds no image that can be read")
     return found
@@ -246,22 +246,25 @@ def save_picture(path: Path, picture, save: Callable = save_whole) -> None:
     save(path, lambda file: write(file, format="png"))
 
 
-def save_film(path: Path, rows: list[Row], per_class: int, cell: int | None = None) -> None:
+def save_film(path: Path, rows: list[Row], per_class: int, cell: int | None = None,
+              note: str = "") -> None:
     """A GIF whose frames are the columns of a picture, by its captions; it stays at the last for a
-    while. So many rows, of a class, are one of the film's.
+    while. So many rows, of a class, are one of the film's. note: see `grid`.
 
     Raises UserError where a GIF cannot be as large.
     """
     labels = [row.label for row in rows[::per_class]]
     columns = zip(*(row.images for row in rows))
-    first, *rest = [grid(rows_of_classes(labels, np.stack(column)), cell, caption)
-                    for caption, column in zip(rows[0].captions, columns)]
+    notes = ["   ".join(filter(None, (caption, note))) for caption in rows[0].captions]
+    frames = (grid(rows_of_classes(labels, np.stack(column)), cell, text)
+              for text, column in zip(notes, columns))
+    first = next(frames)
     if max(first.size) >= 2**16:
         raise UserError(f"{path} would be a film of {first.width} x {first.height} pixels, and a "
                         f"GIF has at most 65535 a side; draw fewer images, or smaller ones")
-    times = [400] * len(rest) + [2000]   # milliseconds
+    times = [400] * (len(notes) - 1) + [2000]   # milliseconds
     save_told(path, lambda file: first.save(
-        file, "GIF", save_all=True, append_images=rest, duration=times, loop=0))
+        file, "GIF", save_all=True, append_images=frames, duration=times, loop=0))
 
 
 def save_told(path: Path, write: Callable[[BinaryIO], None], what: str = "") -> None:
@@ -296,8 +299,9 @@ def grid(rows: list[Row], cell: int | None = None, note: str = "") -> Image.Imag
     largest = max(len(pixels) for row in rows for pixels in row.images)
     cell = cell or cell_size(largest, max(columns, len(rows)))
     step = cell + GAP
+    height = max(step, LINE)
     font = ImageFont.truetype(label_font(), LETTERS)
-    labels = [wrapped(row.label, 24, cell // LINE) for row in rows]
+    labels = [wrapped(row.label, font, 200, height // LINE) for row in rows]
     lines = "\n".join(labels).split("\n")
     margin = 8 + math.ceil(max(map(font.getlength, lines)))
     width = max(margin + columns * step, 8 + math.ceil(font.getlength(note)))
@@ -307,19 +311,19 @@ def grid(rows: list[Row], cell: int | None = None, note: str = "") -> Image.Imag
     written = ()
     for row, label in zip(rows, labels):
         captions = row.captions if row.captions != written else ()
-        captions = [wrapped(text, cell // (LETTERS * 3 // 5), 2) for text in captions]
+        captions = [wrapped(text, font, cell, 2) for text in captions]
         written = row.captions
         above = LINE * max((text.count("\n") + 1 for text in captions), default=0)
-        strip = Image.new("RGB", (width, above + step), "white")
+        strip = Image.new("RGB", (width, above + height), "white")
         draw = ImageDraw.Draw(strip)
-        draw.text((4, above + step // 2), label, "black", font, "lm")
+        draw.text((4, above + height // 2), label, "black", font, "lm")
         for i, text in enumerate(captions):
             draw.text((margin + i * step + step // 2, above), text, "black", font, "md",
                       align="center")
         for i, pixels in enumerate(row.images):
             image = Image.fromarray(in_colour(np.asarray(pixels)))
             image = image.resize((cell, cell), Image.Resampling.BOX)   # enlarged, pixels stay sharp
-            strip.paste(ImageOps.expand(image, 1, "grey"), (margin + i * step + 1, above + 1))
+            strip.paste(ImageOps.expand(image, 1, "silver"), (margin + i * step + 1, above + 1))
         strips.append(strip)
     return Image.fromarray(np.concatenate(strips))
 
@@ -330,10 +334,16 @@ def cell_size(side: int, count: int) -> int:
     return side * max(min(160, 900 // count) // side, math.ceil(96 / side))
 
 
-def wrapped(text: str, letters: int, lines: int) -> str:
-    """Each line of it in at most so many lines of so many letters; what is more is cut off."""
-    return "\n".join(line for part in text.split("\n")
-                     for line in textwrap.wrap(part, letters or 1)[:lines or 1])
+def wrapped(text: str, font: ImageFont.FreeTypeFont, pixels: int, lines: int) -> str:
+    """Each line of it in at most so many lines of so many pixels; what is more is cut off."""
+    fitting = []
+    for part in text.split("\n"):
+        for letters in range(max(1, len(part)), 0, -1):
+            some = textwrap.wrap(part, letters)
+            if max(map(font.getlength, some), default=0) <= pixels:
+                break
+        fitting += some[:lines]
+    return "\n".join(fitting)
 
 
 def label_font() -> Path:

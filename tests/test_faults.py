@@ -290,7 +290,6 @@ def test_a_scaled_loss_trains_as_it_does_unscaled(tmp_path, monkeypatch):
 
 
 def test_a_training_in_fp16_goes_on_with_its_scale(tmp_path):
-    """Also one that began in fp32."""
     flags = ["--precision", "fp16", "--checkpoint-every", 5]
     whole, broken, going_on = (tokenizer_stage(tmp_path / name, *flags, tokenizer_steps=11)
                                for name in ("whole", "broken", "broken"))

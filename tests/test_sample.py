@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from program import ran, refused, tokenizer_stage
 
 import sample
@@ -25,7 +25,7 @@ from support.devices import Machine, PackedLinear, choose_machine, pack
 from support.figures import attention_weights, draw_attention
 from support.holes import known_pixels
 from support.images import (
-    Row, batches, cell_size, grid, legible, save_film, save_npz, to_bytes, wrapped,
+    Row, batches, cell_size, grid, label_font, legible, save_film, save_npz, to_bytes, wrapped,
 )
 from support.presets import PRESETS
 from var import VAR, VARConfig
@@ -49,7 +49,7 @@ def cells(picture, count: int) -> np.ndarray:
     [rows, count, CELL, CELL, 3]."""
     picture = np.asarray(picture)
     first = picture.shape[1] - count * (CELL + GAP)
-    line_H = (picture[:, first + 1:first + CELL + 3] == 128).all(axis=(1, 2))
+    line_H = (picture[:, first + 1:first + CELL + 3] == 192).all(axis=(1, 2))
     rows = []
     y = 0
     while y + CELL + 1 < len(picture):
@@ -220,6 +220,9 @@ def test_images_of_any_kind(judged, tmp_path):
     assert float(said.split("PSNR ")[-1].split()[0]) == pytest.approx(-10 * np.log10(mse), abs=0.1)
     assert "cannot be read" in refused(
         "sample.py", "reconstruct", folder / "A.png", "--run", judged)
+    (folder / "L.png").rename(folder / "猫.png")
+    names = load_images(load_run(judged, CPU), ["data:0", str(folder)]).names
+    assert names[0].endswith(" 0") and names[-1] == "7 猫"   # the eighth, whichever source it is of
     for path in folder.iterdir():
         path.write_bytes(b"broken")
     assert "holds no image that can be read" in refused(
@@ -314,13 +317,13 @@ def test_a_grid_says_what_it_shows():
     first = picture[line:, -2 * (CELL + GAP):]
     assert (first[2:CELL + 2, 2:CELL + 2] == 0).all()
     seen = first[:CELL + GAP, CELL + GAP:]   # white on white
-    assert (seen[2:-2, 2:-2] == 255).all() and (seen[1, 1:-1] == 128).all()
-    assert (seen[-2, 1:-1] == 128).all() and (seen[1:-1, [1, -2]] == 128).all()
+    assert (seen[2:-2, 2:-2] == 255).all() and (seen[1, 1:-1] == 192).all()
+    assert (seen[-2, 1:-1] == 192).all() and (seen[1:-1, [1, -2]] == 192).all()
     assert (seen[0] == 255).all() and (seen[-1] == 255).all()
     assert np.array_equal(grid([rows[0], rows[1]._replace(captions=rows[0].captions)], CELL), picture)
     long = np.asarray(grid([Row("word " * 40, [black])], CELL))
     assert len(long) == CELL + GAP and 150 < long.shape[1] - CELL - GAP < 250
-    assert grid([Row("", [black])], 4).size == (8 + 4 + GAP, 4 + GAP)   # made smaller
+    assert grid([Row("", [black])], 4).size == (8 + 4 + GAP, 17)   # made smaller, a label has room
 
 
 @pytest.mark.parametrize("side, count, cell", [
@@ -332,13 +335,16 @@ def test_images_are_enlarged_by_whole_numbers(side, count, cell):
     assert grid([row] * count).height == count * (cell + GAP)
 
 
-def test_labels_are_wrapped():
-    assert wrapped("star 4: left over", 24, 5) == "star 4: left over"
-    assert wrapped("a_photograph_of_a_cat_on_a_mat", 12, 5) == "a_photograph\n_of_a_cat_on\n_a_mat"
-    assert wrapped("star 4\n29.3 dB", 13, 2) == "star 4\n29.3 dB"
-    assert wrapped("one two three four", 5, 2) == "one\ntwo"
-    assert wrapped("three four", 5, 0) == "three" and wrapped("three", 0, 1) == "t"
-    assert wrapped("", 5, 1) == ""
+def test_words_are_wrapped_to_what_they_take():
+    font = ImageFont.truetype(label_font(), 13)
+    two = font.getlength("one two")
+    assert wrapped("one two three", font, two, 5) == "one two\nthree"
+    assert wrapped("one two three", font, two - 1, 5) == "one\ntwo\nthree"
+    assert wrapped("one two three", font, two - 1, 2) == "one\ntwo"
+    assert wrapped("iiiiiiiiii", font, two, 5) == "iiiiiiiiii"
+    assert wrapped("MMMMMMMMMM", font, two, 5) == "MMMM\nMMMM\nMM"
+    assert wrapped("star 4\n29.3 dB", font, 100, 1) == "star 4\n29.3 dB"
+    assert wrapped("ab", font, 1, 2) == "a\nb" and wrapped("", font, 5, 1) == ""
 
 
 def test_captions(judged, run, given):
@@ -398,6 +404,13 @@ def test_an_unfinished_training_is_drawn_with_its_step(judged, tmp_path):
         assert above > 10 and picture[:above].min() < 100   # something is written there
         aligned = picture[above:, :plain[name].shape[1]]
         assert np.array_equal(aligned, plain[name])
+    widths = []
+    for out in (judged, tmp_path):
+        draw(out, tmp_path / "a.png", "progress --classes star --per-class 1", "--gif", tmp_path / "a.gif")
+        with Image.open(tmp_path / "a.gif") as film:
+            assert film.n_frames == 3
+            widths.append(film.width)
+    assert widths[1] > widths[0] + 50   # for the step is written beside the scale
 
 
 def test_the_attention_drawn_is_that_of_the_cell(judged, tmp_path, monkeypatch):
