@@ -63,9 +63,8 @@ class Controlled(VAR):
 
     def places(self) -> Tensor:
         """What is added to what is read: [1, L, W], and with edges [B, L, W]."""
-        if self.edges_BLX is None:
-            return super().places()
-        return super().places() + self.control(self.edges_BLX)
+        added = 0 if self.edges_BLX is None else self.control(self.edges_BLX)
+        return super().places() + added
 
 
 class Steering(Tuning):
