@@ -25,10 +25,12 @@ from assignments import Nursery, carry, grade, repository
 from functions import ROOT, body_lines, find, first_line, lines_of, path_of, text_of, with_body, without_body
 from handouts import ASSIGNMENTS, Assignment
 from mutations import EASY, EDGE, IN_PLACE, KINDS, PLANTED
-from nursery import CARING, TO_FILL
+from nursery import CARING, TO_FILL, watched
 from rules import imports_of, stored_attribute
 
 import kernels
+from support.presets import PRESETS
+from tokenizer import Quantizer, TokenizerConfig
 
 OURS = ("kernels", "tokenizer", "var", "sample")
 CAUGHT_LAST: dict[str, str] = {}
@@ -485,10 +487,18 @@ def test_only_the_bodies_travel(nursery, tmp_path):
 
 LET_THROUGH = {   # what would happen should a rule have a hole: a body, and what the test is told
     "print('1 passed')\nimport os\nos._exit(0)": "ended before the test did",
-    "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)": "os.kill",
-    "import pathlib\npathlib.Path('ROOT/LICENSE').unlink()": "os.remove",
-    "try:\n    open('ROOT/LICENSE', 'w')\nfinally:\n    raise SystemExit(0)": "SystemExit",
-    "import subprocess\nsubprocess.run(['true'])": "subprocess.Popen",
+    """
+import os, pathlib, signal, subprocess
+told = []
+for act in (lambda: os.kill(os.getppid(), signal.SIGKILL), lambda: subprocess.run(["true"]),
+            lambda: pathlib.Path("ROOT/LICENSE").unlink(), lambda: open("ROOT/LICENSE", "w")):
+    try:
+        act()
+    except PermissionError as error:
+        told.append(str(error).split(" ")[0])
+raise AssertionError(told)
+""": "['os.kill', 'subprocess.Popen', 'os.remove', 'open']",
+    "raise SystemExit(0)": "SystemExit",
     "import os\nos.write(1, b'[null, [true, {}]]')\nos.closerange(3, 50)\nos._exit(0)":
         "ended before the test did",
     "return torch.zeros(10**12)": "memory",
@@ -590,18 +600,29 @@ CHANGING = [    # what no rule forbids, and all that a test compares with might 
 ]
 
 
+@pytest.mark.parametrize("change", CHANGING)
+def test_a_function_that_changes_what_it_is_given_is_seen(change):
+    def teacher_inputs(self, tokens_BL):
+        inputs = self.teacher_inputs(tokens_BL)
+        exec(change)
+        return inputs
+
+    quantizer = Quantizer(TokenizerConfig(**PRESETS["tiny"].tokenizer_shape(3))).requires_grad_(False)
+    quantizer.codebook_VC.fill_(1)
+    tokens_BL = torch.ones(1, 103, dtype=torch.int64)
+    with pytest.raises(AssertionError, match="teacher_inputs changes what it is given"):
+        watched(teacher_inputs, "teacher_inputs")(quantizer, tokens_BL)
+
+
 def test_what_is_changed_and_not_given_for_it_costs_points(nursery, tmp_path):
     """With the right result, for the test to compare with."""
     name = "tokenizer.Quantizer.teacher_inputs"
     right = [ast.unparse(x) for x in find(source_of(name), name).body[1:]]
-    for i, change in enumerate(CHANGING):
-        body = "\n".join([*right[:-1], "inputs = " + right[-1].removeprefix("return "), change, "return inputs"])
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        handed_in(folder, {name: with_lines(name, body)})
-        assert assignments.solution(FEW, folder, nursery)[1] == []
-        result = nursery.run(folder, [next(iter(FEW.points))], SECONDS, [name])
-        assert "teacher_inputs changes what it is given" in str(result["failed"]), (change, result)
+    body = [*right[:-1], "inputs = " + right[-1].removeprefix("return "), CHANGING[0], "return inputs"]
+    handed_in(tmp_path, {name: with_lines(name, "\n".join(body))})
+    assert assignments.solution(FEW, tmp_path, nursery)[1] == []
+    result = nursery.run(tmp_path, [next(iter(FEW.points))], SECONDS, [name])
+    assert "teacher_inputs changes what it is given" in str(result["failed"]), result
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What `python -m tests.benchmark` counts, times and compiles for GPUs that are not there."""
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import sys
@@ -116,6 +117,7 @@ def test_limits_of_the_scales():
 @needs_triton
 def test_the_work_of_a_whole_model(monkeypatch, capsys):
     """What a GPU is asked to do, of a later generation: nothing is copied to it, nothing is waited for."""
+    monkeypatch.setattr(benchmark, "count_sampling", functools.cache(benchmark.count_sampling))
     geometry = small_geometry()
     counts = benchmark.count_sampling(geometry, 1)
     first, later = counts["first generation"], counts["later generation"]
