@@ -74,6 +74,7 @@ def use_triton(tensor: Tensor) -> bool:
     """On NVIDIA's GPUs from sm_80 on: on older ones PyTorch has tensor cores and Triton has none;
     for AMD's nobody tuned the kernels."""
     if BACKEND is not None:
+        assert HAS_TRITON or BACKEND == "torch", "BACKEND needs Triton 3.6 or later"
         return BACKEND == "triton"
     if not HAS_TRITON or not tensor.is_cuda or torch.version.hip is not None:
         return False
@@ -625,10 +626,10 @@ def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
 # -------------------------------------------------------------------------------------------------
 # Attention: the mask
 #
-# In next-scale prediction a query sees one unbroken range of keys, and both ends of the range only
-# ever grow from one query to the next. So a mask is a table of two columns, and not L x S numbers:
+# In next-scale prediction a query sees one unbroken range of keys, and both ends of the range never
+# decrease from one query to the next. So a mask is a table of two columns, and not L x S numbers:
 #
-#     scales (1, 2)        every earlier scale      own scale only       the last n lie between
+#     scales (1, 2)        every earlier scale      own scale only       the last n: between
 #     query 0              keys 0                   keys 0
 #     queries 1..4         keys 0 1 2 3 4           keys 1 2 3 4
 
@@ -682,9 +683,10 @@ class KeyRanges:
         return (keys_S >= first_L1) & (keys_S < last_L1)
 
     def prepare(self, device: torch.device) -> None:
-        """Make what both backends read, before torch.compile looks: for a table that is there in
-        the second call and was not in the first it would compile again."""
-        for make in (table, transposed_table, mask_in_sight):
+        """Make what the backend reads, before torch.compile traces a call: a cache that it finds
+        empty at first, and filled in the next call, would make it compile again."""
+        triton_here = use_triton(torch.empty(0, device=device))
+        for make in (table, transposed_table) if triton_here else (mask_in_sight,):
             self.cached(make, device)
 
     def cached(self, make: Callable, *arguments) -> Any:
@@ -949,7 +951,7 @@ def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
     in_fp32 = q_BHLD.dtype == torch.float32
     tiles = ATTENTION_TILES[name][2 * in_fp32 + (D > 64)]
     TILE_L, TILE_S, num_warps, num_stages = tiles
-    if name == "forward" and TILE_L > 32:   # of 32 to 16 registers would be spilled (sm_90)
+    if name == "forward" and TILE_L > 32:   # to make 16 of 32 spills registers (sm_90)
         TILE_L = min(TILE_L, max(16, next_power_of_2(L)))   # a product takes 16 or more
         num_warps = max(4, num_warps * TILE_L // tiles[0])
     return dict(TILE_L=TILE_L, TILE_S=TILE_S, num_warps=num_warps, num_stages=num_stages, D=D)
@@ -1109,11 +1111,11 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl1, guidance, t
                          GUIDED: tl.constexpr, TILE_V: tl.constexpr):
     """One place a program: cond, uncond, noise [B, l, V] -> token [B, l], int64."""
     place = tl.program_id(0)
-    tokens_V = tl.arange(0, TILE_V)
-    kept_V = tokens_V < V
-    logits_V = load_token(cond_BlV, place, tokens_V, V)
+    codes_V = tl.arange(0, TILE_V)
+    kept_V = codes_V < V
+    logits_V = load_token(cond_BlV, place, codes_V, V)
     if GUIDED:
-        uncond_V = load_token(uncond_BlV, place, tokens_V, V)
+        uncond_V = load_token(uncond_BlV, place, codes_V, V)
         logits_V = logits_V + guidance * (logits_V - uncond_V)
     logits_V = tl.where(kept_V, logits_V, -float("inf"))
     bits_V = tl.where(logits_V == 0, 0.0, logits_V).to(tl.uint32, bitcast=True)   # -0 is 0
@@ -1127,7 +1129,7 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl1, guidance, t
         target = (total * top_p).to(tl.int64)
         target = tl.maximum(target, 1)   # the most likely token stays, whatever p
         kept_V &= ranked_within(keys_V, units_V, target)
-    noise_V = load_token(noise_BlV, place, tokens_V, V)
+    noise_V = load_token(noise_BlV, place, codes_V, V)
     score_V = tl.where(kept_V, logits_V - tl.log(noise_V), -float("inf"))
     token_1 = tl.argmax(score_V, 0, keep_dims=True)
     store_token(token_Bl1, place, tl.arange(0, 1), 1, token_1)

@@ -166,9 +166,9 @@ class Run:
         for rows in batches(len(labels), self.batch, "generate"):
             labels_B = labels_N[rows].to(device)
             # Guidance away from "any class" means nothing where no class is asked for.
-            free = labels_B.min() == self.model.config.classes
-            cfg = 0.0 if free else sampling.cfg
-            if (free or cfg) and not self.model.config.label_dropout:
+            no_class = labels_B.min() == self.model.config.classes
+            cfg = 0.0 if no_class else sampling.cfg
+            if (no_class or cfg) and not self.model.config.label_dropout:
                 say_once("note: this model was trained without label dropout and never saw the "
                          "null class, which guidance (--cfg) and completing without a class use")
             known = None if known_of is None else known_of(rows)
@@ -236,9 +236,9 @@ class Run:
             labels_B = labels_N[rows].to(device)
             with self.machine.autocast():
                 logits_BLV = self.model(labels_B, self.tokenizer.teacher_inputs(tokens_BL))
-            logits_BVL = logits_BLV.float().transpose(1, 2)
-            nats_BL = F.cross_entropy(logits_BVL, tokens_BL, reduction="none")
-            likelihoods.append(-nats_BL.cpu())
+            logits_NV = logits_BLV.float().flatten(0, 1)
+            nats_N = F.cross_entropy(logits_NV, tokens_BL.flatten(), reduction="none")
+            likelihoods.append(-nats_N.view_as(tokens_BL).cpu())
         return torch.cat(likelihoods)
 
     def held_out_images(self) -> Tensor:
@@ -534,7 +534,7 @@ def complete(
 
     image_N = torch.arange(len(images)).repeat_interleave(max(1, particles))
     labels = [label] * len(image_N)
-    if label == len(run.classes) <= particles:
+    if label == len(run.classes) and len(run.classes) <= particles:   # the null class
         labels = [i % len(run.classes) for i in range(particles)] * len(images)
 
     # By half, nothing of the maps 1x1 and 2x2 is known where an image's middle is, and particles
@@ -577,7 +577,7 @@ def most_likely(
     What fits an image's known half is p(hole | known), and it cannot be drawn from: a scale's
     tokens are drawn before the finer ones of the known part are looked at. But the model tells how
     likely these are after what was drawn. So many particles each draw what is in the hole from
-    p(tokens | coarser ones), and are weighed by what they passed over, the product of
+    p(tokens | coarser ones), and are weighed by what the drawing did not look at, the product of
     p(known token | coarser ones). (Importance sampling draws one by these weights; the heaviest is
     better than that. It is as good as the best that was drawn: the more is known of the coarse
     maps, the fewer particles will do.)

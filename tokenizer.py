@@ -66,7 +66,7 @@ class TokenizerConfig:
         growing = all(b > a for a, b in zip(self.scales, self.scales[1:]))
         if not self.scales or self.scales[0] != 1 or not growing:
             raise ValueError(f"scales {self.scales} must start at 1 and grow")
-        for multiplier in self.multipliers:
+        for multiplier in (1, *self.multipliers):
             if self.width * multiplier % self.norm_groups:
                 raise ValueError(f"width {self.width} times {multiplier} is not divisible by "
                                  f"{self.norm_groups} groups")
@@ -194,8 +194,8 @@ class Quantizer(nn.Module):
     def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
         """Return what the transformer reads for scales 1 to K-1: [B, L-1, C].
 
-        That is f_hat after each scale, at the size of the next. There is nothing to read for scale
-        1, which is predicted from the class.
+        That is f_hat after each scale, at the size of the next. Scale 0 reads nothing of the kind:
+        it is predicted from the class.
         """
         f_hat_BCSS = self.empty(len(tokens_BL))
         inputs = [self.read(f_hat_BCSS, 0)[:, :0]]   # [B, 0, C], all there is if K is 1
@@ -250,8 +250,8 @@ class Quantizer(nn.Module):
     def start_from(self, f_BCSS: Tensor) -> None:
         """Fill the codebook with residuals of real latents, every scale giving an equal share.
 
-        The shares are equal because most residuals are those of the finest scales. Each scale
-        leaves over what its codes and those of coarser scales, the only ones so far, cannot say.
+        The shares are equal because most residuals are those of the finest scales. The residuals
+        of a scale are what the codes that are there by then, its own share among them, leave over.
         """
         V = len(self.codebook_VC)
         K = len(self.scales)
@@ -307,27 +307,18 @@ def area_matrix(s: int, S: int) -> Tensor:
 
     Where s does not divide S, neighbouring areas overlap.
     """
-    matrix_sS = torch.zeros(s, S)
-    for i in range(s):
-        begin = math.floor(S * i / s)
-        end = math.ceil(S * (i + 1) / s)
-        matrix_sS[i, begin:end] = 1 / (end - begin)
-    return matrix_sS
+    return F.adaptive_avg_pool1d(torch.eye(S), s).T
 
 
 def choose_phis(scales: int, phis: int) -> list[int]:
     """Return which phi serves each scale: that whose place in [0, 1] is nearest to k / (K-1).
 
-    Published checkpoints fall on ties that rounding decides: hence this formula, in float64.
+    As published, with another margin for four phis than for others; and in float64, since
+    published checkpoints fall on ties that rounding decides.
     """
     margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
     places = np.linspace(margin, 1 - margin, phis)
-    chosen = []
-    for k in range(scales):
-        place = k / max(scales - 1, 1)
-        distances = np.abs(places - place)
-        chosen.append(int(np.argmin(distances)))
-    return chosen
+    return [int(np.abs(places - k / max(scales - 1, 1)).argmin()) for k in range(scales)]
 
 
 # -------------------------------------------------------------------------------------------------

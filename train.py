@@ -155,8 +155,8 @@ class Stage:
                  steps: int, batch: int, decay: float, made_with: dict, data: Data,
                  settings: Settings, helpers: nn.Module | None = None):
         """rows: `rows[list of numbers]` are the tensors that `loss` gets. decay: of the EMA, 0 is
-        the last weights. made_with: what a training has in common with a checkpoint it goes on
-        from. helpers: what `loss` needs beside the model, and nobody once the training is over.
+        the last weights. made_with: what --resume must find the same in a checkpoint. helpers:
+        what `loss` needs beside the model, and nobody once the training is over.
         """
         self.model = model
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -181,7 +181,7 @@ class Stage:
         if dist.is_initialized():   # then gradients are those of all processes
             self.ddp = DistributedDataParallel(
                 model, find_unused_parameters=self.some_unused, gradient_as_bucket_view=True)
-            self.ddp.broadcast_buffers = False   # every step; of the argument torch 2.13 warns
+            self.ddp.broadcast_buffers = False   # else at every step
 
     def begin(self) -> None:
         """What a training that does not go on from a checkpoint does first."""
@@ -201,14 +201,14 @@ class Stage:
         preset = settings.preset
         machine = settings.machine
         rank, _ = rank_and_world()
-        begun = settings.resume and self.path.exists()
-        finished = begun and self.resume()
+        resuming = settings.resume and self.path.exists()
+        finished = resuming and self.resume()
         if rank == 0:   # not before: a checkpoint of other images is refused, and changes nothing
             self.data.keep_held_out(settings.out)
         if finished:
             say(f"{self.path} is finished")
             return self.ema
-        if not begun:
+        if not resuming:
             self.begin()
         log = WatchedLog(self.name, self.step, self.steps, settings)
         order = shuffled(len(self.rows), self.batch, settings.seed, self.step, self.steps)
@@ -230,6 +230,7 @@ class Stage:
                 loss = torch.zeros((), device=machine.device)
                 count = settings.grad_accumulation
                 for i, micro_batch in enumerate(zip(*(x.chunk(count) for x in tensors))):
+                    to_log = None   # else the last one's logits would be kept
                     exchange = i + 1 == count or self.ddp is self.model
                     with nullcontext() if exchange else self.ddp.no_sync():
                         with machine.autocast():
@@ -332,11 +333,11 @@ class Stage:
         content = load_checkpoint(self.path, self.kind)
         with blaming(self.path):
             check_class(self.path, content, type(self.model))
-            begun = content["made_with"]
+            made_before = content["made_with"]
             for name, now in self.made_with.items():
-                if begun.get(name) != now and not name.endswith("_lr"):   # a rate may change
+                if made_before.get(name) != now and not name.endswith("_lr"):   # a rate may change
                     raise UserError(f"{self.path} was made with another {name}, "
-                                    f"{begun.get(name)} and not {now}; it does not go on")
+                                    f"{made_before.get(name)} and not {now}; it does not go on")
             self.ema.load_state_dict(content["model"])
             if "training" not in content:
                 return True
@@ -358,7 +359,7 @@ def wrap_layers(model: nn.Module, settings: Settings) -> None:
             if isinstance(module, (ResidualBlock, PixelAttention, Block)):
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False)
         if settings.machine.compile and isinstance(module, (Encoder, Decoder, VAR)):
-            # `balance` goes back through a compiled decoder before the step does.
+            # `balance` (support/losses.py) goes back through the decoder before the step does.
             torch._functorch.config.donated_buffer = False
             module.compile(dynamic=False)   # every batch of a training has the same shape
 
@@ -540,19 +541,18 @@ class VARStage(Stage):
         return loss_BL.mean(), to_log
 
     def per_scale(self, values_BL: Tensor) -> Tensor:
-        spans = self.model.config.spans
-        return torch.stack([values_BL[:, span].mean() for span in spans])
+        return torch.stack([values_BL[:, span].mean() for span in self.model.config.spans])
 
     @torch.no_grad()
     def validate(self) -> dict:
         rows = self.held_out_rows[balanced_subset(self.held_out_rows, MEASURED)]
         means = Counter()
-        for micro_batch in zip(*(x.chunk(self.settings.grad_accumulation) for x in rows)):
+        size = math.ceil(self.batch / self.settings.grad_accumulation)   # as in training
+        for micro_batch in zip(*(x.split(size) for x in rows)):
             with self.settings.machine.autocast():
                 loss, to_log = self.loss(self.ema, *micro_batch)
             share = len(micro_batch[0]) / len(rows[0])
-            for name, value in {"loss": loss, **to_log()}.items():
-                means[name] += share * value
+            means.update({name: share * x for name, x in {"loss": loss, **to_log()}.items()})
         return {name: value.tolist() for name, value in means.items()}
 
     def example(self) -> tuple[Tensor, ...]:

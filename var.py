@@ -52,7 +52,7 @@ class VARConfig:
     depth: int                  # layers
     width: int                  # W
     heads: int                  # H
-    shared_adaln: bool          # one modulation for all layers and an offset for each, or one each
+    shared_adaln: bool          # one linear layer modulates all layers, plus offsets; or one each
     normalise_qk: bool          # unit queries and keys with a learned scale, or 0.25 / sqrt(D)
     label_dropout: float        # share of training labels that become the null class
     drop_path: float            # stochastic depth: the last layer's rate; the first layer's is 0
@@ -125,10 +125,9 @@ class Attention(nn.Module):
         S is the number of keys: with a cache all so far, else L.
         """
         product_BLX = self.qkv(x_BLW)                                    # [B, L, 3 W]
-        scale = 0.25 / math.sqrt(x_BLW.shape[2] // self.heads)
+        scale = 1.0 if self.normalise_qk else 0.25 / math.sqrt(x_BLW.shape[2] // self.heads)
         log_scale_H = None
-        if self.normalise_qk:   # then each head learns how sharply it attends
-            scale = 1.0
+        if self.normalise_qk:   # each head learns how sharply it attends
             log_scale_H = self.log_scale_H11.flatten()
         kv_slots = None if cache is None else cache.slots(product_BLX, self.heads)
         q_BHLD, k_BHSD, v_BHSD = split_heads(
@@ -282,8 +281,9 @@ class VAR(nn.Module):
     def logits(self, stream: Stream, head_B2W: Tensor) -> Tensor:
         """Make logits [B, L, V] of what comes out of the last layer.
 
-        They are in fp32 but in training: guidance multiplies what is between two logits, and of
-        numbers of 4 to 16, as theirs are, bf16 keeps four or five binary places.
+        Except in training they are in fp32 (TF32 where autocast is on and the GPU has it): guidance
+        multiplies the difference of two logits, and of a number from 4 to 16 bf16 keeps only four
+        or five binary places after the point.
         """
         scale_BW, shift_BW = head_B2W.unbind(1)
         with nullcontext() if self.training else fp32_products(scale_BW.device.type):
@@ -423,8 +423,8 @@ class VAR(nn.Module):
                 module.to(dtype)
 
     def compile_layers(self) -> None:
-        """Compile for drawing: every scale has a graph of the first layer and one of all others,
-        whatever the depth."""
+        """Compile for drawing: every scale has a graph of the first layer, whose residual stream
+        is still the same for all images, and one of all others, whatever the depth."""
         torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # up to four batches
         for span in self.config.spans:   # tables of the mask are there before torch.compile looks
             self.ranges.rows(span.start, span.stop).prepare(self.level_L.device)

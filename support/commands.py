@@ -171,7 +171,8 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
     if "seeds" in options and len({*options.seeds}) < len(options.seeds):
         raise UserError("--seeds: one is named twice, and would give the same images again")
     if options.particles is None:
-        options.particles = 0 if options.published else 32
+        theirs = options.published or options.var and options.var.suffix != ".pt"
+        options.particles = 0 if theirs else 32
     return options
 
 

@@ -316,6 +316,15 @@ def test_attention_allocates_nothing_larger_than_its_inputs(monkeypatch):
     assert largest.numel == q.numel()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_made_for_the_other_backend(backend, monkeypatch):
+    monkeypatch.setattr(kernels, "BACKEND", backend)
+    ranges = KeyRanges.from_scales((1, 2))
+    ranges.prepare(torch.device("cpu"))
+    tables = {"torch": {kernels.mask_in_sight}, "triton": {kernels.table, kernels.transposed_table}}
+    assert {make for make, _ in ranges.cache} == tables[backend]
+
+
 @pytest.mark.parametrize("begin, end, masked", [(0, 14, True), (5, 14, False)])
 def test_queries_that_all_see_the_same_keys_need_no_mask(begin, end, masked):
     """As at one scale of a generation."""
@@ -649,6 +658,10 @@ def test_the_backend_follows_the_tensors_unless_told_otherwise(monkeypatch):
     assert kernels.use_triton(cpu)
     monkeypatch.setattr(kernels, "BACKEND", "torch")
     assert not kernels.use_triton(torch.zeros(1, device=DEVICE))
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    monkeypatch.setattr(kernels, "BACKEND", "triton")
+    with pytest.raises(AssertionError, match="needs Triton"):
+        kernels.use_triton(cpu)
 
 
 @pytest.mark.parametrize("major, hip, triton", [(7, None, False), (8, None, True), (12, None, True), (9, "6.4", False)])

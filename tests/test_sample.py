@@ -820,7 +820,9 @@ def test_a_part_too_small_for_coarse_maps_is_noted(judged, tmp_path):
 
 
 def test_holes_are_completed_by_particles_unless_a_published_model_takes_long():
-    for flags, particles in (([], 32), (["--published", "d16"], 0), (["--particles", "5"], 5)):
+    theirs = ["--tokenizer", "vae.pth", "--var", "var.pth"]
+    for flags, particles in (([], 32), (["--var", "var.pt"], 32), (["--published", "d16"], 0),
+                             (theirs, 0), (["--particles", "5"], 5)):
         assert parse({}, ["inpaint", "a.png", *flags]).particles == particles
     assert parse({}, ["upscale", "a.png"]).particles == 0
 

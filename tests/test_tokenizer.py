@@ -289,7 +289,7 @@ def test_phis_of_the_published_models():
 
 @pytest.mark.parametrize("changes, told", [
     (dict(scales=(2, 4)), "start at 1"), (dict(scales=(1, 3, 3)), "grow"), (dict(scales=()), "start at 1"),
-    (dict(width=9), "not divisible by 2 groups")])
+    (dict(width=9), "not divisible by 2 groups"), (dict(width=1, multipliers=(2, 4)), "1 times 1 is not divisible")])
 def test_impossible_shapes_are_refused(changes, told):
     with pytest.raises(ValueError, match=told):
         config(**changes)
