@@ -2,9 +2,8 @@
 
     x = embed(f_hat when the pass began, at s_k)  +  embed'(noise of the place)
 
-embed' starts at zero: with a pass for every scale it begins as the VAR that it is tuned from. What
-it draws it draws by the noise, each place's own, from the logits there. Of two maps from noise to
-tokens, both draw from softmax(logits):
+embed' starts at zero: with a pass for every scale it begins as the VAR that it is tuned from. Each
+place's token follows from its noise, in one of two ways, both of which draw from softmax(logits):
 
 gumbel  argmax(logits + noise), with noise of V channels; this is how `VAR.draw` draws
 flow    noise of C channels flows to a code. To codes e_j of chances p_j flow matching needs no
@@ -55,7 +54,7 @@ class Student(VAR):
         self.starts = range(len(plain.config.scales))
         std_C, mean_C = torch.std_mean(codebook_VC.detach(), dim=0)
         self.register_buffer("codes_VC", (codebook_VC.detach() - mean_C) / std_C)   # as noise is
-        X = codebook_VC.shape[1 if kind == "flow" else 0]
+        X = codebook_VC.shape[kind == "flow"]   # C, or V
         self.noise_embedding = nn.Linear(X, plain.config.width, bias=False)
         nn.init.zeros_(self.noise_embedding.weight)
         self.to(plain.level_L.device)
@@ -105,13 +104,12 @@ class Student(VAR):
         modulations, head_B2W = self.modulations(class_BW)
         caches = self.new_caches()
         f_hat_BCSS = quantizer.empty(len(labels_B))
-        tokens_BL = torch.zeros_like(noise_BLX[..., 0], dtype=torch.long)
-        logits = []
+        tokens_BL, logits = torch.zeros_like(noise_BLX[..., 0], dtype=torch.long), []
         for begin, end in pairwise([*self.starts, len(spans)]):
             span = slice(spans[begin].start, spans[end - 1].stop)
             noise_BlX = noise_BLX[:, span]
             read_BlC = torch.cat([quantizer.read(f_hat_BCSS, k) for k in range(begin, end)], dim=1)
-            x_BlW = self.read(class_BW, read_BlC, noise_BlX, begin == 0)
+            x_BlW = self.read(class_BW, read_BlC, noise_BlX, not begin)
             ranges = self.ranges.rows(span.start, span.stop)
             stream = self.through_layers(x_BlW, self.places()[:, span], modulations, ranges, caches)
             logits.append(self.logits(stream, head_B2W))
@@ -135,13 +133,15 @@ class Distilling(Tuning):
         K = len(self.teacher.starts)
         second = max(0, int(torch.randint(1 - K, K, ())))   # in half of the steps there is none
         read_BLC = read_by_pass(self.tokenizer.quantizer, own_BL, [0, second])
-        lost_BL = lost(own_BLV, model(labels_B, read_BLC, noise_BLX))
-        lost_K = self.per_scale(lost_BL)
+        lost_K = self.per_scale(lost(own_BLV, model(labels_B, read_BLC, noise_BLX)))
         return lost_K.mean(), lambda: {"loss_per_scale": lost_K.detach()}
 
     def example(self) -> tuple[Tensor, ...]:
         x_1L = torch.zeros_like(self.ema.level_L)[None]
         return x_1L[:, 0], read_by_pass(self.tokenizer.quantizer, x_1L, [0]), self.ema.noise(1)
+
+    def validate(self) -> dict:
+        return {}   # nothing is held out: the teacher never draws the same twice
 
 
 def lost(own_BLV: Tensor, its_BLV: Tensor) -> Tensor:
