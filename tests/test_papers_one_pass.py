@@ -266,17 +266,15 @@ def test_what_is_timed(run, monkeypatch):
 
 def test_the_page_on_one_pass(folder, monkeypatch):
     monkeypatch.setattr(one_pass, "seconds", lambda _, model: [
-        len(model.starts) + 2 * model.noise_embedding.weight.any().item(), len(model.starts)**2])
+        len(model.starts) + 2 * (model.kind == "flow"), len(model.starts)**2])
     flags = ("--run", folder, *SHORT, "--lr", 0.1, "--second", 1)
     said = ran("papers.one_pass", *flags, "--steps", 3)
     drawn = rows_of(said, 5)
     assert list(drawn)[:9] == [f"{kind}, {passes}" for kind in KINDS
                                for passes in ("all passes", "two passes", "one pass")]
-    for kind, read in (("unread", 0), ("flow", 2), ("gumbel", 2)):   # what noise takes is counted
-        for passes, n in (("all", 3), ("two", 2), ("one", 1)):
-            its = read * (passes != "all")
-            assert drawn[f"{kind}, {passes} pass{'es' * (n > 1)}"][3:] == pytest.approx(
-                [(n + its) / 3, n * n / 9], abs=0.006)
+    for name, row in list(drawn.items())[:9]:
+        n = {"all": 3, "two": 2, "one": 1}[name.split()[1]]
+        assert row[3:] == pytest.approx([(n + 2 * ("flow" in name)) / 3, n * n / 9], abs=0.006)
     run = opened_run(folder, *SHORT)
     images, labels = evaluated_images(run, COUNT)
     judge = Judge(kept_classifier(run), images, run.classes)
