@@ -12,8 +12,8 @@ second reads what the first made.
 
 The paper's rule is a flow, so that noise which is alike becomes codes which are alike; VAR's own,
 Gumbel-max, would do as well. Which noise is easier to read? (The paper's student returns the code
-itself, reads codes for f_hat, has another mask, and learns for much longer. A reading of its code
-for sampling was at hand; that for training is not published.)
+itself, reads codes for f_hat, and has another mask. A reading of its code for sampling was at hand;
+that for training is not published.)
 
 The control learns for as many steps but reads no noise: it draws all scales by the class alone. The
 teacher, with whose weights all students begin, is not tuned any further.
