@@ -91,7 +91,7 @@ class Student(VAR):
         """Logits [B, L, V]. read_BLC: of `read_by_pass`."""
         class_BW = self.class_embedding(labels_B)
         modulations, head_B2W = self.modulations(class_BW)
-        x_BLW = self.read(class_BW, read_BLC, noise_BLX, first=True)
+        x_BLW = self.read(class_BW, read_BLC, noise_BLX, True)
         stream = self.through_layers(x_BLW, self.places(), modulations, self.ranges, None)
         return self.logits(stream, head_B2W)
 
