@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
 
 import torch
@@ -31,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from papers import FILTERED, Claim, Trained, open_runs, parser_of, say_figures, say_verdicts
+from papers import Claim, Trained, open_runs, parser_of, say_figures, say_verdicts
 from papers.mistakes import read_and_asked
 from papers.small_images import (
     TESTS, Looking, degraded_by_lot, enlarged, large_of, picture_of, scales_of_small, small_of,
@@ -116,7 +115,6 @@ def measure(run: Trained, steps: int, count: int) -> tuple[dict, Image.Image]:
         decibels = psnr(F.mse_loss(images, originals).item())
         return [decibels, 100 * found.recognised, 100 * found.recall, found.frechet]
 
-    run = replace(run, sampling=FILTERED)
     made = {test: large_of(run, models, small_of(originals, test)) for test in TESTS}
     figures = {test: {name: figures_of(images) for name, images in of_test.items()}
                for test, of_test in made.items()}

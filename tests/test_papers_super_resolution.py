@@ -108,7 +108,7 @@ def test_stronger_is_worse(real):
             torch.manual_seed(0)
             small = degraded(images, [strength * (i == place) for i in range(3)])
             errors.append((small - halved(images)).square().mean().item())
-        assert errors[0] < 1e-10 and errors == sorted(errors) and errors[1] > 1e-4
+        assert errors[0] < 1e-10 and errors == sorted(set(errors)) and errors[1] > 1e-4
 
 
 def test_every_image_draws_its_strengths(real, monkeypatch):
@@ -287,7 +287,8 @@ def table_of(said, test):
 
 def test_the_page_on_super_resolution(folder):
     said = "\n" + ran("papers.super_resolution", "--run", folder, *SHORT, "--steps", 2)
-    run = replace(opened_run(folder, *SHORT), sampling=FILTERED)
+    run = opened_run(folder, *SHORT)
+    assert run.sampling == FILTERED
     images, labels = evaluated_images(run, COUNT)
     judge = Judge(kept_classifier(run), images, run.classes)
     content = load_checkpoint(folder / "papers" / "super-look" / "var.pt", "transformer")
