@@ -1,4 +1,4 @@
-"""What an image goes through before somebody encodes it: for the page on watermarks."""
+"""What an image goes through before somebody encodes it: for watermarks, and super-resolution."""
 from __future__ import annotations
 
 import io
@@ -32,13 +32,13 @@ def read_back(run: Run, tokens_NL: Tensor, images: Tensor) -> dict[str, Tensor]:
     return read
 
 
-def saved(images: Tensor, form: str = "PNG") -> Tensor:
-    """Images in [-1, 1] as they come out of a file."""
+def saved(images: Tensor, form: str = "PNG", quality: int = 75) -> Tensor:
+    """Images in [-1, 1] as they come out of a file. quality: of JPEG; a PNG loses nothing."""
     pixels_NHWC = to_bytes(images)
     for i, pixels in enumerate(pixels_NHWC):
         file = io.BytesIO()
         image = Image.fromarray(pixels.squeeze())
-        image.save(file, form, quality=75)   # of JPEG; a PNG loses nothing
+        image.save(file, form, quality=quality)
         pixels_NHWC[i] = np.asarray(Image.open(file)).reshape(pixels.shape)
     images = torch.from_numpy(pixels_NHWC)
     return to_float(images.permute(0, 3, 1, 2))
