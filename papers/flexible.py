@@ -1,9 +1,4 @@
-"""A tokenizer and a VAR of latents at all sides, and the tokenizer's training: for flexvar.py.
-
-Each map of s x s tokens is the latent itself, averaged down to s x s: nothing is subtracted for the
-coarser maps, and nothing added up. So it is an image of its own, of its own size, and its tokens do
-not depend on which other maps there are.
-"""
+"""A tokenizer and a VAR of latents at all sides, and the training of the first: for flexvar.py."""
 from __future__ import annotations
 
 import copy
@@ -25,10 +20,9 @@ from var import VAR
 
 def resized(x_BCSS: Tensor, s: int) -> Tensor:
     """[B, C, s, s]: the means of areas, or a bicubic where it grows."""
-    S = x_BCSS.shape[-1]
-    if s > S:
+    if s > x_BCSS.shape[-1]:
         return F.interpolate(x_BCSS, size=(s, s), mode="bicubic")
-    area_sS = area_matrix(s, S).to(x_BCSS)
+    area_sS = area_matrix(s, x_BCSS.shape[-1]).to(x_BCSS)
     with torch.autocast(x_BCSS.device.type, enabled=False):
         return area_sS @ x_BCSS @ area_sS.T
 
@@ -44,8 +38,21 @@ def of(run: Trained, scales: tuple[int, ...]) -> Trained:
     return replace(run, tokenizer=tokenizer, model=model)
 
 
+def left_out(run: Trained, k: int) -> Trained:
+    """A run of VAR, weights and all, without one of its scales."""
+    config = run.model.config
+    rest = [i for i in range(len(config.scales)) if i != k]
+    places_1LW = torch.cat([run.model.places()[:, config.spans[i]] for i in rest], dim=1)
+    part = of(run, tuple(config.scales[i] for i in rest))
+    part.model.places = lambda: places_1LW
+    quantizer = part.tokenizer.quantizer
+    quantizer.areas_XS = torch.cat([quantizer.areas_XS.split(config.scales)[i] for i in rest])
+    quantizer.phi_of_scale = [quantizer.phi_of_scale[i] for i in rest]
+    return part
+
+
 class FlexQuantizer(Quantizer):
-    """Of f_hat there is the newest map alone, at its own side."""
+    """Each map is the latent itself, averaged down; f_hat is the newest one, and no sum."""
 
     def accumulate(self, f_hat_BCSS: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
         """Return the codes [B, C, s, s] of scale k, which take the place of f_hat."""
@@ -62,17 +69,18 @@ class FlexQuantizer(Quantizer):
         return torch.cat(tokens, dim=1)
 
     def forward(self, f_BCSS: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return each side's map as its tokens give it, and the codebook loss, a mean over sides.
-        The pass keeps its tokens and what they are nearest to."""
+        """Return each side's map as its tokens give it, and the codebook loss, a mean of theirs."""
         self.last_tokens_BL = self.encode(f_BCSS)
         asked = [resized(f_BCSS, s) for s in self.scales]
-        given = [self.accumulate(f_BCSS, tokens_Bl, k)
-                 for k, tokens_Bl in enumerate(self.split(self.last_tokens_BL))]
+        maps = enumerate(self.split(self.last_tokens_BL))
+        given = [self.accumulate(f_BCSS, tokens_Bl, k) for k, tokens_Bl in maps]
         self.last_residuals = [x_BCss.detach().flatten(2).mT for x_BCss in asked]
-        losses = [F.mse_loss(code, x.detach()) + COMMITMENT * F.mse_loss(code.detach(), x)
-                  for code, x in zip(given, asked)]
-        straight = [x + (code - x).detach() for code, x in zip(given, asked)]   # straight-through
-        return straight, torch.stack(losses).mean()
+        loss = 0.0
+        straight = []
+        for code, x in zip(given, asked):
+            loss = loss + F.mse_loss(code, x.detach()) + COMMITMENT * F.mse_loss(code.detach(), x)
+            straight.append(x + (code - x).detach())   # straight-through
+        return straight, loss / len(straight)
 
     @torch.no_grad()
     def start_from(self, f_BCSS: Tensor) -> None:
@@ -86,11 +94,11 @@ class FlexTokenizer(Tokenizer):
     """A tokenizer whose scales are all sides. It is made of one of VAR, by TokenizerTuning."""
 
     def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return reconstructions, and the losses by name; "smaller" is that of a smaller map's
-        image, any one's, against the averages of the original."""
+        """Return reconstructions and losses; "smaller" is of a smaller map's image, any one's."""
         maps, codebook_loss = self.quantizer(self.latent(images))
         result = self.render(maps[-1])
-        small = self.render(maps[torch.randint(len(maps) - 1, ()).item()])
+        k = torch.randint(len(maps) - 1, ()).item()
+        small = self.render(maps[k])
         target = resized(images, small.shape[-1])
         return result, {
             "mse": F.mse_loss(result, images),
@@ -101,22 +109,19 @@ class FlexTokenizer(Tokenizer):
 
 
 class FlexVAR(VAR):
-    """A VAR, with its weights. Its positions are one map, resized to every side; it has no levels.
-    """
+    """A VAR, with its weights; but its positions are one map, resized, and levels it has none."""
 
     def __init__(self, plain: VAR):
         super().__init__(plain.config)
-        S = plain.config.scales[-1]
         finest_1lW = plain.places()[:, plain.config.spans[-1]].detach()
         del self.position_1LW, self.level_embedding
         self.load_state_dict(plain.state_dict(), strict=False)
-        self.position_1WSS = nn.Parameter(finest_1lW.mT.unflatten(2, (S, S)))
+        self.position_1WSS = nn.Parameter(finest_1lW.mT.unflatten(2, 2 * plain.config.scales[-1:]))
         self.to(finest_1lW.device)
 
     def places(self) -> Tensor:
-        """[1, L, W]."""
         maps = [resized(self.position_1WSS, s).flatten(2).mT for s in self.config.scales]
-        return torch.cat(maps, dim=1)
+        return torch.cat(maps, dim=1)                                       # [1, L, W]
 
 
 class TokenizerTuning(TokenizerStage):
@@ -128,8 +133,9 @@ class TokenizerTuning(TokenizerStage):
         sides = tuple(range(1, run.model.config.scales[-1] + 1))
         preset = replace(run.settings.preset, scales=sides, tokenizer_steps=steps)
         out = run.folder / "papers" / "flexvar-tokenizer"
-        data = Data(images, run.held_out, run.classes, fingerprint(run.tokenizer))
+        data = Data(images, run.held_out, run.classes, kept["data_set"])
         super().__init__(data, replace(run.settings, preset=preset, out=out))
+        self.made_with["first weights"] = fingerprint(run.tokenizer)
         self.quantized_from = 0
         for tokenizer in (self.model, self.ema):   # the same tensors, read by other code
             tokenizer.load_state_dict(run.tokenizer.state_dict())

@@ -282,7 +282,7 @@ def test_figures_are_of_what_was_measured(opened, flex):
         row[0] for row in drawn.values())
     sizes = [small, large, larger]
     assert figures[:6] == pytest.approx([
-        min(three, four) - ours, short - var, ours_short - ours, min(sizes) - ours,
+        min(three, four) - ours, var - short, ours_short - ours, min(sizes) - ours,
         np.mean(sizes) - np.mean(var_sizes), ours - var])
     images, labels = evaluated_images(opened, COUNT)
     judge = Judge(kept_classifier(opened), images, opened.classes)
@@ -295,8 +295,8 @@ def test_figures_are_of_what_was_measured(opened, flex):
     latent = opened.tokenizer.quantizer.decode(
         replace(opened, sampling=UNFILTERED).generate(labels.tolist(), 0))
     with torch.no_grad():
-        made = opened.tokenizer.render(F.adaptive_avg_pool2d(latent, 3)).clamp(-1, 1)
-    found = judge(F.interpolate(made, size=16, mode="bicubic"), labels)
+        made = opened.tokenizer.render(F.adaptive_avg_pool2d(latent, 3))
+    found = judge(F.interpolate(made, size=16, mode="bicubic").clamp(-1, 1), labels)
     assert drawn["VAR, resized to 3"][0] == pytest.approx(100 * found.recognised)
     assert list(rates) == ["VAR, 1 tokens", "VAR, 5 tokens", "VAR, 21 tokens",
                            "FlexVAR, 26 tokens", "FlexVAR, 30 tokens", "FlexVAR, 21 tokens"]
