@@ -12,6 +12,7 @@ from program import copied_run, opened_run, ran, refused, rows_of, with_moved_we
 
 from papers import UNFILTERED, flexvar
 from papers.flexible import FlexQuantizer, FlexTokenizer, FlexVAR, TokenizerTuning, of, resized
+from support.cli import UserError
 from support.evaluation import Judge, evaluated_images, kept_classifier, psnr
 from support.images import to_float
 from tokenizer import Tokenizer, TokenizerConfig
@@ -140,8 +141,9 @@ def test_the_tokenizers_loss_has_a_smaller_image(opened, monkeypatch):
     stage.before_step()
     stage.step = 1
     images, labels = stage.rows[list(range(4))]
-    for side in (1, 2, 3):
-        monkeypatch.setattr(torch, "randint", lambda end, size: torch.tensor(side - 1))
+    for side in (1, 2, 3):   # of 3, all but the whole image's
+        of_3 = {3: torch.tensor(side - 1)}
+        monkeypatch.setattr(torch, "randint", lambda end, size, of_3=of_3: of_3[end])
         loss, to_log = stage.loss(stage.model, images, labels)
         losses = to_log()
         x = to_float(images)
@@ -159,11 +161,13 @@ def test_the_tokenizers_loss_has_a_smaller_image(opened, monkeypatch):
 def test_tuning_begins_as_the_run(opened):
     """But for codes; and it leaves the run as it was."""
     before = copy.deepcopy(opened.tokenizer.state_dict())
-    stage = TokenizerTuning(opened, 3)
+    stage = TokenizerTuning(opened, 30)
     for name, weight in stage.model.named_parameters():
         assert torch.equal(weight, before[name]), name
     kept = stage.model.quantizer.codebook_VC.detach().clone()
-    tuned = stage.run()
+    stage.before_step()
+    assert (stage.model.quantizer.codebook_VC != kept).all(dim=1).all()
+    tuned = TokenizerTuning(opened, 2).run()
     assert not torch.equal(tuned.quantizer.codebook_VC, kept)
     assert not torch.equal(tuned.decoder.conv_out.weight, before["decoder.conv_out.weight"])
     for name, weight in opened.tokenizer.state_dict().items():
@@ -187,6 +191,9 @@ def test_positions_are_one_map(flex, opened):
     first = FlexVAR(opened.model)
     assert torch.allclose(first.places()[:, -16:], opened.model.places()[:, -16:], atol=1e-6)
     names = {name for name, _ in first.named_parameters()}
+    for name, weight in first.named_parameters():
+        if name != "position_1WSS":
+            assert torch.equal(weight, opened.model.get_parameter(name))
     assert names == {name for name, _ in opened.model.named_parameters()} - {
         "position_1LW", "level_embedding.weight"} | {"position_1WSS"}
 
@@ -325,6 +332,22 @@ def test_the_page_from_its_command_to_its_verdicts(folder):
     assert ran("papers.flexvar", *flags, "--resume").count("is finished") == 3
     assert "another steps, 2 and not 3" in refused(
         "papers.flexvar", *flags, "--steps", 3, "--resume")
+
+
+def test_what_began_otherwise_does_not_go_on(opened):
+    resumed = replace(opened, settings=replace(opened.settings, resume=True))
+    TokenizerTuning(opened, 2).run()
+    resumed.tokenizer = copy.deepcopy(opened.tokenizer)
+    resumed.tokenizer.decoder.conv_out.bias.data += 1
+    with pytest.raises(UserError, match="another first weights"):
+        TokenizerTuning(resumed, 2).run()
+    flexvar.FlexTuning(opened, 2, TokenizerTuning(opened, 2)).run()
+    resumed.tokenizer = opened.tokenizer
+    stage = TokenizerTuning(resumed, 2)
+    stage.ema.quantizer.codebook_VC.data += 1
+    stage.run = lambda: stage.ema
+    with pytest.raises(UserError, match="another tokenizer"):
+        flexvar.FlexTuning(resumed, 2, stage).run()
 
 
 def test_a_run_of_other_scales(folder, monkeypatch):
