@@ -11,13 +11,11 @@ weights, taught by another list of 3 to 5 sides in each batch, should draw by an
 (The authors train from nothing, with unit codes, and positions that begin as sines; here all but
 the codes begins as the run's. What theirs is comes from notes on their code.)
 
-The control is the run, its transformer tuned for as long; scales are left out of it, and latents
-resized. The price: how far, at as many nats, the PSNR is from the line of VAR's after each scale.
+The control is the run; scales are left out of it, and latents resized. The price is how far, at as
+many nats, the PSNR is from the line of VAR's after each scale.
 """
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 
@@ -32,9 +30,8 @@ from papers.tuning import Tuning
 from support.checkpoint import fingerprint
 from support.cli import COUNT, UserError, run_program
 from support.evaluation import Judge, evaluated_images, kept_classifier, psnr
-from support.images import to_float
+from support.images import Row, grid, save_picture, to_bytes, to_float
 
-LR = 1e-2   # of both transformers, at its peak
 LISTS = ((1, 4, 8), (1, 2, 4, 8), (1, 2, 3, 4, 6, 8), tuple(range(1, 9)))
 SIZES = ((1, 2, 4, 6), (1, 2, 3, 5, 8, 10), (1, 2, 3, 5, 8, 12))   # of images of 24, 40, 48 pixels
 CLAIMS = tuple(Claim(text, (least, inf), (-inf, least)) for least, text in (   # points, at last dB
@@ -54,7 +51,7 @@ class FlexTuning(Tuning):
     """Every batch has another list of 3 to 5 sides, from 1 to that of the latent."""
 
     def __init__(self, run: Trained, steps: int, stage: TokenizerTuning):
-        super().__init__(run, FlexVAR(run.model), "flexvar", steps, LR)
+        super().__init__(run, FlexVAR(run.model), "flexvar", steps, run.settings.preset.var_lr)
         self.flex = replace(run, tokenizer=stage.run())
         self.made_with["tokenizer"] = fingerprint(self.flex.tokenizer)
         self.rows = stage.rows
@@ -74,15 +71,15 @@ class FlexTuning(Tuning):
 
 
 @torch.no_grad()
-def measure(run: Trained, flex: Trained, count: int) -> tuple[dict, dict, list[float]]:
-    """Of what is drawn, unfiltered, and seen at one size: recognised, recall, Fréchet distance. Of
-    held-out images: nats, PSNR. And the figures of CLAIMS."""
+def measure(run: Trained, flex: Trained, count: int) -> tuple:
+    """Rows of what is drawn, unfiltered, and of held-out images; a picture; figures of CLAIMS."""
     images, labels_N = evaluated_images(run, count)
     labels = labels_N.tolist()
     judge = Judge(kept_classifier(run), images, run.classes)
     own = run.model.config
     drawn = {}
     rates = {}
+    picture = []
 
     def tokens(part: Trained) -> Tensor:
         return replace(part, sampling=UNFILTERED).generate(labels, 0)
@@ -90,17 +87,19 @@ def measure(run: Trained, flex: Trained, count: int) -> tuple[dict, dict, list[f
     def look(name: str, made: Tensor) -> float:
         found = judge(resized(made, images.shape[-1]).clamp(-1, 1), labels_N)
         drawn[name] = [100 * found.recognised, 100 * found.recall, found.frechet]
+        picture.append(Row(name, to_bytes(made[-4:])))
         return drawn[name][0]
 
     def draw(kind: str, part: Trained) -> float:
         scales = ",".join(map(str, part.model.config.scales))
         return look(f"{kind} {scales}", part.decode(tokens(part)))
 
-    def rate(kind: str, part: Trained, ends: Sequence[int]) -> None:
+    def rate(kind: str, part: Trained, ends: list[int]) -> None:
         _, tokens_NL = part.encode(images)
         nats_L = -part.log_likelihoods(tokens_NL, labels).mean(dim=0)
         for end in ends:
-            error = F.mse_loss(part.decode(tokens_NL[:, :end]), images)
+            shown = part.decode(tokens_NL[:, :end])
+            error = F.mse_loss(shown, images)
             rates[f"{kind}, {end} tokens"] = [nats_L[:end].sum().item(), psnr(error.item())]
 
     shorter = [left_out(run, k) for k in range(1, len(own.scales) - 1)]
@@ -117,7 +116,7 @@ def measure(run: Trained, flex: Trained, count: int) -> tuple[dict, dict, list[f
     for scales in (*LISTS, own.scales):
         rate("FlexVAR", of(flex, scales), [sum(s * s for s in scales)])
     our_nats, our_decibels = rates[f"FlexVAR, {own.length} tokens"]
-    return drawn, rates, [
+    return drawn, rates, picture, [
         min(listed) - ours, var - np.mean(var_shorter), np.mean(ours_shorter) - ours,
         min(sizes) - ours, np.mean(sizes) - np.mean(var_sizes), ours - var,
         our_decibels - np.interp(our_nats, nats, decibels),
@@ -128,8 +127,8 @@ def main() -> None:
     parser = parser_of("flexvar", __doc__)
     parser.set_defaults(count=300)
     add = parser.add_argument
-    add("--tokenizer-steps", type=COUNT, default=200, help="of its tuning (default: %(default)s)")
-    add("--steps", type=COUNT, default=300, help="of both transformers' (default: %(default)s)")
+    add("--tokenizer-steps", type=COUNT, default=200, help="of tuning (default: %(default)s)")
+    add("--steps", type=COUNT, default=500, help="of the transformer's (default: %(default)s)")
     options = parser.parse_args()
     found = []
     for run in open_runs(options):
@@ -138,9 +137,10 @@ def main() -> None:
             raise UserError(f"{run.folder} has scales {own}, and these lists go to {LISTS[0][-1]}")
         stage = FlexTuning(run, options.steps, TokenizerTuning(run, options.tokenizer_steps))
         flex = replace(stage.flex, model=stage.run())
-        run.model = Tuning(run, copy.deepcopy(run.model), "flexvar-plain", options.steps, LR).run()
         found.append(measure(run, flex, options.count))
-    drawn, rates, figures = zip(*found)
+    drawn, rates, pictures, figures = zip(*found)
+    path = options.run[0] / "papers" / "flexvar.png"
+    save_picture(path, grid(pictures[0]))
     say_figures(("unfiltered", "recognised %", "recall %", "Fréchet"), drawn, 1)
     say_figures(("held-out images", "nats", "PSNR"), rates, 2)
     say_verdicts(CLAIMS, np.transpose(figures).tolist())

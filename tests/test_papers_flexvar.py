@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from program import copied_run, opened_run, ran, refused, rows_of, with_moved_weights
 
 from papers import UNFILTERED, flexvar
 from papers.flexible import FlexQuantizer, FlexTokenizer, FlexVAR, TokenizerTuning, of, resized
 from support.cli import UserError
 from support.evaluation import Judge, evaluated_images, kept_classifier, psnr
-from support.images import to_float
+from support.images import to_bytes, to_float
 from tokenizer import Tokenizer, TokenizerConfig
 
 COUNT = 16
@@ -280,11 +281,15 @@ def test_var_with_a_scale_left_out(opened):
 
 
 def test_figures_are_of_what_was_measured(opened, flex):
-    drawn, rates, figures = flexvar.measure(opened, flex, COUNT)
+    part = replace(of(flex, SIZES[0]), sampling=UNFILTERED)
+    _, labels = evaluated_images(opened, COUNT)
+    small_ones = part.decode(part.generate(labels.tolist(), 0))[-4:]
+    drawn, rates, picture, figures = flexvar.measure(opened, flex, COUNT)
     names = ["VAR 1,2,4", "VAR 1,4", "VAR, resized to 3", "VAR, resized to 5", "VAR, resized to 6",
              "FlexVAR 1,2,4", "FlexVAR 1,3,4", "FlexVAR 1,2,3,4", "FlexVAR 1,3", "FlexVAR 1,2,4,5",
              "FlexVAR 1,2,4,6", "FlexVAR 1,4"]
-    assert list(drawn) == names
+    assert list(drawn) == names == [row.label for row in picture]
+    assert np.array_equal(picture[8].images, to_bytes(small_ones))
     var, short, *var_sizes, ours, three, four, small, large, larger, ours_short = (
         row[0] for row in drawn.values())
     sizes = [small, large, larger]
@@ -328,8 +333,10 @@ def test_the_page_from_its_command_to_its_verdicts(folder):
     said = ran("papers.flexvar", *flags)
     rows = rows_of(said, 3)
     assert rows["FlexVAR 1,2,4,6"][0] <= 100 and "VAR, resized to 6" in rows
+    with Image.open(folder / "papers" / "flexvar.png") as picture:
+        assert picture.height > 12 * 24
     assert said.count("no verdict, which takes three runs") == len(flexvar.CLAIMS)
-    assert ran("papers.flexvar", *flags, "--resume").count("is finished") == 3
+    assert ran("papers.flexvar", *flags, "--resume").count("is finished") == 2
     assert "another steps, 2 and not 3" in refused(
         "papers.flexvar", *flags, "--steps", 3, "--resume")
 
