@@ -46,6 +46,7 @@ def flex(opened):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
+    monkeypatch.setattr(flexvar, "SIDE", 4)
     monkeypatch.setattr(flexvar, "LISTS", LISTS)
     monkeypatch.setattr(flexvar, "SIZES", SIZES)
 
@@ -358,6 +359,6 @@ def test_what_began_otherwise_does_not_go_on(opened):
 
 
 def test_a_run_of_other_scales(folder, monkeypatch):
-    monkeypatch.setattr(flexvar, "LISTS", ((1, 8),))
+    monkeypatch.setattr(flexvar, "SIDE", 8)
     assert f"{folder} has scales (1, 2, 4), and these lists go to 8" in refused(
         "papers.flexvar", "--run", folder, *SHORT)
