@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from program import copied_run, opened_run, ran, refused, rows_of, with_moved_we
 
 from papers import UNFILTERED, flexvar
 from papers.flexible import FlexQuantizer, FlexTokenizer, FlexVAR, TokenizerTuning, of, resized
+from sample import Run
 from support.cli import UserError
 from support.evaluation import Judge, evaluated_images, kept_classifier, psnr
 from support.images import to_bytes, to_float
@@ -329,6 +331,22 @@ def test_figures_are_of_what_was_measured(opened, flex):
     assert figures[6] == pytest.approx(ours - np.interp(at, *curve.T))
 
 
+def test_each_figure_is_the_claims(opened, flex, monkeypatch):
+    """Of shares that all differ, and of nats between those of VAR's scales."""
+    shares = iter([0.8, 0.5, 0.41, 0.52, 0.63, 0.7, 0.62, 0.66, 0.3, 0.35, 0.27, 0.55])
+    monkeypatch.setattr(
+        flexvar, "Judge", lambda *_: lambda *_: SimpleNamespace(
+            recognised=next(shares), recall=0.0, frechet=0.0))
+    monkeypatch.setattr(Run, "log_likelihoods", lambda run, tokens, _: -torch.full(
+        tokens.shape, 0.4 if isinstance(run.model, FlexVAR) else 1.0))
+    *_, rates, _, figures = flexvar.measure(opened, flex, COUNT)
+    assert figures[:6] == pytest.approx([62 - 70, 80 - 50, 55 - 70, 27 - 70, 92 / 3 - 52, 70 - 80])
+    (_, five), (_, all_21), (_, ours) = (
+        rates[f"{name} tokens"] for name in ("VAR, 5", "VAR, 21", "FlexVAR, 21"))
+    on_the_line = five + (all_21 - five) * (0.4 * 21 - 5) / (21 - 5)
+    assert figures[6] == pytest.approx(ours - on_the_line, rel=1e-4)
+
+
 def test_the_page_from_its_command_to_its_verdicts(folder):
     flags = ("--run", folder, *SHORT, "--tokenizer-steps", 2, "--steps", 2)
     said = ran("papers.flexvar", *flags)
@@ -358,7 +376,10 @@ def test_what_began_otherwise_does_not_go_on(opened):
         flexvar.FlexTuning(resumed, 2, stage).run()
 
 
-def test_a_run_of_other_scales(folder, monkeypatch):
+def test_a_run_of_other_scales(folder, opened, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(flexvar, "open_runs", lambda _: [of(opened, (1, 4))])
+        assert "has scales (1, 4)" in refused("papers.flexvar", *SHORT)
     monkeypatch.setattr(flexvar, "SIDE", 8)
     assert f"{folder} has scales (1, 2, 4), and these lists go to 8" in refused(
         "papers.flexvar", "--run", folder, *SHORT)
