@@ -1,12 +1,11 @@
 """A page of papers/: own-scale attention with a linear memory of the past."""
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from program import opened_run, ran, rows_of
+from program import copied_run, opened_run, ran, rows_of, with_moved_weights
 
 from papers import UNFILTERED, linear_past
 from papers.linear_past import LinearPast, LinearVAR, Memory
@@ -20,20 +19,12 @@ SHORT = ("--device", "cpu", "--count", COUNT)
 
 @pytest.fixture(scope="module")
 def folder(judged, tmp_path_factory):
-    """A copy of the run, for what is tuned here."""
-    out = tmp_path_factory.mktemp("linear_past") / "shapes"
-    shutil.copytree(judged, out, ignore=lambda _, names: {"papers"} & set(names))
-    return out
+    return copied_run(judged, tmp_path_factory.mktemp("linear_past") / "shapes")
 
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """The short run, its weights moved: at first gates and the head are next to zero."""
-    run = opened_run(folder, *SHORT)
-    torch.manual_seed(0)
-    for weight in run.model.parameters():
-        weight.data += 0.1 * torch.randn_like(weight)
-    return run
+    return with_moved_weights(opened_run(folder, *SHORT))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +107,16 @@ def test_drawing_computes_what_training_does(opened, cfg, monkeypatch):
     assert torch.allclose(torch.cat(logits, dim=1), expected, atol=1e-3)
 
 
-def test_the_page_on_a_linear_past(folder):
+def test_the_page_on_a_linear_past(folder, monkeypatch):
+    found = []
+    evaluate = linear_past.evaluate
+
+    def evaluated(*what, **how):
+        found.append(evaluate(*what, **how))
+        found[-1].unfiltered[0].recognised += 0.01 * len(found)   # else all are recognised alike
+        return found[-1]
+
+    monkeypatch.setattr(linear_past, "evaluate", evaluated)
     said = ran("papers.linear_past", "--run", folder, *SHORT, "--steps", 2, "--lr", 0.02)
     rows = rows_of(said, 7)
     assert list(rows)[:3] == ["plain", "own scale", "linear"]
@@ -133,9 +133,10 @@ def test_the_page_on_a_linear_past(folder):
         likelihood = replace(run, model=model.eval()).log_likelihood(tokens, labels.tolist())
         assert rows[name][0] == pytest.approx(-likelihood.mean().item(), abs=0.006)
     assert not torch.allclose(state["blocks.0.attention.t_H11"], torch.tensor(4.0))
-    cut, left = (rows[name][0] - rows["plain"][0] for name in ("own scale", "linear"))
-    figures = cut / 21, 1 - left / cut, rows["linear"][1] - rows["plain"][1]
-    for claim, figure, digits in zip(linear_past.CLAIMS, figures, (1e-3, None, 0.02)):
+    # What tells them apart after two steps is little, so it is not taken from the rounded table.
+    plain, own, linear = found
+    cut, left = (x.nats_per_image - plain.nats_per_image for x in (own, linear))
+    more = 100 * (linear.unfiltered[0].recognised - plain.unfiltered[0].recognised)
+    for claim, figure in zip(linear_past.CLAIMS, (cut / 21, 1 - left / cut, more), strict=True):
         measured = float(said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":"))
-        if digits:   # the share divides by next to nothing after two steps
-            assert measured == pytest.approx(figure, abs=digits)
+        assert measured == pytest.approx(figure, rel=1e-3, abs=1e-4)
