@@ -132,8 +132,8 @@ def main() -> None:
     parser = parser_of("low_pass", __doc__)
     parser.set_defaults(count=300)
     add = parser.add_argument
-    add("--tokenizer-steps", type=COUNT, default=400, help="of each (default: %(default)s)")
-    add("--var-steps", type=COUNT, default=500, help="of each (default: %(default)s)")
+    add("--tokenizer-steps", type=COUNT, default=300, help="of each (default: %(default)s)")
+    add("--var-steps", type=COUNT, default=300, help="of each (default: %(default)s)")
     options = parser.parse_args()
     kinds = "plain", *BANDS
     found = {kind: [] for kind in kinds}
