@@ -1,15 +1,12 @@
 """A page of papers/: VAR's quantizer with its target low-passed."""
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 from program import copied_run, opened_run, ran, rows_of
 
 from papers import low_pass
-from papers.low_pass import LowPass, by_sampling, by_share
+from papers.low_pass import BANDS, LowPass
 from sample import load_run
 from support.evaluation import evaluated_images, psnr
 from tokenizer import Quantizer, TokenizerConfig
@@ -29,13 +26,13 @@ def frequencies(keep_SS) -> set[tuple[int, int]]:
 
 def test_the_bands_of_the_paper():
     """Edges at 1, 5, 14, 39 and 103 parts in 103 of 4 sqrt(2) periods: 0.05, 0.27, 0.77, 2.14."""
-    keep_KSS = by_share((1, 2, 3, 5, 8))
+    keep_KSS = BANDS["share"]((1, 2, 3, 5, 8))
     assert keep_KSS.sum(dim=(1, 2)).tolist() == [1, 1, 1, 13, 64]
     assert frequencies(keep_KSS[3]) == {(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)}
 
 
 def test_the_bands_of_the_sampling_theorem():
-    keep_KSS = by_sampling((1, 2, 3, 5, 8))
+    keep_KSS = BANDS["sampling"]((1, 2, 3, 5, 8))
     assert keep_KSS.sum(dim=(1, 2)).tolist() == [1, 1, 9, 25, 64]
     assert frequencies(keep_KSS[2]) == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
@@ -64,7 +61,7 @@ def low_passed(f_BCSS, keep_SS) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("bands", [by_share, by_sampling])
+@pytest.mark.parametrize("bands", BANDS.values())
 def test_every_scale_codes_what_is_under_its_edge(plain, bands):
     keep_KSS = bands(SCALES)
     quantizer = LowPass(plain, keep_KSS)
@@ -93,7 +90,7 @@ def test_the_codebook_starts_from_low_frequencies(plain):
     for phi in plain.phis:
         phi.bias.data.zero_()   # else the sum is something before any code is
     fine = []
-    for quantizer in (plain, LowPass(plain, by_sampling(SCALES))):
+    for quantizer in (plain, LowPass(plain, BANDS["sampling"](SCALES))):
         torch.manual_seed(0)
         quantizer.codebook_VC.data.zero_()
         quantizer.start_from(wave)
@@ -105,7 +102,7 @@ def test_the_codebook_starts_from_low_frequencies(plain):
 def test_the_transformer_reads_all_of_the_sum(plain):
     tokens = plain.encode(LATENT)
     inputs = plain.teacher_inputs(tokens)
-    quantizer = LowPass(plain, by_share(SCALES))
+    quantizer = LowPass(plain, BANDS["share"](SCALES))
     quantizer.encode(LATENT)
     assert torch.equal(quantizer.teacher_inputs(tokens), inputs)
     assert list(quantizer.state_dict()) == list(plain.state_dict())
@@ -113,11 +110,17 @@ def test_the_transformer_reads_all_of_the_sum(plain):
 
 def test_the_page_on_low_pass(judged, tmp_path, monkeypatch):
     folder = copied_run(judged, tmp_path / "shapes")
+    started = []
+    start_from = LowPass.start_from
+    monkeypatch.setattr(LowPass, "start_from", lambda self, f_BCSS: started.append(
+        self.training) or start_from(self, f_BCSS))
     found = []
     evaluate = low_pass.evaluate
     monkeypatch.setattr(low_pass, "evaluate", lambda *what, **how: found.append(
         evaluate(*what, **how)) or found[-1])
-    said = ran("papers.low_pass", "--run", folder, *SHORT, "--tokenizer-steps", 12, "--var-steps", 3)
+    said = ran("papers.low_pass", "--run", folder, *SHORT, "--tokenizer-steps", 12,
+               "--var-steps", 3)
+    assert started == [True, True]   # these were trained, not their average alone
     kinds = ["plain", "share", "sampling"]
     assert list(rows_of(said, 7))[:3] == kinds
     assert "share: frequencies up to each scale [1, 1, 16]" in said
@@ -128,7 +131,7 @@ def test_the_page_on_low_pass(judged, tmp_path, monkeypatch):
         part = load_run(folder / "papers" / f"low_pass-{kind}", run.machine)
         quantizer = part.tokenizer.quantizer
         if kind != "plain":
-            part.tokenizer.quantizer = LowPass(quantizer, getattr(low_pass, f"by_{kind}")((1, 2, 4)))
+            part.tokenizer.quantizer = LowPass(quantizer, BANDS[kind]((1, 2, 4)))
         tokens = part.encode(images)[1]
         nats = -part.log_likelihoods(tokens, labels.tolist()).mean(dim=0)
         decibels = [psnr((part.decode(tokens[:, :end]) - images).square().mean().item())
