@@ -6,7 +6,7 @@ import torch
 from program import copied_run, opened_run, ran, rows_of
 
 from papers import low_pass
-from papers.low_pass import LowPass, bands
+from papers.low_pass import BANDS, LowPass
 from sample import load_run
 from support.evaluation import evaluated_images, psnr
 from tokenizer import Quantizer, TokenizerConfig
@@ -24,11 +24,17 @@ def frequencies(keep_SS) -> set[tuple[int, int]]:
     return {(u, v) for u in range(S // 2 + 1) for v in range(S // 2 + 1) if keep_SS[u, v]}
 
 
-def test_the_bands():
+def test_the_bands_of_the_paper():
     """Edges at 1, 5, 14, 39 and 103 parts in 103 of 4 sqrt(2) periods: 0.05, 0.27, 0.77, 2.14."""
-    keep_KSS = bands((1, 2, 3, 5, 8))
+    keep_KSS = BANDS["share"]((1, 2, 3, 5, 8))
     assert keep_KSS.sum(dim=(1, 2)).tolist() == [1, 1, 1, 13, 64]
     assert frequencies(keep_KSS[3]) == {(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0)}
+
+
+def test_the_bands_of_the_sampling_theorem():
+    keep_KSS = BANDS["sampling"]((1, 2, 3, 5, 8))
+    assert keep_KSS.sum(dim=(1, 2)).tolist() == [1, 1, 9, 25, 64]
+    assert frequencies(keep_KSS[2]) == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
 @pytest.fixture(name="plain")
@@ -55,7 +61,8 @@ def low_passed(f_BCSS, keep_SS) -> torch.Tensor:
     return result
 
 
-def test_every_scale_codes_what_is_under_its_edge(plain):
+@pytest.mark.parametrize("bands", BANDS.values())
+def test_every_scale_codes_what_is_under_its_edge(plain, bands):
     keep_KSS = bands(SCALES)
     quantizer = LowPass(plain, keep_KSS)
     f_hat = plain.empty(6)
@@ -83,7 +90,7 @@ def test_the_codebook_starts_from_low_frequencies(plain):
     for phi in plain.phis:
         phi.bias.data.zero_()   # else the sum is something before any code is
     fine = []
-    for quantizer in (plain, LowPass(plain, bands(SCALES))):
+    for quantizer in (plain, LowPass(plain, BANDS["sampling"](SCALES))):
         torch.manual_seed(0)
         quantizer.codebook_VC.data.zero_()
         quantizer.start_from(wave)
@@ -95,7 +102,7 @@ def test_the_codebook_starts_from_low_frequencies(plain):
 def test_the_transformer_reads_all_of_the_sum(plain):
     tokens = plain.encode(LATENT)
     inputs = plain.teacher_inputs(tokens)
-    quantizer = LowPass(plain, bands(SCALES))
+    quantizer = LowPass(plain, BANDS["share"](SCALES))
     quantizer.encode(LATENT)
     assert torch.equal(quantizer.teacher_inputs(tokens), inputs)
     assert list(quantizer.state_dict()) == list(plain.state_dict())
@@ -113,10 +120,10 @@ def test_the_page_on_low_pass(judged, tmp_path, monkeypatch):
         evaluate(*what, **how)) or found[-1])
     said = ran("papers.low_pass", "--run", folder, *SHORT, "--tokenizer-steps", 12,
                "--var-steps", 3)
-    assert started == [True]   # it was trained, not its average alone
-    kinds = ["plain", "low"]
-    assert list(rows_of(said, 7))[:2] == kinds
-    assert "low: frequencies up to each scale [1, 1, 16]" in said
+    assert started == [True, True]   # these were trained, not their average alone
+    kinds = ["plain", "share", "sampling"]
+    assert list(rows_of(said, 7))[:3] == kinds
+    assert "share: frequencies up to each scale [1, 1, 16]" in said
     rows = rows_of(said, 6)
     run = opened_run(folder, *SHORT)
     images, labels = evaluated_images(run, COUNT)
@@ -124,7 +131,7 @@ def test_the_page_on_low_pass(judged, tmp_path, monkeypatch):
         part = load_run(folder / "papers" / f"low_pass-{kind}", run.machine)
         quantizer = part.tokenizer.quantizer
         if kind != "plain":
-            part.tokenizer.quantizer = LowPass(quantizer, bands((1, 2, 4)))
+            part.tokenizer.quantizer = LowPass(quantizer, BANDS[kind]((1, 2, 4)))
         tokens = part.encode(images)[1]
         nats = -part.log_likelihoods(tokens, labels.tolist()).mean(dim=0)
         decibels = [psnr((part.decode(tokens[:, :end]) - images).square().mean().item())
@@ -133,8 +140,11 @@ def test_the_page_on_low_pass(judged, tmp_path, monkeypatch):
         assert rows[kind] == pytest.approx(expected, abs=0.006)
         assert found[i].nats_per_image == pytest.approx(nats.sum().item(), abs=1e-3)
         assert found[i].psnr == pytest.approx(decibels[-1], abs=1e-4)
-    plain, low = found
-    figures = 100 * (1 - low.nats_per_image / plain.nats_per_image), low.psnr - plain.psnr
+    plain, *others = found
+    figures = []
+    for other in others:
+        figures.append(100 * (1 - other.nats_per_image / plain.nats_per_image))
+        figures.append(other.psnr - plain.psnr)
     for claim, figure in zip(low_pass.CLAIMS, figures, strict=True):
         measured = float(said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":"))
         assert measured == pytest.approx(figure, abs=2e-3)
