@@ -534,8 +534,9 @@ def complete(
 
     image_N = torch.arange(len(images)).repeat_interleave(max(1, particles))
     labels = [label] * len(image_N)
-    if label == len(run.classes) and len(run.classes) <= particles:   # the null class
-        labels = [i % len(run.classes) for i in range(particles)] * len(images)
+    classes = len(run.classes)
+    if label == classes and classes <= particles:   # the null class
+        labels = [i % classes for i in range(particles)] * len(images)
 
     # By half, nothing of the maps 1x1 and 2x2 is known where an image's middle is, and particles
     # would draw its colours by luck. Where the edges are, a quarter would be too much: such maps

@@ -318,7 +318,11 @@ def choose_phis(scales: int, phis: int) -> list[int]:
     """
     margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
     places = np.linspace(margin, 1 - margin, phis)
-    return [int(np.abs(places - k / max(scales - 1, 1)).argmin()) for k in range(scales)]
+    chosen = []
+    for k in range(scales):
+        distances = np.abs(places - k / max(scales - 1, 1))
+        chosen.append(int(distances.argmin()))
+    return chosen
 
 
 # -------------------------------------------------------------------------------------------------

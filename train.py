@@ -352,8 +352,7 @@ class Stage:
 
 
 def wrap_layers(model: nn.Module, settings: Settings) -> None:
-    """What --checkpoint-activations and --compile do to a model. The quantizer's many small steps
-    stay as they are."""
+    """What --checkpoint-activations and --compile do to a model, though not to its quantizer."""
     for module in model.modules():
         if settings.checkpoint_activations:
             if isinstance(module, (ResidualBlock, PixelAttention, Block)):
@@ -436,8 +435,7 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """The codebook's care: count which codes the step hit, and every twentieth step, until
-        90 % of the training, move dead ones to where residuals are."""
+        """Count which codes the step hit; in every twentieth, up to 90 %, move dead ones."""
         if self.step < self.quantized_from:
             return
         quantizer = self.model.quantizer
@@ -547,12 +545,14 @@ class VARStage(Stage):
     def validate(self) -> dict:
         rows = self.held_out_rows[balanced_subset(self.held_out_rows, MEASURED)]
         means = Counter()
-        size = math.ceil(self.batch / self.settings.grad_accumulation)   # as in training
+        _, world = rank_and_world()
+        size = self.batch // world // self.settings.grad_accumulation   # as in training
         for micro_batch in zip(*(x.split(size) for x in rows)):
             with self.settings.machine.autocast():
                 loss, to_log = self.loss(self.ema, *micro_batch)
             share = len(micro_batch[0]) / len(rows[0])
-            means.update({name: share * x for name, x in {"loss": loss, **to_log()}.items()})
+            numbers = {"loss": loss, **to_log()}
+            means.update({name: share * number for name, number in numbers.items()})
         return {name: value.tolist() for name, value in means.items()}
 
     def example(self) -> tuple[Tensor, ...]:
