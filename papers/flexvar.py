@@ -11,8 +11,8 @@ weights, taught by another list of 3 to 5 sides in each batch, should draw by an
 (The authors train from nothing, with unit codes, and positions that begin as sines; here all but
 the codes begins as the run's. What theirs is comes from notes on their code.)
 
-The control is the run; scales are left out of it, and latents resized. The price is how far, at as
-many nats, the PSNR is from the line of VAR's after each scale.
+The control is the run, which had as many steps; scales are left out of it, and latents resized. The
+price is how far, at as many nats, the PSNR is from the line of VAR's after each scale.
 """
 from __future__ import annotations
 
@@ -125,10 +125,10 @@ def measure(run: Trained, flex: Trained, count: int) -> tuple:
 
 def main() -> None:
     parser = parser_of("flexvar", __doc__)
-    parser.set_defaults(count=300)
+    parser.set_defaults(count=200)
     add = parser.add_argument
-    add("--tokenizer-steps", type=COUNT, default=200, help="of tuning (default: %(default)s)")
-    add("--steps", type=COUNT, default=500, help="of the transformer's (default: %(default)s)")
+    add("--tokenizer-steps", type=COUNT, default=1000, help="of tuning (default: %(default)s)")
+    add("--steps", type=COUNT, default=1550, help="of the transformer's (default: %(default)s)")
     options = parser.parse_args()
     found = []
     for run in open_runs(options):
