@@ -24,6 +24,8 @@ from support.cli import UserError, run_program
 from support.data import SHAPES, data_of, draw_shapes
 from support.devices import choose_machine
 from support.presets import chosen_preset, training_flags
+from tokenizer import Tokenizer, TokenizerConfig
+from var import VAR, VARConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -223,3 +225,20 @@ def opened_run(folder: Path, *flags) -> Trained:
     """As the pages of papers/ open a run."""
     (run,) = open_runs(parser_of("cca", "").parse_args(["--run", str(folder), *map(str, flags)]))
     return run
+
+
+def of_three_codes() -> tuple[Tokenizer, VAR]:
+    """Models of five tokens of three kinds, whose images can all be gone through."""
+    torch.manual_seed(2)
+    tokenizer = Tokenizer(TokenizerConfig(
+        scales=(1, 2), vocabulary=3, code_channels=4, image_channels=1, width=4, multipliers=(1,),
+        blocks=1, phis=1, norm_groups=1))
+    tokenizer.quantizer.codebook_VC.data.normal_()
+    for weight in tokenizer.quantizer.phis.parameters():
+        torch.nn.init.normal_(weight)
+    plain = VAR(VARConfig(
+        scales=(1, 2), vocabulary=3, code_channels=4, classes=2, depth=1, width=16, heads=2,
+        shared_adaln=False, normalise_qk=True, label_dropout=0.0, drop_path=0.0, last_scales=None))
+    for weight in plain.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    return tokenizer, plain

@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from program import copied_run, opened_run, ran, refused, rows_of, with_moved_weights
+from program import (
+    copied_run, of_three_codes, opened_run, ran, refused, rows_of, with_moved_weights,
+)
 
 from papers import FILTERED, UNFILTERED, clusters, hmar
 from papers.clustered import ClusteredVAR, ClusterLoss, TwoPasses, k_means, of_clusters
 from support.checkpoint import load_checkpoint
 from support.evaluation import Judge, evaluated_images, kept_classifier
-from tokenizer import Tokenizer, TokenizerConfig
-from var import VAR, VARConfig
+from var import VAR
 
 COUNT = 20
 SHORT = ("--device", "cpu", "--count", COUNT)
@@ -45,23 +46,6 @@ def heeding(plain: VAR, cluster_V: torch.Tensor) -> ClusteredVAR:
     return model
 
 
-def tiny() -> tuple[Tokenizer, VAR]:
-    """Five tokens of three kinds."""
-    torch.manual_seed(2)
-    tokenizer = Tokenizer(TokenizerConfig(
-        scales=(1, 2), vocabulary=3, code_channels=4, image_channels=1, width=4, multipliers=(1,),
-        blocks=1, phis=1, norm_groups=1))
-    tokenizer.quantizer.codebook_VC.data.normal_()
-    for weight in tokenizer.quantizer.phis.parameters():
-        torch.nn.init.normal_(weight)
-    plain = VAR(VARConfig(
-        scales=(1, 2), vocabulary=3, code_channels=4, classes=2, depth=1, width=16, heads=2,
-        shared_adaln=False, normalise_qk=True, label_dropout=0.0, drop_path=0.0, last_scales=None))
-    for weight in plain.parameters():
-        torch.nn.init.normal_(weight, std=0.5)
-    return tokenizer, plain
-
-
 OF_THREE = torch.tensor([1, 0, 1])
 IMAGES = torch.tensor(list(itertools.product(range(3), repeat=5)))
 
@@ -72,7 +56,7 @@ IMAGES = torch.tensor(list(itertools.product(range(3), repeat=5)))
 
 def test_clusters_and_then_codes_are_a_likelihood():
     """Over all images probabilities sum up to 1; and over all codes of a place's cluster."""
-    tokenizer, plain = tiny()
+    tokenizer, plain = of_three_codes()
     model = heeding(plain, OF_THREE)
     labels = torch.ones(len(IMAGES), dtype=torch.long)
     with torch.no_grad():
@@ -91,7 +75,7 @@ def test_clusters_and_then_codes_are_a_likelihood():
 
 def test_the_likelihood_by_hand():
     """Pass by pass, place by place, from what the model says."""
-    tokenizer, plain = tiny()
+    tokenizer, plain = of_three_codes()
     model = heeding(plain, OF_THREE)
     for tokens in IMAGES[::40]:
         tokens, label = tokens[None], torch.tensor([0])
@@ -160,7 +144,7 @@ def test_drawing_says_what_the_likelihood_says(opened, cfg, monkeypatch):
 
 def test_images_are_drawn_as_often_as_is_likely():
     """The share of each image of five tokens, against its probability."""
-    tokenizer, plain = tiny()
+    tokenizer, plain = of_three_codes()
     model = heeding(plain, OF_THREE)
     count = 20_000
     labels = torch.ones(count, dtype=torch.long)

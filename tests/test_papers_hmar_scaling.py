@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from program import copied_run, opened_run, ran, refused, rows_of
+from program import copied_run, of_three_codes, opened_run, ran, refused, rows_of
 
 from papers import (
     FILTERED,
@@ -26,8 +26,7 @@ from papers.masked import MaskedVAR
 from papers.tuning import Tuning, kept_tokens
 from support.checkpoint import load_checkpoint
 from support.evaluation import Judge, evaluated_images, kept_classifier
-from tokenizer import Tokenizer, TokenizerConfig
-from var import VAR, VARConfig
+from var import VAR
 
 COUNT = 20
 SHORT = ("--device", "cpu", "--count", COUNT)
@@ -235,18 +234,7 @@ def test_what_is_known_in_training(run, told, monkeypatch):
 def test_two_passes_are_a_likelihood(leaks):
     """Over all images of five tokens of three kinds, probabilities of two passes sum up to 1; but
     with the leak, by which hidden tokens say what they are."""
-    torch.manual_seed(2)
-    tokenizer = Tokenizer(TokenizerConfig(
-        scales=(1, 2), vocabulary=3, code_channels=4, image_channels=1, width=4, multipliers=(1,),
-        blocks=1, phis=1, norm_groups=1))
-    tokenizer.quantizer.codebook_VC.data.normal_()
-    for weight in tokenizer.quantizer.phis.parameters():
-        torch.nn.init.normal_(weight)
-    plain = VAR(VARConfig(
-        scales=(1, 2), vocabulary=3, code_channels=4, classes=2, depth=1, width=16, heads=2,
-        shared_adaln=False, normalise_qk=True, label_dropout=0.0, drop_path=0.0, last_scales=None))
-    for weight in plain.parameters():
-        torch.nn.init.normal_(weight, std=0.5)
+    tokenizer, plain = of_three_codes()
     model = heeding(plain, leaks)
     images = torch.tensor(list(itertools.product(range(3), repeat=5)))
     labels = torch.ones(len(images), dtype=torch.long)
