@@ -52,7 +52,7 @@ from var import VAR, VARConfig
 def main() -> None:
     options = parse(asdict(DEFAULTS))
     machine = choose_machine(options.device, options.precision, options.compile)
-    sampling = Sampling(options.cfg, options.top_k, options.top_p, options.batch)
+    sampling = Sampling(options.cfg, options.top_k, options.top_p, options.growth, options.batch)
     others = options.tokenizer, options.var
     if options.published:
         others = published_pair(options.published)
@@ -118,13 +118,14 @@ class Sampling:
     top_k: int         # draw from the k most likely tokens; 0 is no limit
     top_p: float | tuple[float, float]   # draw from the most likely tokens that hold so much; of
                                          # the first and of the last scale, if they differ
+    growth: float = 1.0   # how late in between both change: with this power of k / (K - 1)
     batch: int | None = None   # images at a time; None leaves it to Run.batch
 
 
 # These trade variety for clean shapes, and do so at the fine scales, which only have to fit: the
 # coarse ones decide what is drawn. (The published demonstration has cfg 4, top_k 900, top_p 0.95;
 # its FID is measured at cfg 1.5.)
-DEFAULTS = Sampling(cfg=1.0, top_k=900, top_p=(1.0, 0.6))
+DEFAULTS = Sampling(cfg=1.0, top_k=900, top_p=(1.0, 0.2), growth=2.0)
 
 
 @dataclass
@@ -175,7 +176,7 @@ class Run:
             with self.machine.autocast():
                 tokens_BL = self.model.generate(
                     self.tokenizer, labels_B, cfg, sampling.top_k, sampling.top_p, generator,
-                    known)
+                    known, sampling.growth)
             tokens.append(tokens_BL.cpu())
         return torch.cat(tokens)
 

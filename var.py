@@ -300,6 +300,7 @@ class VAR(nn.Module):
         top_p: float | tuple[float, float] = 0.96,
         generator: torch.Generator | None = None,
         known: Any = None,
+        growth: float = 1.0,
     ) -> Tensor:
         """Return tokens [B, L] of new images, drawn one scale per pass (paper: Fig. 4).
 
@@ -310,6 +311,7 @@ class VAR(nn.Module):
         generator: on the device of the labels; the same state gives the same tokens.
         known: what is known of the images that are only to be completed: any object with the `put`
             of `sample.Known`, which puts their own tokens in place of those drawn.
+        growth: how late guidance grows and top_p falls, see `draw`; 1 is evenly, as published.
         """
         quantizer = tokenizer.quantizer
         f_hat_BCSS = quantizer.empty(len(labels_B))                             # [B, C, S, S]
@@ -327,7 +329,8 @@ class VAR(nn.Module):
             stream = self.through_layers(
                 x_BlW, places_1LW[:, span], modulations, ranges, caches)        # [B, l, W]
             logits_BlV = self.logits(stream, head_B2W)                          # [B, l, V]
-            tokens_Bl = self.draw(logits_BlV, k, cfg, top_k, top_p, generator)  # [B, l]
+            tokens_Bl = self.draw(
+                logits_BlV, k, cfg, top_k, top_p, generator, growth)            # [B, l]
             if known is not None:
                 tokens_Bl = known.put(tokens_Bl, quantizer, f_hat_BCSS, k)      # [B, l]
             tokens.append(tokens_Bl)
@@ -347,20 +350,23 @@ class VAR(nn.Module):
         top_k: int,
         top_p: float | tuple[float, float],
         generator: torch.Generator | None,
+        growth: float = 1.0,
     ) -> Tensor:
         """Draw tokens [B, l] of scale k. With guidance there are 2 B logits: class, null class.
 
         Classifier-free guidance (arXiv 2207.12598) goes away from what any image would have, past
         what one of the class would:
 
-            logits = (1 + t) cond - t uncond,    t = cfg k / (K - 1)
+            logits = (1 + t) cond - t uncond,    t = cfg (k / (K - 1))^growth
 
         t starts at 0: the coarse scales choose among all images of the class, and pressed to be
         typical they would always choose alike. It grows because the finer ones have less and less
         to choose, and what is not typical there is mostly a mistake. For the same reason top_p may
-        fall from one number to another, linearly over the scales.
+        fall from one number to another. A growth above 1, the published, leaves the coarse scales
+        more to themselves.
         """
-        progress = k / max(len(self.config.scales) - 1, 1)   # 0 at the first scale, 1 at the last
+        share = k / max(len(self.config.scales) - 1, 1)
+        progress = share ** growth   # 0 at the first scale, 1 at the last
         guidance = cfg * progress
         first, final = top_p if isinstance(top_p, tuple) else (top_p, top_p)
         cond_BlV = logits_BlV

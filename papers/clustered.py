@@ -77,7 +77,7 @@ class ClusteredVAR(VAR):
     @torch.no_grad()
     def generate(
         self, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, top_k: int, top_p: float,
-        generator: Generator, known: None = None,
+        generator: Generator, known: None = None, growth: float = 1.0,
     ) -> Tensor:
         """Tokens [B, L], as of `VAR.generate`, but that it completes nothing. Guidance and filters
         are of both passes."""
@@ -90,7 +90,7 @@ class ClusteredVAR(VAR):
             labels_B = torch.cat([labels_B, null_B])                        # [2 B]
         class_BW = self.class_embedding(labels_B)                           # [B or 2 B, W]
         modulations, head_B2W = self.modulations(class_BW)
-        filters = cfg, top_k, top_p, generator
+        filters = cfg, top_k, top_p, generator, growth
         caches = self.new_caches(), self.new_caches()
         tokens = []
 

@@ -59,16 +59,17 @@ class Drafted(nn.Module):
         return torch.cat([drafted_BlV, refined_BlV], dim=1)
 
     def generate(self, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, top_k: int, top_p: float,
-                 generator: torch.Generator, known: None) -> Tensor:
+                 generator: torch.Generator, known: None, growth: float) -> Tensor:
         """Tokens [B, L], as of `VAR.generate`."""
         n = len(self.first.config.scales)
-        share = (n - 1) / (len(self.config.scales) - 1)   # guidance grows, to cfg at the last scale
+        # Guidance grows, to cfg at the last scale; to a part of it at the drafter's.
+        share = ((n - 1) / (len(self.config.scales) - 1)) ** growth
         filters = top_k, top_p, generator
         before = generator.get_state()
-        drafted_Bl = self.first.generate(tokenizer, labels_B, cfg * share, *filters)
+        drafted_Bl = self.first.generate(tokenizer, labels_B, cfg * share, *filters, None, growth)
         generator.set_state(before)   # whoever draws a scale meets the same noise there
         drafts = Drafts(tokenizer.quantizer.split(drafted_Bl))
-        return self.refiner.generate(tokenizer, labels_B, cfg, *filters, drafts)
+        return self.refiner.generate(tokenizer, labels_B, cfg, *filters, drafts, growth)
 
 
 @dataclass

@@ -89,7 +89,7 @@ class MaskedVAR(VAR):
     @torch.no_grad()
     def generate(
         self, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, top_k: int, top_p: float,
-        generator: Generator, known: Known | None = None,
+        generator: Generator, known: Known | None = None, growth: float = 1.0,
     ) -> Tensor:
         """Tokens [B, L], as of `VAR.generate`. What is known of the images is read, too."""
         quantizer = tokenizer.quantizer
@@ -122,7 +122,7 @@ class MaskedVAR(VAR):
                     cache.filled = span.start   # finer scales see the last pass
                 stream = self.through_layers(x_BlW, places_1lW, modulations, ranges, caches)
                 logits_BlV = self.logits(stream, head_B2W)                    # [B or 2 B, l, V]
-                drawn_Bl = self.draw(logits_BlV, k, cfg, top_k, top_p, generator)
+                drawn_Bl = self.draw(logits_BlV, k, cfg, top_k, top_p, generator, growth)
                 tokens_Bl = torch.where(kept_Bl, tokens_Bl, drawn_Bl)         # [B, l]
                 if left:
                     score_Bl = self.score(logits_BlV[:B], tokens_Bl, generator)

@@ -107,6 +107,9 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (GENERATING, "--top-p", dict(
         type=SHARE, nargs="+", action=OneOrTwo, metavar="P", help="draw from the most likely "
         "tokens that hold this probability; two numbers are those of the first and last scale")),
+    (GENERATING, "--growth", dict(
+        type=number(float, 0.1, 10), help="guidance grows, and top-p falls, over the scales with "
+        "this power of k / (K - 1): 1 is evenly, as published; 2 presses the fine scales more")),
     (GENERATING, "--batch", dict(
         type=COUNT, help="images at a time; if not given as many as have a cache of 4 GB, at most "
         "100")),

@@ -381,7 +381,8 @@ def fine_power(images: Tensor) -> float:
 
 def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling) -> None:
     """Print it as two tables, of means over the seeds and their spread. sampling: the run's."""
-    asked = f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p}"
+    asked = (f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p}, "
+             f"growth {sampling.growth:g}")
     sets = {
         "held-out, half against half": [found.originals],
         "reconstructions": [found.reconstructions],

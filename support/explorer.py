@@ -141,7 +141,7 @@ def chances(run, labels_2: Tensor, inputs: Tensor, tokens_L: Tensor) -> dict:
         logits_2LV = run.model(labels_2, inputs.expand(2, -1, -1))
     cond_LV, null_LV = logits_2LV.double().cpu()
     level_L1 = run.model.level_L.cpu()[:, None]
-    progress_L1 = level_L1 / max(len(config.scales) - 1, 1)   # as in VAR.draw
+    progress_L1 = (level_L1 / max(len(config.scales) - 1, 1)) ** sampling.growth   # as in VAR.draw
     plain_LV = cond_LV.softmax(dim=1)
     guided_LV = (cond_LV + sampling.cfg * progress_L1 * (cond_LV - null_LV)).softmax(dim=1)
     own_L1 = plain_LV.gather(1, tokens_L[:, None])

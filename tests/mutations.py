@@ -280,7 +280,7 @@ PLANTED = {
         ("cfg * progress", "cfg"),
         ("cfg * progress", "cfg * (k + 1) / len(self.config.scales)"),
         ("cfg * progress", "cfg * k / len(self.config.scales)"),
-        ("cfg * progress", "cfg * k / (len(self.config.scales) - 1)"),
+        ("share = k / max(len(self.config.scales) - 1, 1)", "share = k / (len(self.config.scales) - 1)"),
         ("cfg * progress", "cfg * (1 - progress)"),
         ("cond_BlV, uncond_BlV = logits_BlV.chunk(2)",
          "uncond_BlV, cond_BlV = logits_BlV.chunk(2)"),
@@ -288,6 +288,7 @@ PLANTED = {
         ("noise_BlV.exponential_(generator=generator)", "noise_BlV.exponential_()"),
         ("top_k, top_p, noise_BlV)", "0, 1.0, noise_BlV)"),
         ("top_p = first + (final - first) * progress", "top_p = first"),
+        ("share ** growth", "share"),
     ],
     # 8 Sampling
     "kernels.sample_tokens_torch": [

@@ -79,7 +79,7 @@ def facts(run, page) -> list[SimpleNamespace]:
         inputs = run.tokenizer.teacher_inputs(tokens_1L)
         with torch.no_grad():
             cond_LV, null_LV = (run.model(torch.tensor([y]), inputs)[0] for y in (label, 10))
-        t_L1 = DEFAULTS.cfg * torch.tensor([0] + [0.5] * 4 + [1] * 16)[:, None]
+        t_L1 = DEFAULTS.cfg * torch.tensor([0] + [0.25] * 4 + [1] * 16)[:, None]   # a growth of 2
         found.append(SimpleNamespace(
             label=label, tokens_1L=tokens_1L, inputs=inputs, cond_LV=cond_LV, null_LV=null_LV,
             plain_LV=F.softmax(cond_LV, 1), guided_LV=F.softmax((1 + t_L1) * cond_LV - t_L1 * null_LV, 1),
@@ -140,7 +140,7 @@ def test_guidance_and_filters_are_the_sampler_s(run, facts, sampling):
     noise_VlV[range(32), 0, range(32)] = 1e-38
     first, last = run.sampling.top_p if sampling == {} else [run.sampling.top_p] * 2
     for i in range(LENGTH):
-        progress = (0 if i < 1 else 1 if i < 5 else 2) / 2
+        progress = ((0 if i < 1 else 1 if i < 5 else 2) / 2) ** run.sampling.growth
         t, top_p = run.sampling.cfg * progress, first + (last - first) * progress
         cond_VlV, null_VlV = (x[i].expand(32, 1, 32) for x in (fact.cond_LV, fact.null_LV))
         drawn_V = sample_tokens(cond_VlV, null_VlV, t, run.sampling.top_k, top_p, noise_VlV)[:, 0]
@@ -169,7 +169,7 @@ def test_pictures_are_the_model_s_bit_for_bit(run, page, facts):
 
 def test_settings_are_compared_with_the_same_noise(run, page, facts):
     assert page["ways"] == [
-        "no guidance", "guidance 1", "guidance 1, top-p 1 to 0.6, as above", "the same, guidance 8",
+        "no guidance", "guidance 1", "guidance 1, top-p 1 to 0.2, as above", "the same, guidance 8",
         "always the likeliest code"]   # top-k 900 leaves all 32 codes
     found = tiles(page["images"][0]["compared"], 5)
     label = facts[0].label
@@ -181,7 +181,7 @@ def test_settings_are_compared_with_the_same_noise(run, page, facts):
     assert np.array_equal(found[2], facts[0].frames[-1])
     few = SimpleNamespace(sampling=explorer.replace(DEFAULTS, top_k=5), model=run.model)
     assert list(explorer.ways_to_draw(few))[2:4] == [
-        "guidance 1, top-k 5", "guidance 1, top-k 5, top-p 1 to 0.6, as above"]
+        "guidance 1, top-k 5", "guidance 1, top-k 5, top-p 1 to 0.2, as above"]
 
 
 def test_attention_is_the_model_s(run, page, facts):

@@ -272,6 +272,9 @@ def test_guidance_grows_from_nothing_at_the_first_scale_to_cfg_at_the_last(monke
     monkeypatch.setattr("var.sample_tokens", record)
     model.generate(tokenizer(scales=scales), torch.tensor([0, 1]), cfg=6.0, top_k=7, top_p=0.8)
     assert asked == pytest.approx(guidances)
+    asked.clear()
+    model.generate(tokenizer(scales=scales), torch.tensor([0, 1]), cfg=6.0, top_k=7, top_p=0.8, growth=2.0)
+    assert asked == pytest.approx([guidance**2 / 6 for guidance in guidances])
 
 
 def test_top_p_falls_from_the_first_scale_to_the_last(monkeypatch):
@@ -279,9 +282,9 @@ def test_top_p_falls_from_the_first_scale_to_the_last(monkeypatch):
     sample_tokens = kernels.sample_tokens
     monkeypatch.setattr("var.sample_tokens", lambda *given: asked.append(given[4])
                         or sample_tokens(*given))
-    for top_p in (0.7, (1.0, 0.6)):
-        model.generate(tokenizer(scales=(1, 2, 3)), torch.tensor([0]), top_p=top_p)
-    assert asked == [0.7] * 3 + [1.0, 0.8, 0.6]
+    for top_p, growth in ((0.7, 2.0), ((1.0, 0.6), 1.0), ((1.0, 0.2), 2.0)):
+        model.generate(tokenizer(scales=(1, 2, 3)), torch.tensor([0]), top_p=top_p, growth=growth)
+    assert asked == pytest.approx([0.7] * 3 + [1.0, 0.8, 0.6] + [1.0, 0.8, 0.2])
 
 
 @torch.no_grad()
