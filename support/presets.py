@@ -52,7 +52,7 @@ class TokenizerPreset(BothPreset):
     blocks: int = option(1, SIZE, "residual blocks per resolution")
     phis: int = option(4, SIZE, "distinct phi convolutions")
     norm_groups: int = option(2, SIZE, "groups of the tokenizer's group norms")
-    tokenizer_steps: int = option(1000, COUNT, "train steps of the tokenizer")
+    tokenizer_steps: int = option(1300, COUNT, "train steps of the tokenizer")
     tokenizer_batch: int = option(8, SIZE, "images per train step of the tokenizer")
     tokenizer_lr: float = option(1.5e-3, RATE, "peak learning rate of the tokenizer")
     unquantized: float = option(
@@ -73,17 +73,17 @@ class TokenizerPreset(BothPreset):
 
 @dataclass(frozen=True)
 class VARPreset(BothPreset):
-    depth: int = option(6, SIZE, "layers of the transformer")
-    width: int = option(64, SIZE, "width of the transformer")
-    heads: int = option(4, SIZE, "attention heads")
+    depth: int = option(4, SIZE, "layers of the transformer")
+    width: int = option(80, SIZE, "width of the transformer")
+    heads: int = option(5, SIZE, "attention heads")
     shared_adaln: bool = option(False, YES_OR_NO, "one AdaLN modulation shared by all layers")
     normalise_qk: bool = option(True, YES_OR_NO, "unit queries and keys with a learned scale")
     label_dropout: float = option(0.1, PART, "share of train labels that become the null class")
     drop_path: float = option(0.0, BELOW_1, "stochastic depth of the last layer; of the first, 0")
     last_scales: int | None = option(
         None, COUNT, "how many scales a token sees, its own among them (default: all so far)")
-    var_steps: int = option(1550, COUNT, "train steps of the transformer")
-    var_batch: int = option(32, SIZE, "images per train step of the transformer")
+    var_steps: int = option(2750, COUNT, "train steps of the transformer")
+    var_batch: int = option(16, SIZE, "images per train step of the transformer")
     var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     weight_decay: float = option(0.05, WEIGHT, "of the transformer's matrices")
     ema: float = option(0.95, BELOW_1, "decay of the running average of the transformer's weights")
@@ -136,8 +136,8 @@ PRESETS = {
         image_size=64, edge_weight=0.0, scales=(1, 2, 3, 4, 6, 8), vocabulary=512,
         code_channels=16,
         multipliers=(1, 2, 4, 8), tokenizer_steps=3600, tokenizer_lr=1e-3, perceptual_weight=0.1,
-        adversarial_weight=0.1, depth=6, width=256, var_steps=1000, var_lr=7e-3,
-        warmup=100, ema=0.99),
+        adversarial_weight=0.1, depth=6, width=256, heads=4, var_steps=1000,
+        var_batch=32, var_lr=7e-3, warmup=100, ema=0.99),
     # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
     "imagenet256": Preset(
         image_size=256, edge_weight=0.0, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocabulary=4096,
