@@ -132,14 +132,14 @@ ANSWERS = {number: textwrap.dedent(text).strip() for number, text in {
         is projected, and one layer whose attention collapses is enough to spoil the run.
     """,
     7: """
-        t = cfg k / (K - 1) is 0 at the first scale: the first token is drawn from the class as it
-        is, so the count of different first tokens is the same for every cfg (the same seed draws
-        the same tokens). Constant guidance presses the first map to be typical, the number falls as
-        cfg grows, and with it the distance between images of a class after the first scales. After
-        all scales the difference is small or none: the distance of pixels is mostly edges and
-        places, which the finest maps settle in both. A measure of the whole image does not see
-        where variety is lost; pictures and the first maps do. It grows because coarse scales choose
-        among images and fine ones only have to fit.
+        t = cfg k / (K - 1), at a growth of 1, is 0 at the first scale: the first token is drawn
+        from the class as it is, so the count of different first tokens is the same for every cfg
+        (the same seed draws the same tokens). Constant guidance presses the first map to be
+        typical, the number falls as cfg grows, and with it the distance between images of a class
+        after the first scales. After all scales the difference is small or none: the distance of
+        pixels is mostly edges and places, which the finest maps settle in both. A measure of the
+        whole image does not see where variety is lost; pictures and the first maps do. It grows
+        because coarse scales choose among images and fine ones only have to fit.
     """,
     8: """
         Nats per token fall steadily with p, since unlikely tokens are not drawn: all that is known

@@ -415,10 +415,11 @@ LIST = [
             Hints. `VAR.forward` computes the same logits for all scales at once; a graded test
             holds you to it. The queries of scale k are the rows of the table of ranges that belong
             to it. Both halves of a guided batch read the same f_hat. Without guidance nothing is
-            computed twice. The guidance of scale k is cfg k / (K - 1), and K may be 1. Noise comes
-            from the generator that was given. `known` may replace what was drawn (assignment 13):
-            later scales read the replacement. A cache takes its memory once. Each token passes each
-            layer once, with guidance twice: that is counted where it comes out of each `mlp`.
+            computed twice. The guidance of scale k is cfg (k / (K - 1))^growth, and K may be 1;
+            top_p goes from its first number to its second alike. Noise comes from the generator
+            that was given. `known` may replace what was drawn (assignment 13): later scales read
+            the replacement. A cache takes its memory once. Each token passes each layer once, with
+            guidance twice: that is counted where it comes out of each `mlp`.
 
             ![Images after each scale](.github/images/progress.png)
         """,
