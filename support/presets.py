@@ -73,16 +73,16 @@ class TokenizerPreset(BothPreset):
 
 @dataclass(frozen=True)
 class VARPreset(BothPreset):
-    depth: int = option(4, SIZE, "layers of the transformer")
-    width: int = option(80, SIZE, "width of the transformer")
-    heads: int = option(5, SIZE, "attention heads")
+    depth: int = option(6, SIZE, "layers of the transformer")
+    width: int = option(64, SIZE, "width of the transformer")
+    heads: int = option(4, SIZE, "attention heads")
     shared_adaln: bool = option(False, YES_OR_NO, "one AdaLN modulation shared by all layers")
     normalise_qk: bool = option(True, YES_OR_NO, "unit queries and keys with a learned scale")
     label_dropout: float = option(0.1, PART, "share of train labels that become the null class")
     drop_path: float = option(0.0, BELOW_1, "stochastic depth of the last layer; of the first, 0")
     last_scales: int | None = option(
         None, COUNT, "how many scales a token sees, its own among them (default: all so far)")
-    var_steps: int = option(2750, COUNT, "train steps of the transformer")
+    var_steps: int = option(2500, COUNT, "train steps of the transformer")
     var_batch: int = option(16, SIZE, "images per train step of the transformer")
     var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     weight_decay: float = option(0.05, WEIGHT, "of the transformer's matrices")
@@ -136,8 +136,8 @@ PRESETS = {
         image_size=64, edge_weight=0.0, scales=(1, 2, 3, 4, 6, 8), vocabulary=512,
         code_channels=16,
         multipliers=(1, 2, 4, 8), tokenizer_steps=3600, tokenizer_lr=1e-3, perceptual_weight=0.1,
-        adversarial_weight=0.1, depth=6, width=256, heads=4, var_steps=1000,
-        var_batch=32, var_lr=7e-3, warmup=100, ema=0.99),
+        adversarial_weight=0.1, depth=6, width=256, var_steps=1000, var_batch=32,
+        var_lr=7e-3, warmup=100, ema=0.99),
     # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
     "imagenet256": Preset(
         image_size=256, edge_weight=0.0, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocabulary=4096,

@@ -242,8 +242,7 @@ def test_a_transformer_is_trained_on_a_published_tokenizer(case, folder, tmp_pat
     assert f"--image-size 256 is not that of the tokenizer, which has {config.image_side}" in told
     assert "--vocabulary 7 is not that" in refused("train.py", *flags, "--vocabulary", 7)
     assert not (tmp_path / "run").exists()   # nothing was decoded
-    ran("train.py", *flags, "--var-steps", 1, "--var-batch", 2, "--width", 32, "--heads", 2,
-        "--depth", 1)
+    ran("train.py", *flags, "--var-steps", 1, "--var-batch", 2, "--width", 32, "--depth", 1)
     assert (tmp_path / "run" / "samples.png").exists()
 
 
