@@ -125,7 +125,7 @@ class Sampling:
 # These trade variety for clean shapes, and do so at the fine scales, which only have to fit: the
 # coarse ones decide what is drawn. (The published demonstration has cfg 4, top_k 900, top_p 0.95;
 # its FID is measured at cfg 1.5.)
-DEFAULTS = Sampling(cfg=1.0, top_k=900, top_p=(1.0, 0.0), growth=2.0)
+DEFAULTS = Sampling(cfg=1.0, top_k=900, top_p=(1.0, 0.1), growth=2.0)
 
 
 @dataclass

@@ -153,7 +153,8 @@ def chances(run, labels_2: Tensor, inputs: Tensor, tokens_L: Tensor) -> dict:
     within_LV = ranked_LV[:, :sampling.top_k or None]
     before_LV = within_LV.cumsum(dim=1) - within_LV
     target_L1 = within_LV.sum(dim=1, keepdim=True) * top_p_L1
-    kept_LV = (before_LV < target_L1) | (top_p_L1 == 1)   # as in sample_tokens: 1 keeps all
+    kept_LV = (before_LV < target_L1) | (top_p_L1 == 1)   # as in sample_tokens: 1 keeps all,
+    kept_LV[:, 0] = True                                  # and 0 the likeliest
     return {
         "own": shares(own_L1[:, 0]),
         "rank": ((plain_LV > own_L1).sum(dim=1) + 1).tolist(),

@@ -129,7 +129,8 @@ def test_probabilities_are_the_model_s(run, page, facts):
             np.testing.assert_allclose(p[i], 1e4 * fact.plain_LV[i, codes[i]], atol=0.6)
 
 
-@pytest.mark.parametrize("sampling", [{}, dict(top_k=7, top_p=0.8), dict(cfg=3.0, top_k=0, top_p=1.0)])
+@pytest.mark.parametrize("sampling", [
+    {}, dict(top_k=7, top_p=0.8), dict(cfg=3.0, top_k=0, top_p=1.0), dict(top_p=0.0)])
 def test_guidance_and_filters_are_the_sampler_s(run, facts, sampling):
     """A code is left by the filters if it is drawn where the noise is all for it."""
     run = copy.copy(run)
@@ -169,7 +170,7 @@ def test_pictures_are_the_model_s_bit_for_bit(run, page, facts):
 
 def test_settings_are_compared_with_the_same_noise(run, page, facts):
     assert page["ways"] == [
-        "no guidance", "guidance 1", "guidance 1, top-p 1 to 0, as above", "the same, guidance 8",
+        "no guidance", "guidance 1", "guidance 1, top-p 1 to 0.1, as above", "the same, guidance 8",
         "always the likeliest code"]   # top-k 900 leaves all 32 codes
     found = tiles(page["images"][0]["compared"], 5)
     label = facts[0].label
@@ -181,7 +182,7 @@ def test_settings_are_compared_with_the_same_noise(run, page, facts):
     assert np.array_equal(found[2], facts[0].frames[-1])
     few = SimpleNamespace(sampling=explorer.replace(DEFAULTS, top_k=5), model=run.model)
     assert list(explorer.ways_to_draw(few))[2:4] == [
-        "guidance 1, top-k 5", "guidance 1, top-k 5, top-p 1 to 0, as above"]
+        "guidance 1, top-k 5", "guidance 1, top-k 5, top-p 1 to 0.1, as above"]
 
 
 def test_attention_is_the_model_s(run, page, facts):
