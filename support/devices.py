@@ -206,10 +206,7 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 def average_over_processes(x: Tensor) -> Tensor:
     """In place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
+    return sum_over_processes(x).div_(rank_and_world()[1])
 
 
 def gather_over_processes(x_B: Tensor) -> Tensor:
