@@ -31,6 +31,7 @@ HOLES = "inpaint outpaint edit"
 COMPLETED = f"{HOLES} upscale"
 GENERATING = f"{CLASSES} explore {COMPLETED} evaluate export"
 TOKENIZER_ALONE = ("reconstruct", "codes")   # which no transformer is needed for
+EVERY = " ".join(COMMANDS)
 SHOWN = f"{' '.join(TOKENIZER_ALONE)} teaching attention"
 
 
@@ -122,12 +123,12 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (f"{CLASSES} {COMPLETED} {SHOWN}", "--cell-size", dict(
         type=number(int, 8, 2048), help="side of an image in the picture, in pixels; if not given, "
         "as fits a screen")),
-    (" ".join(COMMANDS), "--run", dict(
+    (EVERY, "--run", dict(
         type=place, help="the folder that train.py wrote (default: out/shapes)")),
-    (" ".join(COMMANDS), "--tokenizer", dict(
+    (EVERY, "--tokenizer", dict(
         type=place, help="another than the run's: a .pt of train.py or a published .pth")),
-    (" ".join(COMMANDS), "--var", dict(type=place, help="another transformer, likewise")),
-    (" ".join(COMMANDS), "--published", dict(
+    (EVERY, "--var", dict(type=place, help="another transformer, likewise")),
+    (EVERY, "--published", dict(
         choices=("d16", "d20", "d24", "d30", "d36"), help="instead of a run, the authors' models, "
         "downloaded to data/published: 1.2, 2.4, 4.1, 8.0, or 9.4 GB, and 0.4 for the tokenizer")),
 ]
@@ -150,10 +151,10 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
         for whose, name, how in FLAGS:
             if command in whose.split():
                 value = name.removeprefix("--").replace("-", "_")
-                if value in defaults:
-                    how = {**how, "default": defaults[value]}
-                if how.get("default") is not None:
-                    how = {**how, "help": how["help"] + " (default: %(default)s)"}
+                default = how.get("default", defaults.get(value))
+                if default is not None:
+                    text = how["help"] + " (default: %(default)s)"
+                    how = {**how, "default": default, "help": text}
                 group = either if name in ("--box", "--mask") else own
                 group.add_argument(name, **how)
         add_device_flags(own)
