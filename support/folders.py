@@ -305,12 +305,11 @@ def decode(
     def write(file: BinaryIO) -> None:
         write_header(file, len(images), shape)
         found = read_ahead(images.first_readable, ([row] for row in range(len(images))), workers)
-        for each in progress_bar(found, desc="decode", total=len(images), unit="image"):
-            if each is not None:
-                row, image, content = each
-                file.write(image.tobytes())
-                digest.update(images.files[row].record(content))
-                labels.append(images.files[row].label)
+        bar = progress_bar(found, desc="decode", total=len(images), unit="image")
+        for row, image, content in filter(None, bar):
+            file.write(image.tobytes())
+            digest.update(images.files[row].record(content))
+            labels.append(images.files[row].label)
         check_classes(classes, labels)
         file.seek(0)
         write_header(file, len(labels), shape)   # as long as the first
