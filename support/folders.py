@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +24,7 @@ from torch.utils.data import Dataset, TensorDataset
 from support.checkpoint import load_checkpoint, save_checkpoint, save_whole
 from support.cli import UserError, in_short
 from support.devices import progress_bar, say
-from support.images import (
-    Walk, composed, decode_image, image_endings, is_system_name, read_file,
-)
+from support.images import Walk, composed, decode_image, read_file
 
 HELD_OUT_SHARE = 20             # one image of so many of a class is held out, ...
 HELD_OUT_IMAGES = 10_000        # ... at most so many in all, ...
@@ -132,8 +129,8 @@ def list_folder(root: Path) -> Listing:
 
 def holds_images(folder: Path) -> bool:
     """Whether there is an image in the folder itself."""
-    return any(Path(entry.name).suffix.lower() in image_endings() and entry.is_file()
-               and not is_system_name(entry.name) for entry in os.scandir(folder))
+    walk = Walk(folder)
+    return any(walk.kind(path) == "image" for path in folder.iterdir())
 
 
 def files_of_classes(root: Path) -> dict[str, list[File]]:
@@ -142,17 +139,14 @@ def files_of_classes(root: Path) -> dict[str, list[File]]:
     folders, loose = walk.look(root)
     if loose:
         walk.passed_over["images beside the folders of classes"] = len(loose)
-    paths: dict[str, list[Path]] = {}
-    for folder in folders:
-        paths.setdefault(composed(folder.name), []).extend(walk.images_below(folder))
-    walk.say_passed_over()
-    files = {}
-    for label, (name, own) in enumerate(paths.items()):
-        files[name] = []
-        for path in own:
+    files: dict[str, list[File]] = {}
+    for folder in folders:   # by name, so those of one name are neighbours
+        own = files.setdefault(composed(folder.name), [])
+        for path in walk.images_below(folder):
             status = path.stat()
             below = composed(path.relative_to(root).as_posix())
-            files[name].append(File(label, path, below, status.st_size, status.st_mtime_ns))
+            own.append(File(len(files) - 1, path, below, status.st_size, status.st_mtime_ns))
+    walk.say_passed_over()
     return files
 
 
