@@ -135,7 +135,7 @@ def transformer_of(content: dict) -> tuple[dict, dict]:
     depth = modules_under("blocks.", state)
     log_scale_H11 = state.get("blocks.0.attention.log_scale_H11")
     values = dict(
-        scales=tuple(math.isqrt(size) for size in sizes),
+        scales=tuple(map(math.isqrt, sizes)),
         vocabulary=len(state["head.bias"]),
         code_channels=C,
         classes=len(state["class_embedding.weight"]) - 1,
@@ -165,8 +165,8 @@ def unwrapped(content: dict, what: str, landmark: str) -> dict[str, Tensor]:
             continue
         state = {str(name).replace("_orig_mod.", ""): value for name, value in inside.items()}
         for name in state:
-            prefix = name.removesuffix(landmark)
-            if prefix + landmark == name and (not prefix or prefix.endswith(".")):
+            if f".{name}".endswith(f".{landmark}"):
+                prefix = name.removesuffix(landmark)
                 own = [name for name in state if name.startswith(prefix)]
                 return {name.removeprefix(prefix): state[name] for name in own}
         found += state.values()
