@@ -58,6 +58,9 @@ def source(text: str) -> str:
     return str(place(text))
 
 
+TOP_P = dict(
+    type=SHARE, nargs="+", action=OneOrTwo, metavar="P", help="draw from the most likely tokens "
+    "that hold this probability; two numbers are those of the first and last scale")
 FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (f"{COMPLETED} {SHOWN}", "images", dict(
         nargs="+", type=source, metavar="IMAGE", help="files, folders, or data:17 for a held-out "
@@ -105,9 +108,9 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         type=number(float, 0, 100), help="classifier-free guidance at the last scale; 0 is none")),
     (GENERATING, "--top-k", dict(
         type=number(int, 0), help="draw from the k most likely tokens; 0 is no limit")),
-    (GENERATING, "--top-p", dict(
-        type=SHARE, nargs="+", action=OneOrTwo, metavar="P", help="draw from the most likely "
-        "tokens that hold this probability; two numbers are those of the first and last scale")),
+    (GENERATING.replace("upscale ", ""), "--top-p", TOP_P),
+    # Where only the fine scales are drawn, results are to differ in them.
+    ("upscale", "--top-p", {**TOP_P, "default": (1.0, 0.6)}),
     (GENERATING, "--growth", dict(
         type=number(float, 0.1, 10), help="guidance grows, and top-p falls, over the scales with "
         "this power of k / (K - 1): 1 is evenly, as published; 2 presses the fine scales more")),
