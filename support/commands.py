@@ -108,7 +108,7 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         type=number(float, 0, 100), help="classifier-free guidance at the last scale; 0 is none")),
     (GENERATING, "--top-k", dict(
         type=number(int, 0), help="draw from the k most likely tokens; 0 is no limit")),
-    (GENERATING.replace("upscale ", ""), "--top-p", TOP_P),
+    (f"{CLASSES} explore {HOLES} evaluate export", "--top-p", TOP_P),
     # Where only the fine scales are drawn, results are to differ in them.
     ("upscale", "--top-p", {**TOP_P, "default": (1.0, 0.6)}),
     (GENERATING, "--growth", dict(

@@ -134,10 +134,9 @@ PRESETS = {
     # steps: 43 minutes for the tokenizer and 35 for the transformer.
     "pixels64": Preset(
         image_size=64, edge_weight=0.0, scales=(1, 2, 3, 4, 6, 8), vocabulary=512,
-        code_channels=16,
-        multipliers=(1, 2, 4, 8), tokenizer_steps=3600, tokenizer_lr=1e-3, perceptual_weight=0.1,
-        adversarial_weight=0.1, depth=6, width=256, var_steps=1000, var_batch=32,
-        var_lr=7e-3, warmup=100, ema=0.99),
+        code_channels=16, multipliers=(1, 2, 4, 8), tokenizer_steps=3600, tokenizer_lr=1e-3,
+        perceptual_weight=0.1, adversarial_weight=0.1, depth=6, width=256, var_steps=1000,
+        var_batch=32, var_lr=7e-3, warmup=100, ema=0.99),
     # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
     "imagenet256": Preset(
         image_size=256, edge_weight=0.0, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocabulary=4096,
