@@ -10,9 +10,8 @@ from torch.utils.data import TensorDataset
 
 from papers import FILTERED, UNFILTERED, Trained
 from papers.hmar_passes import left_halves
-from papers.tuning import Tuning
+from papers.tuning import Tuning, kept_images
 from sample import Run
-from support.checkpoint import load_checkpoint
 from support.evaluation import features_and_classes, kept_classifier
 from support.images import to_float
 
@@ -33,8 +32,7 @@ def learned(run: Trained, model: nn.Module, label: int, name: str, flips: bool =
     run = replace(run, settings=replace(run.settings, preset=preset))
     model = copy.deepcopy(model).requires_grad_(True)
     stage = Tuning(run, model, name, AGAIN, LR)
-    kept = load_checkpoint(run.folder / "train_images.pt", "set of training images")
-    tokens_NL = run.encode(of_class(kept["images"], kept["labels"], label, flips))[1]
+    tokens_NL = run.encode(of_class(*kept_images(run).train.tensors, label, flips))[1]
     stage.rows = TensorDataset(tokens_NL, torch.full((len(tokens_NL),), label))
     return stage.run()
 

@@ -7,12 +7,11 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from kernels import KeyRanges
 from papers import Trained
-from support.checkpoint import fingerprint, load_checkpoint
-from support.data import Data
+from papers.tuning import kept_images
+from support.checkpoint import fingerprint
 from tokenizer import COMMITMENT, Quantizer, Tokenizer, area_matrix
 from train import L1_WEIGHT, TokenizerStage
 from var import VAR
@@ -72,12 +71,11 @@ class FlexQuantizer(Quantizer):
         """Return each side's map as its tokens give it, and the codebook loss, a mean of theirs."""
         self.last_tokens_BL = self.encode(f_BCSS)
         asked = [resized(f_BCSS, s) for s in self.scales]
-        maps = enumerate(self.split(self.last_tokens_BL))
-        given = [self.accumulate(f_BCSS, tokens_Bl, k) for k, tokens_Bl in maps]
         self.last_residuals = [x_BCss.detach().flatten(2).mT for x_BCss in asked]
         loss = 0.0
         straight = []
-        for code, x in zip(given, asked):
+        for k, (x, tokens_Bl) in enumerate(zip(asked, self.split(self.last_tokens_BL))):
+            code = self.accumulate(f_BCSS, tokens_Bl, k)
             loss = loss + F.mse_loss(code, x.detach()) + COMMITMENT * F.mse_loss(code.detach(), x)
             straight.append(x + (code - x).detach())   # straight-through
         return straight, loss / len(straight)
@@ -91,11 +89,14 @@ class FlexQuantizer(Quantizer):
 
 
 class FlexTokenizer(Tokenizer):
-    """A tokenizer whose scales are all sides. It is made of one of VAR, by TokenizerTuning."""
+    """A tokenizer whose scales are all sides. TokenizerTuning makes it of one of VAR's."""
 
     def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Return reconstructions and losses; "smaller" is of a smaller map's image, any one's."""
-        maps, codebook_loss = self.quantizer(self.latent(images))
+        f_BCSS = self.latent(images)
+        maps, codebook_loss = [resized(f_BCSS, s) for s in self.config.scales], f_BCSS.new_zeros(())
+        if quantize:
+            maps, codebook_loss = self.quantizer(f_BCSS)
         result = self.render(maps[-1])
         k = torch.randint(len(maps) - 1, ()).item()
         small = self.render(maps[k])
@@ -125,20 +126,18 @@ class FlexVAR(VAR):
 
 
 class TokenizerTuning(TokenizerStage):
-    """Trains a FlexTokenizer from the run's weights, but codes anew, on the images it kept."""
+    """Trains a FlexTokenizer on the images that a run kept, of its weights, but codes; or anew."""
 
-    def __init__(self, run: Trained, steps: int):
-        kept = load_checkpoint(run.folder / "train_images.pt", "set of training images")
-        images = TensorDataset(kept["images"], kept["labels"])
+    def __init__(self, run: Trained, steps: int, anew: bool = False):
         sides = tuple(range(1, run.model.config.scales[-1] + 1))
         preset = replace(run.settings.preset, scales=sides, tokenizer_steps=steps)
-        out = run.folder / "papers" / "flexvar-tokenizer"
-        data = Data(images, run.held_out, run.classes, kept["data_set"])
-        super().__init__(data, replace(run.settings, preset=preset, out=out))
-        self.made_with["first weights"] = fingerprint(run.tokenizer)
-        self.quantized_from = 0
+        out = run.folder / "papers" / ("flexvar-tokenizer" + "-anew" * anew)
+        super().__init__(kept_images(run), replace(run.settings, preset=preset, out=out))
+        first = self.model if anew else run.tokenizer
+        self.made_with["first weights"] = fingerprint(first)
+        self.quantized_from *= anew   # an encoder that is trained needs no steps without codes
         for tokenizer in (self.model, self.ema):   # the same tensors, read by other code
-            tokenizer.load_state_dict(run.tokenizer.state_dict())
+            tokenizer.load_state_dict(first.state_dict())
             tokenizer.__class__ = FlexTokenizer
             tokenizer.quantizer.__class__ = FlexQuantizer
 

@@ -8,11 +8,10 @@ is the latent itself at its side, and the model reads the one before:
 
 A map is an image of its own size, and positions are one map too, resized to any side. So one set of
 weights, taught by another list of 3 to 5 sides in each batch, should draw by any list, to any side.
-(The authors train from nothing, with unit codes, and positions that begin as sines; here all but
-the codes begins as the run's. What theirs is comes from notes on their code.)
-
-The control is the run, which had as many steps; scales are left out of it, and latents resized. The
-price is how far, at as many nats, the PSNR is from the line of VAR's after each scale.
+(The authors, as notes on their code say, train from nothing, with unit codes, positions beginning
+as sines. Here all but the codes begins as the run's; with --anew nothing does.) The control is the
+run, which had as many steps; scales are left out of it, and latents resized. The price is how far,
+at as many nats, the PSNR is from the line of VAR's after each scale.
 """
 from __future__ import annotations
 
@@ -31,6 +30,7 @@ from support.checkpoint import fingerprint
 from support.cli import COUNT, UserError, run_program
 from support.evaluation import Judge, evaluated_images, kept_classifier, psnr
 from support.images import Row, grid, save_picture, to_bytes, to_float
+from var import VAR
 
 SIDE = 8   # of the latent
 LISTS = ((1, 4, 8), (1, 2, 4, 8), (1, 2, 3, 4, 6, 8), tuple(range(1, 9)))
@@ -40,8 +40,7 @@ CLAIMS = tuple(Claim(text, (least, inf), (-inf, least)) for least, text in (   #
          "unfiltered, than by the run's own: the worst"),
     (20, "with one of its own scales left out, on average, VAR loses over 20"),
     (-3, "and FlexVAR at most 3"),
-    (-10, "at 24, 40 and 48 pixels, the last two never trained on, at most 10 fewer than at 32: "
-          "the worst"),
+    (-10, "at 24, 40 and 48 pixels, two never trained on, at most 10 fewer than at 32: the worst"),
     (0, "on average more than of VAR's latents, resized"),
     (-3, "by the run's own scales at most 3 fewer than of VAR"),
     (-2, "the price, by these: at as many nats at most 2 dB of PSNR"),
@@ -51,8 +50,10 @@ CLAIMS = tuple(Claim(text, (least, inf), (-inf, least)) for least, text in (   #
 class FlexTuning(Tuning):
     """Every batch has another list of 3 to 5 sides, from 1 to that of the latent."""
 
-    def __init__(self, run: Trained, steps: int, stage: TokenizerTuning):
-        super().__init__(run, FlexVAR(run.model), "flexvar", steps, run.settings.preset.var_lr)
+    def __init__(self, run: Trained, steps: int, stage: TokenizerTuning, anew: bool = False):
+        plain = VAR(run.model.config).to(run.machine.device) if anew else run.model
+        name = "flexvar" + "-anew" * anew
+        super().__init__(run, FlexVAR(plain), name, steps, run.settings.preset.var_lr)
         self.flex = replace(run, tokenizer=stage.run())
         self.made_with["tokenizer"] = fingerprint(self.flex.tokenizer)
         self.rows = stage.rows
@@ -126,21 +127,20 @@ def measure(run: Trained, flex: Trained, count: int) -> tuple:
 def main() -> None:
     parser = parser_of("flexvar", __doc__)
     parser.set_defaults(count=200)
-    add = parser.add_argument
-    add("--tokenizer-steps", type=COUNT, default=1000, help="of tuning (default: %(default)s)")
-    add("--steps", type=COUNT, default=1550, help="of the transformer's (default: %(default)s)")
+    for name, steps in (("--tokenizer-steps", 1000), ("--steps", 1550)):
+        parser.add_argument(name, type=COUNT, default=steps, help="(default: %(default)s)")
+    parser.add_argument("--anew", action="store_true", help="begin from no weights of the run's")
     options = parser.parse_args()
     found = []
     for run in open_runs(options):
         own = run.model.config.scales
         if own[-1] != SIDE or len(own) < 3:
             raise UserError(f"{run.folder} has scales {own}, and these lists go to {SIDE}")
-        stage = FlexTuning(run, options.steps, TokenizerTuning(run, options.tokenizer_steps))
-        flex = replace(stage.flex, model=stage.run())
-        found.append(measure(run, flex, options.count))
+        tokenizer = TokenizerTuning(run, options.tokenizer_steps, options.anew)
+        stage = FlexTuning(run, options.steps, tokenizer, options.anew)
+        found.append(measure(run, replace(stage.flex, model=stage.run()), options.count))
     drawn, rates, pictures, figures = zip(*found)
-    path = options.run[0] / "papers/flexvar.png"
-    save_picture(path, grid(pictures[0]).quantize())   # to 256 colours, a small file
+    save_picture(options.run[0] / "papers/flexvar.png", grid(pictures[0]).quantize())   # small
     say_figures(("unfiltered", "recognised %", "recall %", "Fréchet"), drawn, 1)
     say_figures(("held-out images", "nats", "PSNR"), rates, 2)
     say_verdicts(CLAIMS, np.transpose(figures).tolist())

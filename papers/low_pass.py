@@ -24,12 +24,10 @@ from math import inf
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from papers import Claim, Trained, open_runs, parser_of, say_evaluations, say_figures, say_verdicts
-from support.checkpoint import load_checkpoint
+from papers.tuning import kept_images
 from support.cli import COUNT, run_program
-from support.data import Data
 from support.evaluation import evaluate, evaluated_images, tokenizer_health
 from tokenizer import Quantizer
 from train import TokenizerStage, VARStage
@@ -97,9 +95,7 @@ BANDS = {"share": by_share, "sampling": by_sampling}
 
 def trained(run: Trained, kind: str, tokenizer_steps: int, var_steps: int) -> Trained:
     """The run with another tokenizer and transformer, trained on the images that it kept."""
-    kept = load_checkpoint(run.folder / "train_images.pt", "set of training images")
-    images = TensorDataset(kept["images"], kept["labels"])
-    data = Data(images, run.held_out, run.classes, kept["data_set"])
+    data = kept_images(run)
     preset = replace(run.settings.preset, tokenizer_steps=tokenizer_steps, var_steps=var_steps)
     out = run.folder / "papers" / f"low_pass-{kind}"
     settings = replace(run.settings, preset=preset, out=out)

@@ -27,14 +27,12 @@ from math import inf
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
 
 from papers import (
     Claim, Trained, open_runs, parser_of, say_evaluations, say_figures, say_verdicts,
 )
 from papers.mistakes import by_encoder, by_model, drawn, near, read_and_asked
-from papers.tuning import Tuning
-from support.checkpoint import load_checkpoint
+from papers.tuning import Tuning, kept_images
 from support.cli import COUNT, SHARE, run_program
 from support.evaluation import evaluate, evaluated_images
 from support.images import save_picture, to_float
@@ -61,8 +59,7 @@ class NoisyContext(Tuning):
         super().__init__(run, model, "noisy_context-noisy", steps, lr)
         self.share = share
         self.made_with["share"] = share
-        kept = load_checkpoint(run.folder / "train_images.pt", "set of training images")
-        self.rows = TensorDataset(kept["images"], kept["labels"])
+        self.rows = kept_images(run).train
         self.held_out_rows = run.held_out
 
     def loss(self, model: nn.Module, images: Tensor, labels_B: Tensor):

@@ -35,8 +35,7 @@ from papers.mistakes import read_and_asked
 from papers.small_images import (
     TESTS, Looking, degraded_by_lot, enlarged, large_of, picture_of, scales_of_small, small_of,
 )
-from papers.tuning import Tuning
-from support.checkpoint import load_checkpoint
+from papers.tuning import Tuning, kept_images
 from support.cli import COUNT, run_program
 from support.evaluation import Judge, evaluated_images, kept_classifier, psnr
 from support.images import save_picture, to_float
@@ -62,8 +61,7 @@ class Upscaling(Tuning):
         super().__init__(run, model, f"super-{name}", steps, run.settings.preset.var_lr)
         self.choices = choices
         self.made_with["strengths"] = list(choices)
-        kept = load_checkpoint(run.folder / "train_images.pt", "set of training images")
-        self.rows = TensorDataset(kept["images"], kept["labels"])
+        self.rows = kept_images(run).train
         self.n = scales_of_small(run)
 
     def loss(self, model: VAR, images: Tensor, labels_B: Tensor):

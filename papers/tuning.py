@@ -54,6 +54,13 @@ class Tuning(VARStage):
         return []
 
 
+def kept_images(run: Trained) -> Data:
+    """The images that the run was trained on, as train.py kept them; and those held out."""
+    kept = load_checkpoint(run.folder / "train_images.pt", "set of training images")
+    images = TensorDataset(kept["images"], kept["labels"])
+    return Data(images, run.held_out, run.classes, kept["data_set"])
+
+
 def kept_tokens(run: Trained) -> tuple[TensorDataset, TensorDataset, str]:
     """Tokens [N, L] and labels [N] of the training and of the held-out images, as train.py kept
     them; and the digest of these images."""

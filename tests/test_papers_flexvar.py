@@ -179,6 +179,32 @@ def test_tuning_begins_as_the_run(opened):
     assert type(opened.tokenizer) is Tokenizer
 
 
+def test_a_training_anew_begins_as_no_run(opened):
+    """At first without codes; in folders of its own."""
+    preset = replace(opened.settings.preset, unquantized=0.5)
+    run = replace(opened, settings=replace(opened.settings, preset=preset))
+    stage = TokenizerTuning(run, 4, anew=True)
+    assert stage.quantized_from == 2
+    weights = stage.model.decoder.conv_out.weight
+    assert not torch.equal(weights, opened.tokenizer.decoder.conv_out.weight)
+    images, labels = stage.rows[list(range(4))]
+    _, to_log = stage.loss(stage.model, images, labels)
+    assert to_log()["codebook"] == 0
+    x = to_float(images)
+    expected = stage.model.render(stage.model.latent(x))
+    assert torch.allclose(stage.model(x, quantize=False)[0], expected, atol=1e-6)
+    first = copy.deepcopy(stage.model.state_dict())
+    flex = flexvar.FlexTuning(run, 2, stage, anew=True)
+    assert not torch.equal(stage.ema.decoder.conv_out.weight, first["decoder.conv_out.weight"])
+    assert stage.ema.quantizer.codebook_VC.any(dim=1).all()   # it has codes, at last
+    for name, weight in flex.model.named_parameters():
+        if weight.dim() > 1 and weight.any():
+            assert name == "position_1WSS" or not torch.equal(
+                weight, opened.model.get_parameter(name)), name
+    for part, name in ((stage, "flexvar-tokenizer-anew"), (flex, "flexvar-anew")):
+        assert part.settings.out == opened.folder / "papers" / name
+
+
 # ------------------------------------------------------------------------------------------------
 # The transformer
 
@@ -356,6 +382,7 @@ def test_the_page_from_its_command_to_its_verdicts(folder):
         assert picture.height > 12 * 24
     assert said.count("no verdict, which takes three runs") == len(flexvar.CLAIMS)
     assert ran("papers.flexvar", *flags, "--resume").count("is finished") == 2
+    assert rows_of(ran("papers.flexvar", *flags, "--anew"), 3) != rows
     assert "another steps, 2 and not 3" in refused(
         "papers.flexvar", *flags, "--steps", 3, "--resume")
 
