@@ -2,7 +2,7 @@
 
 In training a VAR reads an image's own tokens; in drawing, those that it drew, and mistakes among
 them, which it has never seen (exposure bias). So some tokens are replaced in what it reads, each by
-one of the codes nearest to it. Its targets, the tokens of finer scales, stand for what the image
+one of the codes nearest to it (or --kind). Its targets, the tokens of finer scales, stand for what the image
 has more than the sum with the mistakes in it, as in Infinity (2412.04431):
 
     shown_k = tokens_k, or others where rand < p          p: of each image another, up to the share
@@ -26,6 +26,7 @@ from math import inf
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical
 from torch.nn.functional import cross_entropy
 
 from papers import (
@@ -51,29 +52,46 @@ CLAIMS = (
 )
 
 
+TIMES = {"always": (0, 1), "early": (0, 0.5), "late": (0.5, 1)}   # from, to: shares of the steps
+
+
 class NoisyContext(Tuning):
     """Tunes a copy of the run's model on what its images are after some mistakes."""
 
-    def __init__(self, run: Trained, share: float, steps: int, lr: float):
+    def __init__(self, run: Trained, share: float, steps: int, lr: float, kind: str = "near",
+                 when: str = "always"):
         model = copy.deepcopy(run.model)
         super().__init__(run, model, "noisy_context-noisy", steps, lr)
         self.share = share
-        self.made_with["share"] = share
+        self.kind = kind
+        self.first, self.end = (share_of_steps * steps for share_of_steps in TIMES[when])
+        self.made_with |= {"share": share, "kind": kind, "when": when}
         self.rows = kept_images(run).train
         self.held_out_rows = run.held_out
 
     def loss(self, model: nn.Module, images: Tensor, labels_B: Tensor):
         """Nats per token, with mistakes."""
         device = self.settings.machine.device
-        share_B1 = self.share * torch.rand(len(images), 1, device=device)
+        share = self.share * (self.first <= self.step < self.end)
+        share_B1 = share * torch.rand(len(images), 1, device=device)
         quantizer = self.tokenizer.quantizer
-
-        def show(tokens_Bl: Tensor, _) -> Tensor:
-            wrong_Bl = torch.rand(tokens_Bl.shape, device=device) < share_B1
-            return torch.where(wrong_Bl, near(quantizer, tokens_Bl), tokens_Bl)
-
         with torch.no_grad():
             f_BCSS = self.tokenizer.latent(to_float(images.to(device)))
+            if self.kind == "own":
+                inputs = quantizer.teacher_inputs(quantizer.encode(f_BCSS))
+                logits_BLV = self.ema(labels_B.to(device), inputs).float()
+                drawn = quantizer.split(Categorical(logits=logits_BLV).sample())
+
+        def show(tokens_Bl: Tensor, k: int) -> Tensor:
+            wrong_Bl = torch.rand(tokens_Bl.shape, device=device) < share_B1
+            if self.kind == "near":
+                others_Bl = near(quantizer, tokens_Bl)
+            elif self.kind == "any":
+                others_Bl = torch.randint_like(tokens_Bl, len(quantizer.codebook_VC))
+            else:
+                others_Bl = drawn[k]
+            return torch.where(wrong_Bl, others_Bl, tokens_Bl)
+
         shown_BL, asked_BL = read_and_asked(quantizer, f_BCSS, show)
         logits_BLV = model(labels_B.to(device), quantizer.teacher_inputs(shown_BL)).float()
         return cross_entropy(logits_BLV.mT, asked_BL), lambda: {
@@ -85,6 +103,10 @@ def main() -> None:
     parser.set_defaults(count=300)
     add = parser.add_argument
     add("--share", type=SHARE, default=0.2, help="of tokens, at most (default: %(default)s)")
+    add("--kind", choices=("near", "any", "own"), default="near",
+        help="one of the nearest codes, any code, or what the model would draw (default: near)")
+    add("--when", choices=TIMES, default="always",
+        help="in all steps, the first half or the second (default: always)")
     add("--steps", type=COUNT, default=100, help="of each tuning (default: %(default)s)")
     add("--lr", type=RATE, default=3e-3, help="peak learning rate (default: %(default)s)")
     options = parser.parse_args()
@@ -96,7 +118,7 @@ def main() -> None:
         step = max(1, options.count // MISTAKES)   # they are in the order of their classes
         plain = copy.deepcopy(run.model)
         stages = [Tuning(run, plain, "noisy_context-control", *how),
-                  NoisyContext(run, options.share, *how)]
+                  NoisyContext(run, options.share, *how, options.kind, options.when)]
         found = {}
         for (name, row), stage in zip(evaluations.items(), stages):
             tuned = replace(run, model=stage.run())

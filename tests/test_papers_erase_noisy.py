@@ -270,6 +270,47 @@ def test_the_noisy_loss(run, real, share, monkeypatch):
         assert to_log()["replaced"].item() == 1
 
 
+@pytest.mark.parametrize("kind", ["any", "own"])
+def test_mistakes_of_other_kinds(run, real, kind, monkeypatch):
+    """Any code at all; or what the model itself would draw there, having read no mistakes."""
+    images, tokens, labels = real
+    stage = noisy_context.NoisyContext(run, 1.0, 2, 1e-3, kind)
+    shown = []
+    whole = noisy_context.read_and_asked
+    monkeypatch.setattr(noisy_context, "read_and_asked", lambda quantizer, f, show: shown.append(
+        whole(quantizer, f, show)[0]) or (tokens, tokens))
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(
+        shape[0], 0.1) if isinstance(shape[0], torch.Size) else torch.full(shape, 0.5))
+    said = []
+    teacher = noisy_context.Categorical
+    monkeypatch.setattr(noisy_context, "Categorical", lambda logits: said.append(logits) or
+                        teacher(logits=20 * logits))
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+    for _ in range(20):
+        stage.loss(stage.model, pixels, labels)
+    if kind == "any":
+        assert {*torch.cat(shown).flatten().tolist()} == set(range(32)) and not said
+    else:
+        with torch.no_grad():
+            expected = run.model.eval()(labels, run.tokenizer.teacher_inputs(tokens))
+        assert torch.allclose(said[0], expected, atol=1e-5)
+        likely = expected.argmax(dim=2)
+        assert (torch.stack(shown) == likely).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("when, steps", [
+    ("always", {0, 1, 2, 3}), ("early", {0, 1}), ("late", {2, 3})])
+def test_when_there_are_mistakes(run, real, when, steps):
+    images, _, labels = real
+    stage = noisy_context.NoisyContext(run, 1.0, 4, 1e-3, "any", when)
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+    replaced = set()
+    for stage.step in range(4):
+        _, to_log = stage.loss(stage.model, pixels, labels)
+        replaced |= {stage.step} if to_log()["replaced"] else set()
+    assert replaced == steps
+
+
 def test_noisy_context_tunes_a_copy_on_the_images(run, real):
     before = copy.deepcopy(run.model.state_dict())
     stage = noisy_context.NoisyContext(run, 0.2, 2, 1e-3)
