@@ -39,7 +39,7 @@ from support.devices import Machine, choose_machine, pack, say_once
 from support.evaluation import evaluate, psnr, say_evaluation
 from support.explorer import explore
 from support.figures import draw_attention, draw_codes, draw_teaching, scale_names
-from support.holes import from_small, judge_completions, known_pixels, say_completion
+from support.holes import from_small, judge_completions, judge_of, known_pixels, say_completion
 from support.images import (
     Row, at_a_time, batches, composed, grid, legible, read_images, rows_of_classes, rows_of_pairs,
     save_film, save_npz, save_picture, save_told, to_bytes, to_float,
@@ -53,11 +53,11 @@ def main() -> None:
     options = parse(asdict(DEFAULTS))
     machine = choose_machine(options.device, options.precision, options.compile)
     sampling = Sampling(options.cfg, options.top_k, options.top_p, options.growth, options.batch)
-    others = options.tokenizer, options.var
+    tokenizer, var = options.tokenizer, options.var
     if options.published:
-        others = published_pair(options.published)
+        tokenizer, var = published_pair(options.published)
     alone = options.command in TOKENIZER_ALONE
-    run = load_run(options.run, machine, sampling, *others, alone)
+    run = load_run(options.run, machine, sampling, tokenizer, var, alone)
     if run.model and machine.dtype != torch.float32:
         run.model.cast_layers(machine.dtype)
     elif run.model and machine.device.type == "cpu" and not machine.compile:
@@ -260,9 +260,11 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
     held_out, learned_from, note, white = None, None, "", None
     if alone and var is None:
         return load_alone(tokenizer_path, machine, sampling)
-    if var is None and tokenizer_path.exists() and not var_path.exists():
-        raise UserError(f"there is no transformer at {var_path} yet: train.py --resume goes on to "
-                        f"train it; reconstruct and codes need none")
+    if var is None and not var_path.exists():
+        how = "python train.py makes a run, in out/shapes or where --out says"
+        if tokenizer_path.exists():
+            how = "train.py --resume goes on to train it; reconstruct and codes need none"
+        raise UserError(f"there is no transformer at {var_path} yet: {how}")
     with blaming(var_path):
         if var_path.suffix == ".pt":   # ours; published ones are .pth, .safetensors and so on
             model, content = restored(var_path, "transformer", VAR, VARConfig)
@@ -299,12 +301,9 @@ def load_alone(path: Path, machine: Machine, sampling: Sampling) -> Run:
         tokenizer = placed(load_tokenizer(path), machine)
         return Run(path.parent, tokenizer, None, [], None, machine, sampling)
     tokenizer, content = restored(path, "tokenizer", Tokenizer, TokenizerConfig)
-    held_out = None
-    if (path.parent / "held_out.pt").exists():
-        held_out = load_held_out(path.parent)
-    return Run(path.parent, placed(tokenizer.eval(), machine), None, content["classes"], held_out,
-               machine, sampling, note=unfinished(content, "tokenizer_steps"),
-               white=content.get("white"))
+    return Run(path.parent, placed(tokenizer.eval(), machine), None, content["classes"],
+               load_held_out(path.parent), machine, sampling,
+               note=unfinished(content, "tokenizer_steps"), white=content.get("white"))
 
 
 def placed(tokenizer: Tokenizer, machine: Machine) -> Tokenizer:
@@ -327,9 +326,11 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
         return restored(path, "tokenizer", Tokenizer, TokenizerConfig)[0].eval()
 
 
-def load_held_out(folder: Path) -> TensorDataset:
-    """The images that train.py kept in a run's folder."""
+def load_held_out(folder: Path) -> TensorDataset | None:
+    """The images that train.py kept in a run's folder; without them a run can draw all the same."""
     path = folder / "held_out.pt"
+    if not path.exists():
+        return None
     with blaming(path):
         content = load_checkpoint(path, "set of held-out images")
         return TensorDataset(content["images"], content["labels"])
@@ -360,6 +361,7 @@ def drawn(run: Run, names: list[str] | None, per_class: int, seed: int
     names = names or run.classes[:20]
     chosen = class_indices(names, run.classes)
     tokens_NL = run.generate(np.repeat(chosen, per_class).tolist(), seed)
+    # What was asked for by its number is called by its name, too.
     labels = [name if composed(name) in map(composed, run.classes) else f"{name} {run.classes[i]}"
               for name, i in zip(names, chosen)]
     return list(map(legible, labels, chosen)), tokens_NL
@@ -521,6 +523,7 @@ def complete(
     """
     images = given.images
     device = run.machine.device
+    judges = judge and judge_of(run, given)   # before anything is drawn
     if known_HW is None:
         filled, scales = from_small(images, small_side, run.tokenizer.config)
         known_HW = torch.ones(images.shape[2:])
@@ -565,7 +568,7 @@ def complete(
     if not known_HW.all():
         say_completion(results, images, known_HW)
     if judge:
-        judge_completions(run, given, label, results)
+        judge_completions(judges, given.labels, label, results)
     columns = map(to_bytes, (images, shown, *results))
     captions = ["original", "known", *(f"seed {seed}" for seed in seeds)]
     return [Row(name, images, captions) for name, images in zip(given.names, zip(*columns))]

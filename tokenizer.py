@@ -7,7 +7,7 @@ sum of K token maps, from 1 x 1 up to S x S, and a decoder makes an image of tha
     f_hat = 0                                       nothing is decided yet
     for every scale k, coarse to fine:
         residual = f - f_hat                        what the coarser scales left over
-        tokens_k = nearest codes                    to its averages over a grid of s_k x s_k areas
+        tokens_k = nearest codes to the residual    averaged over a grid of s_k x s_k areas
         f_hat = f_hat + phi(upsampled codes)        the codes of tokens_k, interpolated to S x S
 
 So every scale corrects the sum of those before it, and the first few maps alone are already an
@@ -22,8 +22,8 @@ Why does the transformer read f_hat to predict scale k, and not the tokens of sc
 fewer of them than places to predict; and a token says only what its own scale corrected. f_hat is
 everything decided so far, and can be read at any size.
 
-Read `Quantizer` first. Its `accumulate` and `read` are the two steps of the loop above, and
-encoding, decoding, teaching and generation are loops over the two.
+Read `Quantizer` first. Its `read`, `nearest` and `accumulate` are the loop above, and encoding,
+decoding, teaching and generation are loops over them.
 
 Axes: B batch, C channels of the latent and of a code, S side of the latent, s side of one token
 map, L tokens of all maps (coarse to fine, sum of s*s), l tokens of one map, V codebook size,
@@ -57,7 +57,7 @@ class TokenizerConfig:
     code_channels: int              # C
     image_channels: int             # 3 for colour, 1 for grey
     width: int                      # channels at full resolution
-    multipliers: tuple[int, ...]    # of the width, per resolution; each but the first halves it
+    multipliers: tuple[int, ...]    # of the width, per resolution, of which each is half the last
     blocks: int                     # residual blocks per resolution; the decoder has one more
     phis: int                       # different phis, each shared by neighbouring scales
     norm_groups: int                # of the group norms

@@ -303,7 +303,7 @@ class Stage:
         kept = (f"the last good checkpoint, of step {self.saved}, is {self.path}" if self.saved
                 else "there is no checkpoint yet")
         also = " or --precision fp32" if self.loss_scale.is_enabled() else ""
-        raise UserError(f"at step {self.step - 1} the {self.name} loss became {loss}, its gradient "
+        raise UserError(f"at step {self.step} the {self.name} loss became {loss}, its gradient "
                         f"{norm} and its largest weight {largest}; {kept}; try a lower "
                         f"--{self.name}-lr{also}")
 
@@ -564,7 +564,7 @@ class VARStage(Stage):
         settings = self.settings
         run = Run(settings.out, self.tokenizer, self.ema, self.data.classes, self.data.held_out,
                   settings.machine, DEFAULTS)
-        return draw_samples(run, self.data.classes[:20], 4 if few else 10, settings.seed)
+        return draw_samples(run, None, 4 if few else 10, settings.seed)
 
 
 def var_optimizers(model: VAR, preset: Preset, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
@@ -608,12 +608,12 @@ def tokenise(tokenizer: Tokenizer, images: Dataset, settings: Settings, what: st
             tokens_BL = tokenizer.encode(to_float(pixels.to(machine.device)))
         tokens.append(tokens_BL.to(small).cpu())
         labels.append(labels_B)
-    shares = [(torch.cat(tokens), torch.cat(labels))]
+    own_share = torch.cat(tokens), torch.cat(labels)
+    shares = [own_share]
     if dist.is_initialized():
-        own_share, shares = shares[0], [None] * dist.get_world_size()
+        shares *= dist.get_world_size()
         dist.all_gather_object(shares, own_share)
-    tokens_NL, labels_N = map(torch.cat, zip(*shares))
-    return tokens_NL, labels_N
+    return tuple(map(torch.cat, zip(*shares)))
 
 
 if __name__ == "__main__":

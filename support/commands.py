@@ -82,7 +82,8 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         "given, and for attention the image's own")),
     (HOLES, "--box", dict(
         nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
-        metavar=("Y0", "X0", "Y1", "X1"), help="the hole, in fractions of the side")),
+        metavar=("Y0", "X0", "Y1", "X1"), help="what is generated, and for outpaint what is "
+        "known; in fractions of the side")),
     (HOLES, "--mask", dict(
         type=place, help="instead of a box, an image in which what is to be generated is painted: "
         "in white on black, or in any colour on a transparent layer")),

@@ -73,15 +73,21 @@ def seam(images: Tensor, known_HW: Tensor) -> float:
     return steps.mean().item() if len(steps) else 0.0
 
 
-def judge_completions(run, given, asked: int, results: list[Tensor]) -> None:
-    """Print how good completions of held-out images are, a set of them for each seed.
+def judge_of(run, given) -> Judge:
+    """What measures completions of held-out images. run: a sample.Run; given: a sample.Given.
 
-    given: a sample.Given. asked: the class to complete them towards; each image's own, if it is the
-    null class. Raises UserError for few images, and for others, whose classes nobody knows.
+    Raises UserError for few images, and for others, whose classes nobody knows.
     """
-    own = given.labels
-    if None in own or len(own) < 12:
+    if None in given.labels or len(given.labels) < 12:
         raise UserError("--judge needs held-out images, data:0 and so on, a dozen or more")
-    labels = torch.tensor(own if asked == len(run.classes) else [asked] * len(own))
-    judge = Judge(kept_classifier(run), given.images, run.classes)
+    return Judge(kept_classifier(run), given.images, run.classes)
+
+
+def judge_completions(judge: Judge, own: list[int], asked: int, results: list[Tensor]) -> None:
+    """Print how good completions are, a set of them for each seed.
+
+    own: the images' classes. asked: the class to complete them towards; the null class is each
+    image's own.
+    """
+    labels = torch.tensor(own if asked == len(judge.classes) else [asked] * len(own))
     say_qualities({"completions": [judge(images, labels) for images in results]})

@@ -264,11 +264,13 @@ def chosen_preset(options: Namespace) -> Preset:
     follow from the side of the latent, where the preset's do not fit it."""
     given = given_values(options)
     preset = replace(PRESETS[options.preset], **given)
-    side = preset.image_size // 2 ** (len(preset.multipliers) - 1)   # of the latent
+    downsampling = 2 ** (len(preset.multipliers) - 1)
+    side = preset.image_size // downsampling   # of the latent
     if preset.scales is None or ("scales" not in given and preset.scales[-1] != side):
         doubling = [2**k for k in range(side.bit_length()) if 2**k < side]
         preset = replace(preset, scales=(*doubling, max(1, side)))
-        if given.keys() & {"image_size", "multipliers"}:
+        fits = side * downsampling == preset.image_size   # else `check_sizes` refuses it
+        if fits and given.keys() & {"image_size", "multipliers"}:
             print(f"images of side {preset.image_size} are tokenised at scales "
                   f"{','.join(map(str, preset.scales))}")
     return preset

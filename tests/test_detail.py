@@ -297,7 +297,7 @@ def test_a_discriminator_s_gradient_that_is_no_number_is_never_saved(tmp_path):
         return total, to_log
 
     stage.loss = spoiled
-    told = "at step 7 .* gradient nan .* the last good checkpoint, of step 7"
+    told = "at step 8 .* gradient nan .* the last good checkpoint, of step 7"
     with pytest.raises(UserError, match=told):
         stage.run()
     saved = torch.load(stage.path, weights_only=True)["training"]

@@ -350,9 +350,9 @@ def test_a_run_that_cannot_be_written_to_is_judged_all_the_same(judged, monkeypa
 def test_mistakes_in_evaluating(judged, opened, tmp_path):
     out = shutil.copytree(judged, tmp_path / "run")
     (out / "train_images.pt").unlink()
-    for count, told in ((10_000, "10000 images cannot be judged: there are"),
+    for count, told in ((10_000, "10000 images cannot be judged: it takes"),
                         (6, "must be a whole number, 8 or more"),
-                        (9, "two halves of them, equally many, are compared"),
+                        (9, "an even number, as two halves are compared"),
                         (8, "no set of training images")):
         assert told in refused("sample.py", "evaluate", count, "--run", out)
     with pytest.raises(UserError, match="one class gives nothing"):

@@ -213,7 +213,7 @@ def spoil(stage: train.TokenizerStage, weight: torch.nn.Parameter, step: int) ->
 def test_a_gradient_that_is_no_number_is_never_saved(tmp_path):
     stage = tokenizer_stage(tmp_path, "--checkpoint-every", 1)
     spoil(stage, stage.model.encoder.conv_in.weight, 2)
-    with pytest.raises(UserError, match="at step 2 .* gradient nan .* checkpoint, of step 2"):
+    with pytest.raises(UserError, match="at step 3 .* gradient nan .* checkpoint, of step 2"):
         stage.run()
     saved = torch.load(stage.path, weights_only=True)["training"]
     assert saved["step"] == 2 and all(x.isfinite().all() for x in saved["model"].values())

@@ -619,7 +619,8 @@ def test_a_mistake_ends_a_program_with_one_sentence(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["sample.py", "--run", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
-    told = f"error: there is no transformer checkpoint at {tmp_path / 'var.pt'}\n"
+    told = (f"error: there is no transformer at {tmp_path / 'var.pt'} yet: python train.py makes a "
+            f"run, in out/shapes or where --out says\n")
     assert end.value.code == 2 and capsys.readouterr().err == told
 
 

@@ -45,6 +45,7 @@ def shapes(judged, tmp_path_factory) -> Path:
     """A run on the built-in data, and images of one's own beside it."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(judged, folder / "out" / "shapes")
+    (folder / "out" / "seed6").symlink_to("shapes")
     (folder / "photos").mkdir()
     white = np.zeros((8, 8), np.uint8)
     white[2:4] = 255
@@ -72,10 +73,10 @@ def test_commands_that_draw(shapes, monkeypatch, command):
 
 
 def test_changing_the_model(folder, tmp_path, monkeypatch):
-    """The example trains, draws and is no VAR to sample.py; `loudness` is a line it asks for."""
+    """The example trains, draws and is no VAR to sample.py."""
     (example,) = re.findall(r"(?:^    .*\n)+", README[README.index("## Change the model"):].split(
         "`python mine.py`")[0], re.MULTILINE)
-    example = textwrap.dedent(example).replace("self.settings.preset.loudness", "0.5")
+    example = textwrap.dedent(example)
     own = type("MyTokenizer", (Tokenizer,), {})
 
     def mine(*flags):
@@ -84,7 +85,6 @@ def test_changing_the_model(folder, tmp_path, monkeypatch):
             for module in (sample, train):   # of what the example replaces: put back at the end
                 patch.setattr(module, "VAR", VAR)
                 patch.setattr(module, "Tokenizer", own)
-            patch.setattr(train, "VARStage", train.VARStage)
             exec(example, {})
 
     mine("--data", folder, "--out", tmp_path, *TINY, "--tokenizer-steps", 2, "--var-steps", 2)

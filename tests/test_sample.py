@@ -656,6 +656,10 @@ def test_a_run_is_whole_without_its_data(judged, tmp_path):
     ran("sample.py", "codes", "data:1", "--run", "elsewhere", "--var", tmp_path / "var.pt",
         "--tokenizer", judged / "tokenizer.pt")
     assert (tmp_path / "codes.png").exists()
+    ran("sample.py", "--run", tmp_path, "--classes", "star", "--per-class", 1)
+    (tmp_path / "held_out.pt").unlink()
+    ran("sample.py", "--run", tmp_path, "--classes", "star", "--per-class", 1)
+    assert "comes without images" in refused("sample.py", "codes", "data:1", "--run", tmp_path)
     (tmp_path / "held_out.pt").write_bytes(b"PK and nothing else")
     assert "held_out.pt cannot be read" in refused("sample.py", "codes", "data:1", "--run", tmp_path)
 
@@ -836,7 +840,9 @@ def test_completions_are_judged(judged, tmp_path, monkeypatch):
     row = next(line for line in said.splitlines() if line.startswith("completions"))
     assert row.count("±") == 5 and row.count("%") == 3
     for wrong in (held_out[:11], held_out[:11] + [tmp_path / "a.png"]):
-        assert "--judge needs held-out images" in refused("sample.py", "inpaint", *wrong, *flags)
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "generate", None)   # nothing is drawn yet
+            assert "--judge needs held-out" in refused("sample.py", "inpaint", *wrong, *flags)
 
     run = load_run(judged, choose_machine("cpu"))
     given = load_images(run, held_out)
@@ -846,7 +852,8 @@ def test_completions_are_judged(judged, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "features_and_classes", lambda classifier, images: (
         images.flatten(1)[:, :5].double().numpy(), torch.full((len(images),), 3)))
     for asked, share in ((len(run.classes), given.labels.count(3) / 12), (3, 1.0), (4, 0.0)):
-        holes.judge_completions(run, given, asked, [given.images, same])
+        judge = holes.judge_of(run, given)
+        holes.judge_completions(judge, given.labels, asked, [given.images, same])
         itself, other = seen.pop()
         assert itself.recognised == other.recognised == share
         assert itself.recall == 1 > other.recall
