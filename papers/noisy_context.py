@@ -59,7 +59,7 @@ class NoisyContext(Tuning):
     """Tunes a copy of the run's model on what its images are after some mistakes."""
 
     def __init__(self, run: Trained, share: float, steps: int, lr: float, kind: str = "near",
-                 when: str = "always"):
+                 when: str = "early"):
         model = copy.deepcopy(run.model)
         super().__init__(run, model, "noisy_context-noisy", steps, lr)
         self.share = share
@@ -105,8 +105,8 @@ def main() -> None:
     add("--share", type=SHARE, default=0.2, help="of tokens, at most (default: %(default)s)")
     add("--kind", choices=("near", "any", "own"), default="near",
         help="one of the nearest codes, any code, or what the model would draw (default: near)")
-    add("--when", choices=TIMES, default="always",
-        help="in all steps, the first half or the second (default: always)")
+    add("--when", choices=TIMES, default="early",
+        help="in all steps, the first half or the second (default: early)")
     add("--steps", type=COUNT, default=100, help="of each tuning (default: %(default)s)")
     add("--lr", type=RATE, default=3e-3, help="peak learning rate (default: %(default)s)")
     options = parser.parse_args()
