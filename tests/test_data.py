@@ -218,6 +218,8 @@ def test_scales_are_derived_and_said(side, scales, capsys):
     options = training_flags().parse_args(["--image-size", str(side)])
     assert chosen_preset(options).scales == scales
     assert ",".join(map(str, scales)) in capsys.readouterr().out
+    chosen_preset(training_flags().parse_args(["--image-size", str(side + 2)]))
+    assert not capsys.readouterr().out   # of a side that is refused
 
 
 # Folders of one's own
