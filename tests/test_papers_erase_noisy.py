@@ -275,6 +275,7 @@ def test_mistakes_of_other_kinds(run, real, kind, monkeypatch):
     """Any code at all; or what the model itself would draw there, having read no mistakes."""
     images, tokens, labels = real
     stage = noisy_context.NoisyContext(run, 1.0, 2, 1e-3, kind)
+    torch.nn.init.zeros_(stage.model.head.weight)   # the EMA model draws, without dropout
     shown = []
     whole = noisy_context.read_and_asked
     monkeypatch.setattr(noisy_context, "read_and_asked", lambda quantizer, f, show: shown.append(
