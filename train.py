@@ -174,7 +174,7 @@ class Stage:
         self.made_with = {**made_with, "seed": settings.seed, "data set": data.digest}
         self.path = settings.out / f"{self.name}.pt"
         self.step = 0
-        self.saved = 0
+        self.saved_step = 0
         self.speed = Speed(settings.machine, batch, self.ema, self.example())
         wrap_layers(model, settings)   # the EMA model, which takes batches of any size, stays
         self.ddp = model
@@ -300,8 +300,8 @@ class Stage:
         largest = get_total_norm(self.ema.parameters(), math.inf).item()
         if all(map(math.isfinite, (loss, norm, largest))):
             return
-        kept = (f"the last good checkpoint, of step {self.saved}, is {self.path}" if self.saved
-                else "there is no checkpoint yet")
+        kept = (f"the last good checkpoint, of step {self.saved_step}, is {self.path}"
+                if self.saved_step else "there is no checkpoint yet")
         also = " or --precision fp32" if self.loss_scale.is_enabled() else ""
         raise UserError(f"at step {self.step} the {self.name} loss became {loss}, its gradient "
                         f"{norm} and its largest weight {largest}; {kept}; try a lower "
@@ -309,7 +309,7 @@ class Stage:
 
     def save(self, finished: bool) -> None:
         """Keep the EMA model; until the end, what going on takes, too."""
-        self.saved = self.step
+        self.saved_step = self.step
         if rank_and_world()[0] == 0:
             content = {
                 **content_of(self.ema),
@@ -347,7 +347,7 @@ class Stage:
             for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             self.loss_scale.load_state_dict(training["loss_scale"])
-            self.step = self.saved = training["step"]
+            self.step = self.saved_step = training["step"]
         return False
 
 
