@@ -11,7 +11,7 @@ are VAR's. Of the 64 frequencies of an 8 x 8 grid, the bands of scales 1, 2, 3, 
 12 and 51: two maps have none of their own. So beside these edges stand those of the sampling
 theorem, below s / 2 along each axis: 1, 0, 8, 16 and 39.
 
-(The paper, of which the abstract and others' notes were at hand, has a stronger tokenizer. Plain and
+(Of the paper the abstract and others' notes were at hand; its tokenizer is stronger. Plain and
 low-passed tokenizers, and a transformer for each, are trained from scratch, for as many steps, with
 the same seed. No gain is expected: an average over areas is a crude low-pass already. The surprise
 would be images that take fewer nats, and are reconstructed as well.)
