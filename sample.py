@@ -257,7 +257,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
     """
     tokenizer_path = tokenizer or folder / "tokenizer.pt"
     var_path = var or folder / "var.pt"
-    held_out, learned_from, note, white = None, None, "", None
+    learned_from, note, white = None, "", None
     if alone and var is None:
         return load_alone(tokenizer_path, machine, sampling)
     if var is None and not var_path.exists():
@@ -265,13 +265,13 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
         if tokenizer_path.exists():
             how = "train.py --resume goes on to train it; reconstruct and codes need none"
         raise UserError(f"there is no transformer at {var_path} yet: {how}")
+    ours = var_path.suffix == ".pt"   # published ones are .pth, .safetensors and so on
     with blaming(var_path):
-        if var_path.suffix == ".pt":   # ours; published ones are .pth, .safetensors and so on
+        if ours:
             model, content = restored(var_path, "transformer", VAR, VARConfig)
             classes = content["classes"]
             white = content.get("white")
             learned_from = content["made_with"]["tokenizer"]
-            held_out = load_held_out(var_path.parent)
             note = unfinished(content, "var_steps")
         else:
             model = VAR.from_official(read_tensors(var_path, "published checkpoint"))
@@ -287,6 +287,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
         if found != expected:
             raise UserError(f"{var_path} expects {name.replace('_', ' ')} {expected}, and "
                             f"{tokenizer_path} has {found}")
+    held_out = load_held_out(var_path.parent, tokenizer.config) if ours else None
     tokenizer = placed(tokenizer, machine)
     model.to(machine.device).eval()
     if machine.compile:
@@ -302,7 +303,7 @@ def load_alone(path: Path, machine: Machine, sampling: Sampling) -> Run:
         return Run(path.parent, tokenizer, None, [], None, machine, sampling)
     tokenizer, content = restored(path, "tokenizer", Tokenizer, TokenizerConfig)
     return Run(path.parent, placed(tokenizer.eval(), machine), None, content["classes"],
-               load_held_out(path.parent), machine, sampling,
+               load_held_out(path.parent, tokenizer.config), machine, sampling,
                note=unfinished(content, "tokenizer_steps"), white=content.get("white"))
 
 
@@ -326,14 +327,17 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
         return restored(path, "tokenizer", Tokenizer, TokenizerConfig)[0].eval()
 
 
-def load_held_out(folder: Path) -> TensorDataset | None:
-    """The images that train.py kept in a run's folder; without them a run can draw all the same."""
+def load_held_out(folder: Path, config: TokenizerConfig | None = None) -> TensorDataset | None:
+    """The images that train.py kept in a run's folder, if any. config: the tokenizer's."""
     path = folder / "held_out.pt"
     if not path.exists():
         return None
     with blaming(path):
         content = load_checkpoint(path, "set of held-out images")
-        return TensorDataset(content["images"], content["labels"])
+        images = content["images"]
+        if config and images.shape[1:] != (config.image_channels, *2 * [config.image_side]):
+            raise ValueError("its images are of another size than the tokenizer's")
+        return TensorDataset(images, content["labels"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -547,7 +551,7 @@ def complete(
     # say that the middle is like them.
     surrounded = known_HW[1:-1, 1:-1].sum() == known_HW.sum()
     free = 0.25 if surrounded else 0.5
-    if particles and surrounded and known_HW.mean() < free:
+    if particles and surrounded and known_HW.mean() < free and not paste:
         print("note: on the coarsest maps so small a part does not count as known, and may drift; "
               "--paste puts it back")
 

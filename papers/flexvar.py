@@ -140,10 +140,10 @@ def main() -> None:
         stage = FlexTuning(run, options.steps, tokenizer, options.anew)
         found.append(measure(run, replace(stage.flex, model=stage.run()), options.count))
     drawn, rates, pictures, figures = zip(*found)
-    save_picture(options.run[0] / "papers/flexvar.png", grid(pictures[0]).quantize())   # small
     say_figures(("unfiltered", "recognised %", "recall %", "Fréchet"), drawn, 1)
     say_figures(("held-out images", "nats", "PSNR"), rates, 2)
     say_verdicts(CLAIMS, np.transpose(figures).tolist())
+    save_picture(options.run[0] / "papers/flexvar.png", grid(pictures[0]).quantize())   # small
 
 
 if __name__ == "__main__":

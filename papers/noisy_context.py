@@ -63,7 +63,7 @@ class NoisyContext(Tuning):
         model = copy.deepcopy(run.model)
         super().__init__(run, model, "noisy_context-noisy", steps, lr)
         self.share = share
-        self.kind = kind
+        self.by = kind   # of mistakes, what tokens are replaced by
         self.first, self.end = (share_of_steps * steps for share_of_steps in TIMES[when])
         self.made_with |= {"share": share, "kind": kind, "when": when}
         self.rows = kept_images(run).train
@@ -77,16 +77,16 @@ class NoisyContext(Tuning):
         quantizer = self.tokenizer.quantizer
         with torch.no_grad():
             f_BCSS = self.tokenizer.latent(to_float(images.to(device)))
-            if self.kind == "own":
+            if self.by == "own":
                 inputs = quantizer.teacher_inputs(quantizer.encode(f_BCSS))
                 logits_BLV = self.ema(labels_B.to(device), inputs).float()
                 drawn = quantizer.split(Categorical(logits=logits_BLV).sample())
 
         def show(tokens_Bl: Tensor, k: int) -> Tensor:
             wrong_Bl = torch.rand(tokens_Bl.shape, device=device) < share_B1
-            if self.kind == "near":
+            if self.by == "near":
                 others_Bl = near(quantizer, tokens_Bl)
-            elif self.kind == "any":
+            elif self.by == "any":
                 others_Bl = torch.randint_like(tokens_Bl, len(quantizer.codebook_VC))
             else:
                 others_Bl = drawn[k]

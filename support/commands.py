@@ -39,7 +39,8 @@ class CommandParser(Parser):
     """Flags of several values take what follows them: images must stand before."""
 
     def error(self, message: str):
-        if message.startswith(("argument --seeds: ", "argument --top-p: ")):
+        takes_images = any(action.dest == "images" for action in self._actions)
+        if takes_images and message.startswith(("argument --seeds: ", "argument --top-p: ")):
             message += "; images are named before such flags"
         super().error(message)
 
@@ -68,8 +69,10 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     ("evaluate", "count", dict(type=number(int, 8), help="images of each kind, an even number")),
     ("export", "count", dict(
         type=number(int, 1, 1_000_000), help="samples, balanced over the classes")),
-    ("export", "file", dict(type=output, help="where to write them, as ADM's program reads them")),
-    ("export", "--reference", dict(type=output, help="where to write the held-out images, too")),
+    ("export", "file", dict(
+        type=output_as(".npz"), help="where to write them, as ADM's program reads them")),
+    ("export", "--reference", dict(
+        type=output_as(".npz"), help="where to write the held-out images, too")),
     ("export", "--rejection", dict(
         type=SHARE, default=1.0, help="keep this share of what is drawn, the most likely")),
     (f"{CLASSES} explore", "--classes", dict(
@@ -114,7 +117,8 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     ("upscale", "--top-p", {**TOP_P, "default": (1.0, 0.6)}),
     (GENERATING, "--growth", dict(
         type=number(float, 0.1, 10), help="guidance grows, and top-p falls, over the scales with "
-        "this power of k / (K - 1): 1 is evenly, as published; 2 presses the fine scales more")),
+        "this power of k / (K - 1): 1 is evenly, as published; above, the coarser scales are left "
+        "more to themselves")),
     (GENERATING, "--batch", dict(
         type=COUNT, help="images at a time; if not given as many as have a cache of 4 GB, at most "
         "100")),
@@ -157,7 +161,8 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
                 value = name.removeprefix("--").replace("-", "_")
                 default = how.get("default", defaults.get(value))
                 if default is not None:
-                    text = how["help"] + " (default: %(default)s)"
+                    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+                    text = f"{how['help']} (default: {shown})"
                     how = {**how, "default": default, "help": text}
                 group = either if name in ("--box", "--mask") else own
                 group.add_argument(name, **how)
@@ -185,16 +190,24 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raises UserError for two outputs of one name, and where the picture that is not given a name
-    cannot be written: before anything is drawn."""
+    """Raises UserError for two outputs of one name, for one that is read as well, and where the
+    picture that is not given a name cannot be written: before anything is drawn."""
     folder = options.var.parent if options.var else options.run
     if options.command in TOKENIZER_ALONE and options.tokenizer and not options.var:
         folder = options.tokenizer.parent
+    own = folder / ("explorer.html" if options.command == "explore" else f"{options.command}.png")
     if "out" in options and not options.out and not options.published and folder.is_dir():
         try:
-            output(str(folder / f"{options.command}.png"))
+            output(str(own))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"{error}; --out names another place")
+    given = vars(options)
+    written = (given.get("out") or own).resolve()
+    for path in filter(None, [*given.get("images", ()), given.get("mask")]):
+        read = Path(path).resolve()
+        if read == written or written.exists() and read == written.parent:
+            raise UserError(f"{written} would be written over, and is read; --out names another "
+                            f"place")
     if options.command == "export" and options.reference:
         if options.reference.resolve() == options.file.resolve():
             raise UserError(f"{options.file.resolve()} is the name of two outputs")

@@ -51,7 +51,8 @@ def draw_teaching(run, given) -> list[Row]:
     _, tokens_1L = run.encode(given.images[:1])
     inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.machine.device))
     size_L = inputs[0].norm(dim=-1)
-    size_L = F.pad(size_L, (1, 0), value=size_L.max())   # the first scale reads the class
+    # The first scale reads the class; there may be no other.
+    size_L = F.pad(size_L, (1, 0), value=size_L.max() if len(size_L) else 1)
     codes_L3 = code_colours(run.tokenizer.quantizer.codebook_VC)[tokens_1L[0]]
     read = ["the class", *(f"after {name}" for name in scale_names(scales[:-1]))]
     return [Row("reads (black: zero)", as_maps(heat(size_L), scales), read),

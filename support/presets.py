@@ -30,7 +30,7 @@ def option(default: Any, read: Callable | None, text: str):
 
 @dataclass(frozen=True)
 class BothPreset:
-    image_size: int = option(32, SIZE, "side of the images")
+    image_size: int = option(32, number(int, 2, 2**16), "side of the images")
     muon: bool = option(
         True, YES_OR_NO, "Muon instead of AdamW for the matrices and convolutions inside layers")
     warmup: int = option(30, STEPS, "steps of linear warm-up, in both stages")

@@ -2,6 +2,7 @@
 TensorBoard's files, if they are asked for."""
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,4 +94,4 @@ def say_what_next(out: Path, stages: list[str]) -> None:
     pictures = ", ".join(PICTURES[stage] for stage in stages)
     command = "progress" if "var" in stages else "codes data:0"
     say(f"{out} is complete; look at {pictures} and curves.png in it, then try "
-        f"python sample.py {command} --run {out}")
+        f"python sample.py {command} --run {shlex.quote(str(out))}")

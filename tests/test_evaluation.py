@@ -347,6 +347,15 @@ def test_a_run_that_cannot_be_written_to_is_judged_all_the_same(judged, monkeypa
 # Mistakes
 
 
+def test_a_classifier_is_trained_where_gradients_are_off(judged, opened, tmp_path, monkeypatch):
+    monkeypatch.setattr("support.evaluation.CLASSIFIER_STEPS", 1)
+    out = shutil.copytree(judged, tmp_path / "run")
+    (out / "classifier.pt").unlink()
+    with torch.no_grad():
+        kept_classifier(replace(opened, folder=out))
+    assert (out / "classifier.pt").exists()
+
+
 def test_mistakes_in_evaluating(judged, opened, tmp_path):
     out = shutil.copytree(judged, tmp_path / "run")
     (out / "train_images.pt").unlink()

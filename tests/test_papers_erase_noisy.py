@@ -320,6 +320,7 @@ def test_noisy_context_tunes_a_copy_on_the_images(run, real):
     assert torch.equal(run.encode(to_float(pixels))[1], ordinary.rows[[0, 1, 2]][0].long())
     assert len(stage.rows) == len(ordinary.rows) and stage.held_out_rows is run.held_out
     assert not torch.equal(stage.run().head.weight, before["head.weight"])
+    assert load_checkpoint(stage.path, "transformer")
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, before[name])
 

@@ -522,7 +522,7 @@ def test_mistakes_in_training(folder, tmp_path):
     assert "is not divisible by 3 heads" in refusal("--heads", 3)
     wrong = {"--unquantized": 1, "--heads": 0, "--seed": -1, "--var-lr": "nan",
              "--tokenizer-lr": 1e39, "--multipliers": "1,0", "--scales": "1,b", "--ema": 1,
-             "--label-dropout": 1.5, "--var-steps": 2.5, "--depth": 10**9}
+             "--image-size": 1, "--label-dropout": 1.5, "--var-steps": 2.5, "--depth": 10**9}
     for flag, value in wrong.items():
         told = refusal(flag, value)
         assert f"{flag}: " in told and "must be" in told

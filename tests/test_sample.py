@@ -19,10 +19,11 @@ from program import ran, refused, tokenizer_stage
 import sample
 from sample import Known, Run, load_images, load_run
 from support import evaluation, holes
+from support.checkpoint import save_checkpoint
 from support.commands import COMMANDS, GENERATING, HOLES, parse
 from support.data import load_data
 from support.devices import Machine, PackedLinear, choose_machine, pack
-from support.figures import attention_weights, draw_attention
+from support.figures import attention_weights, draw_attention, draw_teaching
 from support.holes import known_pixels
 from support.images import (
     Row, batches, cell_size, grid, label_font, legible, save_film, save_npz, to_bytes, wrapped,
@@ -360,6 +361,44 @@ def test_captions(judged, run, given):
     many = sample.reconstruct(run, given)   # 40, eight in a row
     assert len(many) == 10 and {len(row.images) for row in many} == {8}
     assert many[2].captions[0].startswith(given.names[8])
+
+
+def test_what_is_read_is_not_written_over(judged, tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (16, 16), "red").save(path)
+    before = path.read_bytes()
+    for flags in (["reconstruct", path, "--out", path], ["reconstruct", tmp_path, "--out", path],
+                  ["inpaint", "data:1", "--mask", path, "--out", path]):
+        assert "a.png would be written over, and is read" in refused(
+            "sample.py", *flags, "--run", judged)
+    assert path.read_bytes() == before
+    ran("sample.py", "reconstruct", tmp_path, "--out", tmp_path / "b.png", "--run", judged)
+    assert path.read_bytes() == before and (tmp_path / "b.png").exists()
+
+
+def test_held_out_images_of_another_size_are_refused(judged, tmp_path):
+    for name in ("tokenizer.pt", "var.pt", "held_out.pt"):
+        shutil.copy(judged / name, tmp_path / name)
+    content = torch.load(tmp_path / "held_out.pt", weights_only=True)
+    content["images"] = content["images"][..., :8, :8]
+    content.pop("kind")
+    save_checkpoint(tmp_path / "held_out.pt", "set of held-out images", **content)
+    for command in (["grid"], ["codes", "data:1"]):
+        assert "its images are of another size than the tokenizer's" in refused(
+            "sample.py", *command, "--run", tmp_path)
+
+
+def test_teaching_of_a_single_scale():
+    """Which reads the class alone."""
+    tokenizer = SimpleNamespace(
+        teacher_inputs=lambda tokens: torch.zeros(1, 0, 4),
+        quantizer=SimpleNamespace(codebook_VC=torch.randn(8, 4)))
+    run = SimpleNamespace(
+        model=SimpleNamespace(config=SimpleNamespace(scales=(1,))), tokenizer=tokenizer,
+        encode=lambda images: (None, torch.tensor([[3]])),
+        machine=choose_machine("cpu"))
+    reads, predicts = draw_teaching(run, SimpleNamespace(images=torch.zeros(1, 3, 4, 4)))
+    assert len(reads.images) == len(predicts.images) == 1
 
 
 def test_a_file_is_not_replaced_without_a_word(judged, tmp_path):
@@ -710,7 +749,10 @@ def test_mistakes(judged, tmp_path):
         "inpaint data:4 --seeds 0 1 0": "--seeds: one is named twice",
         "inpaint --seeds 0 1 data:4": "data:4 must be a whole number, from 0 to 2147483647; "
                                       "images are named before",
-        "--top-p .5 data:4": "images are named before such flags",
+        "codes data:4 --top-p .5 data:4": "unrecognized arguments: --top-p",
+        "inpaint --top-p .5 data:4": "images are named before such flags",
+        "--top-p .5 0": "argument --top-p: 0 must be",
+        "export 3 a.png": "a.png must be named .npz, which it is written as",
         "--per-class 2 codes data:4": "the command comes first: python sample.py codes, then",
         "--batch-size 3": "there is --batch",
         "codes data:" + 5000 * "9": "999…: the held-out images are data:0 to data:",
@@ -839,7 +881,8 @@ def test_completions_are_judged(judged, tmp_path, monkeypatch):
     said = ran("sample.py", "inpaint", *held_out, *flags)
     row = next(line for line in said.splitlines() if line.startswith("completions"))
     assert row.count("±") == 5 and row.count("%") == 3
-    for wrong in (held_out[:11], held_out[:11] + [tmp_path / "a.png"]):
+    shutil.copy(tmp_path / "a.png", tmp_path / "b.png")
+    for wrong in (held_out[:11], held_out[:11] + [tmp_path / "b.png"]):
         with monkeypatch.context() as patch:
             patch.setattr(Run, "generate", None)   # nothing is drawn yet
             assert "--judge needs held-out" in refused("sample.py", "inpaint", *wrong, *flags)
