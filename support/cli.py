@@ -51,9 +51,9 @@ def run_program(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        print(f"error: not enough memory ({in_short(error)}); --grad-accumulation and "
-              f"--checkpoint-activations make train.py need less, --batch sample.py",
-              file=sys.stderr)
+        print(f"error: not enough memory ({in_short(error) or type(error).__name__}); "
+              f"--grad-accumulation and --checkpoint-activations make train.py need less; for "
+              f"sample.py name fewer or smaller images, or --batch", file=sys.stderr)
         sys.exit(2)
     except (Stopped, KeyboardInterrupt) as stopped:
         with contextlib.suppress(OSError):   # the terminal is gone

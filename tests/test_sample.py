@@ -859,7 +859,8 @@ def test_in_a_hole_all_around_a_quarter_makes_a_coarse_cell_known(
 
 def test_a_part_too_small_for_coarse_maps_is_noted(judged, tmp_path):
     flags = "outpaint data:1 --seeds 0 --particles 2".split()
-    for box, noted in (("0.25 0.25 0.75 0.75", False), ("0.375 0.375 0.625 0.625", True)):
+    for box, noted in (("0.25 0.25 0.75 0.75", False), ("0.375 0.375 0.625 0.625", True),
+                       ("0.375 0.375 0.625 0.625 --paste", False)):
         said = ran("sample.py", *flags, "--box", *box.split(), "--run", judged,
                    "--out", tmp_path / "a.png")
         assert ("may drift; --paste" in said) == noted
