@@ -403,7 +403,7 @@ def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling
         print(f"± is the standard deviation over the seeds {' '.join(map(str, seeds))}")
     print("This Fréchet distance is not FID: its features are those of the run's own classifier,\n"
           "so it compares images of this run's data alone. For FID, which the field's programs\n"
-          "measure, this writes the files:\n"
+          "measure, this writes the files, with --run and other flags as here:\n"
           "    python sample.py export 50000 samples.npz --reference reference.npz")
 
 
