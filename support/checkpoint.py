@@ -36,8 +36,10 @@ def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
             file.flush()
             os.fsync(file.fileno())   # on the disk before it takes the name: a power cut may follow
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)   # of a full disk there is none; else the one beside it
         raise
 
 

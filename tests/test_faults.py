@@ -515,6 +515,23 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert done == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"content"
 
 
+@pytest.mark.parametrize("name, error", [
+    ("file", OSError(errno.ENOSPC, "No space left on device")), ("folder", None)])
+def test_what_cannot_be_written_is_named(tmp_path, name, error):
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "folder").mkdir()
+
+    def write(file):
+        if error:
+            raise error
+
+    with pytest.raises(OSError) as found:
+        save_whole(tmp_path / name, write)
+    assert found.value.filename == str(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
 def test_two_programs_write_one_file_at_once(tmp_path, monkeypatch):
     path = tmp_path / "file"
 
