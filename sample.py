@@ -53,7 +53,8 @@ def main() -> None:
     options = parse(asdict(DEFAULTS))
     machine = choose_machine(options.device, options.precision, options.compile)
     sampling = Sampling(options.cfg, options.top_k, options.top_p, options.growth, options.batch)
-    tokenizer, var = options.tokenizer, options.var
+    tokenizer = options.tokenizer
+    var = options.var
     if options.published:
         tokenizer, var = published_pair(options.published)
     alone = options.command in TOKENIZER_ALONE

@@ -57,7 +57,7 @@ class TokenizerConfig:
     code_channels: int              # C
     image_channels: int             # 3 for colour, 1 for grey
     width: int                      # channels at full resolution
-    multipliers: tuple[int, ...]    # of the width, per resolution, of which each is half the last
+    multipliers: tuple[int, ...]    # channels per resolution, in widths; each side is half the last
     blocks: int                     # residual blocks per resolution; the decoder has one more
     phis: int                       # different phis, each shared by neighbouring scales
     norm_groups: int                # of the group norms

@@ -126,7 +126,7 @@ class FlexVAR(VAR):
 
 
 class TokenizerTuning(TokenizerStage):
-    """Trains a FlexTokenizer on the images that a run kept, of its weights, but codes; or anew."""
+    """Trains a FlexTokenizer on a run's images, from its weights but for codes, or anew."""
 
     def __init__(self, run: Trained, steps: int, anew: bool = False):
         sides = tuple(range(1, run.model.config.scales[-1] + 1))

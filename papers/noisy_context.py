@@ -2,8 +2,8 @@
 
 In training a VAR reads an image's own tokens; in drawing, those that it drew, and mistakes among
 them, which it has never seen (exposure bias). So some tokens are replaced in what it reads, each by
-one of the codes nearest to it (or --kind). Its targets, the tokens of finer scales, stand for what the image
-has more than the sum with the mistakes in it, as in Infinity (2412.04431):
+one of the codes nearest to it (--kind: by others). Its targets, the tokens of finer scales, stand
+for what the image has more than the sum with the mistakes in it, as in Infinity (2412.04431):
 
     shown_k = tokens_k, or others where rand < p          p: of each image another, up to the share
     f_hat = f_hat + phi(upsampled codes of shown_k)
@@ -40,6 +40,7 @@ from support.images import save_picture, to_float
 from support.presets import RATE
 
 MISTAKES = 100   # images, with one each
+TIMES = {"always": (0, 1), "early": (0, 0.5), "late": (0.5, 1)}   # from, to: shares of the steps
 CLAIMS = (
     Claim("unfiltered, 3 points more recognised than of the control",
           holds=(3, inf), false=(-inf, 3)),
@@ -50,9 +51,6 @@ CLAIMS = (
     Claim("with noisy context they end smaller than in the control",
           holds=(-inf, 0), false=(0, inf)),
 )
-
-
-TIMES = {"always": (0, 1), "early": (0, 0.5), "late": (0.5, 1)}   # from, to: shares of the steps
 
 
 class NoisyContext(Tuning):
@@ -80,7 +78,7 @@ class NoisyContext(Tuning):
             if self.by == "own":
                 inputs = quantizer.teacher_inputs(quantizer.encode(f_BCSS))
                 logits_BLV = self.ema(labels_B.to(device), inputs).float()
-                drawn = quantizer.split(Categorical(logits=logits_BLV).sample())
+                own = quantizer.split(Categorical(logits=logits_BLV).sample())
 
         def show(tokens_Bl: Tensor, k: int) -> Tensor:
             wrong_Bl = torch.rand(tokens_Bl.shape, device=device) < share_B1
@@ -89,7 +87,7 @@ class NoisyContext(Tuning):
             elif self.by == "any":
                 others_Bl = torch.randint_like(tokens_Bl, len(quantizer.codebook_VC))
             else:
-                others_Bl = drawn[k]
+                others_Bl = own[k]
             return torch.where(wrong_Bl, others_Bl, tokens_Bl)
 
         shown_BL, asked_BL = read_and_asked(quantizer, f_BCSS, show)

@@ -152,7 +152,7 @@ def features_and_classes(classifier: Classifier, images: Tensor) -> tuple[np.nda
     return torch.cat(features).numpy(), torch.cat(taken_for)
 
 
-@torch.enable_grad()   # also where it is missed in the middle of an evaluation
+@torch.enable_grad()   # whoever judges may be under no_grad
 def train_classifier(
     images: Tensor, labels: Tensor, shape: dict[str, int], seed: int, device: torch.device
 ) -> Classifier:
