@@ -452,7 +452,7 @@ def reconstruct(run: Run, given: Given) -> list[Row]:
 
 @dataclass
 class Known:
-    """What is known of images of which the rest is to be generated (paper: Sec. 5.3).
+    """What is known of images of which the rest is to be generated (paper: zero-shot tasks).
 
     The transformer needs no training for it: at every scale, tokens that it drew where the image is
     known make way for the image's own, and all later scales read them.
@@ -461,7 +461,7 @@ class Known:
     where_B1SS: the share of each place that is known.
     scales: at how many of the scales, from the coarsest, anything is known.
     own_tokens_BL: if given, the images' tokens, computed beforehand, are put as they are: the open
-        loop, as published.
+        loop, as the authors do.
     free: if not 0, coarse maps are drawn in the holes, too (see `most_likely`): in cells of which
         less than this share is known.
     """
@@ -490,7 +490,7 @@ class Known:
         return quantizer.nearest(quantizer.read(self.latent_BCSS - f_hat_BCSS, k))
 
     def places(self, quantizer: Quantizer, k: int) -> Tensor:
-        """Which tokens of scale k are known: bool [B, l].
+        """Which tokens of scale k are known: bool [B or 1, l].
 
         The tokens of a scale are drawn independently, so a generated one learns only from coarser
         scales what is known around it. Hence the quarter rule: on maps of up to a quarter of the
@@ -522,8 +522,8 @@ def complete(
     known_HW: 1 where images are known and 0 where they are generated; None: everywhere, but the
         coarse scales alone, of images averaged down to `small_side`.
     open_loop: see `Known`. paste: put the known pixels over the results.
-    particles: how many results to choose each from, see `most_likely`; 0 is as published: one,
-        whose coarse maps are those of the border.
+    particles: how many results to choose each from, see `most_likely`; 0 is one, whose coarse
+        maps are those of the border (the authors' is the 1x1 map alone).
     judge: print how good they are, too, as `evaluate` does.
     """
     images = given.images

@@ -85,7 +85,7 @@ class TokenizerConfig:
 
 
 class Phi(nn.Conv2d):
-    """It repairs an upsampled map: phi(h) = h / 2 + conv(h) / 2 (paper: Sec. 3.2, implementation).
+    """It repairs an upsampled map: phi(h) = h / 2 + conv(h) / 2, as in the published code.
 
     The half that goes around the convolution keeps any phi, however trained, near what it got.
     """
@@ -250,8 +250,9 @@ class Quantizer(nn.Module):
     def start_from(self, f_BCSS: Tensor) -> None:
         """Fill the codebook with residuals of real latents, every scale giving an equal share.
 
-        The shares are equal because most residuals are those of the finest scales. The residuals
-        of a scale are what the codes that are there by then, its own share among them, leave over.
+        The shares are equal because most residuals are those of the finest scales; the coarser take
+        what does not divide. A scale's share is drawn from what coarser scales leave over, each
+        written with the codes that were there when its own share was.
         """
         V = len(self.codebook_VC)
         K = len(self.scales)
@@ -297,8 +298,9 @@ class Quantizer(nn.Module):
             place_n = torch.randint(len(residual_MC), code_n.shape, device=code_n.device)
             self.codebook_VC[code_n] = residual_MC[place_n]
         self.hits_V[dead_N] = mean
-        for name in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[self.codebook_VC][name][dead_N] = 0
+        moments = optimizer.state[self.codebook_VC]   # none before its first step
+        for name in moments.keys() & {"exp_avg", "exp_avg_sq"}:   # AdamW's
+            moments[name][dead_N] = 0
         return len(dead_N)
 
 
@@ -445,7 +447,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)                        # [B, width, side, side]
         for level in self.levels:
-            x = level(x)                                # half the side, more channels; at last
+            x = level(x)                                # half the side but for the last, more channels
         x = self.middle(x)                              # [B, width * last multiplier, S, S]
         x = F.silu(self.norm_out(x))
         return self.conv_out(x)                         # [B, C, S, S]

@@ -1,7 +1,7 @@
 """Tokens to tokens: VAR's transformer, which predicts an image scale by scale (arXiv 2404.02905).
 
 A language model predicts the next token from all tokens before it. VAR predicts the next scale:
-all s x s tokens of it at once, from all coarser scales (Sec. 3.1).
+all s x s tokens of it at once, from all coarser scales (Sec. 3.2).
 
     reads       the class    f_hat at 2x2    f_hat at 3x3    ...    f_hat at SxS
                     |              |               |                      |
@@ -150,7 +150,7 @@ Stream = tuple[Tensor, Tensor, Tensor]
 class Block(nn.Module):
     """It is attention, then a two-layer perceptron, each after an AdaLN and scaled by a gate.
 
-    AdaLN, adaptive layer norm, is how the class enters (paper: Sec. 3.3; DiT, arXiv 2212.09748).
+    AdaLN, adaptive layer norm, is how the class enters (as in DiT, arXiv 2212.09748).
     Instead of being one more token to look at, it sets in every layer the scale and shift that
     follow a norm and the gate, per channel, of what a branch adds: six vectors, the modulation.
     """
@@ -302,7 +302,7 @@ class VAR(nn.Module):
         known: Any = None,
         growth: float = 1.0,
     ) -> Tensor:
-        """Return tokens [B, L] of new images, drawn one scale per pass (paper: Fig. 4).
+        """Return tokens [B, L] of new images, drawn one scale per pass (paper: eq. 6).
 
         cfg: strength of classifier-free guidance at the last scale, see `draw`; 0 is none.
             The defaults are the authors' for FID; those of sample.py are for clean shapes.

@@ -95,7 +95,7 @@ def main() -> None:
                 repository(Path(place), options.run)
                 print(experiment(assignment, Path(place)), ANSWERS[options.number], sep="\n\n")
         else:
-            results = grade_all(assignment, options.folders, options.jobs)
+            results = grade_all(assignment, options.folders, max(1, options.jobs))
             if options.json:
                 scores = {name: gradescope(result) for name, result in results.items()}
                 content = scores if len(scores) > 1 else next(iter(scores.values()))
@@ -181,11 +181,12 @@ def code_of(source: str, names: list[str]) -> tuple[dict, dict]:
     return functions, kernels
 
 
-def nested(code: types.CodeType) -> Iterator[tuple[str, types.CodeType]]:
+def nested(code: types.CodeType, outside: str = "") -> Iterator[tuple[str, types.CodeType]]:
+    """Functions and classes by dotted name. (`co_qualname` came with Python 3.11.)"""
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield constant.co_qualname, constant
-            yield from nested(constant)
+            yield outside + constant.co_name, constant
+            yield from nested(constant, f"{outside}{constant.co_name}.")
 
 
 def handout(assignment: Assignment) -> str:

@@ -149,8 +149,7 @@ LIST = [
 
             Compare the PSNR after 1x1, 2x2, ... that both print at the end. A good answer says what
             happens to the coarse scales and to the last, shows pictures of the first scale alone
-            (`python sample.py codes data:3` needs a transformer, so decode `tokens_BL[:, :1]`
-            yourself), and argues which of the two the transformer would rather predict.
+            (`python sample.py codes data:3 --run out/every`), and argues which of the two the transformer would rather predict.
         """,
     ),
     Assignment(

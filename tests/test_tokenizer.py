@@ -260,6 +260,9 @@ def test_revive_moves_dead_codes_only_and_makes_them_new():
     for name in ("exp_avg", "exp_avg_sq"):
         moment_VC = optimizer.state[made.codebook_VC][name]
         assert moment_VC[:101].min() > 0 and moment_VC[101:].abs().max() == 0
+    del optimizer.state[made.codebook_VC]   # as before the first step that is not left out
+    made.hits_V[0] = 0
+    assert made.revive(residuals, optimizer) == 2   # 100 is no longer alive
     scale_N, row_N = made.codebook_VC[101:].detach().long().T
     for k, s in enumerate(made.scales):
         rows = row_N[scale_N == k]
