@@ -496,16 +496,17 @@ def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch):
     """Else events and streams would be those of GPU 0. And `auto` is what its generation has."""
     chosen = []
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     by_card = {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16,
                (7, 0): torch.float16, (6, 1): torch.float32}
     for card, dtype in by_card.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
         assert choose_machine("cuda:1", "auto") == Machine(torch.device("cuda:1"), dtype)
+    choose_machine("cuda", "fp32")   # is the current one, and PyTorch would refuse to make it that
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     choose_machine("cuda", "fp32")
-    assert chosen == [*5 * [torch.device("cuda:1")], torch.device("cuda:3")]
+    assert chosen == [*5 * [1], 3]
 
 
 # Mistakes
