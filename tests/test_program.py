@@ -631,8 +631,9 @@ def test_a_run_whose_transformer_is_still_to_be_trained(finished, tmp_path):
     assert "train.py --resume" in told and "reconstruct and codes need none" in told
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(
-    "DefaultCPUAllocator: can't allocate memory"), RuntimeError("another")], ids=str)
+@pytest.mark.parametrize("error", [MemoryError(), *map(RuntimeError, (
+    "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "another"))], ids=str)
 def test_too_little_memory_is_told_in_one_sentence(error, capsys):
     def main():
         raise error
