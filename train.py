@@ -20,6 +20,7 @@ A run is a folder. It ends up holding
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -97,16 +98,16 @@ def main() -> None:
     check_sizes(preset, options.stages, rank_and_world()[1] * options.grad_accumulation)
     data = load_data(options.data, preset.image_size, channels, out, options.data_dir,
                      options.seed, options.workers, options.stream, options.white_level)
-    settings = Settings(
-        preset, machine, out, options.seed, options.resume, options.checkpoint_every,
-        options.grad_accumulation, options.checkpoint_activations, options.workers,
-        options.tensorboard)
+    settings = Settings(preset, machine, out, options.seed, options.resume,
+                        options.checkpoint_every, options.grad_accumulation,
+                        options.checkpoint_activations, options.workers, options.tensorboard)
     first = rank_and_world()[0] == 0
     if "tokenizer" in options.stages:
         tokenizer = TokenizerStage(data, settings, options.perceptual).run()
     elif options.tokenizer and first:
         keep_copy(tokenizer, path, out / "tokenizer.pt", data.classes)
     if "var" in options.stages:
+        gc.collect()   # else stage one may stay on the GPU: its objects refer to each other
         VARStage(tokenizer.to(machine.device), data, settings).run()
     if first:
         data.keep_classifier_images(out, options.workers)
@@ -545,8 +546,7 @@ class VARStage(Stage):
     def validate(self) -> dict:
         rows = self.held_out_rows[balanced_subset(self.held_out_rows, MEASURED)]
         means = Counter()
-        _, world = rank_and_world()
-        size = self.batch // world // self.settings.grad_accumulation   # as in training
+        size = self.batch // rank_and_world()[1] // self.settings.grad_accumulation   # as trained
         for micro_batch in zip(*(x.split(size) for x in rows)):
             with self.settings.machine.autocast():
                 loss, to_log = self.loss(self.ema, *micro_batch)

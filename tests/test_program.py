@@ -3,6 +3,7 @@ computed and not what, and every mistake told in one sentence."""
 from __future__ import annotations
 
 import ast
+import gc
 import io
 import math
 import os
@@ -11,6 +12,7 @@ import runpy
 import shlex
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -451,6 +453,28 @@ def test_hits_are_those_of_a_step_in_however_many_micro_batches(tmp_path):
         counts.append(stage.hits_V)
     assert counts[0].sum() == 8 * 21 and torch.equal(counts[0], counts[1])
     assert torch.equal(counts[0], counts[2])
+
+
+def test_nothing_of_stage_one_is_in_memory_in_stage_two(folder, tmp_path, monkeypatch):
+    """Layers whose activations are not kept refer to themselves."""
+    models = []
+
+    class Watched(train.TokenizerStage):
+        def begin(self):
+            models.append(weakref.ref(self.model))
+
+    def stage_two(*_):
+        raise UserError(f"so far {models[0]()} is left")
+
+    monkeypatch.setattr(train, "TokenizerStage", Watched)
+    monkeypatch.setattr(train, "VARStage", stage_two)
+    gc.disable()
+    try:
+        told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--tokenizer-steps", 1,
+                       "--checkpoint-activations")
+    finally:
+        gc.enable()
+    assert "so far None is left" in told
 
 
 # Devices
