@@ -38,7 +38,6 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
-from kernels import use_triton
 from sample import DEFAULTS, Run, draw_samples, load_tokenizer
 from support.checkpoint import (
     blaming, check_class, content_of, fingerprint, load_checkpoint, load_if_same, save_checkpoint,
@@ -94,7 +93,7 @@ def main() -> None:
         channels = tokenizer.config.image_channels
         preset = preset.of_tokenizer(
             asdict(tokenizer.config), tokenizer.config.image_side, vars(options))
-    check_preset(preset, machine)
+    check_preset(preset)
     check_sizes(preset, options.stages, rank_and_world()[1] * options.grad_accumulation)
     data = load_data(options.data, preset.image_size, channels, out, options.data_dir,
                      options.seed, options.workers, options.stream, options.white_level)
@@ -116,17 +115,13 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def check_preset(preset: Preset, machine: Machine) -> None:
+def check_preset(preset: Preset) -> None:
     """Raises UserError for values of which no model can be made."""
     try:
         TokenizerConfig(**preset.tokenizer_shape(image_channels=3))
         VARConfig(**preset.var_shape(classes=1))
     except ValueError as error:
         raise UserError(str(error))
-    width = preset.width // preset.heads
-    if use_triton(torch.empty(0, device=machine.device)) and not 16 <= width <= 128:
-        raise UserError(f"--width {preset.width} over --heads {preset.heads} must be 16 to 128 on "
-                        f"a GPU")
 
 
 # --------------------------------------------------------------------------------------------------
