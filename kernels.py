@@ -1058,8 +1058,7 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
     """softmax(scale * q k^T over the keys in range) v, as [B, H, L, D] (paper: Sec. 3.2).
 
     Floating point of one dtype, which autocast chooses where it is on; any strides. scale > 0. The
-    Triton kernel takes D from 16 to 128, else raises ValueError, and lays its result out as
-    [B, L, H, D].
+    Triton kernel, for D from 16 to 128, lays its result out as [B, L, H, D].
     """
     if torch.is_autocast_enabled(q_BHLD.device.type):
         dtype = product_dtype(q_BHLD)
@@ -1069,7 +1068,8 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
     S = k_BHSD.shape[2]
     assert k_BHSD.shape == v_BHSD.shape == (B, H, S, D)
     assert len(ranges) == L and ranges.last[-1] <= S
-    backend = block_attention_triton if use_triton(q_BHLD) else block_attention_torch
+    triton_here = use_triton(q_BHLD) and 16 <= D <= 128
+    backend = block_attention_triton if triton_here else block_attention_torch
     return backend(q_BHLD, k_BHSD, v_BHSD, ranges, scale)
 
 

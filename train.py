@@ -20,6 +20,7 @@ A run is a folder. It ends up holding
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,7 +38,6 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
-from kernels import use_triton
 from sample import DEFAULTS, Run, draw_samples, load_tokenizer
 from support.checkpoint import (
     blaming, check_class, content_of, fingerprint, load_checkpoint, load_if_same, save_checkpoint,
@@ -93,20 +93,20 @@ def main() -> None:
         channels = tokenizer.config.image_channels
         preset = preset.of_tokenizer(
             asdict(tokenizer.config), tokenizer.config.image_side, vars(options))
-    check_preset(preset, machine)
+    check_preset(preset)
     check_sizes(preset, options.stages, rank_and_world()[1] * options.grad_accumulation)
     data = load_data(options.data, preset.image_size, channels, out, options.data_dir,
                      options.seed, options.workers, options.stream, options.white_level)
-    settings = Settings(
-        preset, machine, out, options.seed, options.resume, options.checkpoint_every,
-        options.grad_accumulation, options.checkpoint_activations, options.workers,
-        options.tensorboard)
+    settings = Settings(preset, machine, out, options.seed, options.resume,
+                        options.checkpoint_every, options.grad_accumulation,
+                        options.checkpoint_activations, options.workers, options.tensorboard)
     first = rank_and_world()[0] == 0
     if "tokenizer" in options.stages:
         tokenizer = TokenizerStage(data, settings, options.perceptual).run()
     elif options.tokenizer and first:
         keep_copy(tokenizer, path, out / "tokenizer.pt", data.classes)
     if "var" in options.stages:
+        gc.collect()   # else stage one may stay on the GPU: its objects refer to each other
         VARStage(tokenizer.to(machine.device), data, settings).run()
     if first:
         data.keep_classifier_images(out, options.workers)
@@ -115,17 +115,13 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def check_preset(preset: Preset, machine: Machine) -> None:
+def check_preset(preset: Preset) -> None:
     """Raises UserError for values of which no model can be made."""
     try:
         TokenizerConfig(**preset.tokenizer_shape(image_channels=3))
         VARConfig(**preset.var_shape(classes=1))
     except ValueError as error:
         raise UserError(str(error))
-    width = preset.width // preset.heads
-    if use_triton(torch.empty(0, device=machine.device)) and not 16 <= width <= 128:
-        raise UserError(f"--width {preset.width} over --heads {preset.heads} must be 16 to 128 on "
-                        f"a GPU")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -545,8 +541,7 @@ class VARStage(Stage):
     def validate(self) -> dict:
         rows = self.held_out_rows[balanced_subset(self.held_out_rows, MEASURED)]
         means = Counter()
-        _, world = rank_and_world()
-        size = self.batch // world // self.settings.grad_accumulation   # as in training
+        size = self.batch // rank_and_world()[1] // self.settings.grad_accumulation   # as trained
         for micro_batch in zip(*(x.split(size) for x in rows)):
             with self.settings.machine.autocast():
                 loss, to_log = self.loss(self.ema, *micro_batch)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sample import Run, Sampling, load_run
+from sample import Run, Sampling, load_run, load_tokenizer
 from support.checkpoint import load_checkpoint
 from support.cli import Parser, UserError, add_device_flags, number
 from support.devices import Machine, choose_machine
@@ -74,6 +74,8 @@ def open_runs(options: Namespace) -> list[Trained]:
 
 def open_run(folder: Path, machine: Machine, resume: bool) -> Trained:
     run = load_run(folder, machine, FILTERED)
+    # Not with a decoder in half precision, as on a GPU: it is known by its weights, and trained.
+    run.tokenizer = load_tokenizer(folder / "tokenizer.pt").to(machine.device)
     content = load_checkpoint(folder / "var.pt", "transformer")
     if run.note:
         raise UserError(f"{folder / 'var.pt'} is not trained to its end")

@@ -75,16 +75,17 @@ class LinearPast(nn.Module):
             L = x_BLW.shape[1]
             own, spans = KeyRanges([0] * L, [L] * L), [slice(0, L)]
         memory = memory or Memory()
-        o_BHLD = block_attention(q_BHLD, k_BHLD, v_BHLD, own, scale)
+        o_BHLD = block_attention(q_BHLD, k_BHLD, v_BHLD, own, scale).float()
         q_BHLD, k_BHLD = self.phi(q_BHLD), self.phi(k_BHLD)
         parts = []
-        for span in spans:
-            o_BHlD = o_BHLD[:, :, span]
-            if memory.sum_BHDX is not None:   # else nothing was before
-                found_BHlD = memory.read(q_BHLD[:, :, span]).to(o_BHlD)
-                o_BHlD = o_BHlD.lerp(found_BHlD, self.odds_H11.sigmoid())
-            memory.add(k_BHLD[:, :, span], v_BHLD[:, :, span].float())
-            parts.append(o_BHlD)
+        with torch.autocast(x_BLW.device.type, enabled=False):   # in fp16 sums would overflow
+            for span in spans:
+                o_BHlD = o_BHLD[:, :, span]
+                if memory.sum_BHDX is not None:   # else nothing was before
+                    found_BHlD = memory.read(q_BHLD[:, :, span])
+                    o_BHlD = o_BHlD.lerp(found_BHlD, self.odds_H11.sigmoid())
+                memory.add(k_BHLD[:, :, span], v_BHLD[:, :, span].float())
+                parts.append(o_BHlD)
         return self.attention.out(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
 
 

@@ -78,8 +78,8 @@ def seconds(run: Trained, model: Student) -> list[float]:
     """CPU time of the tokens of 20 images, one at a time, and of 100 at once."""
     labels_N = torch.arange(100, device=run.machine.device) % len(run.classes)
 
-    def draw(size: int) -> None:
-        model.drawn(run.tokenizer.quantizer, labels_N[:size], model.noise(size))
+    def draw(size: int) -> None:   # and wait for them, where it is a GPU that draws
+        model.drawn(run.tokenizer.quantizer, labels_N[:size], model.noise(size))[0].cpu()
 
     return [min(repeat(lambda: draw(size), number=number, repeat=3, timer=process_time))
             for size, number in ((1, 20), (100, 1))]

@@ -62,9 +62,11 @@ def run_program(main: Callable[[], None]) -> None:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Python, NumPy, PyTorch on a CPU and PyTorch on a GPU each have their own words for it."""
+    """Python, NumPy, PyTorch on a CPU and on a GPU, CUDA and its libraries each have their own
+    words for it."""
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, kinds) or any(some in str(error) for some in words)
 
 
 def in_short(text: Any, most: int = 200) -> str:

@@ -60,8 +60,8 @@ def choose_machine(device: str, precision: str = "auto", compile: bool = False) 
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used: {in_short(error)}")
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)   # events and streams belong to the current device
+    if chosen.type == "cuda" and chosen.index is not None:   # else it is the current one
+        torch.cuda.set_device(chosen)   # events and streams belong to that
     fast = [name for name in HALF if has_fast(name, chosen)]
     if precision == "auto":   # small models are no faster in half precision on a CPU
         precision = fast[0] if fast and chosen.type != "cpu" else "fp32"

@@ -356,6 +356,18 @@ def test_the_triton_backend_names_the_head_widths_that_it_takes(D):
         kernels.block_attention_triton(q, q, q, KeyRanges.from_scales((1, 2)), 1.0)
 
 
+@needs_triton
+@pytest.mark.parametrize("D", [8, 136])
+def test_a_model_of_other_head_widths_has_pytorchs_attention(D, monkeypatch):
+    """As one of papers/scaling.py has, or one that was trained on a CPU."""
+    model = small_model(scales=(1, 2), depth=1, width=2 * D, heads=2).eval()
+    logits = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(kernels, "BACKEND", backend)
+        logits.append(training_pass(model, seed=0))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_chooses_the_dtype_as_it_does_for_pytorch(dtype):
     q, k, v = (torch.randn(1, 2, n, 16, device=DEVICE) for n in (5, 5, 5))

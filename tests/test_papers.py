@@ -54,6 +54,18 @@ def test_runs_differ_in_their_seed_alone(copies):
         (copies[1] / f"{stage}.pt").write_bytes(kept)
 
 
+def test_a_page_has_the_tokenizer_as_it_was_trained(copies, monkeypatch):
+    """sample.py casts its decoder on a GPU, and the run's tokens would seem to be of another."""
+    def placed(tokenizer, machine):
+        tokenizer.cast_decoder(torch.bfloat16)
+        return tokenizer
+
+    monkeypatch.setattr("sample.placed", placed)
+    (run,) = opened(copies[0])
+    assert {weight.dtype for weight in run.tokenizer.parameters()} == {torch.float32}
+    assert not run.tokenizer.training and len(kept_tokens(run)[0])
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda content: content.update(training={"step": 3}), "var.pt is not trained to its end"),
     (lambda content: content.update(classes=["all"]), "has one class"),

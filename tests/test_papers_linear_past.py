@@ -70,6 +70,19 @@ def test_a_layer_by_hand(opened):
     assert torch.allclose(layer(x, None, None), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_memory_is_kept_in_fp32(opened, real, dtype):
+    """As on a GPU: its sums would overflow in fp16."""
+    inputs, labels = real
+    model = LinearVAR(opened.model).eval()
+    for block in model.blocks:
+        torch.nn.init.constant_(block.attention.t_H11, 10)
+    with torch.no_grad():
+        expected = model(labels, inputs)
+        with torch.autocast("cpu", dtype):
+            assert torch.allclose(model(labels, inputs), expected, atol=0.05)
+
+
 def test_a_memory_that_is_never_read_is_own_scale_attention(opened, real):
     inputs, labels = real
     model = LinearVAR(opened.model).eval()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,7 +251,13 @@ def measured_of(said, claim):
 def test_what_is_timed(run, monkeypatch):
     model = Student(run.model, run.tokenizer.quantizer.codebook_VC, "flow").eval()
     asked = []
-    monkeypatch.setattr(model, "drawn", lambda _, labels, noise: asked.append((labels, noise)))
+    waited = []
+
+    def drawn(_, labels, noise):
+        asked.append((labels, noise))
+        return SimpleNamespace(cpu=lambda: waited.append(len(labels))), None
+
+    monkeypatch.setattr(model, "drawn", drawn)
 
     def repeat(draw, number, repeat, timer):
         assert timer is time.process_time and repeat > 1
@@ -259,6 +266,7 @@ def test_what_is_timed(run, monkeypatch):
 
     monkeypatch.setattr(one_pass, "repeat", repeat)
     assert one_pass.seconds(run, model) == [9, 1]
+    assert waited == [1, 100]
     (label, alone), (labels, noise) = asked
     assert len(label) == len(alone) == 1 and len(labels) == len(noise) == 100
     assert labels.unique().tolist() == list(range(10))

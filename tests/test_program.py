@@ -3,6 +3,7 @@ computed and not what, and every mistake told in one sentence."""
 from __future__ import annotations
 
 import ast
+import gc
 import io
 import math
 import os
@@ -11,6 +12,7 @@ import runpy
 import shlex
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -453,6 +455,28 @@ def test_hits_are_those_of_a_step_in_however_many_micro_batches(tmp_path):
     assert torch.equal(counts[0], counts[2])
 
 
+def test_nothing_of_stage_one_is_in_memory_in_stage_two(folder, tmp_path, monkeypatch):
+    """Layers whose activations are not kept refer to themselves."""
+    models = []
+
+    class Watched(train.TokenizerStage):
+        def begin(self):
+            models.append(weakref.ref(self.model))
+
+    def stage_two(*_):
+        raise UserError(f"so far {models[0]()} is left")
+
+    monkeypatch.setattr(train, "TokenizerStage", Watched)
+    monkeypatch.setattr(train, "VARStage", stage_two)
+    gc.disable()
+    try:
+        told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--tokenizer-steps", 1,
+                       "--checkpoint-activations")
+    finally:
+        gc.enable()
+    assert "so far None is left" in told
+
+
 # Devices
 
 
@@ -496,16 +520,17 @@ def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch):
     """Else events and streams would be those of GPU 0. And `auto` is what its generation has."""
     chosen = []
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     by_card = {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16,
                (7, 0): torch.float16, (6, 1): torch.float32}
     for card, dtype in by_card.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
         assert choose_machine("cuda:1", "auto") == Machine(torch.device("cuda:1"), dtype)
+    choose_machine("cuda", "fp32")   # is the current one, and PyTorch would refuse to make it that
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     choose_machine("cuda", "fp32")
-    assert chosen == [*5 * [torch.device("cuda:1")], torch.device("cuda:3")]
+    assert chosen == [*5 * [1], 3]
 
 
 # Mistakes
@@ -630,8 +655,9 @@ def test_a_run_whose_transformer_is_still_to_be_trained(finished, tmp_path):
     assert "train.py --resume" in told and "reconstruct and codes need none" in told
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError(
-    "DefaultCPUAllocator: can't allocate memory"), RuntimeError("another")], ids=str)
+@pytest.mark.parametrize("error", [MemoryError(), *map(RuntimeError, (
+    "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "another"))], ids=str)
 def test_too_little_memory_is_told_in_one_sentence(error, capsys):
     def main():
         raise error
