@@ -805,6 +805,30 @@ def test_a_pass_of_training_is_one_graph(backend, monkeypatch):
     assert len(graphs) == 1
 
 
+@needs_triton
+def test_where_a_written_array_begins_does_not_depend_on_the_batch(monkeypatch):
+    """Compiled for batches of any size, those that began elsewhere would all be written at 0, one over the other."""
+    monkeypatch.setattr(kernels, "BACKEND", "triton")
+    monkeypatch.setattr(kernels, "launch", lambda kernel, programs, read, written, *numbers, **constants:
+                        begins.append((kernel.__name__, [x.storage_offset() for x in written])))
+    model, found = small_model(), []
+    for B in 2, 3:
+        begins = []
+        model(torch.zeros(B, dtype=torch.int64, device=DEVICE), torch.zeros(B, 13, 4, device=DEVICE)).sum().backward()
+        found.append(begins)
+    assert found[0] == found[1] and len(found[0]) == 29   # of 3 layers and the head
+
+
+@needs_triton
+def test_shapes_that_the_compiler_leaves_open(monkeypatch):
+    """A flag beside an open size would be refused: what a kernel is compiled with are whole numbers."""
+    monkeypatch.setattr(kernels, "BACKEND", "triton")
+    split = torch.compile(kernels.split_heads, backend="eager", dynamic=True)
+    for B in 2, 3:
+        inputs = [torch.randn(shape, device=DEVICE) for shape in ((B, 5, 96), (32,), (32,), (2,))]
+        assert all(map(torch.equal, split(*inputs, 2), kernels.split_heads(*inputs, 2)))
+
+
 def test_all_layers_are_one_graph():
     """But the first, whose residual stream is the places of tokens, which all images share.
 
