@@ -575,10 +575,11 @@ class SplitHeads(torch.autograd.Function):
 
 
 def split_heads_triton(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots=None):
+    vectors = [x if x is None else x.contiguous() for x in (q_bias_W, v_bias_W, log_scale_H)]
     if kv_slots is None:
-        return SplitHeads.apply(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads)
+        return SplitHeads.apply(product_BLX, *vectors, heads)
     assert all(rows_first(x) is x for x in kv_slots), "the kernel cannot write to such strides"
-    return launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots)[:3]
+    return launch_split_heads(product_BLX, *vectors, heads, kv_slots)[:3]
 
 
 def inverse_norm(x_BHLD):

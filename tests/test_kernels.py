@@ -490,6 +490,18 @@ def test_split_heads_and_its_gradients(backend, data):
     assert_close(got, value, size, max(dtype, bias_dtype, key=UNIT.get))
 
 
+@needs_triton
+@pytest.mark.parametrize("normalised", [True, False])
+def test_biases_and_scales_may_be_any_views(normalised):
+    """Every second number of a longer row, or one number for all."""
+    product, numbers = torch.randn(1, 3, 96, device=DEVICE), torch.randn(64, device=DEVICE)
+    log_scale_H = numbers[::32] if normalised else None
+    for bias in numbers[::2], numbers[:1].expand(32):
+        got, expected = (operation("split_heads", backend)(product, bias, bias, log_scale_H, 2) for backend in BACKENDS)
+        for x_BHLD, y_BHLD in zip(got, expected):
+            torch.testing.assert_close(x_BHLD, y_BHLD)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_learned_scale_is_free_up_to_its_bound(backend):
     """At the bound it is, too, as torch.clamp has it; above it, nothing moves it."""
