@@ -507,8 +507,10 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL1, k_inverse_BHL1, log_sca
 
 def rows_first(x_BHLD: Tensor) -> Tensor:
     """x if kernels can read it: rows unbroken and, if D is a multiple of 8, so is every stride."""
+    if torch.compiler.is_compiling():   # where to ask for strides is to have gradients copied
+        return x_BHLD
     *strides, last = x_BHLD.stride()
-    D = x_BHLD.shape[3]
+    D = x_BHLD.shape[-1]
     multiples = D % 8 != 0 or all(stride % 8 == 0 for stride in strides)
     return x_BHLD if last == 1 and multiples else x_BHLD.contiguous()
 
@@ -532,9 +534,10 @@ def launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_s
     q_BHLD = product_BLX.new_empty(B, H, L, D)
     k_BHLD, v_BHLD = kv_slots or (torch.empty_like(q_BHLD), torch.empty_like(q_BHLD))
     inverse_BHL21 = product_BLX.new_empty(B, H, L, 2, 1, dtype=torch.float32)
-    biases = [bias_W.reshape(H, 1, D).expand(B, H, 1, D) for bias_W in (q_bias_W, v_bias_W)]
+    biases = [bias_W.contiguous().view(H, 1, D).expand(B, H, 1, D)
+              for bias_W in (q_bias_W, v_bias_W)]
     normalised = log_scale_H is not None
-    scales = log_scale_H if normalised else q_bias_W   # of which nothing is read then
+    scales = log_scale_H.contiguous() if normalised else q_bias_W   # not read then
     tiles = heads_tiles(L, D)
     launch(split_heads_forward, (math.ceil(L / tiles["TILE_L"]), H, B),
            [*views, *biases, scales],
@@ -556,7 +559,7 @@ class SplitHeads(torch.autograd.Function):
     def backward(ctx, dq_BHLD, dk_BHLD, dv_BHLD):
         q_BHLD, k_BHLD, inverse_BHL21, log_scale_H = ctx.saved_tensors
         normalised = log_scale_H is not None
-        scales = log_scale_H if normalised else inverse_BHL21   # of which nothing is read then
+        scales = log_scale_H.contiguous() if normalised else inverse_BHL21   # not read then
         B, H, L, D = q_BHLD.shape
         sizes = heads_tiles(L, D)
         tiles = math.ceil(L / sizes["TILE_L"])
@@ -575,11 +578,10 @@ class SplitHeads(torch.autograd.Function):
 
 
 def split_heads_triton(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots=None):
-    vectors = [x if x is None else x.contiguous() for x in (q_bias_W, v_bias_W, log_scale_H)]
     if kv_slots is None:
-        return SplitHeads.apply(product_BLX, *vectors, heads)
+        return SplitHeads.apply(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads)
     assert all(rows_first(x) is x for x in kv_slots), "the kernel cannot write to such strides"
-    return launch_split_heads(product_BLX, *vectors, heads, kv_slots)[:3]
+    return launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots)[:3]
 
 
 def inverse_norm(x_BHLD):
@@ -1204,8 +1206,8 @@ def launch(kernel: Callable, programs: Sequence[int],
            *numbers: float, **constants: int) -> None:
     """Run a kernel on the arrays it reads, the arrays it writes, and numbers.
 
-    Where in its memory an array that is written begins must not depend on the batch: if compiled
-    for batches of any size, PyTorch 2.13 lets each such array begin at 0.
+    Where in its memory a written array begins must not depend on the batch: compiled for any,
+    PyTorch 2.13 has it begin at 0.
 
     torch.compile cannot look into it and gets one operator, not a `custom_op`, which takes longer.
     """
@@ -1224,7 +1226,7 @@ LIBRARY.define("launch(str kernel, SymInt[] programs, Tensor[] read, Tensor(a!)[
 @torch.library.impl(LIBRARY, "launch", "CompositeExplicitAutograd")
 def launch_compiled(kernel, programs, read, written, numbers, names, values):
     constants = dict(zip(names.split(","), values))
-    run_kernel(globals()[kernel], programs, read + written, numbers, constants)
+    run_kernel(globals()[kernel], programs, [*map(rows_first, read), *written], numbers, constants)
 
 
 @torch.library.register_fake("var::launch", lib=LIBRARY)
