@@ -221,13 +221,13 @@ class AdaLN(torch.autograd.Function):
         chunks = math.ceil(L / TOKENS)
         dx_BLW = torch.empty_like(sum_BLW)
         dh_BLW = torch.empty_like(h_BLW)
-        sums_3BPW = sum_BLW.new_empty(3, B, chunks, W, dtype=torch.float32)
+        sums_BP3W = sum_BLW.new_empty(B, chunks, 3, W, dtype=torch.float32)
         launch(adaln_backward, (chunks, B),
                [sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW],
-               [dx_BLW, dh_BLW, *sums_3BPW],
+               [dx_BLW, dh_BLW, *sums_BP3W.unbind(2)],
                L, W, TOKENS=TOKENS, **adaln_tiles(W))
         # dgate, dscale and dshift, which autograd brings to the dtypes of the inputs:
-        return dx_BLW, dh_BLW, *sums_3BPW.sum(dim=2, keepdim=True), None
+        return dx_BLW, dh_BLW, *sums_BP3W.sum(dim=1, keepdim=True).unbind(2), None
 
 
 def adaln_triton(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
@@ -507,8 +507,10 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL1, k_inverse_BHL1, log_sca
 
 def rows_first(x_BHLD: Tensor) -> Tensor:
     """x if kernels can read it: rows unbroken and, if D is a multiple of 8, so is every stride."""
+    if torch.compiler.is_compiling():   # where to ask for strides is to have gradients copied
+        return x_BHLD
     *strides, last = x_BHLD.stride()
-    D = x_BHLD.shape[3]
+    D = x_BHLD.shape[-1]
     multiples = D % 8 != 0 or all(stride % 8 == 0 for stride in strides)
     return x_BHLD if last == 1 and multiples else x_BHLD.contiguous()
 
@@ -531,43 +533,44 @@ def launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_s
     B, H, L, D = views[0].shape
     q_BHLD = product_BLX.new_empty(B, H, L, D)
     k_BHLD, v_BHLD = kv_slots or (torch.empty_like(q_BHLD), torch.empty_like(q_BHLD))
-    inverse_2BHL1 = product_BLX.new_empty(2, B, H, L, 1, dtype=torch.float32)
-    biases = [bias_W.reshape(H, 1, D).expand(B, H, 1, D) for bias_W in (q_bias_W, v_bias_W)]
+    inverse_BHL21 = product_BLX.new_empty(B, H, L, 2, 1, dtype=torch.float32)
+    biases = [bias_W.contiguous().view(H, 1, D).expand(B, H, 1, D)
+              for bias_W in (q_bias_W, v_bias_W)]
     normalised = log_scale_H is not None
-    scales = log_scale_H if normalised else q_bias_W   # of which nothing is read then
+    scales = log_scale_H.contiguous() if normalised else q_bias_W   # not read then
     tiles = heads_tiles(L, D)
     launch(split_heads_forward, (math.ceil(L / tiles["TILE_L"]), H, B),
            [*views, *biases, scales],
-           [q_BHLD, k_BHLD, v_BHLD, *inverse_2BHL1],
+           [q_BHLD, k_BHLD, v_BHLD, *inverse_BHL21.unbind(3)],
            LARGEST_LOG_SCALE, L, NORMALISED=normalised, **tiles)
-    return q_BHLD, k_BHLD, v_BHLD, inverse_2BHL1
+    return q_BHLD, k_BHLD, v_BHLD, inverse_BHL21
 
 
 class SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, product_BLX, q_bias_W, v_bias_W, log_scale_H, heads):
-        q_BHLD, k_BHLD, v_BHLD, inverse_2BHL1 = launch_split_heads(
+        q_BHLD, k_BHLD, v_BHLD, inverse_BHL21 = launch_split_heads(
             product_BLX, q_bias_W, v_bias_W, log_scale_H, heads)
-        ctx.save_for_backward(q_BHLD, k_BHLD, inverse_2BHL1, log_scale_H)
+        ctx.save_for_backward(q_BHLD, k_BHLD, inverse_BHL21, log_scale_H)
         return q_BHLD, k_BHLD, v_BHLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_BHLD, dk_BHLD, dv_BHLD):
-        q_BHLD, k_BHLD, inverse_2BHL1, log_scale_H = ctx.saved_tensors
+        q_BHLD, k_BHLD, inverse_BHL21, log_scale_H = ctx.saved_tensors
         normalised = log_scale_H is not None
-        scales = log_scale_H if normalised else inverse_2BHL1   # of which nothing is read then
+        scales = log_scale_H.contiguous() if normalised else inverse_BHL21   # not read then
         B, H, L, D = q_BHLD.shape
         sizes = heads_tiles(L, D)
         tiles = math.ceil(L / sizes["TILE_L"])
         gradients = [rows_first(x) for x in (dq_BHLD, dk_BHLD, dv_BHLD)]
         dproduct_BLX = q_BHLD.new_empty(B, L, 3 * H * D)
-        sums_3BHPD = q_BHLD.new_empty(3, B, H, tiles, D, dtype=torch.float32)
+        sums_BHP3D = q_BHLD.new_empty(B, H, tiles, 3, D, dtype=torch.float32)
         launch(split_heads_backward, (tiles, H, B),
-               [q_BHLD, k_BHLD, *inverse_2BHL1, scales, *gradients],
-               [*three_heads(dproduct_BLX, H), *sums_3BHPD], LARGEST_LOG_SCALE, L, tiles,
+               [q_BHLD, k_BHLD, *inverse_BHL21.unbind(3), scales, *gradients],
+               [*three_heads(dproduct_BLX, H), *sums_BHP3D.unbind(3)], LARGEST_LOG_SCALE, L, tiles,
                NORMALISED=normalised, **sizes)
-        dq_bias_HD, dv_bias_HD, dlog_scale_HD = sums_3BHPD.sum(dim=(1, 3))
+        dq_bias_HD, dv_bias_HD, dlog_scale_HD = sums_BHP3D.sum(dim=(0, 2)).unbind(1)
         dlog_scale_H = None
         if normalised:
             dlog_scale_H = dlog_scale_HD.sum(dim=1) * (log_scale_H <= LARGEST_LOG_SCALE)
@@ -1203,11 +1206,14 @@ def launch(kernel: Callable, programs: Sequence[int],
            *numbers: float, **constants: int) -> None:
     """Run a kernel on the arrays it reads, the arrays it writes, and numbers.
 
+    Where in its memory a written array begins must not depend on the batch: compiled for any,
+    PyTorch 2.13 has it begin at 0.
+
     torch.compile cannot look into it and gets one operator, not a `custom_op`, which takes longer.
     """
     if torch.compiler.is_compiling():
         torch.ops.var.launch(kernel.__name__, programs, read, written, numbers,
-                             ",".join(constants), list(constants.values()))
+                             ",".join(constants), list(map(int, constants.values())))
     else:
         run_kernel(kernel, programs, read + written, numbers, constants)
 
@@ -1220,7 +1226,7 @@ LIBRARY.define("launch(str kernel, SymInt[] programs, Tensor[] read, Tensor(a!)[
 @torch.library.impl(LIBRARY, "launch", "CompositeExplicitAutograd")
 def launch_compiled(kernel, programs, read, written, numbers, names, values):
     constants = dict(zip(names.split(","), values))
-    run_kernel(globals()[kernel], programs, read + written, numbers, constants)
+    run_kernel(globals()[kernel], programs, [*map(rows_first, read), *written], numbers, constants)
 
 
 @torch.library.register_fake("var::launch", lib=LIBRARY)

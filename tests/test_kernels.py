@@ -502,6 +502,18 @@ def test_split_heads_and_its_gradients(backend, data):
     assert_close(got, value, size, max(dtype, bias_dtype, key=UNIT.get))
 
 
+@needs_triton
+@pytest.mark.parametrize("normalised", [True, False])
+def test_biases_and_scales_may_be_any_views(normalised):
+    """Every second number of a longer row, or one number for all."""
+    product, numbers = torch.randn(1, 3, 96, device=DEVICE), torch.randn(64, device=DEVICE)
+    log_scale_H = numbers[::32] if normalised else None
+    for bias in numbers[::2], numbers[:1].expand(32):
+        got, expected = (operation("split_heads", backend)(product, bias, bias, log_scale_H, 2) for backend in BACKENDS)
+        for x_BHLD, y_BHLD in zip(got, expected):
+            torch.testing.assert_close(x_BHLD, y_BHLD)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_learned_scale_is_free_up_to_its_bound(backend):
     """At the bound it is, too, as torch.clamp has it; above it, nothing moves it."""
@@ -802,19 +814,50 @@ def compiled(parts, backend) -> list:
 
 @pytest.mark.parametrize("backend", BACKENDS[-1:])
 def test_a_pass_of_training_is_one_graph(backend, monkeypatch):
+    """In it kernels get arrays as they get them without, and no copies of gradients."""
     from torch._dynamo.backends.debugging import aot_eager
     monkeypatch.setattr(kernels, "BACKEND", backend)
-    model = small_model(scales=(1, 2), depth=1, width=16, heads=1).train()
+    run_kernel = kernels.run_kernel
+    monkeypatch.setattr(kernels, "run_kernel", lambda kernel, programs, tensors, *rest: (
+        strides.append((kernel.__name__, [x.stride() for x in tensors])), run_kernel(kernel, programs, tensors, *rest)))
+    model = small_model(scales=(1, 2), depth=1, width=32, heads=2).train()
     twin = copy.deepcopy(model)
     graphs = compiled([twin], aot_eager)
+    found = []
     for made in model, twin:
+        strides = []
+        found.append(strides)
         logits = training_pass(made, seed=0)
         logits.backward(logits)
-    assert len(graphs) == 1
+    assert len(graphs) == 1 and sorted(found[0]) == sorted(found[1])
     for parameter, other in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(parameter.grad, other.grad)
     training_pass(twin, seed=2)
     assert len(graphs) == 1
+
+
+@needs_triton
+def test_where_a_written_array_begins_does_not_depend_on_the_batch(monkeypatch):
+    """Compiled for batches of any size, those that began elsewhere would all be written at 0, one over the other."""
+    monkeypatch.setattr(kernels, "BACKEND", "triton")
+    monkeypatch.setattr(kernels, "launch", lambda kernel, programs, read, written, *numbers, **constants:
+                        begins.append((kernel.__name__, [x.storage_offset() for x in written])))
+    model, found = small_model(), []
+    for B in 2, 3:
+        begins = []
+        model(torch.zeros(B, dtype=torch.int64, device=DEVICE), torch.zeros(B, 13, 4, device=DEVICE)).sum().backward()
+        found.append(begins)
+    assert found[0] == found[1] and len(found[0]) == 29   # of 3 layers and the head
+
+
+@needs_triton
+def test_shapes_that_the_compiler_leaves_open(monkeypatch):
+    """A flag beside an open size would be refused: what a kernel is compiled with are whole numbers."""
+    monkeypatch.setattr(kernels, "BACKEND", "triton")
+    split = torch.compile(kernels.split_heads, backend="eager", dynamic=True)
+    for B in 2, 3:
+        inputs = [torch.randn(shape, device=DEVICE) for shape in ((B, 5, 96), (32,), (32,), (2,))]
+        assert all(map(torch.equal, split(*inputs, 2), kernels.split_heads(*inputs, 2)))
 
 
 def test_all_layers_are_one_graph():
