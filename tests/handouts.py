@@ -42,7 +42,7 @@ LIST = [
                 "tokenizer.Quantizer.encode", "tokenizer.Quantizer.decode"),
         give_aways=("tokenizer.Quantizer.teacher_inputs", "tokenizer.Quantizer.forward",
                     "tokenizer.Quantizer.start_from", "var.VAR.generate", "sample.Known.tokens",
-                    "reference.running_latents", "reference.read"),
+                    "tokenizer.averaged", "reference.running_latents", "reference.read"),
         forbidden=(),
         quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.nearest",
                 "tokenizer.Quantizer.split", "kernels.full_precision", "kernels.nearest_code"),
@@ -149,7 +149,8 @@ LIST = [
 
             Compare the PSNR after 1x1, 2x2, ... that both print at the end. A good answer says what
             happens to the coarse scales and to the last, shows pictures of the first scale alone
-            (`python sample.py codes data:3 --run out/every`), and argues which of the two the transformer would rather predict.
+            (`python sample.py codes data:3 --run out/every`), and argues which of the two the
+            transformer would rather predict.
         """,
     ),
     Assignment(
@@ -266,8 +267,7 @@ LIST = [
         give_aways=("benchmark.obvious_attention", "reference.attention"),
         forbidden=("block_attention", "block_attention_triton", "BlockAttention", "launch"),
         quoted=("kernels.block_attention", "kernels.KeyRanges.rows", "kernels.KeyRanges.dense",
-                "kernels.KeyRanges.cached", "kernels.table", "kernels.plain_attention",
-                "kernels.attention_tiles"),
+                "kernels.KeyRanges.cached", "kernels.table", "kernels.attention_tiles"),
         points={
             GRADED + "test_the_table_of_scales": 2,
             GRADED + "test_a_token_sees_its_own_scale_at_least": 1,
@@ -652,8 +652,8 @@ LIST = [
         title="Attention in Triton: forward",
         bodies=("kernels.plan_tiles", "kernels.attention_forward"),
         give_aways=("kernels.attention_backward_q", "kernels.attention_backward_kv",
-                    "kernels.plain_attention", "kernels.block_attention_torch",
-                    "benchmark.obvious_attention", "reference.attention"),
+                    "kernels.block_attention_torch", "benchmark.obvious_attention",
+                    "reference.attention"),
         forbidden=ONLY_TRITON,
         quoted=("kernels.block_attention", "kernels.block_attention_triton", "kernels.KeyRanges",
                 "kernels.KeyRanges.from_scales", "kernels.KeyRanges.cached", "kernels.launch",
@@ -708,8 +708,8 @@ LIST = [
         number=12,
         title="Attention in Triton: backward",
         bodies=("kernels.attention_backward_q", "kernels.attention_backward_kv"),
-        give_aways=("kernels.plain_attention", "kernels.block_attention_torch",
-                    "benchmark.obvious_attention", "reference.attention"),
+        give_aways=("kernels.block_attention_torch", "benchmark.obvious_attention",
+                    "reference.attention"),
         forbidden=ONLY_TRITON,
         quoted=("kernels.block_attention", "kernels.KeyRanges", "kernels.attention_forward",
                 "kernels.plan_tiles", "kernels.tile_partners", "kernels.seen_by",
