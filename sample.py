@@ -472,7 +472,7 @@ class Known:
     free: float = 0.0
 
     def put(self, drawn_Bl: Tensor, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
-        """The tokens drawn for scale k [B, l], with the images' own where they are known."""
+        """The tokens drawn for scale k < `scales` [B, l], with the images' own where known."""
         if k >= self.scales:
             return drawn_Bl
         own_Bl = self.tokens(quantizer, f_hat_BCSS, k)
@@ -547,9 +547,9 @@ def complete(
     if label == classes and classes <= particles:   # the null class
         labels = [i % classes for i in range(particles)] * len(images)
 
-    # By half, nothing of the maps 1x1 and 2x2 is known where an image's middle is, and particles
-    # would draw its colours by luck. Where the edges are, a quarter would be too much: such maps
-    # say that the middle is like them.
+    # Of a known middle, each cell of the 2x2 map has a quarter: if it took half to be known, no
+    # coarse map would say what colours are there. Of known edges a quarter would be too little:
+    # coarse maps would say that the middle is like them.
     surrounded = known_HW[1:-1, 1:-1].sum() == known_HW.sum()
     free = 0.25 if surrounded else 0.5
     if particles and surrounded and known_HW.mean() < free and not paste:

@@ -99,6 +99,7 @@ class LayerCache:
         return self.k_BHLD[:, :, begin:self.filled], self.v_BHLD[:, :, begin:self.filled]
 
     def so_far(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, H, filled, D] of all scales up to the one just written."""
         return self.k_BHLD[:, :, :self.filled], self.v_BHLD[:, :, :self.filled]
 
 
@@ -239,7 +240,7 @@ class VAR(nn.Module):
         return self.logits(stream, head_B2W)                                # [B, L, V]
 
     def drop_labels(self, labels_B: Tensor) -> Tensor:
-        """Make some labels the null class in training: `draw` compares a class with none."""
+        """Replace some labels by the null class in training: guidance needs a model without."""
         if not self.training:
             return labels_B
         chance_B = torch.rand(labels_B.shape, device=labels_B.device)
@@ -255,7 +256,8 @@ class VAR(nn.Module):
         return self.position_1LW + self.level_embedding(self.level_L)
 
     def modulations(self, class_BW: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return what the class does to each layer [B, 6, W] and to the head [B, 2, W]."""
+        """Return what the class does to each layer [B, 6, W] and to the head [B, 2, W]: of its
+        embedding, after a SiLU, linear functions (unless the layers share one: see `Block`)."""
         W = self.config.width
         c_BW = F.silu(class_BW)
         head_B2W = self.head_modulation(c_BW).unflatten(1, (2, W))
@@ -362,8 +364,8 @@ class VAR(nn.Module):
         t starts at 0: the coarse scales choose among all images of the class, and pressed to be
         typical they would always choose alike. It grows because the finer ones have less and less
         to choose, and what is not typical there is mostly a mistake. For the same reason top_p may
-        fall from one number to another. A growth above 1, the published, leaves the coarse scales
-        more to themselves.
+        fall from one number to another. A growth of 1, as published, changes both evenly; more
+        leaves the coarse scales more to themselves.
         """
         share = k / max(len(self.config.scales) - 1, 1)
         progress = share ** growth   # 0 at the first scale, 1 at the last
