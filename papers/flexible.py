@@ -13,7 +13,7 @@ from papers import Trained
 from papers.tuning import kept_images
 from support.checkpoint import fingerprint
 from tokenizer import COMMITMENT, Quantizer, Tokenizer, area_matrix
-from train import L1_WEIGHT, TokenizerStage
+from train import TokenizerStage
 from var import VAR
 
 
@@ -91,7 +91,8 @@ class FlexQuantizer(Quantizer):
 class FlexTokenizer(Tokenizer):
     """A tokenizer whose scales are all sides. TokenizerTuning makes it of one of VAR's."""
 
-    def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, quantize: bool = True, _=None
+                ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return reconstructions and losses; "smaller" is of a smaller map's image, any one's."""
         f_BCSS = self.latent(images)
         maps, codebook_loss = [resized(f_BCSS, s) for s in self.config.scales], f_BCSS.new_zeros(())
@@ -130,7 +131,8 @@ class TokenizerTuning(TokenizerStage):
 
     def __init__(self, run: Trained, steps: int, anew: bool = False):
         sides = tuple(range(1, run.model.config.scales[-1] + 1))
-        preset = replace(run.settings.preset, scales=sides, tokenizer_steps=steps)
+        preset = replace(
+            run.settings.preset, scales=sides, tokenizer_steps=steps, smaller_weight=0.0)
         out = run.folder / "papers" / ("flexvar-tokenizer" + "-anew" * anew)
         super().__init__(kept_images(run), replace(run.settings, preset=preset, out=out))
         first = self.model if anew else run.tokenizer

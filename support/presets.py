@@ -52,7 +52,7 @@ class TokenizerPreset(BothPreset):
     blocks: int = option(1, SIZE, "residual blocks per resolution")
     phis: int = option(4, SIZE, "distinct phi convolutions")
     norm_groups: int = option(2, SIZE, "groups of the tokenizer's group norms")
-    tokenizer_steps: int = option(1300, COUNT, "train steps of the tokenizer")
+    tokenizer_steps: int = option(1200, COUNT, "train steps of the tokenizer")
     tokenizer_batch: int = option(8, SIZE, "images per train step of the tokenizer")
     tokenizer_lr: float = option(1.5e-3, RATE, "peak learning rate of the tokenizer")
     unquantized: float = option(
@@ -60,6 +60,9 @@ class TokenizerPreset(BothPreset):
     edge_weight: float = option(
         1.0, WEIGHT, "weight, in the tokenizer's loss, of how much less steep edges are than they "
         "should be, or more")
+    smaller_weight: float = option(
+        0.5, WEIGHT, "weight, in the tokenizer's loss, of smaller images, which latents averaged "
+        "down should be of")
     perceptual_weight: float = option(
         0.0, WEIGHT, "weight of the perceptual distance in the tokenizer's loss; 0 is without")
     adversarial_weight: float = option(
@@ -82,7 +85,7 @@ class VARPreset(BothPreset):
     drop_path: float = option(0.0, BELOW_1, "stochastic depth of the last layer; of the first, 0")
     last_scales: int | None = option(
         None, COUNT, "how many scales a token sees, its own among them (default: all so far)")
-    var_steps: int = option(2500, COUNT, "train steps of the transformer")
+    var_steps: int = option(2450, COUNT, "train steps of the transformer")
     var_batch: int = option(16, SIZE, "images per train step of the transformer")
     var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     weight_decay: float = option(0.05, WEIGHT, "of the transformer's matrices")
@@ -125,26 +128,27 @@ class Preset(VARPreset, TokenizerPreset):
 PRESETS = {
     "tiny": Preset(scales=(1, 2, 3, 5, 8)),
     "cifar": Preset(
-        edge_weight=0.0, scales=(1, 2, 3, 4, 6, 8), vocabulary=1024, code_channels=32,
-        tokenizer_width=96, multipliers=(1, 2, 2), blocks=2, norm_groups=32, tokenizer_steps=20_000,
-        tokenizer_batch=256, tokenizer_lr=4e-4, depth=12, width=768, heads=12, drop_path=0.05,
-        var_steps=40_000, var_batch=256, var_lr=3e-4, muon=False, final_lr=0.05, warmup=1000,
-        ema=0.9995),
+        edge_weight=0.0, smaller_weight=0.0, scales=(1, 2, 3, 4, 6, 8), vocabulary=1024,
+        code_channels=32, tokenizer_width=96, multipliers=(1, 2, 2), blocks=2, norm_groups=32,
+        tokenizer_steps=20_000, tokenizer_batch=256, tokenizer_lr=4e-4, depth=12, width=768,
+        heads=12, drop_path=0.05, var_steps=40_000, var_batch=256, var_lr=3e-4, muon=False,
+        final_lr=0.05, warmup=1000, ema=0.9995),
     # Thousands of images, a folder of one's own say. On two CPU cores without AVX-512, by its first
     # steps: 43 minutes for the tokenizer and 35 for the transformer.
     "pixels64": Preset(
-        image_size=64, edge_weight=0.0, scales=(1, 2, 3, 4, 6, 8), vocabulary=512,
-        code_channels=16, multipliers=(1, 2, 4, 8), tokenizer_steps=3600, tokenizer_lr=1e-3,
-        perceptual_weight=0.1, adversarial_weight=0.1, depth=6, width=256, var_steps=1000,
-        var_batch=32, var_lr=7e-3, warmup=100, ema=0.99),
+        image_size=64, edge_weight=0.0, smaller_weight=0.0, scales=(1, 2, 3, 4, 6, 8),
+        vocabulary=512, code_channels=16, multipliers=(1, 2, 4, 8), tokenizer_steps=3600,
+        tokenizer_lr=1e-3, perceptual_weight=0.1, adversarial_weight=0.1, depth=6, width=256,
+        var_steps=1000, var_batch=32, var_lr=7e-3, warmup=100, ema=0.99),
     # The published d16 geometry, and its recipe: 200 epochs of ImageNet in batches of 768.
     "imagenet256": Preset(
-        image_size=256, edge_weight=0.0, scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocabulary=4096,
-        code_channels=32, tokenizer_width=160, multipliers=(1, 1, 2, 2, 4), blocks=2,
-        norm_groups=32, tokenizer_steps=400_000, tokenizer_batch=128, tokenizer_lr=1e-4,
-        perceptual_weight=1.0, adversarial_weight=0.4, discriminator_width=64, depth=16,
-        width=1024, heads=16, drop_path=0.1 * 16 / 24, var_steps=333_000, var_batch=768,
-        var_lr=3e-4, muon=False, final_lr=0.1, warmup=6000, ema=0.9999),
+        image_size=256, edge_weight=0.0, smaller_weight=0.0,
+        scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocabulary=4096, code_channels=32,
+        tokenizer_width=160, multipliers=(1, 1, 2, 2, 4), blocks=2, norm_groups=32,
+        tokenizer_steps=400_000, tokenizer_batch=128, tokenizer_lr=1e-4, perceptual_weight=1.0,
+        adversarial_weight=0.4, discriminator_width=64, depth=16, width=1024, heads=16,
+        drop_path=0.1 * 16 / 24, var_steps=333_000, var_batch=768, var_lr=3e-4, muon=False,
+        final_lr=0.1, warmup=6000, ema=0.9999),
 }
 
 

@@ -275,6 +275,30 @@ def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path):
     assert losses(tmp_path / "divided") == pytest.approx(expected, rel=0, abs=1e-5)
 
 
+@pytest.mark.parametrize("scales, multipliers, weight, expected", [
+    ("1,4", "1,2", 0.7, [2, 3, 2, 3, 2, 3]), ("1,2,4", "1,2", 0, 6 * [None]),
+    ("1,2", "1,2,2", 0.7, 6 * [None]), ("1", "1,1,1,1", 0.7, 6 * [None])])
+def test_every_step_has_a_smaller_image(tmp_path, scales, multipliers, weight, expected):
+    """Their sides in turn, between 1 and the latent's; in the loss they have their weight."""
+    stage = tokenizer_stage(
+        tmp_path, "--scales", scales, "--multipliers", multipliers, "--smaller-weight", weight,
+        "--edge-weight", 0)
+    asked = []
+
+    def model(images, quantize, small_side):
+        asked.append(small_side)
+        return stage.model(images, quantize, small_side)
+
+    for stage.step in range(6):
+        images, labels = stage.rows[list(range(4))]
+        total, to_log = stage.loss(model, images, labels)
+        parts = to_log()
+        without = parts["mse"] + 0.2 * parts["l1"] + parts["codebook"]
+        added = weight * parts["smaller"] if asked[-1] else 0
+        assert total.item() == pytest.approx((without + added).item(), rel=1e-5)
+    assert asked == expected
+
+
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_two_processes_have_the_losses_of_one(folder, tmp_path):
     """With the adversarial loss at last, in three steps: its weight is a micro-batch's."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -335,6 +336,27 @@ def test_a_decoder_in_half_precision_is_nearly_the_same(dtype):
 
 # -----------------------------------------------------------------------------
 # Health and identity
+
+
+@pytest.mark.parametrize("s", [1, 2, 3, 4])
+def test_a_smaller_latent_is_compared_with_the_smaller_image(s):
+    """Of the latent itself, before codes; with gradients for the encoder, too."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(TokenizerConfig(
+        scales=(1, 2, 4), vocabulary=5, code_channels=2, image_channels=3, width=4, multipliers=(1, 2),
+        blocks=1, phis=2, norm_groups=2)).train()
+    torch.nn.init.normal_(tokenizer.quantizer.codebook_VC)
+    images = torch.rand(3, 3, 8, 8) * 2 - 1
+    _, losses = tokenizer(images, True, s)
+    small = tokenizer.render(F.adaptive_avg_pool2d(tokenizer.latent(images), s))
+    difference = small - F.adaptive_avg_pool2d(images, 2 * s)
+    expected = difference.square().mean() + 0.2 * difference.abs().mean()
+    assert losses["smaller"].item() == pytest.approx(expected.item(), rel=1e-5)
+    weights = [tokenizer.encoder.conv_in.weight, tokenizer.decoder.conv_out.weight]
+    for got, wanted in zip(torch.autograd.grad(losses["smaller"], weights),
+                           torch.autograd.grad(expected, weights), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-6) and got.any()
+    assert "smaller" not in tokenizer(images, True)[1]
 
 
 def test_psnr():
