@@ -12,7 +12,7 @@ from kernels import KeyRanges
 from papers import Trained
 from papers.tuning import kept_images
 from support.checkpoint import fingerprint
-from tokenizer import COMMITMENT, Quantizer, Tokenizer, area_matrix
+from tokenizer import COMMITMENT, L1_WEIGHT, Quantizer, Tokenizer, area_matrix
 from train import TokenizerStage
 from var import VAR
 
@@ -91,8 +91,7 @@ class FlexQuantizer(Quantizer):
 class FlexTokenizer(Tokenizer):
     """A tokenizer whose scales are all sides. TokenizerTuning makes it of one of VAR's."""
 
-    def forward(self, images: Tensor, quantize: bool = True, _=None
-                ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, quantize: bool = True, _=None) -> tuple[Tensor, dict]:
         """Return reconstructions and losses; "smaller" is of a smaller map's image, any one's."""
         f_BCSS = self.latent(images)
         maps, codebook_loss = [resized(f_BCSS, s) for s in self.config.scales], f_BCSS.new_zeros(())
