@@ -582,10 +582,12 @@ class Tokenizer(nn.Module):
         """Compare what latents averaged down to s x s decode to with images averaged down as much.
 
         A coarse map is made of such averages. If they are what a small image would be encoded to,
-        the map shows that image, and the transformer finds less to guess in it: 6 % fewer nats for
-        0.3 dB. (EQ-VAE, arXiv 2502.09509, asks the same of the latents of diffusion models.)
+        the map shows that image, and the transformer finds less to guess in it: 7 % fewer nats for
+        0.5 dB. (EQ-VAE, arXiv 2502.09509, asks the same of the latents of diffusion models.)
         """
-        small = self.render(averaged(f_BCSS, s))
+        features = self.from_latent(averaged(f_BCSS, s))
+        # `forward` is not compiled: for every side it would be anew.
+        small = self.decoder.forward(features).float()
         target = averaged(images, s * self.config.downsampling)
         squared = F.mse_loss(small, target)
         absolute = F.l1_loss(small, target)

@@ -102,7 +102,8 @@ PLANTED = {
         ("self.hits_V[dead_N] = mean", "self.hits_V[dead_N] = 0"),
         ("self.hits_V[dead_N] = mean", "pass"),
         ("self.hits_V[dead_N] = mean", "self.hits_V.fill_(mean)"),
-        ('for name in ("exp_avg", "exp_avg_sq"):', 'for name in ("exp_avg",):'),
+        ('{"exp_avg", "exp_avg_sq"}', '{"exp_avg"}'),
+        ("moments.keys() & ", ""),
         ("[name][dead_N] = 0", "[name].zero_()"),
         ("residual_BlC.flatten(0, 1)", "residual_BlC[0]"),
         ("return len(dead_N)", "return self.hits_V.numel() - len(dead_N)"),
@@ -172,7 +173,7 @@ PLANTED = {
         ("v_BHSD[:, :, keys],", "k_BHSD[:, :, keys],"),
         ("slice(ranges.first[0], ranges.last[-1])", "slice(0, ranges.last[-1])"),
         ("slice(ranges.first[0], ranges.last[-1])", "slice(ranges.first[0], None)"),
-        ("return o_BHLD.to(dtype)", "return o_BHLD.float()"),
+        ("scale=scale)", "scale=scale).float()"),
     ],
     # 6 The block
     "kernels.split_heads_torch": [
@@ -591,7 +592,7 @@ KINDS = {
         (WHERE, "kernels.transposed_table",
          ("dtype=torch.int32, device=device", "dtype=torch.int32")),
         (WHERE, "kernels.mask_in_sight", ("mask_LS.to(device)", "mask_LS")),
-        (WHERE, "kernels.block_attention_torch", ("o_BHLD.to(dtype)", "o_BHLD.double()")),
+        (WHERE, "kernels.block_attention_torch", ("scale=scale)", "scale=scale).double()")),
         (EDGE, "kernels.transposed_table",
          ("return first_S, last_S", "return first_S, torch.maximum(last_S, first_S + 1)")),
         (EDGE, "kernels.KeyRanges.from_scales",

@@ -28,8 +28,9 @@ from support.presets import Preset
 
 DETAILED = Preset(   # both losses, the discriminator's from step 6 of 12
     image_size=8, scales=(1, 2, 4), multipliers=(1, 2), tokenizer_width=8, vocabulary=32,
-    code_channels=4, edge_weight=0.5, tokenizer_steps=12, warmup=5, perceptual_weight=0.1, adversarial_weight=0.4,
-    adversarial_from=0.5, discriminator_width=8, discriminator_lr=1.5e-3)
+    code_channels=4, edge_weight=0.5, smaller_weight=0.0, tokenizer_steps=12,
+    warmup=5, perceptual_weight=0.1, adversarial_weight=0.4, adversarial_from=0.5,
+    discriminator_width=8, discriminator_lr=1.5e-3)
 FP32 = Machine(torch.device("cpu"), torch.float32)
 
 

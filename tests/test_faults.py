@@ -241,8 +241,8 @@ def weights_of(stage: train.TokenizerStage) -> list[torch.Tensor]:
 
 
 def test_a_step_whose_gradient_overflows_in_fp16_is_left_out(tmp_path):
-    flags = ["--precision", "fp16", "--grad-accumulation", 2, "--adversarial-weight", 0.4,
-             "--adversarial-from", 0, "--discriminator-width", 8, "--checkpoint-every", 1]
+    flags = ["--precision", "fp16", "--smaller-weight", 0, "--grad-accumulation", 2,
+             "--adversarial-weight", 0.4, "--adversarial-from", 0, "--discriminator-width", 8, "--checkpoint-every", 1]
     stage = tokenizer_stage(tmp_path, *flags, tokenizer_steps=21)
     overflow(stage, {10, 11})   # the first would be logged
     moments, weights, scales = [], [], []
@@ -269,7 +269,7 @@ def test_a_step_whose_gradient_overflows_in_fp16_is_left_out(tmp_path):
 
 
 def test_a_stop_is_obeyed_where_the_tenth_step_is_left_out(tmp_path):
-    stage = tokenizer_stage(tmp_path, "--precision", "fp16")
+    stage = tokenizer_stage(tmp_path, "--precision", "fp16", "--smaller-weight", 0)
     overflow(stage, {10})
     stop = at_step(24, 10, lambda: signal.raise_signal(signal.SIGTERM))
     with stop, pytest.raises(cli.Stopped, match="stopped after step 11 of 24"):
@@ -280,7 +280,7 @@ def test_a_scaled_loss_trains_as_it_does_unscaled(tmp_path, monkeypatch):
     losses = []
     for enabled in (True, False):
         stage = tokenizer_stage(
-            tmp_path / str(enabled), "--precision", "fp16", tokenizer_steps=11)
+            tmp_path / str(enabled), "--precision", "fp16", "--smaller-weight", 0, tokenizer_steps=11)
         assert stage.loss_scale.is_enabled()
         stage.loss_scale._enabled = enabled
         stage.run()
@@ -290,7 +290,7 @@ def test_a_scaled_loss_trains_as_it_does_unscaled(tmp_path, monkeypatch):
 
 
 def test_a_training_in_fp16_goes_on_with_its_scale(tmp_path):
-    flags = ["--precision", "fp16", "--checkpoint-every", 5]
+    flags = ["--precision", "fp16", "--smaller-weight", 0, "--checkpoint-every", 5]
     whole, broken, going_on = (tokenizer_stage(tmp_path / name, *flags, tokenizer_steps=11)
                                for name in ("whole", "broken", "broken"))
     for stage in (whole, broken):
@@ -308,7 +308,7 @@ def test_a_training_in_fp16_goes_on_with_its_scale(tmp_path):
 
 
 def test_what_overflows_however_little_it_is_scaled_is_told(tmp_path):
-    stage = tokenizer_stage(tmp_path, "--precision", "fp16", "--checkpoint-every", 1)
+    stage = tokenizer_stage(tmp_path, "--precision", "fp16", "--smaller-weight", 0, "--checkpoint-every", 1)
     spoil(stage, stage.model.encoder.conv_in.weight, 2)
     told = "its gradient nan .* of step 18, is .*--tokenizer-lr or --precision fp32"
     with pytest.raises(UserError, match=told):   # 16 steps were left out

@@ -235,7 +235,8 @@ def test_the_health_that_is_printed_is_the_one_measured(finished, capsys):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(folder, tmp_path, precision):
-    flags = ["--tokenizer-steps", 12, "--var-steps", 12, "--precision", precision]
+    flags = ["--tokenizer-steps", 12, "--var-steps", 12, "--precision", precision,
+             "--smaller-weight", 0]   # which at first overflows in fp16: a step is left out
     ran("train.py", "--data", folder, "--out", tmp_path, *TINY, *flags)
     losses = [x["loss"] for x in read_log(tmp_path / "log.jsonl") if x["split"] == "train"]
     assert len(losses) == 4 and losses[1] < losses[0] and losses[3] < losses[2]
