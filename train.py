@@ -254,7 +254,9 @@ class Stage:
                 torch.manual_seed(seed)
                 self.after_step()
                 update_ema(self.ema, self.model, self.decay if self.step else 0.0)
-                logged = None if self.step % 10 else {} if left_out else to_log()
+                logged = None
+                if self.step % 10 == 0:
+                    logged = {} if left_out else to_log()
                 self.step += 1
                 bar.update()
 
@@ -426,8 +428,7 @@ class TokenizerStage(Stage):
             self.hits_V += self.model.quantizer.count(self.model.quantizer.last_tokens_BL)
         losses["edges"] = edge_loss(originals, reconstructions)
         likeness = losses["mse"] + L1_WEIGHT * losses["l1"] + preset.edge_weight * losses["edges"]
-        if small_side:
-            likeness = likeness + preset.smaller_weight * losses["smaller"]
+        likeness = likeness + preset.smaller_weight * losses.get("smaller", 0.0)
         likeness, for_detail = self.helpers(
             originals, reconstructions, likeness, self.model.decoder.conv_out.weight,
             adversarial=self.step >= self.adversarial_from, scale=self.loss_scale.factor())

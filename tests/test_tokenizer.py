@@ -214,7 +214,7 @@ def test_a_training_pass_waits_for_no_number_of_a_gpu():
 
 @pytest.mark.parametrize("vocabulary, shares", [(9, (3, 3, 3)), (8, (3, 3, 2)), (2, (1, 1, 0)), (1, (1, 0, 0))])
 def test_the_first_codes_are_residuals_of_every_scale_alike(vocabulary, shares):
-    """Each of what its own codes and those of coarser scales have left over: codes to come do not serve yet."""
+    """Of what coarser scales leave over, each written with the codes there then: codes to come do not serve yet."""
     made = quantizer(vocabulary=vocabulary)
     f_BCSS = torch.randn(6, 2, 4, 4, dtype=torch.float64)
     with torch.no_grad():
