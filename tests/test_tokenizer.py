@@ -321,23 +321,6 @@ def test_a_training_pass_returns_its_losses_by_name():
     assert torch.equal(y, made.render(f_BCSS)) and torch.equal(losses["codebook"], loss)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_decoder_in_half_precision_is_nearly_the_same(dtype):
-    made = tokenizer()
-    tokens_BL = made.encode(images(made, 2))
-    before = made.decode(tokens_BL)
-    made.cast_decoder(dtype)
-    assert made.from_latent.weight.dtype == made.decoder.conv_out.weight.dtype == dtype
-    with torch.autocast("cpu", dtype):
-        after = made.decode(tokens_BL)
-    assert after.dtype == torch.float32 and 0 < (after - before).abs().max() < 0.1
-
-
-# -----------------------------------------------------------------------------
-# Health and identity
-
-
 @pytest.mark.parametrize("s", [1, 2, 3, 4])
 def test_a_smaller_latent_is_compared_with_the_smaller_image(s):
     """Of the latent itself, before codes; with gradients for the encoder, too."""
@@ -360,6 +343,23 @@ def test_a_smaller_latent_is_compared_with_the_smaller_image(s):
                            torch.autograd.grad(expected, weights), strict=True):
         assert torch.allclose(got, wanted, atol=1e-6) and got.any()
     assert "smaller" not in tokenizer(images, True)[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_decoder_in_half_precision_is_nearly_the_same(dtype):
+    made = tokenizer()
+    tokens_BL = made.encode(images(made, 2))
+    before = made.decode(tokens_BL)
+    made.cast_decoder(dtype)
+    assert made.from_latent.weight.dtype == made.decoder.conv_out.weight.dtype == dtype
+    with torch.autocast("cpu", dtype):
+        after = made.decode(tokens_BL)
+    assert after.dtype == torch.float32 and 0 < (after - before).abs().max() < 0.1
+
+
+# -----------------------------------------------------------------------------
+# Health and identity
 
 
 def test_psnr():
