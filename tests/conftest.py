@@ -1,5 +1,6 @@
 """Before a test imports Triton: without a GPU its kernels run in Triton's interpreter, on NumPy."""
 import copy
+import gc
 import os
 import sys
 from dataclasses import replace
@@ -26,6 +27,11 @@ from support.evaluation import kept_classifier  # noqa: E402
 settings.register_profile("same", derandomize=True, deadline=None, database=None)
 settings.register_profile("fresh", max_examples=1000, deadline=None)
 settings.load_profile("same")
+
+
+def pytest_collection_finish():
+    """Else each training looks through all modules once more, between its stages."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
