@@ -28,8 +28,9 @@ Five words that Triton needs:
                  while it computes this one, into shared memory.
 
 Axes: B batch, H heads, L queries, S keys, D head width, W model width, V vocabulary, C channels
-of a code, N vectors, l tokens of one scale. Inside the kernels T is a tile of an axis: q_TD is a
-tile of queries, and scores_TS is what a tile of keys makes of it.
+of a code, N vectors, l tokens of one scale. Inside the kernels each letter is a tile of its axis,
+and T one of rows: of queries in q_TD, of keys in k_TD. Where the two meet, T is queries and S keys:
+scores_TS is [queries, keys], scores_ST [keys, queries].
 
 Without a GPU the kernels run in Triton's interpreter, slowly, and print() and pdb work in them.
 With TRITON_INTERPRET=1 in the environment of `python`:
@@ -358,7 +359,7 @@ def nearest_code(x_NC: Tensor, codebook_VC: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def full_precision() -> Iterator[None]:
+def fp32_convolutions() -> Iterator[None]:
     """fp32 convolutions without TF32, which cuDNN takes unless told otherwise."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
@@ -384,7 +385,9 @@ def full_precision() -> Iterator[None]:
 # Backward, from q and k, which attention keeps anyway, and |x|; dx is dL/d of what n is taken of:
 #
 #     dx = a (dq - n (n.dq)) / |x|
-#     dlog_scale = sum of q.dq, over all queries of a head; 0 where a is above 100
+#     dlog_scale = sum of q.dq, over all queries of a head; 0 where e^log_scale is above 100
+#
+# Of keys the same with a = 1.
 
 LARGEST_LOG_SCALE = math.log(100)
 
@@ -632,7 +635,7 @@ def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
 # In next-scale prediction a query sees one unbroken range of keys, and both ends of the range never
 # decrease from one query to the next. So a mask is a table of two columns, and not L x S numbers:
 #
-#     scales (1, 2)        all scales so far        own scale only       the last n: between
+#     scales (1, 2)        all scales so far        own scale only
 #     query 0              keys 0                   keys 0
 #     queries 1..4         keys 0 1 2 3 4           keys 1 2 3 4
 
@@ -640,7 +643,8 @@ def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
 class KeyRanges:
     """A mask as a table: query i sees the keys j with first[i] <= j < last[i].
 
-    first, last: L integers each. No range is empty, and neither end ever decreases.
+    first, last: L integers each; last is one past the last key. No range is empty, and neither end
+    ever decreases.
     """
 
     def __init__(self, first: Sequence[int], last: Sequence[int]):
@@ -679,7 +683,7 @@ class KeyRanges:
         return self.cached(slice_ranges, begin, end)
 
     def dense(self) -> Tensor:
-        """The same mask as a bool [L, S], S the last key in sight + 1."""
+        """The same mask as a bool [L, S], S = last[-1]."""
         keys_S = torch.arange(self.last[-1])
         first_L1 = torch.tensor(self.first)[:, None]
         last_L1 = torch.tensor(self.last)[:, None]
@@ -795,7 +799,8 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
     q, o [B, H, L, D] and k, v [B, H, S, D] of one dtype; first, last [L] int32; log2sum
     [B, H, L, 1] fp32. The scale comes divided by ln 2.
     """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)   # the last queries see most: first of a head
+    # Programs start in order. The last queries, which see most, are the first of each head.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     queries_T = tile * TILE_L + tl.arange(0, TILE_L)
     q_TD = load_head(q_BHLD, queries_T, L, D)
     # Not -inf: if a query sees nothing of its first tile, -inf - (-inf) would be NaN.
@@ -807,7 +812,7 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
         for n in range(cut if CUT else whole):
             keys_T = tile_partners(n, start, before, whole, CUT, TILE_S)
             k_TD = load_head(k_BHSD, keys_T, S, D, CUT)
-            scores_TS = product(q_TD, k_TD.T)
+            scores_TS = product(q_TD, k_TD.T)   # not scaled yet
             if CUT:
                 seen_TS = seen_by(queries_T, L, first_L, last_L, keys_T)
                 scores_TS = tl.where(seen_TS, scores_TS, -float("inf"))
@@ -825,8 +830,8 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
 # -------------------------------------------------------------------------------------------------
 # Attention: backward
 #
-# The weights are computed again, from log2sum. With d = dL/d of any name, and delta = sum of o do,
-# one number per query:
+# The weights are computed again, from log2sum. With d = dL/d of any name, s = scale q k^T, which is
+# scores without the 1 / ln 2 in them, and delta = sum of o do, one number per query:
 #
 #     weights = 2^(scores - log2sum)
 #     dv = weights^T do
@@ -841,7 +846,8 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
 def transposed_table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
     """first_S, last_S: key j is seen by the queries first_S[j] <= i < last_S[j], maybe by none.
 
-    first_S[j] counts the ranges that end at or before j; last_S[j], those that begin there.
+    first_S[j] counts the ranges that end at or before j; last_S[j], those that begin at or before
+    j. As ranges are in order, these are the first queries.
     """
     first_L, last_L = ranges.cached(table, device)
     keys_S = torch.arange(ranges.last[-1], dtype=torch.int32, device=device)
@@ -894,7 +900,7 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
 
     Arrays as in attention_backward_q, but the table is the transposed one: first, last [S].
     """
-    tile = tl.program_id(0)   # the first keys are seen by most: first of a head
+    tile = tl.program_id(0)   # the first keys, seen by most queries, are the first of each head
     keys_T = tile * TILE_S + tl.arange(0, TILE_S)
     k_TD = load_head(k_BHSD, keys_T, S, D)
     v_TD = load_head(v_BHSD, keys_T, S, D)
@@ -1075,7 +1081,8 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
 
 @triton.jit
 def ranked_within(keys_V, weights_V, target):
-    """Which tokens have less than `target` of weight before them: higher keys, or equal, left."""
+    """Which tokens have less than `target` of weight before them: that of higher keys, and of equal
+    ones at lower indices."""
     threshold = tl.zeros([], tl.uint32)
     for bit in range(32):
         higher = threshold | (tl.full([], 0x80000000, tl.uint32) >> bit)

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import full_precision, nearest_code
+from kernels import fp32_convolutions, nearest_code
 from support.published import tokenizer_of
 
 PHI_STRENGTH = 0.5    # phi(h) = (1 - strength) h + strength conv(h), as published
@@ -136,7 +136,7 @@ class Quantizer(nn.Module):
         s = self.scales[k]
         S = self.scales[-1]
         phi = self.phis[self.phi_of_scale[k]]
-        with torch.autocast(f_hat_BCSS.device.type, enabled=False), full_precision():
+        with torch.autocast(f_hat_BCSS.device.type, enabled=False), fp32_convolutions():
             h_BlC = F.embedding(tokens_Bl, self.codebook_VC)                # [B, l, C]
             h_BCss = h_BlC.transpose(1, 2).unflatten(2, (s, s))             # [B, C, s, s]
             h_BCSS = F.interpolate(h_BCss, size=(S, S), mode="bicubic")     # [B, C, S, S]
@@ -251,9 +251,9 @@ class Quantizer(nn.Module):
     def start_from(self, f_BCSS: Tensor) -> None:
         """Fill the codebook with residuals of real latents, every scale giving an equal share.
 
-        The shares are equal because most residuals are those of the finest scales; the coarser take
-        what does not divide. A scale's share is drawn from what coarser scales leave over, each
-        written with the codes that were there when its own share was.
+        The shares are equal, but for a code, because most residuals are those of the finest scales.
+        A share is drawn from what the coarser scales left over; then its scale is encoded with all
+        codes so far, its own among them, and added to f_hat.
         """
         V = len(self.codebook_VC)
         K = len(self.scales)

@@ -324,13 +324,13 @@ class VAR(nn.Module):
         modulations, head_B2W = self.modulations(class_BW)                      # as in `forward`
         caches = self.new_caches()
         places_1LW = self.places()                                              # [1, L, W]
-        x_BlW = self.start(class_BW)                                            # [B, 1, W]
+        x_BlW = self.start(class_BW)                                            # [B or 2 B, 1, W]
         tokens = []
         for k, span in enumerate(self.config.spans):
             ranges = self.ranges.rows(span.start, span.stop)
             stream = self.through_layers(
-                x_BlW, places_1LW[:, span], modulations, ranges, caches)        # [B, l, W]
-            logits_BlV = self.logits(stream, head_B2W)                          # [B, l, V]
+                x_BlW, places_1LW[:, span], modulations, ranges, caches)
+            logits_BlV = self.logits(stream, head_B2W)                          # [B or 2 B, l, V]
             tokens_Bl = self.draw(
                 logits_BlV, k, cfg, top_k, top_p, generator, growth)            # [B, l]
             if known is not None:
@@ -396,8 +396,8 @@ class VAR(nn.Module):
 
         This is as published.
 
-        Gates start near zero, so every block starts near the identity; the head starts near zero,
-        so the first loss is ln V.
+        Gates start near zero, so every block starts near the identity (less near where layers share
+        their AdaLN); the head starts near zero, so the first loss is ln V.
         """
         W = self.config.width
         std = math.sqrt(1 / (3 * W))
@@ -413,11 +413,11 @@ class VAR(nn.Module):
             block.attention.out.weight.div_(math.sqrt(branches))
             block.mlp[2].weight.div_(math.sqrt(branches))
             if self.config.shared_adaln:
-                modulation_6W = nn.init.normal_(block.modulation_offset_6W, std=math.sqrt(1 / W))
+                parts = nn.init.normal_(block.modulation_offset_6W, std=math.sqrt(1 / W))  # [6, W]
             else:
-                modulation_6W = block.modulation.weight.view(6, W, W)
-            modulation_6W[:2].mul_(1e-5)   # gates
-            modulation_6W[2:].mul_(0.5)    # scales and shifts
+                parts = block.modulation.weight.view(6, W, W)
+            parts[:2].mul_(1e-5)   # gates
+            parts[2:].mul_(0.5)    # scales and shifts
         self.head_modulation.weight.mul_(0.5)
         self.head.weight.mul_(0.02)
 
