@@ -105,7 +105,7 @@ def main() -> None:
     if "tokenizer" in options.stages:
         tokenizer = TokenizerStage(data, settings, options.perceptual).run()
     elif options.tokenizer and first:
-        keep_copy(tokenizer, path, out / "tokenizer.pt", data.classes)
+        keep_copy(tokenizer, path, out / "tokenizer.pt", data)
     if "var" in options.stages:
         gc.collect()   # else stage one may stay on the GPU: its objects refer to each other
         VARStage(tokenizer.to(machine.device), data, settings).run()
@@ -489,11 +489,11 @@ def finished_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
     return load_tokenizer(path, scales)
 
 
-def keep_copy(tokenizer: Tokenizer, source: Path, own: Path, classes: list[str]) -> None:
+def keep_copy(tokenizer: Tokenizer, source: Path, own: Path, data: Data) -> None:
     """A run is complete: it holds the tokenizer that its transformer is trained on."""
     if not own.exists():
-        save_checkpoint(own, "tokenizer", **content_of(tokenizer), classes=classes,
-                        made_with={"copied from": str(source)})
+        save_checkpoint(own, "tokenizer", **content_of(tokenizer), classes=data.classes,
+                        white=data.white, made_with={"copied from": str(source)})
     elif fingerprint(load_tokenizer(own)) != fingerprint(tokenizer):
         raise UserError(f"{own} is another tokenizer than {source}; choose another --out")
 

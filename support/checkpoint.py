@@ -75,7 +75,7 @@ def load_if_same(path: Path, kind: str, made_with: dict[str, Any]) -> dict[str, 
         return None
     if content["made_with"] == made_with:
         return content
-    say(f"{path} is of other images, or of another tokenizer: it is made anew")
+    say(f"{path} is of other images, another tokenizer or precision: it is made anew")
     return None
 
 

@@ -116,7 +116,7 @@ class Parser(ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            name = unknown.split()[0].split("=")[0]
+            name = unknown.split(" ")[0].split("=")[0]
             words = {SAME.get(word, word) for word in name.strip("-").split("-")}
             like = [flag for flag in flags if words & {*flag.strip("-").split("-")}]
             like = ", ".join(like or get_close_matches(name, flags))

@@ -10,6 +10,7 @@ from support.cli import (
     COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output, output_as, place,
 )
 from support.images import composed
+from support.published import FOLDER as PUBLISHED_FOLDER
 
 COMMANDS = {
     "grid": "draw a row of images for each class; the command if none is named",
@@ -193,6 +194,8 @@ def check_outputs(options: argparse.Namespace) -> None:
     """Raises UserError for two outputs of one name, for one that is read as well, and where the
     picture that is not given a name cannot be written: before anything is drawn."""
     folder = options.var.parent if options.var else options.run
+    if options.published:
+        folder = PUBLISHED_FOLDER
     if options.command in TOKENIZER_ALONE and options.tokenizer and not options.var:
         folder = options.tokenizer.parent
     own = folder / ("explorer.html" if options.command == "explore" else f"{options.command}.png")
@@ -205,7 +208,7 @@ def check_outputs(options: argparse.Namespace) -> None:
     written = (given.get("out") or own).resolve()
     for path in filter(None, [*given.get("images", ()), given.get("mask")]):
         read = Path(path).resolve()
-        if read == written or written.exists() and read == written.parent:
+        if read == written or written.exists() and read in written.parents:
             raise UserError(f"{written} would be written over, and is read; --out names another "
                             f"place")
     if options.command == "export" and options.reference:

@@ -312,18 +312,22 @@ SYSTEM_DATA = Path("/usr/share/datasets")   # where Debian's dataset-* packages 
 
 def known_file(name: str, file: str, data_dir: Path) -> bytes:
     """The content of a published file, found or downloaded. Raises UserError for any other."""
-    # The data sets in MNIST's format have files of the same names.
-    places = [folder / file for folder in (data_dir / name, SYSTEM_DATA / name, data_dir)]
-    path = next((place for place in places if place.exists()), data_dir / name / file)
-    if not path.exists():
-        download(PUBLISHED[name].url + file, path)
-    content = path.read_bytes()
-    if file in IDX_FILES:
-        with contextlib.suppress(OSError, EOFError, zlib.error):   # a damaged one is not published
-            content = gzip.decompress(content)
-    if hashlib.sha256(content).hexdigest() != PUBLISHED[name].files[file]:
-        raise UserError(f"{path} is not the published file, its SHA-256 is another; remove it")
-    return content
+    own = data_dir / name / file
+    for path in (own, SYSTEM_DATA / name / file, data_dir / file):
+        if not path.exists():
+            continue
+        content = path.read_bytes()
+        if file in IDX_FILES:
+            with contextlib.suppress(OSError, EOFError, zlib.error):   # a damaged one: not published
+                content = gzip.decompress(content)
+        found = hashlib.sha256(content).hexdigest()
+        if found == PUBLISHED[name].files[file]:
+            return content
+        # Data sets in MNIST's format have files of the same names: another's is passed over.
+        if not any(found in each.files.values() for each in PUBLISHED.values()):
+            raise UserError(f"{path} is not the published file, its SHA-256 is another; remove it")
+    download(PUBLISHED[name].url + file, own)
+    return known_file(name, file, data_dir)
 
 
 def read_idx(name: str, data_dir: Path, side: int) -> list[TensorDataset]:

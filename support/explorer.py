@@ -139,7 +139,7 @@ def chances(run, labels_2: Tensor, inputs: Tensor, tokens_L: Tensor) -> dict:
     sampling = run.sampling
     with run.machine.autocast():
         logits_2LV = run.model(labels_2, inputs.expand(2, -1, -1))
-    cond_LV, null_LV = logits_2LV.double().cpu()
+    cond_LV, null_LV = logits_2LV.cpu().double()   # Apple's GPU has no fp64
     level_L1 = run.model.level_L.cpu()[:, None]
     progress_L1 = (level_L1 / max(len(config.scales) - 1, 1)) ** sampling.growth   # as in VAR.draw
     plain_LV = cond_LV.softmax(dim=1)

@@ -326,7 +326,7 @@ def load_decoded(out: Path, made_of: str) -> Folder | None:
     try:
         content = load_checkpoint(out / DECODED, "decoded folder")
         sets = [np.load(out / f"{name}.npy", mmap_mode="r") for name in ("train", "held_out")]
-    except (UserError, OSError, ValueError):
+    except (UserError, OSError, EOFError, ValueError):
         return None
     if content["made_of"] != made_of:
         return None

@@ -245,7 +245,8 @@ def training_options(arguments: list[str] | None = None) -> Namespace:
         raise UserError("--data: a name is missing")
     if options.tokenizer and options.stage == "tokenizer":
         raise UserError("--stage tokenizer trains a tokenizer; --tokenizer names a finished one")
-    if options.perceptual and (options.tokenizer or not preset.perceptual_weight):
+    no_tokenizer = options.tokenizer or options.stage == "var"   # is trained
+    if options.perceptual and (no_tokenizer or not preset.perceptual_weight):
         raise UserError("--perceptual changes nothing without --perceptual-weight, or where no "
                         "tokenizer is trained")
     options.stages = ["tokenizer", "var"] if options.stage == "all" else [options.stage]
@@ -287,6 +288,9 @@ def check_sizes(preset: Preset, stages: list[str], micro_batches: int) -> None:
     if side != preset.image_size:
         raise UserError(f"--image-size {preset.image_size} does not fit: scales up to "
                         f"{preset.scales[-1]} at downsampling {downsampling} are images of {side}")
+    if "tokenizer" in stages and preset.adversarial_weight and preset.image_size < 8:
+        raise UserError("--adversarial-weight is for images of side 8 and more: the discriminator "
+                        "halves them three times")
     for name in stages:
         batch = getattr(preset, f"{name}_batch")
         if batch % micro_batches:

@@ -69,12 +69,14 @@ class WatchedLog(Log):
         self.spent += self.cost
 
     def draw(self, rows: list[Row], step: int, note: str = "") -> None:
-        """Write the stage's picture, of these rows, and the curves; of no rows, nothing."""
+        """Write the stage's picture, of these rows, and the curves, if anything is logged; of no
+        rows, nothing."""
         if not rows:
             return
         picture = grid(rows, note=note)
         save_picture(self.out / PICTURES[self.stage], picture)
-        save_picture(self.out / "curves.png", draw_curves(read_log(self.path), self.scales))
+        if lines := read_log(self.path):
+            save_picture(self.out / "curves.png", draw_curves(lines, self.scales))
         if self.writer is not None:
             self.writer.add_image("picture", np.asarray(picture), step, dataformats="HWC")
             self.writer.flush()

@@ -138,6 +138,12 @@ def test_pictures_take_their_share_of_the_time_and_no_more(tmp_path, monkeypatch
     assert len(drawn) == count + 1   # of a stopped training there is one in any case
 
 
+def test_of_nothing_logged_there_are_no_curves(tmp_path):
+    """As where the gradient of the first step overflows in fp16, and a signal comes in it."""
+    watched_log(tmp_path).show(lambda few: ROWS, 1, stopped=True)
+    assert (tmp_path / "samples.png").exists() and not (tmp_path / "curves.png").exists()
+
+
 def test_a_full_disk_does_not_end_a_training_for_its_pictures(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -598,10 +604,12 @@ def test_mistakes_in_training(folder, tmp_path):
     ("--batch-size 9", "--tokenizer-batch, --var-batch"), ("--sede 9", "there is --seed"),
     ("--scales 1 2 4 8", "a list is written with commas, as 1,2,4"),
     ("--scales '1 2 4 8'", "--scales: write 1,2,4,8, with commas"),
-    ("--data ''", "--data: a name is missing"), ("--out ''", "--out: a name is missing"),
+    ("''", "unrecognized arguments"), ("--data ''", "--data: a name is missing"), ("--out ''", "--out: a name is missing"),
     ("--stage tokenizer --tokenizer t.pt", "--tokenizer names a finished one"),
     ("--perceptual vgg.pth", "--perceptual changes nothing without --perceptual-weight"),
     ("--perceptual vgg.pth --preset pixels64 --tokenizer t.pt", "where no tokenizer is trained"),
+    ("--perceptual vgg.pth --preset pixels64 --stage var", "where no tokenizer is trained"),
+    ("--image-size 4 --scales 1,2 --multipliers 1,2 --adversarial-weight 1", "of side 8 and more"),
     ("--multipliers 1,2,", "--multipliers: '' must be a whole number"),
     ("--seed " + 5000 * "9", "must be a whole number, from 0")])
 def test_flags_that_are_not_there_or_contradict_each_other(flags, told):

@@ -6,7 +6,7 @@ import copy
 import errno
 import shutil
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ from PIL import Image, ImageFont
 from program import ran, refused, tokenizer_stage
 
 import sample
+import train
 from sample import Known, Run, load_images, load_run
 from support import evaluation, holes
 from support.checkpoint import save_checkpoint
@@ -368,12 +369,18 @@ def test_what_is_read_is_not_written_over(judged, tmp_path):
     Image.new("RGB", (16, 16), "red").save(path)
     before = path.read_bytes()
     for flags in (["reconstruct", path, "--out", path], ["reconstruct", tmp_path, "--out", path],
+                  ["reconstruct", tmp_path.parent, "--out", path],
                   ["inpaint", "data:1", "--mask", path, "--out", path]):
         assert "a.png would be written over, and is read" in refused(
             "sample.py", *flags, "--run", judged)
     assert path.read_bytes() == before
     ran("sample.py", "reconstruct", tmp_path, "--out", tmp_path / "b.png", "--run", judged)
     assert path.read_bytes() == before and (tmp_path / "b.png").exists()
+    # Pictures of a published model lie beside it.
+    parse(asdict(sample.DEFAULTS), ["inpaint", "out/shapes/inpaint.png", "--published", "d16"])
+    with pytest.raises(sample.UserError, match="would be written over"):
+        parse(asdict(sample.DEFAULTS),
+              ["inpaint", "data/published/inpaint.png", "--published", "d16"])
 
 
 def test_held_out_images_of_another_size_are_refused(judged, tmp_path):
@@ -797,7 +804,9 @@ def test_white_is_what_it_was_in_training(judged, tmp_path):
     stage = tokenizer_stage(tmp_path)
     stage.data.white = 4095
     stage.save(finished=True)
-    assert torch.load(stage.path, weights_only=True)["white"] == 4095
+    train.keep_copy(stage.ema, stage.path, tmp_path / "copy.pt", stage.data)
+    for saved in (stage.path, tmp_path / "copy.pt"):
+        assert torch.load(saved, weights_only=True)["white"] == 4095
 
 
 def test_every_command_has_a_help_of_its_own():
