@@ -199,7 +199,7 @@ def check_outputs(options: argparse.Namespace) -> None:
     if options.command in TOKENIZER_ALONE and options.tokenizer and not options.var:
         folder = options.tokenizer.parent
     own = folder / ("explorer.html" if options.command == "explore" else f"{options.command}.png")
-    if "out" in options and not options.out and not options.published and folder.is_dir():
+    if "out" in options and not options.out and folder.is_dir():
         try:
             output(str(own))
         except argparse.ArgumentTypeError as error:

@@ -65,7 +65,7 @@ def choose_machine(device: str, precision: str = "auto", compile: bool = False) 
     fast = [name for name in HALF if has_fast(name, chosen)]
     if precision == "auto":   # small models are no faster in half precision on a CPU
         precision = fast[0] if fast and chosen.type != "cpu" else "fp32"
-    elif precision not in ("fp32", *fast) and chosen.type in ("cuda", "cpu"):
+    elif precision not in ("fp32", *fast) and chosen.type in ("cuda", "cpu"):   # others: unknown
         print(f"note: this device has no instructions for {precision} and emulates them; "
               f"--precision fp32 is faster here")
     if chosen.type == "cpu" and torch.get_num_threads() == 1 < own_cores():

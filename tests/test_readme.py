@@ -147,7 +147,7 @@ def test_what_a_preset_needs(monkeypatch, capsys):
         monkeypatch.setattr(needs, count, functools.cache(getattr(needs, count)))
     plain_preset = replace(
         PRESETS["tiny"], image_size=16, multipliers=(1, 2), scales=(1, 8), depth=2,
-        smaller_weight=0.0, perceptual_weight=0.0)
+        smaller_weight=0.0)
     both = replace(plain_preset, perceptual_weight=0.1, adversarial_weight=0.1)
     plain, whole = (needs.of_tokenizer(preset, 1000) for preset in (plain_preset, both))
     model = Tokenizer(TokenizerConfig(**plain_preset.tokenizer_shape(3)))
