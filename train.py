@@ -30,6 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -170,8 +171,7 @@ class Stage:
         self.loss_scale = LossScale(settings.machine)
         self.made_with = {**made_with, "seed": settings.seed, "data set": data.digest}
         self.path = settings.out / f"{self.name}.pt"
-        self.step = 0
-        self.saved_step = 0
+        self.step = self.saved_step = 0
         self.speed = Speed(settings.machine, batch, self.ema, self.example())
         wrap_layers(model, settings)   # the EMA model, which takes batches of any size, stays
         self.ddp = model

@@ -79,8 +79,10 @@ def open_run(folder: Path, machine: Machine, resume: bool) -> Trained:
     content = load_checkpoint(folder / "var.pt", "transformer")
     if run.note:
         raise UserError(f"{folder / 'var.pt'} is not trained to its end")
-    for name, has in (("class", run.classes), ("scale", run.model.config.scales)):
-        if len(has) == 1:
+    config = run.model.config
+    counts = {"class": len(run.classes), "scale": len(config.scales), "code": config.vocabulary}
+    for name, count in counts.items():
+        if count == 1:
             raise UserError(f"{folder} has one {name}, and the pages compare several")
     preset = Preset(**content["preset"])
     settings = Settings(preset, machine, folder, content["made_with"]["seed"], resume)

@@ -1,10 +1,10 @@
 """Before a test imports Triton: without a GPU its kernels run in Triton's interpreter, on NumPy."""
 import copy
-import gc
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,15 +29,12 @@ settings.register_profile("fresh", max_examples=1000, deadline=None)
 settings.load_profile("same")
 
 
-def pytest_collection_finish():
-    """Else each training looks through all modules once more, between its stages."""
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """Drawing them takes a third of a tiny run's time: only the runs that tests share have them."""
+def no_curves_and_no_collection(monkeypatch):
+    """Drawing curves takes a third of a tiny run's time: only the runs that tests share have them.
+    And between its stages a run looks for garbage among all that the tests have loaded by then."""
     monkeypatch.setattr("support.watching.draw_curves", lambda *_: Image.new("L", (1, 1)))
+    monkeypatch.setattr("train.gc", SimpleNamespace(collect=lambda: 0))
 
 
 @pytest.fixture(name="run")

@@ -76,8 +76,15 @@ def test_a_training_that_is_stopped_is_drawn(folder, tmp_path):
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
-    """A process of its own, killed from outside."""
-    flags = ["--data", folder, "--out", tmp_path, *TINY, "--checkpoint-every", 3, "--resume"]
+    """At steps before and after a checkpoint, in the tokenizer's training and the other; and once
+    from outside, a process of its own."""
+    flags = ["--data", folder, "--out", tmp_path, *TINY, "--checkpoint-every", 4, "--resume"]
+
+    def killed_at(steps: int, step: int) -> None:
+        with at_step(steps, step, kill), pytest.raises(Killed):
+            run("train.py", *flags)
+
+    killed_at(24, 3)
     command = [sys.executable, ROOT / "train.py", *flags]
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL,
                           stdout=subprocess.DEVNULL) as process:
@@ -88,16 +95,9 @@ def test_killed_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
         process.kill()
     assert process.returncode == -signal.SIGKILL
     sample.load_tokenizer(tmp_path / "tokenizer.pt")
-    ran("train.py", *flags)
-    assert same_run(tmp_path, finished)
-
-
-def test_stopped_at_any_step_and_resumed_equals_uninterrupted(folder, finished, tmp_path):
-    """Whether a checkpoint is there by then or not, in the tokenizer's training or the other."""
-    flags = ["--data", folder, "--out", tmp_path, *TINY, "--checkpoint-every", 4, "--resume"]
-    for steps, step in ((24, 3), (24, 23), (16, 2), (16, 10)):
-        with at_step(steps, step, kill), pytest.raises(Killed):
-            run("train.py", *flags)
+    killed_at(24, 23)
+    killed_at(16, 2)
+    killed_at(16, 10)
     ran("train.py", *flags)
     assert same_run(tmp_path, finished)
 

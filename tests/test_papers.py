@@ -8,8 +8,10 @@ import torch
 
 from papers import Claim, open_runs, parser_of, say_figures
 from papers.tuning import Tuning, kept_tokens
+from sample import load_run
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.cli import UserError
+from support.devices import choose_machine
 
 
 @pytest.fixture
@@ -74,6 +76,15 @@ def test_a_run_that_cannot_be_judged_by(copies, change, message):
     changed(copies[0], change)
     with pytest.raises(UserError, match=message):
         opened(copies[0])
+
+
+@pytest.mark.parametrize("name, values", [("scale", {"scales": (1,)}), ("code", {"vocabulary": 1})])
+def test_a_run_without_anything_to_compare(judged, monkeypatch, name, values):
+    run = load_run(judged, choose_machine("cpu"))
+    run.model.config = replace(run.model.config, **values)
+    monkeypatch.setattr("papers.load_run", lambda *_: run)
+    with pytest.raises(UserError, match=f"has one {name}, and the pages compare several"):
+        opened(judged)
 
 
 @pytest.mark.parametrize("count", [41, 200])
