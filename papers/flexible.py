@@ -28,7 +28,8 @@ def resized(x_BCSS: Tensor, s: int) -> Tensor:
 
 def of(run: Trained, scales: tuple[int, ...]) -> Trained:
     """The run with the same weights, for other scales."""
-    tokenizer = copy.deepcopy(run.tokenizer)
+    shared = run.tokenizer.encoder, run.tokenizer.decoder
+    tokenizer = copy.deepcopy(run.tokenizer, {id(part): part for part in shared})
     tokenizer.config = replace(tokenizer.config, scales=scales)
     tokenizer.quantizer.scales = scales
     model = copy.copy(run.model)
@@ -98,8 +99,7 @@ class FlexTokenizer(Tokenizer):
         if quantize:
             maps, codebook_loss = self.quantizer(f_BCSS)
         result = self.render(maps[-1])
-        k = torch.randint(len(maps) - 1, ()).item()
-        small = self.render(maps[k])
+        small = self.render(maps[torch.randint(len(maps) - 1, ())])
         target = resized(images, small.shape[-1])
         return result, {
             "mse": F.mse_loss(result, images),

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -67,7 +68,8 @@ def of_tokenizer(preset: Preset, classes: int) -> Needs:
     kept = []
     for batch in (1, 2):
         keep = Keep()
-        with mode, unfollowed, FlopCounterMode(display=False) as counter:
+        plain = sdpa_kernel(SDPBackend.MATH)   # the fused one is not counted
+        with mode, unfollowed, plain, FlopCounterMode(display=False) as counter:
             with IN_BF16.autocast(), saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss, _ = stage.loss(stage.model, images[:batch].clone(), labels_B[:batch].clone())
             loss.backward()

@@ -304,7 +304,18 @@ def test_identity_is_names_sizes_and_content(tmp_path):
     assert load(copy, tmp_path / "out").digest != data.digest
     assert load(root, tmp_path / "grey", channels=1).digest != data.digest
     (root / "b" / "001.png").rename(root / "b" / "0015.png")
+    streamed = load(copy, stream=True).digest
+    (copy / "b" / "001.png").rename(copy / "b" / "0015.png")   # what is streamed is known by its name
+    assert load(copy, stream=True).digest != streamed
     assert load(root, tmp_path / "out").digest != data.digest
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_held_out_is_part_of_the_identity(tmp_path, stream):
+    root = draw_folder(tmp_path / "data", {"a": 4, "b": 3})
+    before = load(root, tmp_path / "out", stream=stream).digest
+    shutil.copyfile(root / "a" / "003.png", root / "a" / "000.png")   # the first one is held out
+    assert load(root, tmp_path / "out", stream=stream).digest != before
 
 
 def test_what_cannot_be_read_is_named_and_left_out(tmp_path, capsys):
@@ -667,6 +678,12 @@ def test_sixteen_bits_that_are_not_all_used(tmp_path, capsys):
     real = Image.fromarray(np.full((8, 8), 0.5, np.float32))
     real.save(tmp_path / "real.tif")
     assert read_image(tmp_path / "real.tif", 8, 1, white=1).max() == 128
+    values = np.full((8, 8), 0.5, np.float32)
+    values[2, 3] = np.nan   # where nothing was measured
+    Image.fromarray(values).save(tmp_path / "real.tif")
+    with np.errstate(invalid="raise"):   # it would be a warning, and any byte
+        pixels = read_image(tmp_path / "real.tif", 8, 1, white=1)[0]
+    assert pixels[2, 3] == 0 and sorted(pixels.ravel())[1:] == [128] * 63
 
 
 def test_images_are_laid_on_white(tmp_path):

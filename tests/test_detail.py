@@ -305,6 +305,13 @@ def test_a_discriminator_s_gradient_that_is_no_number_is_never_saved(tmp_path):
     assert saved["step"] == 7 and all(x.isfinite().all() for x in saved["helpers"].values())
 
 
+def test_the_discriminator_has_a_short_memory(tmp_path):
+    (optimizer,) = detailed_stage(tmp_path).helpers.optimizers()
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1.5e-3, (0.5, 0.9), 0.0)
+    assert not detailed_stage(tmp_path, values=dict(adversarial_weight=0.0)).helpers.optimizers()
+
+
 class Killed(BaseException):
     pass
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from program import ran, refused
+from torch.utils.data import TensorDataset
 
 from sample import Run, Sampling, load_run
 from support.checkpoint import load_checkpoint
 from support.cli import UserError
+from support.data import classifier_images, data_of
 from support.devices import choose_machine
 from support.evaluation import (
     Evaluation,
@@ -135,7 +137,7 @@ def test_fine_detail_is_what_changes_faster_than_every_four_pixels():
 # The classifier and the judge
 
 
-@pytest.mark.parametrize("side, channels", [(8, 3), (20, 1), (70, 3)])
+@pytest.mark.parametrize("side, channels", [(8, 3), (20, 1), (32, 3), (33, 3), (70, 3)])
 def test_the_classifier_takes_images_of_any_side(side, channels, monkeypatch):
     """Dark ones and light ones, told apart after a few steps."""
     monkeypatch.setattr("support.evaluation.CLASSIFIER_STEPS", 12)
@@ -151,7 +153,39 @@ def test_the_classifier_takes_images_of_any_side(side, channels, monkeypatch):
     small = averaged_down(to_float(images))
     assert small.shape[-1] == min(side, 64)
     assert np.allclose(features_and_classes(classifier, small)[0], features_ND, atol=1e-5)
-    assert [x.shape[-1] for x in classifier.maps(small[:1])][0] == (32 if side > 32 else side)
+    first = classifier.maps(small[:1])[0]
+    assert first.shape[-1] == {8: 8, 20: 20, 32: 32, 33: 17, 70: 32}[side]   # over 32 halved
+
+
+def test_the_classifier_s_rate_rises_and_falls(monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def noted(optimizer, *arguments):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    monkeypatch.setattr("support.evaluation.CLASSIFIER_STEPS", 20)
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    shape = {"channels": 1, "side": 8, "classes": 2}
+    train_classifier(images, torch.arange(4) % 2, shape, 0, torch.device("cpu"))
+    assert max(rates) == pytest.approx(5e-3) and rates[0] < 5e-4 and rates[-1] < 1e-4
+    assert rates.index(max(rates)) == 5   # of 20
+
+
+def test_the_classifier_sees_large_images_averaged_down(monkeypatch):
+    """Of a folder that lies in the order of its classes it sees them all."""
+    fine = torch.randint(0, 256, (12, 1, 128, 128), generator=torch.Generator().manual_seed(0)).byte()
+    means = fine.double().unflatten(3, (64, 2)).unflatten(2, (64, 2)).mean(dim=(3, 5))
+    assert torch.allclose(averaged_down(fine.float()).double(), means)
+    labels = torch.arange(12) // 3
+    data = data_of(TensorDataset(fine, labels), TensorDataset(fine, labels), "abcd")
+    monkeypatch.setattr("support.data.CLASSIFIER_IMAGES", 6)
+    images, own_labels = classifier_images(data, 0)
+    assert images.dtype == torch.uint8 and len(images) == 6 and len(own_labels.unique()) >= 3
+    rows = [(means - image).abs().amax(dim=(1, 2, 3)).argmin().item() for image in images]
+    assert torch.equal(labels[rows], own_labels) and torch.equal(means[rows].round().byte(), images)
 
 
 class Looks:
@@ -226,6 +260,21 @@ def test_what_is_judged(opened, evaluated):
         (place,) = (held_out.flatten(1) == pixels[row]).all(dim=1).nonzero()[0]
         assert held_out_labels[place] == own_labels[row]
     assert len(pixels.unique(dim=0)) == COUNT
+
+
+    first = to_float(held_out[:COUNT]).flatten(1)   # not these: they are drawn at random
+    assert len(torch.cat([first, originals.flatten(1)]).unique(dim=0)) > COUNT
+
+
+def test_every_batch_is_drawn_from_noise_of_its_own(opened, monkeypatch):
+    """And with the run's own growth of guidance."""
+    asked = []
+    draw = opened.model.generate
+    monkeypatch.setattr(opened.model, "generate", lambda *how: asked.append(how[-1]) or draw(*how))
+    sampling = Sampling(cfg=0.0, top_k=0, top_p=1.0, growth=3.0, batch=2)
+    tokens = replace(opened, sampling=sampling).generate([0] * 4, 0)
+    assert not torch.equal(tokens[:2], tokens[2:])
+    assert asked == [3.0, 3.0]
 
 
 def test_the_figures_are_those_of_the_images(opened, evaluated):

@@ -112,6 +112,15 @@ def test_images_are_those_of_the_classes_generated_and_held_out(run, page, facts
         assert torch.equal(facts[i + 1].tokens_1L, run.tokenizer.encode(to_float(pixels[None])))
 
 
+def test_the_first_classes_have_held_out_images_too():
+    labels_N = torch.tensor([5, 2, 0, 1, 1, 3, 4])
+    run = SimpleNamespace(classes=[*"abcdef"], held_out=SimpleNamespace(tensors=(None, labels_N)))
+    assert explorer.chosen(run, range(6)) == [
+        ("a", 0, None), ("a, held-out", 0, 2), ("b", 1, None), ("b, held-out", 1, 3),
+        ("c", 2, None), ("c, held-out", 2, 1), ("d", 3, None), ("d, held-out", 3, 5),
+        ("e", 4, None), ("f", 5, None)]
+
+
 def test_probabilities_are_the_model_s(run, page, facts):
     for image, fact in zip(page["images"], facts):
         own_L = run.log_likelihood(fact.tokens_1L, [fact.label]).item()
@@ -168,6 +177,15 @@ def test_pictures_are_the_model_s_bit_for_bit(run, page, facts):
             assert np.abs(found[i] - (128 + change / 2)).max() <= 0.5
 
 
+def test_where_tokens_are_many_the_images_without_one_are_smaller(run, page, facts, monkeypatch):
+    """Halved as often as it takes."""
+    monkeypatch.setattr(explorer, "MOST_PIXELS", LENGTH * 4 * 4)
+    image, frame = page["images"][0], facts[0].frames[-1]
+    found = tiles(explorer.replaced(run, facts[0].tokens_1L, image["instead"], frame), LENGTH + 1)
+    assert found.shape[1:] == (4, 4, 3)
+    assert np.abs(found[LENGTH] - frame.reshape(4, 4, 4, 4, 3).mean(axis=(1, 3))).max() <= 0.5
+
+
 def test_settings_are_compared_with_the_same_noise(run, page, facts):
     assert page["ways"] == [
         "no guidance", "guidance 1", "guidance 1, top-p 1 to 0.1, as above", "the same, guidance 8",
@@ -185,7 +203,7 @@ def test_settings_are_compared_with_the_same_noise(run, page, facts):
         "guidance 1, top-k 5", "guidance 1, top-k 5, top-p 1 to 0.1, as above"]
 
 
-def test_attention_is_the_model_s(run, page, facts):
+def test_attention_is_the_model_s(run, page, facts, monkeypatch):
     """Of each head, by the softmax over its own range of keys; and of their mean."""
     assert (page["layers"], page["heads"]) == ([1], 2)
     image, fact = page["images"][0], facts[0]
@@ -203,6 +221,12 @@ def test_attention_is_the_model_s(run, page, facts):
         mean_L = attention_weights(
             run.model, torch.tensor([fact.label]), fact.inputs, [0], slice(i, i + 1))[0].mean(dim=(0, 1))
         np.testing.assert_allclose(maps_HLL[:, i].mean(0), mean_L, atol=0.01)
+    monkeypatch.setattr(explorer, "MOST_WEIGHTS", LENGTH**2)   # room for a single map
+    mean, nothing = tiles(explorer.attention(run, torch.tensor([fact.label]), fact.inputs), 2)[..., 0]
+    weights_LL = attention_weights(run.model, torch.tensor([fact.label]), fact.inputs, [0])[0].numpy().mean(axis=0)
+    root_LL = np.sqrt(weights_LL / weights_LL.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(mean, explorer.LEVELS * root_LL, atol=0.51)
+    assert not nothing.any()   # the rest of the row of tiles
 
 
 def test_beginnings_are_kept_and_the_rest_is_drawn(run, facts, page, monkeypatch):
@@ -255,6 +279,9 @@ def test_large_tiles_are_made_smaller_and_grey_ones_stay_grey():
     assert np.array_equal(tiles(explorer.as_picture(grey), 3), grey.repeat(3, axis=-1))
     small = tiles(explorer.as_picture(grey, 3), 3)[..., 0]
     assert np.abs(small - grey.reshape(3, 3, 2, 3, 2).mean(axis=(2, 4))).max() <= 0.5
+    for side, channels in ((64, 3), (100, 1)):   # kept bit for bit: maps, which are grey, of any size
+        noise = np.random.default_rng(0).integers(0, 256, (2, side, side, channels), dtype=np.uint8)
+        assert np.array_equal(tiles(explorer.as_picture(noise), 2), np.broadcast_to(noise, (2, side, side, 3)))
 
 
 # In a browser

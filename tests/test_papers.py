@@ -106,19 +106,22 @@ def test_verdicts_take_two_standard_deviations(figure, verdict):
 
 
 def test_differences_are_taken_in_each_run(capsys):
-    by_run = [{"a": [1.0, 5.0], "b": [2.0, 4.9]}, {"a": [3.0, 5.0], "b": [4.1, 5.1]},
-              {"a": [9.0, 5.0], "b": [9.9, 5.2]}]
+    by_run = [{"a": [1.0, 5.0], "b": [2.0, 4.9], "c": [1.5, 5.0]},
+              {"a": [3.0, 5.0], "b": [4.1, 5.1], "c": [4.5, 5.0]},
+              {"a": [9.0, 5.0], "b": [9.9, 5.2], "c": [11.5, 5.0]}]
     figures = say_figures(("", "x", "y"), by_run, 2, base="a")
     assert figures["b"].tolist() == [[2.0, 4.1, 9.9], [4.9, 5.1, 5.2]]
-    *_, line = capsys.readouterr().out.splitlines()
+    *_, line, other = capsys.readouterr().out.splitlines()
     assert line.split("  ")[0] == "b: difference"
     assert "1.00 ± 0.10 *" in line and line.rstrip().endswith("0.07 ± 0.15")
+    assert "1.50 ± 1.00" in other and "*" not in other   # one and a half standard deviations
     say_figures(("", "x", "y"), by_run[:2], 2, base="a")
     assert "*" not in capsys.readouterr().out   # of two runs nothing is an effect
 
 
 def test_what_was_tuned_goes_on_only_from_the_same_weights(copies, capsys):
     (run,) = opened(copies[0])
+    run.settings = replace(run.settings, preset=replace(run.settings.preset, var_batch=6))
 
     def tuning(lr=0.003, resume=True):
         settings = replace(run.settings, resume=resume)
@@ -127,6 +130,7 @@ def test_what_was_tuned_goes_on_only_from_the_same_weights(copies, capsys):
     first = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     stage = tuning(resume=False)
     assert stage.settings.preset == replace(run.settings.preset, var_steps=2, var_lr=0.003)
+    assert stage.batch == 6   # the transformer's; the tokenizer's is another
     tuned = stage.run().state_dict()
     run.model.load_state_dict(first)   # it was changed
     again = tuning()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from program import (
 
 from papers import FILTERED, UNFILTERED, clusters, hmar
 from papers.clustered import ClusteredVAR, ClusterLoss, TwoPasses, k_means, of_clusters
+from sample import Run
 from support.checkpoint import load_checkpoint
 from support.evaluation import Judge, evaluated_images, kept_classifier
 from var import VAR
@@ -228,7 +230,14 @@ def test_tokens_are_replaced_within_their_clusters():
 # The page
 
 
-def test_the_page_on_clusters(folder):
+def test_the_page_on_clusters(folder, monkeypatch):
+    seen = []
+    decode = Run.decode
+    monkeypatch.setattr(Run, "decode", lambda run, tokens: seen.append(tokens) or
+                        decode(run, tokens))
+    # Whatever is replaced, more is recognised than before: by the classifier all may be alike.
+    monkeypatch.setattr(clusters, "Judge", lambda *_: lambda images, labels: SimpleNamespace(
+        recognised=0.1 * len(seen)))
     flags = ("--run", folder, *SHORT, "--steps", 2, "--lr", 0.02, "--clusters", 4)
     said = ran("papers.clusters", *flags)
     drawn = rows_of(said, 7)
@@ -257,11 +266,17 @@ def test_the_page_on_clusters(folder):
     lot = load_checkpoint(folder / "papers" / "clusters-lot" / "var.pt", "transformer")["model"]
     assert torch.equal(lot["cluster_V"].bincount(), of_V.bincount())
     assert not torch.equal(lot["cluster_V"], of_V)
+    of_all, of_last = seen[:2]
+    assert torch.equal(of_V[of_all], of_V[tokens]) and not torch.equal(of_all[:, :5], tokens[:, :5])
+    assert torch.equal(of_last, torch.cat([tokens[:, :5], of_all[:, 5:]], dim=1))
+    shares = rows_of(said, 2)
+    assert shares["clusters"] == [10, 20] and shares["lot"] == [30, 40]
     figures = [100 * (1 - nats["clusters"][0] / nats["plain"][0]),
                nats["lot"][0] - nats["clusters"][0],
                nats["checkerboard"][0] - nats["clusters"][0],
-               drawn["clusters"][1] - drawn["plain"][1], drawn["iar"][1] - drawn["plain"][1]]
-    for claim, figure in zip(clusters.CLAIMS, figures):
+               drawn["clusters"][1] - drawn["plain"][1], drawn["iar"][1] - drawn["plain"][1],
+               shares["clusters"][0]]
+    for claim, figure in zip(clusters.CLAIMS, figures, strict=True):
         measured = said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":")
         assert float(measured) == pytest.approx(figure, abs=0.02)
     rival = rows_of(ran("papers.hmar", "--run", folder, *SHORT, "--steps", 2, "--lr", 0.02,

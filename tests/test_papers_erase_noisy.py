@@ -114,7 +114,7 @@ def test_what_is_learned_is_the_class_alone(run, flips, monkeypatch):
     loss = Tuning.loss
 
     def watched(stage, model, tokens, labels):
-        seen.append((tokens, labels, stage.rows.tensors[0]))
+        seen.append((tokens, labels, stage.rows.tensors[0], stage.settings.preset))
         return loss(stage, model, tokens, labels)
 
     monkeypatch.setattr(Tuning, "loss", watched)
@@ -126,7 +126,8 @@ def test_what_is_learned_is_the_class_alone(run, flips, monkeypatch):
     kept = load_checkpoint(run.folder / "train_images.pt", "set of training images")
     images = to_float(kept["images"][kept["labels"] == 3])
     own = run.encode(images.flip(2) if flips else images)[1]
-    for tokens, labels, rows in seen:
+    for tokens, labels, rows, preset in seen:
+        assert (preset.warmup, preset.ema) == (0, 0)   # nothing is held back
         assert (labels == 3).all() and len(labels) == run.settings.preset.var_batch
         assert torch.equal(rows, own)
         assert all((own == token).all(dim=1).any() for token in tokens)
@@ -197,6 +198,21 @@ def test_the_page_on_erasing(judged, monkeypatch):
         rows["erased, again"][2] - rows["row, again"][2], abs=0.11)
     assert "there is no class moon" in refused(
         "papers.erase", "--run", judged, *SHORT, "--erased", "moon")
+
+
+def test_what_is_claimed_of_erasing(judged, monkeypatch):
+    rows = iter([[1, 2, 80, 90, 60, 50], [2, 2, 10, 11, 12, 50], [9, 3, 4, 5, 30, 20],   # erased
+                 [3, 2, 70, 71, 72, 73], [4, 3, 60, 61, 62, 63], [5, 2, 40, 41, 42, 43]])
+    others = {"plain": np.array([[30.0, 60, 0, 0, 0, 0, 0]]),
+              "erased": np.array([[31.0, 57, 0, 0, 0, 0, 0]])}
+    monkeypatch.setattr(Tuning, "run", lambda stage: stage.model)
+    monkeypatch.setattr(erase, "learned", lambda run, model, *_, **__: model)
+    monkeypatch.setattr(erase, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(erase, "say_evaluations", lambda _: others)
+    monkeypatch.setattr(erase, "found_of", lambda *_, **__: next(rows))
+    said = ran("papers.erase", "--run", judged, *SHORT)
+    for claim, figure in zip(erase.CLAIMS, (4, -3, 0.4, 0.75, -10), strict=True):
+        assert f"claim: {claim.text}\n    measured {figure:.4f}: " in said
 
 
 # ------------------------------------------------------------------------------------------------

@@ -76,9 +76,16 @@ def test_blur_is_a_gaussian(sigma):
     assert spot[15, 17] / spot[15, 16] == pytest.approx(np.exp(-1 / (2 * sigma**2)), rel=1e-4)
 
 
-def test_blur_leaves_what_is_even_to_the_border():
+def test_blur_mirrors_at_the_border():
     images = torch.full((1, 3, 16, 16), 0.25)
     assert torch.allclose(small_images.blurred(images, 2.1), images, atol=1e-6)
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    wide = images
+    for axis in (2, 3):   # what is at the border is there once
+        mirrored = wide.flip(axis)
+        wide = torch.cat([mirrored.narrow(axis, 0, 15), wide, mirrored.narrow(axis, 1, 15)], axis)
+    blurred = small_images.blurred(wide, 2.1)[..., 15:31, 15:31]
+    assert torch.allclose(small_images.blurred(images, 2.1), blurred, atol=1e-6)
 
 
 def test_links_of_the_chain(real):

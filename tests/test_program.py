@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 import weakref
+from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 from program import ROOT, TINY, ran, refused, run, run_as_two, same_run, tokenizer_stage
 from torch import nn
+from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 import kernels
@@ -30,10 +32,10 @@ import train
 from support import watching
 from support.checkpoint import blaming, read_log
 from support.cli import UserError, run_program
-from support.data import fit_side
+from support.data import SHAPES, data_of, draw_shapes, fit_side, load_data, shuffled
 from support.devices import (
-    Machine, Speed, check_memory, choose_machine, forward_flops, has_fast, own_cores, peak_flops,
-    progress_bar,
+    Machine, Speed, check_memory, choose_machine, forward_flops, fp32_products, has_fast, own_cores,
+    peak_flops, progress_bar,
 )
 from support.evaluation import say_health, tokenizer_health
 from support.images import Row, batches, save_picture, to_float
@@ -509,7 +511,59 @@ def test_nothing_of_stage_one_is_in_memory_in_stage_two(folder, tmp_path, monkey
     assert "so far None is left" in told
 
 
+# What a training sees
+
+
+def test_data_are_known_by_all_of_them():
+    images = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).byte()
+    sets = [TensorDataset(images, torch.zeros(2)) for _ in range(2)]
+    first = data_of(*sets, ["one"]).digest
+    for tensor in (tensor for part in sets for tensor in part.tensors):
+        tensor.view(-1)[-1] += 1
+        assert data_of(*sets, ["one"]).digest != first
+        tensor.view(-1)[-1] -= 1
+    assert data_of(*sets, ["one"]).digest == first
+
+
+def test_every_training_and_what_it_holds_out_has_shapes_of_its_own(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("support.data.draw_shapes", lambda count, side, seed: asked.append(
+        (count, seed)) or draw_shapes(10, 8, seed))
+    for seed in (0, 1, 2):
+        load_data("shapes", 8, None, tmp_path, tmp_path, seed, 0, False)
+    assert asked == [(20_000, 0), (1000, 1), (20_000, 2), (1000, 3), (20_000, 4), (1000, 5)]
+
+
+def test_a_shape_is_lighter_or_darker_than_what_is_behind_it():
+    images, labels = draw_shapes(400, 32, 0).tensors
+    values = images[labels == SHAPES.index("circle")].amax(dim=1).int()
+    lighter = values[:, 16, 16] - values[:, 0, 0]
+    assert lighter.abs().min() > 25 and 10 < (lighter > 0).sum() < 30   # of 40
+
+
+def test_no_pass_is_in_the_order_of_another():
+    """Neither of the same training nor of one with another seed."""
+    passes = [tuple(chain.from_iterable(shuffled(20, 10, seed, 2 * i, 2 * i + 2)))
+              for seed in range(3) for i in range(3)]
+    assert len(set(passes)) == 9
+
+
 # Devices
+
+
+def test_products_in_fp32_are_in_tf32_only_where_autocast_is_on():
+    matmul = torch.backends.cuda.matmul
+    first = matmul.allow_tf32
+    x = torch.ones(2, 2)
+    try:
+        for before, on in product((False, True), repeat=2):
+            matmul.allow_tf32 = before
+            with torch.autocast("cpu", torch.bfloat16, enabled=on), fp32_products("cpu"):
+                assert matmul.allow_tf32 == (before or on)
+                assert (x @ x).dtype == torch.float32
+            assert matmul.allow_tf32 == before
+    finally:
+        matmul.allow_tf32 = first
 
 
 def test_notes_on_what_would_be_faster(monkeypatch, capsys):

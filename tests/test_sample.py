@@ -24,10 +24,13 @@ from support.checkpoint import save_checkpoint
 from support.commands import COMMANDS, GENERATING, HOLES, parse
 from support.data import load_data
 from support.devices import Machine, PackedLinear, choose_machine, pack
-from support.figures import attention_weights, draw_attention, draw_teaching
+from support.figures import (
+    attention_weights, code_colours, draw_attention, draw_codes, draw_teaching,
+)
 from support.holes import known_pixels
 from support.images import (
-    Row, batches, cell_size, grid, label_font, legible, save_film, save_npz, to_bytes, wrapped,
+    Row, at_a_time, batches, cell_size, grid, label_font, legible, save_film, save_npz, to_bytes,
+    wrapped,
 )
 from support.presets import PRESETS
 from var import VAR, VARConfig
@@ -118,6 +121,14 @@ def test_small_images_are_as_many_scales_as_they_have_pixels_for(run, given, sid
     assert sample.from_small(given.images, side, run.tokenizer.config)[1] == scales
 
 
+def test_enlarged_images_are_not_over_white_or_below_black(run):
+    """At edges a bicubic curve goes beyond what it joins."""
+    board = 2 * torch.eye(2).repeat(2, 2) - 1
+    images = board.repeat_interleave(4, dim=0).repeat_interleave(4, dim=1).expand(1, 3, 16, 16)
+    large, _ = sample.from_small(images, 8, run.tokenizer.config)
+    assert large.max() == 1 and large.min() == -1
+
+
 def test_everything_known_is_the_reconstruction(run, given):
     two = sample.Given(given.images[:2], given.names[:2], given.labels[:2])
     everywhere = torch.ones(16, 16)
@@ -159,7 +170,8 @@ def test_the_encoder_does_not_see_the_hole(given):
     torch.testing.assert_close(sample.fill_holes(flat * known_HW, known_HW), flat)
 
 
-def test_the_report_on_a_completion(capsys):
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_report_on_a_completion(capsys, turned):
     images = torch.zeros(2, 3, 4, 4)
     known_HW = torch.ones(4, 4)
     known_HW[:, 2:] = 0
@@ -167,6 +179,8 @@ def test_the_report_on_a_completion(capsys):
     result = images.clone()
     result[:, :, 0, 0] = 0.4    # one pixel of the 8 that are known
     result[:, :, :, 2:] = 1.0
+    if turned:   # the border is then between rows
+        images, result, known_HW = images.mT, result.mT, known_HW.T
     sample.say_completion([result, images], images, known_HW)
     said = capsys.readouterr().out
     assert f"known part {0.2**2 / 8 / 2:.5f}, hole {0.25**2 / 2:.5f};" in said
@@ -189,6 +203,11 @@ def test_what_is_painted_in_a_mask_is_a_hole(tmp_path, mode, ground, paint):
     mask.save(tmp_path / "mask.png")
     known_HW = known_pixels(tmp_path / "mask.png", 8)
     assert known_HW[:4].min() == 1 and known_HW[4:].max() == 0
+    exif = Image.Exif()
+    exif[0x0112] = 6   # to be shown after a turn to the right: what was below is on the left
+    mask.save(tmp_path / "turned.png", exif=exif)
+    known_HW = known_pixels(tmp_path / "turned.png", 8)
+    assert known_HW[:, 4:].min() == 1 and known_HW[:, :4].max() == 0
 
 
 def test_a_mask_is_refused_without_a_hole_or_without_anything_known(judged, tmp_path):
@@ -264,12 +283,48 @@ def test_pictures_that_explain(judged, tmp_path):
     assert (places.min(), places.max()) == (CELL * 3 // 4, CELL - 1)
 
 
+def test_what_is_left_over_is_what_the_coarser_scales_lack(run, given):
+    """The length of each mean of a cell, as shades: of all scales and images alike."""
+    two = sample.Given(given.images[:2], given.names[:2], given.labels[:2])
+    rows = draw_codes(run, two)
+    f_NCSS, tokens_NL = run.encode(two.images)
+    left = []
+    for s, coarser in zip((1, 2, 4), (0, 1, 5)):
+        lacking_NCSS = f_NCSS.numpy()
+        if coarser:
+            lacking_NCSS = lacking_NCSS - run.tokenizer.quantizer.decode(tokens_NL[:, :coarser]).numpy()
+        means_NCss = lacking_NCSS.reshape(2, -1, s, 4 // s, s, 4 // s).mean(axis=(3, 5))
+        left.append(np.sqrt(np.square(means_NCss).sum(axis=1)))
+    largest = max(left_Nss.max() for left_Nss in left)
+    for n in range(2):
+        for shown, left_Nss in zip(rows[3 * n].images, left, strict=True):
+            np.testing.assert_allclose(shown[..., 0], 255 * left_Nss[n] / largest, atol=1.01)
+    assert not torch.equal(rows[0].images[2], rows[3].images[2])
+
+
+def test_colours_are_of_the_three_directions_in_which_codes_vary_most():
+    """Which are the first three channels here; mid grey is the mean, and two deviations are the end."""
+    values_VC = np.random.default_rng(0).normal(size=(64, 4))
+    q_VC, _ = np.linalg.qr(values_VC - values_VC.mean(axis=0))   # the channels do not correlate
+    unit_VC = q_VC * np.sqrt(63)   # and have a variance of 1
+    codebook_VC = unit_VC * np.sqrt([9, 4, 1, 0.01]) + 5
+    colours_V3 = code_colours(torch.tensor(codebook_VC, dtype=torch.float32)).numpy()
+    contrast_V3 = 127.5 * (unit_VC[:, :3] / 2).clip(-1, 1)
+    np.testing.assert_allclose(np.abs(colours_V3 - 127.5), np.abs(contrast_V3), atol=1.01)   # of either sign
+
+
 def test_the_shares_of_all_scales_stand_above_a_row(run, given):
+    """And brightness is the root of a weight, in shares of the largest."""
     (row,) = draw_attention(run, given.images, 3, (0, 3))
     where, *shares = row.captions
     assert where == "cell 0 3" and [share.split(":")[0] for share in shares] == ["1x1", "2x2", "4x4"]
     whole = sum(float(share.split()[1].strip("%")) for share in shares)
     assert whole == pytest.approx(100, abs=2)
+    inputs = run.tokenizer.teacher_inputs(run.encode(given.images[:1])[1])
+    weights_H1L = attention_weights(run.model, torch.tensor([3]), inputs, [0], slice(1 + 4 + 3, 1 + 4 + 4))[0]
+    weights_L = weights_H1L.mean(dim=(0, 1)).numpy()
+    shown_L = np.concatenate([np.ravel(shown) for shown in row.images[1:]])
+    np.testing.assert_allclose(shown_L, 255 * np.sqrt(weights_L / weights_L.max()), atol=1.01)
 
 
 def test_images_forming(judged, tmp_path):
@@ -395,17 +450,29 @@ def test_held_out_images_of_another_size_are_refused(judged, tmp_path):
             "sample.py", *command, "--run", tmp_path)
 
 
-def test_teaching_of_a_single_scale():
-    """Which reads the class alone."""
+def teaching(scales: tuple[int, ...], tokens: list[int], inputs: torch.Tensor) -> list[Row]:
+    """The picture of what is read and predicted, of a run that is made up."""
     tokenizer = SimpleNamespace(
-        teacher_inputs=lambda tokens: torch.zeros(1, 0, 4),
+        teacher_inputs=lambda tokens: inputs,
         quantizer=SimpleNamespace(codebook_VC=torch.randn(8, 4)))
     run = SimpleNamespace(
-        model=SimpleNamespace(config=SimpleNamespace(scales=(1,))), tokenizer=tokenizer,
-        encode=lambda images: (None, torch.tensor([[3]])),
+        model=SimpleNamespace(config=SimpleNamespace(scales=scales)), tokenizer=tokenizer,
+        encode=lambda images: (None, torch.tensor([tokens])),
         machine=choose_machine("cpu"))
-    reads, predicts = draw_teaching(run, SimpleNamespace(images=torch.zeros(1, 3, 4, 4)))
+    return draw_teaching(run, SimpleNamespace(images=torch.zeros(1, 3, 4, 4)))
+
+
+def test_teaching_of_a_single_scale():
+    """Which reads the class alone."""
+    reads, predicts = teaching((1,), [3], torch.zeros(1, 0, 4))
     assert len(reads.images) == len(predicts.images) == 1
+
+
+def test_what_is_read_is_as_bright_as_it_is_long():
+    """And the class as the longest."""
+    vectors = [[6, 0, -8, 0], [0, 0, 0, -5], [0, 0, 0, 0], [1, -1, 1, -1]]   # 10, 5, 0 and 2 long
+    reads, _ = teaching((1, 2), [3, 1, 4, 1, 5], torch.tensor([vectors]).float())
+    assert [shown.flatten().tolist() for shown in reads.images] == [[255], [255, 127, 0, 51]]
 
 
 def test_a_file_is_not_replaced_without_a_word(judged, tmp_path):
@@ -556,6 +623,15 @@ def test_rejection_keeps_the_most_likely(run, monkeypatch):
 
 
 # How images come out
+
+
+def test_images_become_the_nearest_bytes():
+    values = torch.tensor([-1.2, -1, -0.997, -0.995, 0, 0.999, 1.2])   # 0.38, 0.64, 127.5, 254.87
+    assert to_bytes(values.view(1, 1, 1, 7)).ravel().tolist() == [0, 0, 0, 1, 128, 255, 255]
+
+
+def test_a_pass_takes_fewer_large_images_but_one_at_least():
+    assert [at_a_time(side) for side in (32, 256, 724, 1024)] == [512, 8, 1, 1]
 
 
 def test_what_crosses_from_the_device_is_bytes(run, given, monkeypatch):
