@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import pickle
 import random
@@ -218,6 +219,10 @@ def test_a_gradient_that_is_no_number_is_never_saved(tmp_path):
     assert saved["step"] == 2 and all(x.isfinite().all() for x in saved["model"].values())
 
 
+# Of a loss in which nothing overflows at first.
+FP16 = ["--precision", "fp16", "--smaller-weight", 0, "--edge-weight", 1]
+
+
 def overflow(stage: train.TokenizerStage, steps: set[int]) -> None:
     """In the first micro-batch of these steps a gradient is infinite if it is scaled, and the loss
     finite."""
@@ -240,8 +245,8 @@ def weights_of(stage: train.TokenizerStage) -> list[torch.Tensor]:
 
 
 def test_a_step_whose_gradient_overflows_in_fp16_is_left_out(tmp_path):
-    flags = ["--precision", "fp16", "--smaller-weight", 0, "--grad-accumulation", 2,
-             "--adversarial-weight", 0.4, "--adversarial-from", 0, "--discriminator-width", 8, "--checkpoint-every", 1]
+    flags = [*FP16, "--grad-accumulation", 2, "--adversarial-weight", 0.4, "--adversarial-from", 0,
+             "--discriminator-width", 8, "--checkpoint-every", 1]
     stage = tokenizer_stage(tmp_path, *flags, tokenizer_steps=21)
     overflow(stage, {10, 11})   # the first would be logged
     moments, weights, scales = [], [], []
@@ -268,7 +273,7 @@ def test_a_step_whose_gradient_overflows_in_fp16_is_left_out(tmp_path):
 
 
 def test_a_stop_is_obeyed_where_the_tenth_step_is_left_out(tmp_path):
-    stage = tokenizer_stage(tmp_path, "--precision", "fp16", "--smaller-weight", 0)
+    stage = tokenizer_stage(tmp_path, *FP16)
     overflow(stage, {10})
     stop = at_step(24, 10, lambda: signal.raise_signal(signal.SIGTERM))
     with stop, pytest.raises(cli.Stopped, match="stopped after step 11 of 24"):
@@ -279,7 +284,7 @@ def test_a_scaled_loss_trains_as_it_does_unscaled(tmp_path, monkeypatch):
     losses = []
     for enabled in (True, False):
         stage = tokenizer_stage(
-            tmp_path / str(enabled), "--precision", "fp16", "--smaller-weight", 0, tokenizer_steps=11)
+            tmp_path / str(enabled), *FP16, tokenizer_steps=11)
         assert stage.loss_scale.is_enabled()
         stage.loss_scale._enabled = enabled
         stage.run()
@@ -289,7 +294,7 @@ def test_a_scaled_loss_trains_as_it_does_unscaled(tmp_path, monkeypatch):
 
 
 def test_a_training_in_fp16_goes_on_with_its_scale(tmp_path):
-    flags = ["--precision", "fp16", "--smaller-weight", 0, "--checkpoint-every", 5]
+    flags = [*FP16, "--checkpoint-every", 5]
     whole, broken, going_on = (tokenizer_stage(tmp_path / name, *flags, tokenizer_steps=11)
                                for name in ("whole", "broken", "broken"))
     for stage in (whole, broken):
@@ -307,7 +312,7 @@ def test_a_training_in_fp16_goes_on_with_its_scale(tmp_path):
 
 
 def test_what_overflows_however_little_it_is_scaled_is_told(tmp_path):
-    stage = tokenizer_stage(tmp_path, "--precision", "fp16", "--smaller-weight", 0, "--checkpoint-every", 1)
+    stage = tokenizer_stage(tmp_path, *FP16, "--checkpoint-every", 1)
     spoil(stage, stage.model.encoder.conv_in.weight, 2)
     told = "its gradient nan .* of step 18, is .*--tokenizer-lr or --precision fp32"
     with pytest.raises(UserError, match=told):   # 16 steps were left out
@@ -478,7 +483,7 @@ def test_weights_that_are_no_numbers_and_other_classes_are_not_drawn_with(finish
         draw = ("sample.py", "--run", finished, f"--{kind}", other, "--out", tmp_path / "a.png")
         assert f"is a checkpoint of the class Mine and not of {key}" in refused(*draw)
         weight = next(iter(content["model"]))
-        content["model"][weight].view(-1)[0] = float("nan")
+        content["model"][weight][(0,) * content["model"][weight].ndim] = math.nan
         torch.save(content, other)
         assert f"{weight} is not finite" in refused(*draw)
 

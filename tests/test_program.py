@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 import weakref
+from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ import kernels
 import sample
 import train
 from support import watching
-from support.checkpoint import blaming, read_log
+from support.checkpoint import blaming, load_checkpoint, read_log
 from support.cli import UserError, run_program
 from support.data import SHAPES, data_of, draw_shapes, fit_side, load_data, shuffled
 from support.devices import (
@@ -40,7 +41,7 @@ from support.devices import (
 from support.evaluation import say_health, tokenizer_health
 from support.images import Row, batches, save_picture, to_float
 from support.optim import learning_rate, update_ema
-from support.presets import PRESETS, Preset, chosen_preset, training_flags
+from support.presets import PRESETS, Preset, check_sizes, chosen_preset, training_flags
 from tokenizer import Tokenizer, TokenizerConfig
 from var import VAR, VARConfig
 
@@ -244,7 +245,7 @@ def test_the_health_that_is_printed_is_the_one_measured(finished, capsys):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(folder, tmp_path, precision):
     flags = ["--tokenizer-steps", 12, "--var-steps", 12, "--precision", precision,
-             "--smaller-weight", 0]   # which at first overflows in fp16: a step is left out
+             "--smaller-weight", 0, "--edge-weight", 1]   # else a step is left out in fp16
     ran("train.py", "--data", folder, "--out", tmp_path, *TINY, *flags)
     losses = [x["loss"] for x in read_log(tmp_path / "log.jsonl") if x["split"] == "train"]
     assert len(losses) == 4 and losses[1] < losses[0] and losses[3] < losses[2]
@@ -429,6 +430,8 @@ def test_speed(monkeypatch):
     speed = Speed(gpu, 8, model, example)
     speed.flops = 1000   # 16 images of 3000 operations, backward pass included
     assert speed.text(bar) == "16 images/s, 48% of peak FLOP/s"
+    monkeypatch.setattr("support.devices.rank_and_world", lambda: (0, 2))
+    assert speed.text(bar) == "16 images/s, 24% of peak FLOP/s"   # of two cards
 
 
 def test_learning_rate():
@@ -453,6 +456,104 @@ def test_the_ema_of_the_weights():
         assert ema.num_batches_tracked == step
     update_ema(ema, model, 0.0)
     assert torch.equal(ema.weight, model.weight)
+
+
+def var_stage(out: Path, *flags, **values) -> train.VARStage:
+    """A transformer's training on the tokens of a few shapes, about to begin; it draws nothing."""
+    first = tokenizer_stage(out, *flags, **values)
+    torch.manual_seed(0)
+    first.model.quantizer.start_from(torch.randn(16, 4, 4, 4))
+    stage = train.VARStage(first.model.eval(), first.data, first.settings)
+    stage.picture = lambda few: []
+    return stage
+
+
+def test_the_average_begins_with_the_weights_after_the_first_step(tmp_path):
+    stage = var_stage(tmp_path, var_steps=3, ema=0.75)
+    seen = []
+    stage.after_step = lambda: seen.append([p.detach().clone() for p in stage.model.parameters()])
+    averages = list(stage.run().parameters())
+    for average, first, second, third in zip(averages, *seen, strict=True):
+        torch.testing.assert_close(average, 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third)
+    kept = load_checkpoint(stage.path, "transformer")["model"]
+    assert all(kept[name].equal(weight) for name, weight in stage.ema.named_parameters())
+    assert not any(map(torch.equal, averages, seen[-1]))
+
+
+def test_optimizers_step_at_the_rates_of_the_schedule(tmp_path):
+    stage = var_stage(tmp_path, var_steps=4, var_lr=0.02, warmup=2, final_lr=0.1)
+    rates = [[] for _ in stage.optimizers]
+    for optimizer, own in zip(stage.optimizers, rates):
+        optimizer.register_step_pre_hook(
+            lambda this, *_, own=own: own.append({group["lr"] for group in this.param_groups}))
+    stage.run()
+    assert len(rates) == 2
+    for own in rates:   # half, the peak, the peak, and half of the way down to a tenth
+        assert [rate for step in own for rate in step] == pytest.approx([0.01, 0.02, 0.02, 0.011])
+
+
+def test_a_long_gradient_is_clipped_to_length_1(tmp_path):
+    stage = var_stage(tmp_path, var_steps=1)
+    loss = stage.loss
+
+    def steep(*given):
+        total, to_log = loss(*given)
+        return 1000 * total, to_log
+
+    stage.loss = steep
+    stage.run()
+    squares = [p.grad.square().sum() for p in stage.model.parameters() if p.grad is not None]
+    assert sum(squares).sqrt().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_matrices_decay_in_the_transformer_and_nothing_does_in_the_tokenizer(tmp_path):
+    values = dict(tokenizer_lr=0.003, var_lr=0.002, weight_decay=0.07)
+    for stage, lr, decays in ((tokenizer_stage(tmp_path, **values), 0.003, [(0, 0), (0,)]),
+                              (var_stage(tmp_path, **values), 0.002, [(0.07, 0), (0.07,)])):
+        groups = [optimizer.param_groups for optimizer in stage.optimizers]   # AdamW's and Muon's
+        assert [tuple(group["weight_decay"] for group in some) for some in groups] == decays
+        assert all(group["lr"] == lr for some in groups for group in some)
+
+
+def test_micro_batches_have_the_mean_gradient(tmp_path, monkeypatch):
+    """Before it is clipped; afterwards it would have the same length in any case."""
+    norms = []
+    clip = train.clip_grad_norm_
+    monkeypatch.setattr(train, "clip_grad_norm_", lambda *given: norms.append(clip(*given)) or norms[-1])
+    for count in (1, 4):
+        var_stage(tmp_path / str(count), "--grad-accumulation", count, var_steps=1, label_dropout=0.0).run()
+    torch.testing.assert_close(*norms)
+
+
+def test_held_out_losses_of_the_transformer_are_means_over_images(tmp_path):
+    """Of the averaged weights, in batches of 8 and 2, against all ten images at once."""
+    stage = var_stage(tmp_path)
+    for weight in stage.ema.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    found = stage.validate()
+    tokens, labels = (x.long() for x in stage.held_out_rows.tensors)
+    assert len(tokens) == 10
+    with torch.no_grad():
+        chances = stage.ema(labels, stage.tokenizer.teacher_inputs(tokens)).double().softmax(dim=2)
+    nats = -chances.gather(2, tokens[..., None]).squeeze(2).log()
+    hits = (chances.argmax(dim=2) == tokens).double()
+    assert nats.mean(dim=1).std() > 0.1   # images differ
+    for name, values in (("loss", nats), ("accuracy", hits)):
+        assert found[name] == pytest.approx(values.mean().item(), rel=1e-4)
+        by_scale = [values[:, span].mean().item() for span in (slice(0, 1), slice(1, 5), slice(5, 21))]
+        assert found[f"{name}_per_scale"] == pytest.approx(by_scale, rel=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", [2**15, 2**15 + 1])
+def test_the_last_code_of_a_large_vocabulary_is_kept(tmp_path, vocabulary):
+    """int16 goes up to 2^15 - 1."""
+    stage = tokenizer_stage(tmp_path)
+    model = stage.model
+    model.config = replace(model.config, vocabulary=vocabulary)
+    model.encode = lambda images: torch.full((len(images), 21), vocabulary - 1)
+    tokens, _ = train.tokenise(model, stage.data.held_out, stage.settings, "tokenise")
+    assert (tokens == vocabulary - 1).all()
+    assert tokens.dtype == (torch.int16 if vocabulary == 2**15 else torch.int32)
 
 
 @pytest.mark.parametrize("values, revived", [
@@ -486,6 +587,46 @@ def test_hits_are_those_of_a_step_in_however_many_micro_batches(tmp_path):
         counts.append(stage.hits_V)
     assert counts[0].sum() == 8 * 21 and torch.equal(counts[0], counts[1])
     assert torch.equal(counts[0], counts[2])
+
+
+def test_codes_are_revived_by_what_all_processes_saw(tmp_path, monkeypatch):
+    """Here another process has the residuals of this one, plus 1, and twice its hits."""
+    stage = tokenizer_stage(tmp_path)
+    quantizer = stage.model.quantizer
+    quantizer.last_residuals = [torch.randn(2, s * s, 4) for s in (1, 2, 4)]
+    monkeypatch.setattr(train, "gather_over_processes", lambda x: torch.cat([x, x + 1]))
+    monkeypatch.setattr(train, "sum_over_processes", lambda x: x.mul_(3))
+    counted, found = [], []
+    monkeypatch.setattr(quantizer, "update_hits", lambda hits_V: counted.append(hits_V.tolist()))
+    monkeypatch.setattr(quantizer, "revive", lambda residuals, optimizer: found.append(residuals))
+    stage.hits_V += torch.arange(32)
+    stage.step = 20
+    stage.after_step()
+    assert counted == [list(range(0, 96, 3))] and not stage.hits_V.any()
+    for all_BlC, own_BlC in zip(*found, quantizer.last_residuals, strict=True):
+        assert torch.equal(all_BlC[:2], own_BlC) and torch.equal(all_BlC[2:], own_BlC + 1)
+
+
+def test_processes_change_the_codebook_alike_and_drop_labels_of_their_own(tmp_path, monkeypatch):
+    drawn = []
+    for rank in (0, 1):
+        stage = tokenizer_stage(tmp_path / str(rank), tokenizer_steps=2)
+        stage.picture = lambda few: []
+        stage.finish = lambda log: None
+        numbers = {"before_step": [], "loss": [], "after_step": []}
+        for name, own in numbers.items():
+            def noted(*given, own=own, method=getattr(stage, name)):
+                own.append(torch.rand(()).item())
+                return method(*given)
+            setattr(stage, name, noted)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "rank_and_world", lambda: (rank, 1))
+            stage.run()
+        drawn.append(numbers)
+    first, second = drawn
+    for name in ("before_step", "after_step"):
+        assert first[name] == second[name] and len(set(first[name])) == 2
+    assert len({*first["loss"], *second["loss"]}) == 4
 
 
 def test_nothing_of_stage_one_is_in_memory_in_stage_two(folder, tmp_path, monkeypatch):
@@ -671,6 +812,15 @@ def test_mistakes_in_training(folder, tmp_path):
 def test_flags_that_are_not_there_or_contradict_each_other(flags, told):
     said = refused("train.py", *shlex.split(flags))
     assert told in said and len(said) < 450
+
+
+def test_a_discriminator_is_for_images_of_side_8_and_more():
+    preset = replace(PRESETS["tiny"], scales=(1, 2), image_size=8, adversarial_weight=0.4)
+    check_sizes(preset, ["tokenizer"], 1)
+    small = replace(preset, scales=(1,), image_size=4)
+    check_sizes(small, ["var"], 1)
+    with pytest.raises(UserError, match="--adversarial-weight is for images of side 8"):
+        check_sizes(small, ["tokenizer"], 1)
 
 
 def test_channels_that_are_not_the_tokenizer_s(folder, finished, tmp_path):
