@@ -278,6 +278,20 @@ def test_micro_batches_have_the_discriminator_s_mean_gradient(tmp_path):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
 
 
+def test_the_discriminator_s_gradient_is_averaged_over_processes(tmp_path, monkeypatch):
+    """With another process, whose gradient is 0, it is half. (The model's are DDP's to average.)"""
+    norms = []
+    clip = train.clip_grad_norm_
+    monkeypatch.setattr(train, "clip_grad_norm_", lambda *given: norms.append(clip(*given)) or norms[-1])
+    values = dict(tokenizer_steps=1, adversarial_from=0.0, perceptual_weight=0.0)
+    for share in (1.0, 0.5):
+        monkeypatch.setattr(train, "average_over_processes", lambda x: x.mul_(share))
+        detailed_stage(tmp_path / str(share), values=values).run()
+    model, discriminator, its_model, its_discriminator = norms
+    torch.testing.assert_close(its_model, model)
+    torch.testing.assert_close(its_discriminator, discriminator / 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_with_all_losses(tmp_path, dtype):
     machine = Machine(torch.device("cpu"), dtype)

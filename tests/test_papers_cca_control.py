@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,6 +322,29 @@ def test_what_is_tuned(run, name, judged, page):
     changed = [key for key, value in run.model.state_dict().items() if not value.equal(state[key])]
     assert bool(changed) == (name != "frozen")
     assert state["control.weight"].any() == (name != "plain")
+
+
+def test_what_is_new_learns_as_fast_as_all_weights(run, monkeypatch):
+    rates = {}
+
+    class Noted:
+        def __init__(self, run, model, name, steps, lr, optimizers=None):
+            self.model = model
+            rates[name] = [lr] + [(type(each), group["lr"], group["weight_decay"])
+                                  for each in optimizers or [] for group in each.param_groups]
+
+        def run(self):
+            return self.model
+
+    for name in ("Tuning", "Steering"):
+        monkeypatch.setattr(control, name, Noted)
+    monkeypatch.setattr(control, "draw", lambda run, labels, edges_N1HW, seed: images)
+    monkeypatch.setattr(control, "Judge", lambda *_: lambda *_: SimpleNamespace(recognised=0.0, recall=0.0))
+    images, _ = evaluated_images(run, COUNT)
+    control.study(run, 2, COUNT)
+    own = run.settings.preset.var_lr
+    assert rates == {"control-plain": [own], "control-all": [own],
+                     "control-frozen": [own, (torch.optim.AdamW, own, 0.0)]}
 
 
 def test_the_page_on_control(run, judged, page):

@@ -403,6 +403,7 @@ def test_the_encoder_repairs(run, real, monkeypatch):
         shown = quantizer.nearest(quantizer.read(f - quantizer.decode(wrong[:, :end]), k + 1))
         assert torch.equal(wrong[:, run.model.config.spans[k + 1]], shown)
         assert curve == left(quantizer, right, wrong, k) and curve[0] == 1
+    assert mistakes.by_encoder(run, images) == found   # the same places, drawn from a seed of their own
 
 
 def test_the_picture_of_mistakes():

@@ -194,6 +194,8 @@ def test_the_published_transformers_are_told_by_their_shapes(depth, side, millio
     config = VARConfig(**values)
     assert config.scales == scales and config.shared_adaln == shared
     assert (config.depth, config.heads, config.width, config.classes) == (depth, depth, W, 1000)
+    rates = {16: 1 / 15, 20: 1 / 12, 24: 0.1, 30: 0.125, 36: 0.15}   # it grows with the depth
+    assert (config.drop_path, config.label_dropout) == (pytest.approx(rates[depth]), 0.1)
     assert sum(x.numel() for x in state.values()) == pytest.approx(million * 1e6, rel=0.05)
     assert 4 * sum(x.numel() for x in content.values()) == pytest.approx(size, rel=1e-3)
     assert len(published.FILES[f"var_d{depth}.pth"]) == 64

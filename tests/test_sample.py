@@ -250,6 +250,16 @@ def test_images_of_any_kind(judged, tmp_path):
         "sample.py", "reconstruct", folder, "--run", judged)
 
 
+def test_held_out_images_are_numbered_from_0_to_the_last(run):
+    images, labels = run.held_out.tensors
+    given = load_images(run, ["data:0", f"data:{len(images) - 1}"])
+    torch.testing.assert_close(given.images, images[[0, -1]] / 127.5 - 1)
+    assert given.labels == labels[[0, -1]].tolist()
+    for number in (len(images), "-1"):
+        with pytest.raises(sample.UserError, match=f"are data:0 to data:{len(images) - 1}$"):
+            load_images(run, [f"data:{number}"])
+
+
 def test_names_in_letters_of_any_script():
     assert legible("Ελλάδα", 3) == "Ελλάδα"
     assert legible("cafe\u0301", 3) == "caf\u00e9"
@@ -259,6 +269,10 @@ def test_names_in_letters_of_any_script():
     assert sample.class_indices(["caf\u00e9", "cafe\u0300", "猫"], classes) == [0, 1, 2]
     with pytest.raises(sample.UserError, match="there is no class cat; there are"):
         sample.class_indices(["猫", "cat"], classes)
+
+
+def test_a_number_is_a_class_of_that_name_before_it_is_one_of_that_place():
+    assert sample.class_indices(["1", "0", "2"], ["1", "0", "cat"]) == [0, 1, 2]
 
 
 # Pictures
@@ -475,6 +489,11 @@ def test_what_is_read_is_as_bright_as_it_is_long():
     assert [shown.flatten().tolist() for shown in reads.images] == [[255], [255, 127, 0, 51]]
 
 
+def test_an_ending_may_be_in_capitals(tmp_path):
+    for name in ("a.png", "A.PNG"):
+        assert parse({}, ["grid", "--out", str(tmp_path / name)]).out == tmp_path / name
+
+
 def test_a_file_is_not_replaced_without_a_word(judged, tmp_path):
     path = tmp_path / "a.png"
     _, first = draw(judged, path, "--classes star --per-class 1")
@@ -538,6 +557,12 @@ def test_the_attention_drawn_is_that_of_the_cell(judged, tmp_path, monkeypatch):
     for flags in ("", " --class star"):
         draw(judged, tmp_path / "a.png", "attention data:3 --cell 0 3" + flags)
     assert asked == [([label], 1 + 4 + 3), ([4], 1 + 4 + 3)]
+
+
+def test_the_class_is_the_one_asked_for_or_the_image_s_own_or_none(run):
+    null = run.model.config.classes
+    cases = {("star", 0): 4, ("star", None): 4, ("2", 7): 2, (None, 0): 0, (None, 7): 7, (None, None): null}
+    assert [sample.asked_class(run, *asked) for asked in cases] == [*cases.values()]
 
 
 @pytest.mark.parametrize("normalise_qk", [True, False])
@@ -620,6 +645,11 @@ def test_rejection_keeps_the_most_likely(run, monkeypatch):
     kept = run.log_likelihood(shown[0], [label for label in range(10) for _ in range(2)])
     best = likelihoods.topk(2, dim=1).values
     torch.testing.assert_close(kept.view(10, 2).sort(dim=1).values, best.sort(dim=1).values)
+    drawn = []
+    monkeypatch.setattr(Run, "generate", lambda run, labels, seed: drawn.append(labels) or tokens_NL[labels])
+    sample.draw_many(run, 13, seed=0, rejection=0.7)   # 2 of each of three classes and 1 of the others
+    assert drawn == [[label for label in range(10) for _ in range(3 if label < 3 else 2)]]   # 2 / 0.7, 1 / 0.7
+    assert len(shown[1]) == 13
 
 
 # How images come out
@@ -990,6 +1020,7 @@ def test_completions_are_judged(judged, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("label, particles, tried", [
     (None, 4, [0, 1, 2, 0]),   # no class is told: all in turn
+    (None, 3, [0, 1, 2]),
     (None, 2, [3, 3]),         # too few for that: the null class
     (1, 4, [1] * 4),
     (None, 0, [3]),
@@ -1000,10 +1031,11 @@ def test_particles_try_the_classes_in_turn_where_none_is_told(
     run = load_run(judged, choose_machine("cpu"))
     run.classes = run.classes[:3]
     label = 3 if label is None else label
-    seen = []
+    seen, known = [], []
 
     def generate(self, labels, seed, known_of):
         seen.append(labels)
+        known.append(known_of(slice(0, len(labels))))
         return torch.zeros(len(labels), 21, dtype=torch.int64)
 
     def weigh(self, tokens_NL, labels):
@@ -1015,5 +1047,11 @@ def test_particles_try_the_classes_in_turn_where_none_is_told(
     known_HW = torch.ones(run.tokenizer.config.image_side, run.tokenizer.config.image_side)
     known_HW[:, :4] = 0
     given = load_images(run, ["data:1", "data:2"])
-    sample.complete(run, given, known_HW, label, [0], particles=particles)
+    sample.complete(run, given, known_HW, label, [0], open_loop=True, particles=particles)
     assert seen == [tried * 2] * (2 if particles else 1)
+    latents, tokens = run.encode(sample.fill_holes(given.images, known_HW))
+    assert not torch.equal(*tokens)
+    for row in range(2 * len(tried)):   # the particles of an image stand together
+        image = row // len(tried)
+        assert torch.equal(known[0].latent_BCSS[row], latents[image])
+        assert torch.equal(known[0].own_tokens_BL[row], tokens[image])

@@ -321,6 +321,22 @@ def test_a_training_pass_returns_its_losses_by_name():
     assert torch.equal(y, made.render(f_BCSS)) and torch.equal(losses["codebook"], loss)
 
 
+@torch.no_grad()
+def test_at_the_start_convolutions_keep_sizes_branches_are_silent_and_phi_does_nothing():
+    torch.manual_seed(0)
+    made = Tokenizer(config(width=32))
+    for phi in made.quantizer.phis:
+        h_BCSS = torch.randn(2, 4, 4, 4)
+        torch.testing.assert_close(phi(h_BCSS), h_BCSS)
+    x = torch.randn(2, 64, 4, 4)
+    for part in (*made.encoder.middle, *made.decoder.middle):
+        assert torch.equal(part(x), x)
+    first, attention, _ = made.encoder.middle
+    for conv in (made.decoder.conv_in, made.encoder.levels[1].blocks[0].shortcut, first.conv1, attention.qkv):
+        assert conv.weight.std().item() == pytest.approx(conv.weight[0].numel() ** -0.5, rel=0.1)
+    assert not any(part.bias.any() for part in made.modules() if isinstance(part, torch.nn.Conv2d))
+
+
 @pytest.mark.parametrize("s", [1, 2, 3, 4])
 def test_a_smaller_latent_is_compared_with_the_smaller_image(s):
     """Of the latent itself, before codes; with gradients for the encoder, too."""
