@@ -154,9 +154,9 @@ def blaming(path: Path) -> Iterator[None]:
 
 
 def content_of(model: nn.Module) -> dict[str, Any]:
-    """What a checkpoint keeps of a model."""
-    return {"class": type(model).__name__, "config": asdict(model.config),
-            "model": model.state_dict()}
+    """What a checkpoint keeps of a model, in the order in memory that other programs expect."""
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    return {"class": type(model).__name__, "config": asdict(model.config), "model": state}
 
 
 def check_class(path: Path, content: dict, model: type[nn.Module]) -> None:
