@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch._functorch.config
+import torch._functorch.config   # torch alone does not load it
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -28,7 +28,7 @@ def resized(x_BCSS: Tensor, s: int) -> Tensor:
 
 def of(run: Trained, scales: tuple[int, ...]) -> Trained:
     """The run with the same weights, for other scales."""
-    shared = run.tokenizer.encoder, run.tokenizer.decoder
+    shared = run.tokenizer.encoder, run.tokenizer.decoder   # which stay as they are
     tokenizer = copy.deepcopy(run.tokenizer, {id(part): part for part in shared})
     tokenizer.config = replace(tokenizer.config, scales=scales)
     tokenizer.quantizer.scales = scales

@@ -318,7 +318,7 @@ def known_file(name: str, file: str, data_dir: Path) -> bytes:
             continue
         content = path.read_bytes()
         if file in IDX_FILES:
-            with contextlib.suppress(OSError, EOFError, zlib.error):   # a damaged one is none
+            with contextlib.suppress(OSError, EOFError, zlib.error):   # a damaged one fails below
                 content = gzip.decompress(content)
         found = hashlib.sha256(content).hexdigest()
         if found == PUBLISHED[name].files[file]:
