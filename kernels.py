@@ -519,8 +519,8 @@ def rows_first(x_BHLD: Tensor) -> Tensor:
 
 
 def heads_tiles(L: int, D: int) -> dict[str, int]:
-    """A tile is 2048 numbers at most, of which 128 threads hold 16 each."""
-    TILE_L = min(next_power_of_2(L), 2048 // next_power_of_2(D))
+    """A tile is 2048 numbers at most, of which 128 threads hold 16 each; or it is one row."""
+    TILE_L = min(next_power_of_2(L), max(1, 2048 // next_power_of_2(D)))
     return dict(D=D, TILE_L=TILE_L, num_warps=4)
 
 

@@ -46,9 +46,9 @@ from support.checkpoint import (
 from support.cli import Interrupt, Stopped, UserError, run_program
 from support.data import Data, balanced_subset, classifier_images, load_data, read_batches, shuffled
 from support.devices import (
-    LossScale, Machine, Speed, average_over_processes, choose_machine, gather_over_processes,
-    join_processes, own_part, progress_bar, rank_and_world, say, sum_over_processes,
-    wait_for_others,
+    LossScale, Machine, Speed, average_over_processes, choose_machine, copy_from_first,
+    gather_over_processes, join_processes, own_part, progress_bar, rank_and_world, say,
+    sum_over_processes, wait_for_others,
 )
 from support.evaluation import psnr, say_health, tokenizer_health
 from support.images import Row, at_a_time, rows_of_pairs, to_float
@@ -407,14 +407,14 @@ class TokenizerStage(Stage):
             return
         # Only now is there a latent to take codes from; of 512 images, at the coarsest scale one
         # for each. (`ema`, at decay 0 the model, is not compiled: these batches' shapes differ.)
-        settings = self.settings
-        (rows,) = shuffled(len(self.rows), min(512, len(self.rows)), settings.seed, 0, 1)
+        (rows,) = shuffled(len(self.rows), min(512, len(self.rows)), self.settings.seed, 0, 1)
         latents = []
-        for some in torch.tensor(rows).split(at_a_time(settings.preset.image_size)):
+        for some in torch.tensor(rows).split(at_a_time(self.settings.preset.image_size)):
             images, _ = self.rows[some.tolist()]
-            with settings.machine.autocast():
-                latents.append(self.ema.latent(to_float(images.to(settings.machine.device))))
+            with self.settings.machine.autocast():
+                latents.append(self.ema.latent(to_float(images.to(self.settings.machine.device))))
         self.model.quantizer.start_from(torch.cat(latents))
+        copy_from_first(self.model.quantizer.codebook_VC.data)   # GPUs of two kinds round differently
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Callable]:
         """|x - y|^2 + 0.2 |x - y|_1 + L_vq, and edges, small images, detail, each by its weight."""

@@ -197,6 +197,12 @@ def own_part(rows: list[int]) -> list[int]:
     return rows[len(rows) * rank // world:len(rows) * (rank + 1) // world]
 
 
+def copy_from_first(x: Tensor) -> None:
+    """What process 0 has becomes that of all."""
+    if dist.is_initialized():
+        dist.broadcast(x, 0)
+
+
 def sum_over_processes(x: Tensor) -> Tensor:
     """In place."""
     if dist.is_initialized():

@@ -37,6 +37,14 @@ def no_curves_and_no_collection(monkeypatch):
     monkeypatch.setattr("train.gc", SimpleNamespace(collect=lambda: 0))
 
 
+@pytest.fixture(autouse=True)
+def a_cpu_unless_asked(monkeypatch):
+    """Programs that are not told a device take the same on every machine."""
+    cuda = SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setattr(
+        "support.cli.torch", SimpleNamespace(cuda=cuda, OutOfMemoryError=torch.OutOfMemoryError))
+
+
 @pytest.fixture(name="run")
 def copied_run(opened):
     """Of the run that a module opens, a copy whose model a test may change."""

@@ -27,28 +27,36 @@ def trained(folder, tmp_path_factory):
     return out
 
 
-def losses(out) -> list[float]:
-    return [x["loss"] for x in read_log(out / "log.jsonl") if x["split"] == "train"]
+def losses(out, stage: str) -> list[float]:
+    return [x["loss"] for x in read_log(out / "log.jsonl")
+            if (x["stage"], x["split"]) == (stage, "train")]
+
+
+def check_that_losses_fell(out):
+    for stage in ("tokenizer", "var"):
+        first, *_, last = losses(out, stage)
+        assert last < first, stage
 
 
 def test_a_run_in_bf16(trained, tmp_path):
-    found = losses(trained)
-    assert found[3] < found[0] and found[-1] < found[4]   # of both stages
+    check_that_losses_fell(trained)
     for command in (["--per-class", 2], ["inpaint", "data:0"], ["codes", "data:0"],
                     ["attention", "data:0"]):
         ran("sample.py", *command, "--run", trained, "--device", "cuda", "--out", tmp_path / "a.png")
 
 
 def test_a_run_in_fp16(folder, tmp_path):
-    ran("train.py", "--data", folder, "--out", tmp_path, *ON_GPU, "--precision", "fp16")
-    found = losses(tmp_path)
-    assert found[3] < found[0] and found[-1] < found[4]
+    """In its first steps gradients may overflow, and what is left out is not logged."""
+    ran("train.py", "--data", folder, "--out", tmp_path, *ON_GPU, "--precision", "fp16",
+        "--tokenizer-steps", 44, "--var-steps", 44)
+    check_that_losses_fell(tmp_path)
     ran("sample.py", "--run", tmp_path, "--device", "cuda", "--precision", "fp16")
 
 
 def test_a_run_in_fp32_is_that_of_the_cpu(folder, finished, tmp_path):
-    ran("train.py", "--data", folder, "--out", tmp_path, *ON_GPU, "--tokenizer-steps", 4)
-    assert losses(tmp_path)[0] == pytest.approx(losses(finished)[0], rel=1e-4)
+    ran("train.py", "--data", folder, "--out", tmp_path, *ON_GPU, "--stage", "tokenizer")
+    ours, cpus = (losses(out, "tokenizer")[0] for out in (tmp_path, finished))
+    assert ours == pytest.approx(cpus, rel=1e-4)
 
 
 def test_compiled_parts_draw_images(trained, tmp_path):

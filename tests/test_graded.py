@@ -5,7 +5,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from test_kernels import DEVICE, LargestTensor, attention_tiles, double
+from test_kernels import DEVICE, LargestTensor, attention_tiles, double, needs_triton
 from test_tokenizer import in_numpy, quantizer, tokenizer
 from test_var import Recorder, config, known_left, lively
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -373,7 +373,7 @@ def test_a_draw_is_int64_and_where_the_logits_are(top_k, top_p):
         assert torch.equal(tokens[0], (logits - noise_BlV.log()).argmax(dim=-1))
 
 
-@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+@needs_triton
 def test_the_norm_is_of_the_sum_as_it_is_stored(monkeypatch):
     monkeypatch.setattr(kernels, "BACKEND", "triton")
     x_BLW, h_BLW = torch.randn(2, 1, 3, 24, device=DEVICE)
@@ -384,7 +384,7 @@ def test_the_norm_is_of_the_sum_as_it_is_stored(monkeypatch):
     torch.testing.assert_close(y_BLW, normed_BLW * (1 + scale_BW) + shift_BW, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("W", [24, 100])
 def test_a_row_narrower_than_its_tile_and_far_from_zero_is_normalised(W, monkeypatch):
     monkeypatch.setattr(kernels, "BACKEND", "triton")
@@ -403,7 +403,7 @@ def test_a_row_narrower_than_its_tile_and_far_from_zero_is_normalised(W, monkeyp
     torch.testing.assert_close(y_BLW.cpu().double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+@needs_triton
 def test_tiles_before_the_range_are_not_visited():
     """A weight of 0 times a value there would be NaN."""
     ranges = KeyRanges.from_scales((4, 4, 4), last_scales=1)

@@ -589,6 +589,16 @@ def test_hits_are_those_of_a_step_in_however_many_micro_batches(tmp_path):
     assert torch.equal(counts[0], counts[2])
 
 
+def test_codes_start_as_those_of_the_first_process(tmp_path, monkeypatch):
+    """On other GPUs the same latents, and so the codes, may be rounded otherwise."""
+    stage = tokenizer_stage(tmp_path)
+    monkeypatch.setattr(train, "copy_from_first", lambda x: x.fill_(3))
+    for stage.step in stage.quantized_from - 1, stage.quantized_from:
+        assert not stage.model.quantizer.codebook_VC.any()
+        stage.before_step()
+    assert (stage.model.quantizer.codebook_VC == 3).all()
+
+
 def test_codes_are_revived_by_what_all_processes_saw(tmp_path, monkeypatch):
     """Here another process has the residuals of this one, plus 1, and twice its hits."""
     stage = tokenizer_stage(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from test_kernels import DEVICE, needs_triton
 from test_tokenizer import Operations, images, tokenizer
 
 import kernels
@@ -151,18 +152,20 @@ def test_the_first_loss_is_ln_v():
     assert abs(loss.item() - math.log(512)) < 0.05
 
 
-@pytest.mark.skipif(not kernels.HAS_TRITON, reason="Triton is not installed")
+@needs_triton
 def test_both_backends_give_the_same_loss_and_gradients(monkeypatch):
     torch.manual_seed(0)
     scales = (1, 2)   # small, for the sake of Triton's interpreter
-    model, made = lively(VAR(config(scales=scales, depth=1))), tokenizer(scales=scales)
+    model = lively(VAR(config(scales=scales, depth=1))).to(DEVICE)
+    made = tokenizer(scales=scales)
     tokens_BL = made.encode(images(made, 2))
+    inputs = made.teacher_inputs(tokens_BL).to(DEVICE)
     results = {}
     for backend in ("torch", "triton"):
         monkeypatch.setattr(kernels, "BACKEND", backend)
         model.zero_grad()
-        logits_BLV = model(torch.tensor([0, 2]), made.teacher_inputs(tokens_BL))
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten())
+        logits_BLV = model(torch.tensor([0, 2], device=DEVICE), inputs)
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten().to(DEVICE))
         loss.backward()
         results[backend] = [loss.detach(), *(p.grad for p in model.parameters())]
     for ours, twin in zip(results["triton"], results["torch"]):
