@@ -50,7 +50,7 @@ from var import VAR, VARConfig
 
 
 def main() -> None:
-    options = parse(asdict(DEFAULTS))
+    options = parse(asdict(DEFAULTS), of_published=asdict(PUBLISHED))
     machine = choose_machine(options.device, options.precision, options.compile)
     sampling = Sampling(options.cfg, options.top_k, options.top_p, options.growth, options.batch)
     tokenizer = options.tokenizer
@@ -92,7 +92,7 @@ def main() -> None:
             picture = draw_attention(run, given.images, label, options.cell)
         case "reconstruct":
             picture = reconstruct(run, load_images(run, options.images))
-        case _:   # images are completed
+        case "inpaint" | "outpaint" | "edit" | "upscale":
             known_HW = None
             if options.command != "upscale":
                 side = run.tokenizer.config.image_side
@@ -124,9 +124,9 @@ class Sampling:
 
 
 # These trade variety for clean shapes, and do so at the fine scales, which only have to fit: the
-# coarse ones decide what is drawn. (The published demonstration has cfg 4, top_k 900, top_p 0.95;
-# its FID is measured at cfg 1.5.)
+# coarse ones decide what is drawn. Published models are drawn from as their FID is measured.
 DEFAULTS = Sampling(cfg=1.0, top_k=900, top_p=(1.0, 0.1), growth=2.0)
+PUBLISHED = Sampling(cfg=1.5, top_k=900, top_p=0.96)
 
 
 @dataclass
@@ -256,6 +256,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
 
     Raises UserError where the tokenizer and the transformer do not belong together.
     """
+    folder = var.parent if var and (var.parent / "tokenizer.pt").exists() else folder
     tokenizer_path = tokenizer or folder / "tokenizer.pt"
     var_path = var or folder / "var.pt"
     learned_from, note, white = None, "", None
@@ -263,7 +264,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
         return load_alone(tokenizer_path, machine, sampling)
     if var is None and not var_path.exists():
         how = "python train.py makes a run, in out/shapes or where --out says"
-        if tokenizer_path.exists():
+        if tokenizer is None and tokenizer_path.exists():
             how = "train.py --resume goes on to train it; reconstruct and codes need none"
         raise UserError(f"there is no transformer at {var_path} yet: {how}")
     ours = var_path.suffix == ".pt"   # published ones are .pth, .safetensors and so on
@@ -321,8 +322,7 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
     """A tokenizer of ours, or a published one, whose scales the caller may name."""
     with blaming(path):
         if path.suffix != ".pt":
-            content = read_tensors(path, "published checkpoint")
-            tokenizer = Tokenizer.from_official(content, scales)
+            tokenizer = Tokenizer.from_official(read_tensors(path, "published checkpoint"), scales)
             check_finite(tokenizer.state_dict())
             return tokenizer
         return restored(path, "tokenizer", Tokenizer, TokenizerConfig)[0].eval()

@@ -41,7 +41,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from sample import DEFAULTS, Run, draw_samples, load_tokenizer
 from support.checkpoint import (
-    blaming, check_class, content_of, fingerprint, load_checkpoint, load_if_same, save_checkpoint,
+    blaming, check_class, check_made_with, content_of, fingerprint, load_checkpoint, load_if_same,
+    save_checkpoint,
 )
 from support.cli import Interrupt, Stopped, UserError, run_program
 from support.data import Data, balanced_subset, classifier_images, load_data, read_batches, shuffled
@@ -332,11 +333,7 @@ class Stage:
         content = load_checkpoint(self.path, self.kind)
         with blaming(self.path):
             check_class(self.path, content, type(self.model))
-            made_before = content["made_with"]
-            for name, now in self.made_with.items():
-                if made_before.get(name) != now and not name.endswith("_lr"):   # a rate may change
-                    raise UserError(f"{self.path} was made with another {name}, "
-                                    f"{made_before.get(name)} and not {now}; it does not go on")
+            check_made_with(self.path, content, self.made_with)
             self.ema.load_state_dict(content["model"])
             if "training" not in content:
                 return True
@@ -405,8 +402,7 @@ class TokenizerStage(Stage):
     def before_step(self) -> None:
         if self.step != self.quantized_from:
             return
-        # Only now is there a latent to take codes from; of 512 images, at the coarsest scale one
-        # for each. (`ema`, at decay 0 the model, is not compiled: these batches' shapes differ.)
+        # Of 512 images: at the coarsest scale each has one. (`ema` is the model, not compiled.)
         (rows,) = shuffled(len(self.rows), min(512, len(self.rows)), self.settings.seed, 0, 1)
         latents = []
         for some in torch.tensor(rows).split(at_a_time(self.settings.preset.image_size)):
@@ -414,7 +410,7 @@ class TokenizerStage(Stage):
             with self.settings.machine.autocast():
                 latents.append(self.ema.latent(to_float(images.to(self.settings.machine.device))))
         self.model.quantizer.start_from(torch.cat(latents))
-        copy_from_first(self.model.quantizer.codebook_VC.data)   # GPUs of two kinds round differently
+        copy_from_first(self.model.quantizer.codebook_VC.data)   # other GPUs round otherwise
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Callable]:
         """|x - y|^2 + 0.2 |x - y|_1 + L_vq, and edges, small images, detail, each by its weight."""
@@ -578,8 +574,13 @@ def tokens_of(tokenizer: Tokenizer, data: Data, settings: Settings
     """The training and the held-out images as tokens [N, L] and labels [N]. The tokenizer does not
     change any more, so they are computed once, and kept in the run's folder."""
     path = settings.out / "tokens.pt"
-    made_with = {"tokenizer": fingerprint(tokenizer), "data set": data.digest,
-                 "dtype": str(settings.machine.dtype)}
+    begun = settings.out / "var.pt"
+    made_with = {"tokenizer": fingerprint(tokenizer), "data set": data.digest}
+    if settings.resume and begun.exists():   # it goes on with those that it began with, or not
+        with blaming(begun):
+            check_made_with(begun, load_checkpoint(begun, "transformer"), made_with)
+    else:
+        made_with["dtype"] = str(settings.machine.dtype)
     content = load_if_same(path, "set of tokens", made_with)
     if content:
         return TensorDataset(*content["train"]), TensorDataset(*content["held_out"])
@@ -608,11 +609,10 @@ def tokenise(tokenizer: Tokenizer, images: Dataset, settings: Settings, what: st
             tokens_BL = tokenizer.encode(to_float(pixels.to(machine.device)))
         tokens.append(tokens_BL.to(small).cpu())
         labels.append(labels_B)
-    own_share = torch.cat(tokens), torch.cat(labels)
-    shares = [own_share]
+    shares = [(torch.cat(tokens), torch.cat(labels))]
     if dist.is_initialized():
         shares *= dist.get_world_size()
-        dist.all_gather_object(shares, own_share)
+        dist.all_gather_object(shares, shares[0])
     return tuple(map(torch.cat, zip(*shares)))
 
 

@@ -64,6 +64,21 @@ def load_checkpoint(path: Path, kind: str) -> dict:
     return content
 
 
+def check_made_with(path: Path, content: dict, made_with: dict[str, Any]) -> None:
+    """Raises UserError where what a checkpoint was made with is not what it would be now."""
+    if "copied from" in content["made_with"]:
+        raise UserError(f"{path} is a copy, and is not trained further; --tokenizer "
+                        f"{content['made_with']['copied from']}, as before, goes on")
+    for name, now in made_with.items():
+        before = content["made_with"].get(name)
+        if before == now or name.endswith("_lr"):   # a learning rate may change
+            continue
+        told = f"another {name}" if name in ("data set", "tokenizer", "LPIPS") else (
+            f"--{name.replace('_', '-')} {before} and not {now}")
+        raise UserError(f"{path} was made with {told}, and does not go on; --out names another "
+                        f"folder")
+
+
 def load_if_same(path: Path, kind: str, made_with: dict[str, Any]) -> dict[str, Any] | None:
     """What a checkpoint holds that was made with the same; None, and a word, for any other."""
     if not path.exists():
@@ -73,7 +88,7 @@ def load_if_same(path: Path, kind: str, made_with: dict[str, Any]) -> dict[str, 
     except UserError as error:
         say(f"{error}: it is made anew")
         return None
-    if content["made_with"] == made_with:
+    if made_with.items() <= content["made_with"].items():
         return content
     say(f"{path} is of other images, another tokenizer or precision: it is made anew")
     return None

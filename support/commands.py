@@ -77,9 +77,10 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     ("export", "--rejection", dict(
         type=SHARE, default=1.0, help="keep this share of what is drawn, the most likely")),
     (f"{CLASSES} explore", "--classes", dict(
-        nargs="+", metavar="NAME", help="or numbers, as of a published model, whose names take "
-        "torchvision; all, at most 20, if not given")),
-    (CLASSES, "--per-class", dict(type=COUNT, default=8, help="images per class")),
+        nargs="+", metavar="NAME", help="names of classes, or their numbers (a published model's "
+        "names need torchvision); all, at most 20, if not given")),
+    (CLASSES, "--per-class", dict(
+        type=number(int, 1, 1000), default=8, help="images per class; export writes more")),
     ("progress", "--gif", dict(type=output_as(".gif"), help="where to write a film of them, too")),
     (f"{COMPLETED} attention", "--class", dict(
         dest="class_name", metavar="NAME", help="what the images are to show; no class if not "
@@ -136,15 +137,19 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         type=place, help="the folder that train.py wrote (default: out/shapes)")),
     (EVERY, "--tokenizer", dict(
         type=place, help="another than the run's: a .pt of train.py or a published .pth")),
-    (EVERY, "--var", dict(type=place, help="another transformer, likewise")),
+    (EVERY, "--var", dict(
+        type=place, help="another transformer, likewise, with the tokenizer beside it if any")),
     (EVERY, "--published", dict(
         choices=("d16", "d20", "d24", "d30", "d36"), help="instead of a run, the authors' models, "
         "downloaded to data/published: 1.2, 2.4, 4.1, 8.0, or 9.4 GB, and 0.4 for the tokenizer")),
 ]
 
 
-def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argparse.Namespace:
-    """What is asked for. defaults: of the flags that say how tokens are drawn."""
+def parse(defaults: dict[str, Any], arguments: list[str] | None = None,
+          of_published: dict[str, Any] | None = None) -> argparse.Namespace:
+    """What is asked for. defaults: of the flags that say how tokens are drawn; of_published: those
+    of them for published models."""
+    of_published = of_published or defaults
     arguments = sys.argv[1:] if arguments is None else arguments
     first = arguments[0] if arguments else "--"
     if first.startswith("-") and first not in ("-h", "--help"):
@@ -162,9 +167,12 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
                 value = name.removeprefix("--").replace("-", "_")
                 default = how.get("default", defaults.get(value))
                 if default is not None:
-                    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-                    text = f"{how['help']} (default: {shown})"
-                    how = {**how, "default": default, "help": text}
+                    shown = in_words(default)
+                    if "default" not in how:   # which it is turns out later
+                        if of_published[value] != default:
+                            shown += f", and {in_words(of_published[value])} for published models"
+                        default = None
+                    how = {**how, "default": default, "help": f"{how['help']} (default: {shown})"}
                 group = either if name in ("--box", "--mask") else own
                 group.add_argument(name, **how)
         add_device_flags(own)
@@ -179,15 +187,25 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None) -> argpa
     if options.published and (options.run or options.tokenizer or options.var):
         raise UserError("--published names both models; --run, --tokenizer and --var name others")
     options.run = options.run or Path("out/shapes")
+    if options.run.is_file():
+        raise UserError(f"--run {options.run} is a file; the run is its folder, "
+                        f"{options.run.parent}")
     check_outputs(options)
     if options.command == "edit" and options.class_name is None:
         raise UserError("edit needs --class NAME: what to edit towards")
     if "seeds" in options and len({*options.seeds}) < len(options.seeds):
         raise UserError("--seeds: one is named twice, and would give the same images again")
+    theirs = options.published or options.var and options.var.suffix != ".pt"
     if options.particles is None:
-        theirs = options.published or options.var and options.var.suffix != ".pt"
         options.particles = 0 if theirs else 32
+    for name, value in (of_published if theirs else defaults).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     return options
+
+
+def in_words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -224,5 +242,7 @@ def class_indices(names: list[str], classes: list[str]) -> list[int]:
     chosen = [index.get(composed(name)) for name in names]
     if None in chosen:
         there = ", ".join(classes) if len(classes) <= 20 else f"{classes[0]} to {classes[-1]}"
-        raise UserError(f"there is no class {names[chosen.index(None)]}; there are {there}")
+        lacking = names[chosen.index(None)]
+        how = ", and names stand with spaces between them" if "," in lacking else ""
+        raise UserError(f"there is no class {lacking}; there are {there}{how}")
     return chosen

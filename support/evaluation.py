@@ -281,9 +281,11 @@ def evaluated_images(run, count: int) -> tuple[Tensor, Tensor]:
     even and the odd rows are two halves that hold the same classes. run: a sample.Run.
     """
     total = len(run.held_out_images())
-    if count > total or count % 2:
-        raise UserError(f"{count} images cannot be judged: it takes an even number, as two halves "
-                        f"are compared, and there are {total} held-out images")
+    if count > total:
+        raise UserError(f"{count} images cannot be judged: there are {total} held-out images")
+    if count % 2:
+        raise UserError(f"{count} images cannot be judged: two halves are compared, so it takes an "
+                        f"even number")
     order_N = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     images, labels_N = run.held_out[order_N[:count]]
     labels_N, by_label_N = labels_N.sort(stable=True)

@@ -105,25 +105,24 @@ def list_folder(root: Path) -> Listing:
     folders, _ = Walk(root).look(root)
     by_name = {folder.name.lower(): folder for folder in folders}
     with_images = {name for name, folder in by_name.items() if holds_images(folder)}
-    beside = None
+    beside = []
     if "train" in by_name and with_images <= {*OTHER_THAN_TRAIN}:
         root = by_name["train"]
         say(f"{root} is trained on")
-        beside = next((by_name[name] for name in OTHER_THAN_TRAIN if name in by_name), None)
+        beside = [by_name[name] for name in OTHER_THAN_TRAIN if name in by_name]
     elif not with_images:
         names = in_short(", ".join(by_name), 60) or "there are none"
         raise UserError(f"no sub-folder of {root} ({names}) holds images; --data names the folder "
                         f"whose sub-folders are the classes, with images in them")
     files = files_of_classes(root)
     listing = Listing(list(files), list(files.values()))
-    if beside is None:
-        return listing
-    held_out = files_of_classes(beside)
-    if held_out.keys() == files.keys() and all(held_out.values()):
-        say(f"{beside} is held out")
-        listing.held_out = list(held_out.values())
-    else:
-        say(f"{beside} does not have images of the same classes, and is passed over")
+    for folder in beside:
+        held_out = files_of_classes(folder)
+        if held_out.keys() == files.keys() and all(held_out.values()):
+            say(f"{folder} is held out")
+            listing.held_out = list(held_out.values())
+            break
+        say(f"{folder} does not have images of the same classes, and is passed over")
     return listing
 
 
@@ -278,8 +277,8 @@ def check_classes(classes: list[str], labels: list[int]) -> None:
     """Raises UserError for a class of which there is nothing to train on."""
     lost = set(range(len(classes))) - set(labels)
     if lost:
-        raise UserError(f"class {classes[min(lost)]} has no image left to train on beside one that "
-                        f"is held out; two are needed that can be read")
+        raise UserError(f"class {classes[min(lost)]} has no image to train on, or none beside one "
+                        f"that is held out: two are needed that can be read")
 
 
 # --------------------------------------------------------------------------------------------------

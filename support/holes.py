@@ -27,6 +27,9 @@ def known_pixels(hole: Path | Sequence[float], side: int, outside: bool = True) 
     else:
         name = f"--box {' '.join(map(str, hole))}"
         y0, x0, y1, x1 = (round(fraction * side) for fraction in hole)
+        if y0 >= y1 or x0 >= x1:
+            raise UserError(f"{name} holds no pixel: Y0 X0 are its upper left corner, and Y1 X1 "
+                            f"its lower right one")
         known_HW = torch.full((side, side), float(outside))
         known_HW[y0:y1, x0:x1] = float(not outside)
     if known_HW.min() == known_HW.max():

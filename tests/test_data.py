@@ -331,7 +331,7 @@ def test_what_cannot_be_read_is_named_and_left_out(tmp_path, capsys):
         assert np.array_equal(data.held_out.tensors[0][0], read_image(root / "a" / "001.png", 8, 3))
         assert data.held_out.tensors[1].tolist() == [0, 1] and len(data.train) == 17 + stream
     break_file(root / "b" / "001.png")
-    with pytest.raises(UserError, match="class b has no image left to train on"):
+    with pytest.raises(UserError, match="class b has no image to train on"):
         load(root, tmp_path / "out")
     for path in root.rglob("*.png"):
         break_file(path)
@@ -485,6 +485,11 @@ def test_imagenets_own_folder(tmp_path, capsys):
 
     for path in (root / "val").rglob("*.png"):   # as they come, without folders
         path.rename(root / "val" / f"{path.parent.name}{path.name}")
+    draw_folder(root / "test", {"n01": 1, "n02": 1})
+    assert load(root, tmp_path / "out").held_out.tensors[1].tolist() == [0, 1]
+    said = capsys.readouterr().out
+    assert "val does not have images of the same classes" in said and "test is held out" in said
+    shutil.rmtree(root / "test")
     data = load(root, tmp_path / "out")
     assert "does not have images of the same classes" in capsys.readouterr().out
     assert len(data.train) == 4 and data.held_out.tensors[1].tolist() == [0, 1]
@@ -508,7 +513,7 @@ def test_a_folder_without_classes_is_refused(tmp_path):
     with pytest.raises(UserError, match="class empty has no image"):
         load(root, tmp_path / "out")
     (root / "empty").rmdir()
-    with pytest.raises(UserError, match="class one has no image left"):
+    with pytest.raises(UserError, match="class one has no image to train on, or none beside one that is held out"):
         load(root, tmp_path / "out")
 
 
@@ -678,6 +683,9 @@ def test_sixteen_bits_that_are_not_all_used(tmp_path, capsys):
     real = Image.fromarray(np.full((8, 8), 0.5, np.float32))
     real.save(tmp_path / "real.tif")
     assert read_image(tmp_path / "real.tif", 8, 1, white=1).max() == 128
+    assert read_image(tmp_path / "real.tif", 8, 1).max() == 128   # by its values; else white is 255
+    Image.fromarray(np.full((8, 8), 51, np.float32)).save(tmp_path / "bright.tif")
+    assert read_image(tmp_path / "bright.tif", 8, 1).max() == 51
     values = np.full((8, 8), 0.5, np.float32)
     values[2, 3] = np.nan   # where nothing was measured
     Image.fromarray(values).save(tmp_path / "real.tif")

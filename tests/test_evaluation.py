@@ -408,9 +408,9 @@ def test_a_classifier_is_trained_where_gradients_are_off(judged, opened, tmp_pat
 def test_mistakes_in_evaluating(judged, opened, tmp_path):
     out = shutil.copytree(judged, tmp_path / "run")
     (out / "train_images.pt").unlink()
-    for count, told in ((10_000, "10000 images cannot be judged: it takes"),
+    for count, told in ((10_000, "10000 images cannot be judged: there are 50"),
                         (6, "must be a whole number, 8 or more"),
-                        (9, "an even number, as two halves are compared"),
+                        (9, "two halves are compared, so it takes an even number"),
                         (8, "no set of training images")):
         assert told in refused("sample.py", "evaluate", count, "--run", out)
     with pytest.raises(UserError, match="one class gives nothing"):

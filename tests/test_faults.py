@@ -138,16 +138,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(finished, tmp_path):
 def test_resuming_with_other_flags_is_refused(folder, finished, tmp_path):
     shutil.copy(finished / "tokenizer.pt", tmp_path)
     resume = ("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")
-    assert "made with another vocabulary, 32 and not 16" in refused(*resume, "--vocabulary", 16)
-    assert "another seed, 0 and not 1" in refused(*resume, "--seed", 1)
-    assert "another tokenizer_steps" in refused(*resume, "--tokenizer-steps", 50)
+    assert "made with --vocabulary 32 and not 16" in refused(*resume, "--vocabulary", 16)
+    assert "--seed 0 and not 1" in refused(*resume, "--seed", 1)
+    assert "--tokenizer-steps 24 and not 50" in refused(*resume, "--tokenizer-steps", 50)
     shutil.copy(finished / "var.pt", tmp_path)
-    assert "another muon" in refused(*resume, "--no-muon")
-    assert "another depth" in refused(*resume, "--depth", 2)
+    assert "--muon True and not False" in refused(*resume, "--no-muon")
+    assert "--depth 1 and not 2" in refused(*resume, "--depth", 2)
     other = write_other_tokenizer(finished, tmp_path / "other.pt")
     assert "is another tokenizer than" in refused(*resume, "--tokenizer", other)
     (tmp_path / "tokenizer.pt").unlink()
-    assert "made with another tokenizer, " in refused(*resume, "--tokenizer", other)
+    assert "made with another tokenizer, and does not go on" in refused(*resume, "--tokenizer", other)
 
 
 def write_other_tokenizer(finished: Path, path: Path) -> Path:
@@ -162,10 +162,25 @@ def test_resuming_with_other_images_is_refused_and_changes_nothing(folder, finis
     out = shutil.copytree(finished, tmp_path / "run")
     data = shutil.copytree(folder, tmp_path / "data")
     (data / "cat" / "00.jpg").unlink()   # it is held out
-    before = (out / "held_out.pt").read_bytes()
-    told = refused("train.py", "--data", data, "--out", out, *TINY, "--resume")
-    assert "made with another data set" in told
-    assert (out / "held_out.pt").read_bytes() == before
+    names = ["held_out.pt", "tokens.pt"]
+    before = [(out / name).read_bytes() for name in names]
+    for stage in "all", "var":
+        told = refused(
+            "train.py", "--data", data, "--out", out, *TINY, "--resume", "--stage", stage)
+        assert "made with another data set" in told
+        assert [(out / name).read_bytes() for name in names] == before
+
+
+def test_a_training_goes_on_with_the_tokens_that_it_began_with(folder, finished, tmp_path):
+    """In another precision they might be others."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    before = (out / "tokens.pt").read_bytes()
+    ran("train.py", "--data", folder, "--out", out, *TINY, "--precision", "bf16", "--resume")
+    assert (out / "tokens.pt").read_bytes() == before
+    (out / "var.pt").unlink()
+    ran("train.py", "--data", folder, "--out", out, *TINY, "--precision", "bf16", "--resume",
+        "--var-steps", 1)
+    assert (out / "tokens.pt").read_bytes() != before
 
 
 def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
@@ -183,7 +198,7 @@ def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
     assert (tmp_path / "samples.png").exists()
     ran("sample.py", "codes", "data:0", "--run", tmp_path)   # the copy knows the classes
     told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")
-    assert "tokenizer.pt was made with another" in told
+    assert f"--tokenizer {finished / 'tokenizer.pt'}, as before, goes on" in told
 
 
 def test_a_loss_that_is_no_number_stops_the_run(folder, tmp_path):

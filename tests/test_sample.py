@@ -838,7 +838,12 @@ def test_mistakes(judged, tmp_path):
         "edit data:3": "edit needs --class",
         "inpaint data:3 --box 0 0 1.5 1": "--box: 1.5 must be from 0 to 1",
         "inpaint data:3 --box 0 0 nan 1": "nan must be from 0 to 1",
-        "inpaint data:3 --box 0.5 0 0.5 1": "without a hole",
+        "inpaint data:3 --box 0.5 0 0.5 1": "0.5 1.0 holds no pixel: Y0 X0 are",
+        "outpaint data:3 --box 0 1 1 0": "1.0 0.0 holds no pixel",
+        "inpaint data:3 --box 0 0 1 1": "without anything that is known",
+        "--classes star,heart": "there is no class star,heart; there are circle, ring, square, triangle, star, "
+                                "cross, heart, crescent, arrow, bar, and names stand with spaces between them",
+        "--per-class 1001": "must be a whole number, from 1 to 1000",
         "inpaint data:3 --mask m.png --box 0 0 1 .5": "not allowed with argument --mask",
         f"inpaint data:3 --mask {tmp_path}/missing.png": "cannot be read",
         "upscale data:3 --small 16": "less than the side",
@@ -877,7 +882,17 @@ def test_mistakes(judged, tmp_path):
     assert "IMAGE: a name is missing" in refused("sample.py", "codes", "", "--run", judged)
     for flag in ("--out", "--run", "--var"):
         assert f"{flag}: a name is missing" in refused("sample.py", flag, "")
+    assert f"var.pt is a file; the run is its folder, {judged}" in refused("sample.py", "--run", judged / "var.pt")
+    tokenizer = ["--tokenizer", judged / "tokenizer.pt", "--run", tmp_path]   # nothing there is to be gone on with
+    assert f"no transformer at {tmp_path / 'var.pt'} yet: python train.py" in refused("sample.py", *tokenizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_a_transformer_comes_with_the_tokenizer_beside_it(judged, tmp_path):
+    ran("sample.py", "--var", judged / "var.pt", "--run", tmp_path, "--out", tmp_path / "a.png")
+    shutil.copy(judged / "var.pt", tmp_path)
+    ran("sample.py", "--var", tmp_path / "var.pt", "--run", judged, "--out", tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_a_run_that_cannot_be_written_to_is_told_before_anything_is_drawn(judged, monkeypatch):
@@ -987,6 +1002,17 @@ def test_holes_are_completed_by_particles_unless_a_published_model_takes_long():
                              (theirs, 0), (["--particles", "5"], 5)):
         assert parse({}, ["inpaint", "a.png", *flags]).particles == particles
     assert parse({}, ["upscale", "a.png"]).particles == 0
+
+
+def test_published_models_are_drawn_from_as_theirs_are():
+    """Unless flags say otherwise; and what differs by model is in the help."""
+    ways = asdict(sample.DEFAULTS), asdict(sample.PUBLISHED)
+    theirs = ["--tokenizer", "vae.pth", "--var", "var.pth"]
+    for flags, way in ([], 0), (["--var", "var.pt"], 0), (["--published", "d16"], 1), (theirs, 1):
+        options = vars(parse(ways[0], ["grid", *flags], ways[1]))
+        assert {name: options[name] for name in ways[way]} == ways[way]
+    options = parse(ways[0], ["grid", "--published", "d16", "--cfg", "0", "--top-p", "1", "0.5"], ways[1])
+    assert (options.cfg, options.top_k, options.top_p) == (0, 900, (1, 0.5))
 
 
 def test_completions_are_judged(judged, tmp_path, monkeypatch):
