@@ -119,6 +119,8 @@ def test_upscaling_reads_the_small_image_alone(run):
 def test_small_images_are_as_many_scales_as_they_have_pixels_for(run, given, side, scales):
     """Of 16 pixels a side the scales are 1x1, 2x2 and 4x4, and a code is for 4 x 4 pixels."""
     assert sample.from_small(given.images, side, run.tokenizer.config)[1] == scales
+    half, eight = (sample.from_small(given.images, x, run.tokenizer.config)[0] for x in (None, 8))
+    assert torch.equal(half, eight)
 
 
 def test_enlarged_images_are_not_over_white_or_below_black(run):
@@ -127,6 +129,8 @@ def test_enlarged_images_are_not_over_white_or_below_black(run):
     images = board.repeat_interleave(4, dim=0).repeat_interleave(4, dim=1).expand(1, 3, 16, 16)
     large, _ = sample.from_small(images, 8, run.tokenizer.config)
     assert large.max() == 1 and large.min() == -1
+    large, _ = sample.from_small(0.5 * images, 8, run.tokenizer.config)
+    assert large.max() > 0.5 and large.min() < -0.5
 
 
 def test_everything_known_is_the_reconstruction(run, given):
@@ -838,10 +842,10 @@ def test_mistakes(judged, tmp_path):
         "edit data:3": "edit needs --class",
         "inpaint data:3 --box 0 0 1.5 1": "--box: 1.5 must be from 0 to 1",
         "inpaint data:3 --box 0 0 nan 1": "nan must be from 0 to 1",
-        "inpaint data:3 --box 0.5 0 0.5 1": "without a hole",
+        "inpaint data:3 --box 0.5 0 0.5 1": "--box 0.5 0.0 0.5 1.0 leaves 16 x 16 pixels without a hole",
         "inpaint data:3 --mask m.png --box 0 0 1 .5": "not allowed with argument --mask",
         f"inpaint data:3 --mask {tmp_path}/missing.png": "cannot be read",
-        "upscale data:3 --small 16": "less than the side",
+        "upscale data:3 --small 20": "--small 20 must be less than the side of the images, 16",
         "upscale data:3 --small 0": "--small: 0 must be",
         "upscale data:3 --paste": "unrecognized arguments: --paste",
         "codes data:1000": "the held-out images are data:0 to data:",
