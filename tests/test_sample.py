@@ -174,6 +174,11 @@ def test_the_encoder_does_not_see_the_hole(given):
     torch.testing.assert_close(sample.fill_holes(flat * known_HW, known_HW), flat)
 
 
+def test_a_box_ends_at_the_nearest_pixel():
+    known_HW = known_pixels((0, 0, 0.3, 0.77), 16)   # 4.8 and 12.32
+    assert not known_HW[:5, :12].any() and known_HW.sum() == 16 * 16 - 5 * 12
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_report_on_a_completion(capsys, turned):
     images = torch.zeros(2, 3, 4, 4)
@@ -189,6 +194,8 @@ def test_the_report_on_a_completion(capsys, turned):
     said = capsys.readouterr().out
     assert f"known part {0.2**2 / 8 / 2:.5f}, hole {0.25**2 / 2:.5f};" in said
     assert "mean step 0.3750, 1.50 of the image's own" in said
+    sample.say_completion([result], 0 * images, known_HW)   # which has no step there
+    assert "nan of the image's own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode, ground, paint", [
@@ -271,8 +278,10 @@ def test_names_in_letters_of_any_script():
         assert legible(name, 3) == f"3 {name}"
     classes = ["cafe\u0301", "caf\u00e8", "猫"]   # as a Mac keeps them, and as a keyboard types them
     assert sample.class_indices(["caf\u00e9", "cafe\u0300", "猫"], classes) == [0, 1, 2]
-    with pytest.raises(sample.UserError, match="there is no class cat; there are"):
+    with pytest.raises(sample.UserError, match="there is no class cat; there are .*, 猫$"):
         sample.class_indices(["猫", "cat"], classes)
+    with pytest.raises(sample.UserError, match="there is no class cat; there are a0 to a20$"):
+        sample.class_indices(["cat"], [f"a{i}" for i in range(21)])
 
 
 def test_a_number_is_a_class_of_that_name_before_it_is_one_of_that_place():
@@ -519,6 +528,8 @@ def test_a_tokenizer_alone_can_be_looked_at(judged, tmp_path):
     assert "codes.png is there and is no file; --out names another place" in refused(
         "sample.py", "codes", "data:1", "--run", judged, "--tokenizer", tmp_path / "tokenizer.pt")
     (tmp_path / "codes.png").rmdir()
+    (tmp_path / "explorer.html").mkdir()
+    assert "explorer.html is there and is no file" in refused("sample.py", "explore", "--run", tmp_path)
     (tmp_path / "held_out.pt").unlink()
     ran("sample.py", "codes", tmp_path / "a.png", "--run", tmp_path)
     assert "comes without images" in refused("sample.py", "codes", "data:1", "--run", tmp_path)
@@ -876,8 +887,11 @@ def test_mistakes(judged, tmp_path):
         f"export 9 {tmp_path}/a.npz --reference {tmp_path}/../{tmp_path.name}/a.npz":
             "a.npz is the name of two outputs",
         "--published d16": "--published names both models",
+        "evaluate 7": "count: 7 must be",
     }.items():
         assert told in refused("sample.py", *command.split(), "--run", judged), command
+    for flag in ("--tokenizer", "--var"):
+        assert "--published names both" in refused("sample.py", "--published", "d16", flag, "a.pth")
     assert "IMAGE: a name is missing" in refused("sample.py", "codes", "", "--run", judged)
     for flag in ("--out", "--run", "--var"):
         assert f"{flag}: a name is missing" in refused("sample.py", flag, "")
@@ -955,6 +969,7 @@ def test_particles_complete_images(judged, tmp_path):
 
 
 @pytest.mark.parametrize("box, outside, free", [
+    ((0, 0, 0.1875, 0.8125), True, 0.5),
     ((0.25, 0.25, 0.75, 0.75), True, 0.5),
     ((0.25, 0.25, 0.75, 0.75), False, 0.25),   # the hole surrounds what is known
     ((0.25, 0.25, 0.75, 1.0), False, 0.5),
@@ -966,7 +981,9 @@ def test_in_a_hole_all_around_a_quarter_makes_a_coarse_cell_known(
     found = []
 
     def generate(self, labels, seed, known_of):
-        found.append(known_of(slice(0, 1)).free)
+        known = known_of(slice(0, 1))
+        found.append(known.free)
+        assert torch.equal(known.where_B1SS[0, 0], known_HW.view(4, 4, 4, 4).mean(dim=(1, 3)))
         return torch.zeros(len(labels), 21, dtype=torch.int64)
 
     monkeypatch.setattr(Run, "generate", generate)
@@ -979,10 +996,34 @@ def test_in_a_hole_all_around_a_quarter_makes_a_coarse_cell_known(
 def test_a_part_too_small_for_coarse_maps_is_noted(judged, tmp_path):
     flags = "outpaint data:1 --seeds 0 --particles 2".split()
     for box, noted in (("0.25 0.25 0.75 0.75", False), ("0.375 0.375 0.625 0.625", True),
-                       ("0.375 0.375 0.625 0.625 --paste", False)):
+                       ("0.375 0.375 0.625 0.625 --paste", False),
+                       ("0.375 0.375 0.625 0.625 --particles 0", False)):
         said = ran("sample.py", *flags, "--box", *box.split(), "--run", judged,
                    "--out", tmp_path / "a.png")
         assert ("may drift; --paste" in said) == noted
+
+
+def test_flags_of_completing(judged, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample, "complete", lambda run, given, known_HW, *how: asked.append(
+        (known_HW is not None, *how)) or [Row("", list(to_bytes(given.images)))])
+    flags = ["--run", judged, "--out", tmp_path / "a.png"]
+    ran("sample.py", "inpaint", "data:1", "--class", "star", "--seeds", 4, 5, "--open-loop",
+        "--particles", 3, "--judge", *flags)
+    ran("sample.py", "outpaint", "data:1", "--paste", "--particles", 0, *flags)
+    ran("sample.py", "upscale", "data:1", "--small", 4, *flags)
+    assert asked == [(True, 4, [4, 5], None, True, False, 3, True),
+                     (True, 10, (0, 1, 2), None, False, True, 0, False),
+                     (False, 10, (0, 1, 2), 4, False, False, 0, False)]
+
+
+def test_what_is_drawn_where_no_flag_says_so():
+    defaults = asdict(sample.DEFAULTS)
+    grid, inpaint, upscale = (parse(defaults, words) for words in (
+        ["grid"], ["inpaint", "a.png"], ["upscale", "a.png"]))
+    assert (grid.per_class, grid.seed, grid.top_p) == (8, 0, sample.DEFAULTS.top_p)
+    assert (inpaint.box, inpaint.top_p) == ((0.25, 0.25, 0.75, 0.75), sample.DEFAULTS.top_p)
+    assert upscale.top_p == (1.0, 0.6)
 
 
 def test_holes_are_completed_by_particles_unless_a_published_model_takes_long():
