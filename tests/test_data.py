@@ -306,7 +306,10 @@ def test_identity_is_names_sizes_and_content(tmp_path):
     (root / "b" / "001.png").rename(root / "b" / "0015.png")
     streamed = load(copy, stream=True).digest
     (copy / "b" / "001.png").rename(copy / "b" / "0015.png")   # what is streamed is known by its name
-    assert load(copy, stream=True).digest != streamed
+    renamed = load(copy, stream=True).digest
+    assert renamed != streamed
+    (copy / "b" / "0015.png").write_bytes(content + b"more")   # and by its size
+    assert load(copy, stream=True).digest != renamed
     assert load(root, tmp_path / "out").digest != data.digest
 
 
@@ -327,7 +330,9 @@ def test_what_cannot_be_read_is_named_and_left_out(tmp_path, capsys):
         data = load(root, tmp_path / "out", stream=stream)
         said = capsys.readouterr().out
         told = said.splitlines()[-2]
-        assert "left out" in told and "a/000.png" in told and ("b/002.png" in told or stream)
+        assert told.startswith(f"{2 - stream} images cannot be read and are left out")
+        assert (f"(remove {tmp_path / 'out' / 'decoded.pt'} to try again)" in told) != stream
+        assert "a/000.png" in told and ("b/002.png" in told or stream)
         assert np.array_equal(data.held_out.tensors[0][0], read_image(root / "a" / "001.png", 8, 3))
         assert data.held_out.tensors[1].tolist() == [0, 1] and len(data.train) == 17 + stream
     break_file(root / "b" / "001.png")
@@ -489,8 +494,14 @@ def test_imagenets_own_folder(tmp_path, capsys):
     assert "does not have images of the same classes" in capsys.readouterr().out
     assert len(data.train) == 4 and data.held_out.tensors[1].tolist() == [0, 1]
 
-    (root / "train").rename(root / "vehicles")
     shutil.rmtree(root / "val")
+    draw_folder(root / "test", {"n01": 1, "n02": 1})
+    draw_folder(root / "Val", {"n01": 2, "n02": 2})
+    (root / "train").rename(root / "Train")
+    assert len(load(root, tmp_path / "out").held_out) == 4   # rather than the test
+    for name in ("Val", "test"):
+        shutil.rmtree(root / name)
+    (root / "Train").rename(root / "vehicles")
     with pytest.raises(UserError, match=r"no sub-folder of .*imagenet \(vehicles\) holds images"):
         load(root)
     (root / "vehicles" / "n01").rename(root / "bus")   # `train` may be a class
@@ -676,6 +687,8 @@ def test_sixteen_bits_that_are_not_all_used(tmp_path, capsys):
     assert data.held_out.tensors[0].unique().tolist() == [255]
     assert data.train.tensors[0].unique().tolist() == [130, 193]
     real = Image.fromarray(np.full((8, 8), 0.5, np.float32))
+    Image.fromarray(np.full((8, 8), 100, np.float32)).save(tmp_path / "real.tif")
+    assert read_image(tmp_path / "real.tif", 8, 1).max() == 100   # of 255, unless it is told
     real.save(tmp_path / "real.tif")
     assert read_image(tmp_path / "real.tif", 8, 1, white=1).max() == 128
     values = np.full((8, 8), 0.5, np.float32)

@@ -7,7 +7,7 @@ from math import inf
 
 import pytest
 import torch
-from program import ran
+from program import ROOT, ran
 
 from papers import Claim, open_runs, parser_of, say_figures
 from papers.tuning import Tuning, kept_images, kept_tokens
@@ -133,7 +133,12 @@ MEASURED = {
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_pages_are_as_they_were_measured(monkeypatch, name):
-    """Else the figures of papers/README.md are of something else."""
+    """Else the figures of papers/README.md are of something else; it counts their lines, too."""
+    folder = ROOT / "papers"
+    rows = (folder / "README.md").read_text().splitlines()
+    (row,) = (row for row in rows if row.startswith(f"| [{name}]({name}.py)"))
+    lines = len((folder / f"{name}.py").read_text().splitlines())
+    assert row.split("|")[-2].split()[0] == str(lines)
     given = []
 
     def parse_args(parser):

@@ -148,6 +148,7 @@ def test_how_the_class_is_looked_for(run, flips, monkeypatch):
 
     def generate(run, wanted, seed, known_of=None):
         known = known_of and known_of(slice(0, len(wanted)))
+        assert seed == 0
         asked.append((run.sampling, wanted, known))
         return torch.zeros(len(wanted), run.model.config.length, dtype=torch.int64)
 
@@ -211,6 +212,7 @@ def test_what_is_claimed_of_erasing(judged, monkeypatch):
     monkeypatch.setattr(erase, "say_evaluations", lambda _: others)
     monkeypatch.setattr(erase, "found_of", lambda *_, **__: next(rows))
     said = ran("papers.erase", "--run", judged, *SHORT)
+    assert (attacks.AGAIN, attacks.LR) == (20, 0.003)   # as when it was measured
     for claim, figure in zip(erase.CLAIMS, (4, -3, 0.4, 0.75, -10), strict=True):
         assert f"claim: {claim.text}\n    measured {figure:.4f}: " in said
 
