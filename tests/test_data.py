@@ -718,6 +718,9 @@ def test_images_are_cropped_in_the_middle(tmp_path):
     image.paste(200, (10, 0, 20, 10))
     image.save(tmp_path / "image.png")
     assert (read_image(tmp_path / "image.png", 10, 1)[0, :, 2:8] == 200).all()
+    board = Image.fromarray(np.indices((32, 32)).sum(axis=0).astype(np.uint8) % 2 * 255)
+    board.save(tmp_path / "board.png")   # made smaller, pixels are means
+    assert np.allclose(read_image(tmp_path / "board.png", 8, 1)[0, 2:6, 2:6], 127.5, atol=10)
     grey16 = Image.fromarray(np.full((8, 8), 51 * 256, np.uint16))
     grey16.save(tmp_path / "grey16.png")
     assert (read_image(tmp_path / "grey16.png", 8, 1) == 51).all()

@@ -246,7 +246,8 @@ def test_images_of_any_kind(judged, tmp_path):
     (folder / "A.png").write_bytes(b"the first by name, and broken")
     picture, said = draw(judged, tmp_path / "a.png", f"reconstruct {folder} data:0")
     assert said.count("PSNR") == 8
-    assert said.count("left out") == 1 and "A.png cannot be read as an image" in said
+    assert said.count("left out") == 1
+    assert "A.png cannot be read as an image: Pillow knows no such format" in said
     original, result = cells(picture, 1)[:, 0]   # of data:0
     mse = np.square((original.astype(float) - result) / 255).mean()
     assert float(said.split("PSNR ")[-1].split()[0]) == pytest.approx(-10 * np.log10(mse), abs=0.1)
@@ -369,7 +370,12 @@ def test_images_forming(judged, tmp_path):
             last = cells(film.convert("RGB"), 2)
         assert times == [400, 400, 2000]   # the finished images stay for a while
     assert abs(last.reshape(4, CELL, CELL, 3) - picture[:, -1].astype(int)).mean() < 10   # of 255
-    many = [Row("one", [np.zeros((8, 8, 1), np.uint8)], ["1x1"])] * 700
+    black = np.zeros((8, 8, 1), np.uint8)
+    save_film(tmp_path / "b.gif", [Row(x, [black], ["1x1"]) for x in "aabb"], 2, CELL, "note")
+    with Image.open(tmp_path / "b.gif") as film:   # two rows of the picture are one of the film
+        expected = grid([Row(x, [black, black]) for x in "ab"], CELL, "1x1   note")
+        assert np.array_equal(film.convert("RGB"), expected)
+    many = [Row("one", [black], ["1x1"])] * 700
     with pytest.raises(sample.UserError, match=r"film of 70\d* x .* has at most 65535 a side"):
         save_film(tmp_path / "b.gif", many, 700)
 
@@ -610,7 +616,8 @@ def test_attention_weights_are_what_the_layer_computes(run, given, normalise_qk)
 
 def test_samples_for_evaluation(judged, tmp_path):
     for flags in (["--reference", tmp_path / "b.npz"], ["--rejection", 0.5]):
-        ran("sample.py", "export", 23, tmp_path / "a.npz", "--run", judged, *flags)
+        said = ran("sample.py", "export", 23, tmp_path / "a.npz", "--run", judged, *flags)
+        assert f"wrote 23 images to {tmp_path / 'a.npz'}" in said
         images = np.load(tmp_path / "a.npz")["arr_0"]
         assert images.shape == (23, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 10
     reference = np.load(tmp_path / "b.npz")["arr_0"]
@@ -626,6 +633,7 @@ def test_the_rows_for_evaluation_are_of_all_classes_everywhere(tmp_path):
     for name in ("a", "b"):
         save_npz(tmp_path / f"{name}.npz", images)
     rows_N = np.load(tmp_path / "a.npz")["arr_0"][:, 0, 0, 0]
+    assert np.load(tmp_path / "a.npz")["arr_0"].shape == (3000, 1, 1, 3)   # grey ones, too
     assert np.array_equal(np.sort(rows_N), labels_N)
     for part in np.split(rows_N, 5):
         assert len(np.unique(part)) > 90
