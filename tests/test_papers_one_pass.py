@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -225,7 +226,7 @@ def test_distilling_tunes_a_copy(run, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_drawn_of_the_same_noise(run, kind):
-    run.sampling.__dict__["batch"] = 3
+    run.sampling = replace(run.sampling, batch=3)
     teacher = Student(run.model, run.tokenizer.quantizer.codebook_VC, kind).eval()
     model = heeding(run, kind)
     own, lost, two, led = one_pass.from_same_noise(run, teacher, model, LABELS)
