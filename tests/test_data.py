@@ -306,7 +306,10 @@ def test_identity_is_names_sizes_and_content(tmp_path):
     (root / "b" / "001.png").rename(root / "b" / "0015.png")
     streamed = load(copy, stream=True).digest
     (copy / "b" / "001.png").rename(copy / "b" / "0015.png")   # what is streamed is known by its name
-    assert load(copy, stream=True).digest != streamed
+    renamed = load(copy, stream=True).digest
+    assert renamed != streamed
+    (copy / "b" / "0015.png").write_bytes(content + b"more")   # and by its size
+    assert load(copy, stream=True).digest != renamed
     assert load(root, tmp_path / "out").digest != data.digest
 
 
@@ -327,7 +330,9 @@ def test_what_cannot_be_read_is_named_and_left_out(tmp_path, capsys):
         data = load(root, tmp_path / "out", stream=stream)
         said = capsys.readouterr().out
         told = said.splitlines()[-2]
-        assert "left out" in told and "a/000.png" in told and ("b/002.png" in told or stream)
+        assert told.startswith(f"{2 - stream} images cannot be read and are left out")
+        assert (f"(remove {tmp_path / 'out' / 'decoded.pt'} to try again)" in told) != stream
+        assert "a/000.png" in told and ("b/002.png" in told or stream)
         assert np.array_equal(data.held_out.tensors[0][0], read_image(root / "a" / "001.png", 8, 3))
         assert data.held_out.tensors[1].tolist() == [0, 1] and len(data.train) == 17 + stream
     break_file(root / "b" / "001.png")
@@ -494,8 +499,14 @@ def test_imagenets_own_folder(tmp_path, capsys):
     assert "does not have images of the same classes" in capsys.readouterr().out
     assert len(data.train) == 4 and data.held_out.tensors[1].tolist() == [0, 1]
 
-    (root / "train").rename(root / "vehicles")
     shutil.rmtree(root / "val")
+    draw_folder(root / "test", {"n01": 1, "n02": 1})
+    draw_folder(root / "Val", {"n01": 2, "n02": 2})
+    (root / "train").rename(root / "Train")
+    assert len(load(root, tmp_path / "out").held_out) == 4   # rather than the test
+    for name in ("Val", "test"):
+        shutil.rmtree(root / name)
+    (root / "Train").rename(root / "vehicles")
     with pytest.raises(UserError, match=r"no sub-folder of .*imagenet \(vehicles\) holds images"):
         load(root)
     (root / "vehicles" / "n01").rename(root / "bus")   # `train` may be a class
@@ -523,7 +534,7 @@ STRAY = ("._000.png", "__MACOSX/a/000.png", ".ipynb_checkpoints/000.png", "@eaDi
 
 @pytest.mark.parametrize("below", ["", "a", "a/deeper"])
 def test_hidden_and_system_names_are_no_data(tmp_path, capsys, below):
-    root = draw_folder(tmp_path / "data", {"a": 4, "a/deeper": 2})
+    root = draw_folder(tmp_path / "data", {"a": 4, "a/deeper": 1, "a/more": 1})
     for name in STRAY:
         path = root / below / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -532,7 +543,7 @@ def test_hidden_and_system_names_are_no_data(tmp_path, capsys, below):
     assert data.classes == ["a"] and len(data.train) + len(data.held_out) == 6
     assert f"hidden or the system's: {len(STRAY)}" in capsys.readouterr().out
     names = [path.relative_to(root).as_posix() for path in image_paths(root)]
-    assert names == ["a/000.png", "a/001.png", "a/002.png", "a/003.png", "a/deeper/000.png", "a/deeper/001.png"]
+    assert names == ["a/000.png", "a/001.png", "a/002.png", "a/003.png", "a/deeper/000.png", "a/more/000.png"]
 
 
 def test_links_are_followed_once(tmp_path, capsys):
@@ -681,6 +692,8 @@ def test_sixteen_bits_that_are_not_all_used(tmp_path, capsys):
     assert data.held_out.tensors[0].unique().tolist() == [255]
     assert data.train.tensors[0].unique().tolist() == [130, 193]
     real = Image.fromarray(np.full((8, 8), 0.5, np.float32))
+    Image.fromarray(np.full((8, 8), 100, np.float32)).save(tmp_path / "real.tif")
+    assert read_image(tmp_path / "real.tif", 8, 1).max() == 100   # of 255, unless it is told
     real.save(tmp_path / "real.tif")
     assert read_image(tmp_path / "real.tif", 8, 1, white=1).max() == 128
     assert read_image(tmp_path / "real.tif", 8, 1).max() == 128   # by its values; else white is 255
@@ -713,6 +726,9 @@ def test_images_are_cropped_in_the_middle(tmp_path):
     image.paste(200, (10, 0, 20, 10))
     image.save(tmp_path / "image.png")
     assert (read_image(tmp_path / "image.png", 10, 1)[0, :, 2:8] == 200).all()
+    board = Image.fromarray(np.indices((32, 32)).sum(axis=0).astype(np.uint8) % 2 * 255)
+    board.save(tmp_path / "board.png")   # made smaller, pixels are means
+    assert np.allclose(read_image(tmp_path / "board.png", 8, 1)[0, 2:6, 2:6], 127.5, atol=10)
     grey16 = Image.fromarray(np.full((8, 8), 51 * 256, np.uint16))
     grey16.save(tmp_path / "grey16.png")
     assert (read_image(tmp_path / "grey16.png", 8, 1) == 51).all()

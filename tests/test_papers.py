@@ -1,16 +1,19 @@
 """What all pages share: which runs they take, when a claim holds, and what goes on from what."""
+import importlib
 import shutil
+from argparse import ArgumentParser
 from dataclasses import replace
 from math import inf
 
 import pytest
 import torch
+from program import ROOT, ran
 
 from papers import Claim, open_runs, parser_of, say_figures
-from papers.tuning import Tuning, kept_tokens
+from papers.tuning import Tuning, kept_images, kept_tokens
 from sample import load_run
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.cli import UserError
+from support.cli import Parser, UserError
 from support.devices import choose_machine
 
 
@@ -105,6 +108,57 @@ def test_verdicts_take_two_standard_deviations(figure, verdict):
     assert Claim("more", holds=(1.05, inf), false=(-inf, 0.35)).verdict(figure) == verdict
 
 
+# What each page was measured with, beside the flags of all pages; and its claims: over or under
+# what they hold, and after a stroke where they are false, if that is not the same.
+MEASURED = {
+    "scaling": ("1000 (1, 2, 3, 4, 6, 8) 1000", "<-0.99 <2 <-0.99"),
+    "hmar": ("1000 200 0.003", ">3 >0 <1 >3 >0"),
+    "hmar_passes": ("1000 200 0.003 None", ">0 >0 >0 >0 >5"),
+    "hmar_markov": ("1000 600", "<0.02 >0 <0"),
+    "drafting": ("500 None", "<2 <0.6 >-2 <0"),
+    "cca": ("1000 (1, 10) 200 0.001", ">10 >-3 >0"),
+    "control": ("1000 500 ['data:0', 'data:4', 'data:6', 'data:8']", ">0.6/0.4 >0/-3 >0.66667"),
+    "watermark": ("1000 2.0", ">95 >-2 >0 >90"),
+    "roles": ("500", ">0.5/0.2 >0.5/0.2 <0.01 <0"),
+    "erase": ("500 heart 100", "<10 >-2 <0.5 >0.5 <0"),
+    "noisy_context": ("300 0.2 near early 100 0.003", ">3 <1 >1 <0"),
+    "clusters": ("500 200 0.003 16", ">1 >0 >0 >3 >3 >90"),
+    "flexvar": ("200 1000 1550 False", ">-3 >20 >-3 >-10 >0 >-3 >-2"),
+    "super_resolution": ("200 120", ">1 >5 >0 >-0.2 >0.5 >0.5"),
+    "one_pass": ("300 250 0.01 3", ">70 <30 <0.4 >0 >0.33333 >0"),
+    "linear_past": ("500 200 0.003", ">0.01 >0.5 >-2"),
+    "low_pass": ("300 250 250", ">3 >-0.2 >3 >-0.2"),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_pages_are_as_they_were_measured(monkeypatch, name):
+    """Else the figures of papers/README.md are of something else; it counts their lines, too."""
+    folder = ROOT / "papers"
+    rows = (folder / "README.md").read_text().splitlines()
+    (row,) = (row for row in rows if row.startswith(f"| [{name}]({name}.py)"))
+    lines = len((folder / f"{name}.py").read_text().splitlines())
+    assert row.split("|")[-2].split()[0] == str(lines)
+    given = []
+
+    def parse_args(parser):
+        given.append(vars(ArgumentParser.parse_args(parser, [])))
+        raise SystemExit
+
+    monkeypatch.setattr(Parser, "parse_args", parse_args)
+    ran(f"papers.{name}")
+    own = [value for flag, value in given[0].items()
+           if flag not in ("run", "resume", "device", "precision")]
+    flags, claims = MEASURED[name]
+    assert " ".join(map(str, own)) == flags
+    page = importlib.import_module(f"papers.{name}")
+    for claim, said in zip(page.CLAIMS, claims.split(), strict=True):
+        holds, _, false = said[1:].partition("/")
+        beyond = 1e-5 if said[0] == ">" else -1e-5
+        assert claim.verdict([float(holds) + beyond] * 3) == "holds"
+        assert claim.verdict([float(false or holds) - beyond] * 3) == "falsified"
+
+
 def test_differences_are_taken_in_each_run(capsys):
     by_run = [{"a": [1.0, 5.0], "b": [2.0, 4.9], "c": [1.5, 5.0]},
               {"a": [3.0, 5.0], "b": [4.1, 5.1], "c": [4.5, 5.0]},
@@ -121,16 +175,20 @@ def test_differences_are_taken_in_each_run(capsys):
 
 def test_what_was_tuned_goes_on_only_from_the_same_weights(copies, capsys):
     (run,) = opened(copies[0])
-    run.settings = replace(run.settings, preset=replace(run.settings.preset, var_batch=6))
+    run.settings = replace(run.settings, preset=replace(run.settings.preset, var_batch=6, ema=0.5))
 
-    def tuning(lr=0.003, resume=True):
+    def tuning(lr=0.003, resume=True, steps=2):
         settings = replace(run.settings, resume=resume)
-        return Tuning(replace(run, settings=settings), run.model, "some", 2, lr)
+        return Tuning(replace(run, settings=settings), run.model, "some", steps, lr)
 
     first = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     stage = tuning(resume=False)
     assert stage.settings.preset == replace(run.settings.preset, var_steps=2, var_lr=0.003)
     assert stage.batch == 6   # the transformer's; the tokenizer's is another
+    assert stage.decay == run.settings.preset.ema == 0.5
+    assert len(stage.held_out_rows) == len(run.held_out) < len(stage.rows)
+    made_with = load_checkpoint(run.folder / "var.pt", "transformer")["made_with"]
+    assert stage.made_with["data set"] == kept_images(run).digest == made_with["data set"]
     tuned = stage.run().state_dict()
     run.model.load_state_dict(first)   # it was changed
     again = tuning()
@@ -139,6 +197,8 @@ def test_what_was_tuned_goes_on_only_from_the_same_weights(copies, capsys):
     assert f"{run.folder / 'papers' / 'some' / 'var.pt'} is finished" in capsys.readouterr().out
     with pytest.raises(UserError, match="--lr 0.003 and not 0.5"):
         tuning(lr=0.5).run()
+    with pytest.raises(UserError, match="another steps, 2 and not 3"):
+        tuning(steps=3).run()
     run.model.head.bias.data += 1
     with pytest.raises(UserError, match="another first weights"):
         tuning().run()

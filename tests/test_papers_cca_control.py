@@ -308,8 +308,8 @@ def test_each_batch_is_shown_its_own_edges(run, shown):
 @pytest.fixture(scope="module")
 def page(judged, tmp_path_factory) -> str:
     """What the page prints, of the shortest tuning, with a drawing of a star."""
-    drawing = Image.new("L", (200, 200), "white")
-    ImageDraw.Draw(drawing).rectangle((50, 50, 150, 150), outline="black", width=14)
+    drawing = Image.new("RGB", (200, 200), "white")
+    ImageDraw.Draw(drawing).rectangle((50, 50, 150, 150), outline="red", width=14)
     path = tmp_path_factory.mktemp("drawn") / "star.png"
     drawing.save(path)
     return ran("papers.control", "--run", judged, *SHORT, "--steps", 2, "--image", "data:0", path)
@@ -367,16 +367,21 @@ def test_the_page_on_control(run, judged, page):
             [100 * found.recognised, 100 * found.recall], abs=0.006)
 
 
-def test_what_is_claimed_of_control(judged, monkeypatch):
+def test_what_is_claimed_of_control(judged, opened, monkeypatch):
+    """And its picture is of the first run, a column for each seed."""
     rows = {"plain": [0.2, 50.0], "frozen": [0.3, 70.0], "all": [0.6, 65.0]}
     rows = {name: [*row, 0, 0, 0, 0] for name, row in rows.items()}
-    monkeypatch.setattr(
-        control, "study",
-        lambda run, *_: (rows, replace(run, model=control.Controlled(run).eval())))
+    first, second = replace(opened), replace(opened)
+    drawn = []
+    monkeypatch.setattr(control, "open_runs", lambda _: [first, second])
+    monkeypatch.setattr(control, "study", lambda run, *_: (rows, run))
+    monkeypatch.setattr(control, "draw", lambda run, labels, edges_N1HW, seed: drawn.append(
+        (run is first, seed)) or edges_N1HW)
     monkeypatch.setattr(control, "save_picture", lambda *_: None)
     said = ran("papers.control", "--run", judged, *SHORT)
+    assert drawn == [(True, 0), (True, 1), (True, 2)]
     for claim, figure in zip(control.CLAIMS, (0.6, 15, 0.25), strict=True):
-        assert f"claim: {claim.text}\n    measured {figure:.4f}: " in said
+        assert f"claim: {claim.text}\n    measured {figure:.4f} ± 0.0000: " in said
 
 
 def test_the_picture_of_edges(run, judged, page):

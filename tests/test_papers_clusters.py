@@ -95,6 +95,12 @@ def test_the_likelihood_by_hand():
             assert of_code == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_a_cluster_without_a_chance_is_no_infinity():
+    """Of two of which guidance would make something that is no number."""
+    logits = torch.tensor([[[0.0, 0.0, -1000.0]]])
+    assert of_clusters(logits, torch.tensor([0, 0, 1])).isfinite().all()
+
+
 def test_untuned_it_is_plain_var(opened, real):
     tokens, labels = real
     model = ClusteredVAR(opened.model, torch.arange(32) % 5).eval()
@@ -127,10 +133,16 @@ def test_drawing_says_what_the_likelihood_says(opened, cfg, monkeypatch):
     model = heeding(opened.model, torch.arange(32) % 5)
     drawn = []
     draw = model.draw
-    monkeypatch.setattr(model, "draw", lambda *rest: drawn.append(rest[0]) or draw(*rest))
+    how = cfg, 5, 0.9, torch.Generator().manual_seed(0), 3.0
+
+    def noted(logits, k, *rest):
+        assert rest == how
+        drawn.append(logits)
+        return draw(logits, k, *rest)
+
+    monkeypatch.setattr(model, "draw", noted)
     labels = torch.tensor([0, 3, 5, 5])
-    generator = torch.Generator().manual_seed(0)
-    tokens = model.generate(opened.tokenizer, labels, cfg, 0, 1.0, generator)
+    tokens = model.generate(opened.tokenizer, labels, *how[:4], growth=3.0)
     kinds = labels
     if cfg:
         kinds = torch.cat([labels, torch.full_like(labels, model.config.classes)])
@@ -190,6 +202,10 @@ def test_k_means():
     spread = sum((codebook[found == x] - codebook[found == x].mean(dim=0)).square().sum()
                  for x in found.unique())
     assert spread < 0.2 * (codebook - codebook.mean(dim=0)).square().sum()
+    torch.manual_seed(1)
+    first = torch.randperm(40)[:4]
+    torch.manual_seed(1)
+    assert k_means(codebook, 4, rounds=1)[first].tolist() == [0, 1, 2, 3]   # it starts at these
     torch.manual_seed(0)
     codebook = torch.cat([torch.zeros(5, 2), torch.ones(5, 2)])   # only two of them are in use
     assert len(k_means(codebook, 4).unique()) == 2
@@ -209,6 +225,7 @@ def test_the_losses_by_hand(opened, real):
     plain = replace(opened, model=VAR(replace(opened.model.config, label_dropout=0.0)))
     plain.model.load_state_dict(opened.model.state_dict())
     stage = ClusterLoss(plain, of_V, 1, 1e-3)
+    assert stage.made_with["clusters"] == of_V.tolist()   # --resume takes no others
     with torch.no_grad():
         loss, to_log = stage.loss(plain.model, tokens.short(), labels)
         first, second = ClusteredVAR(plain.model, of_V).nats(run.tokenizer, tokens, labels)

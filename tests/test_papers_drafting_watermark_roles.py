@@ -225,6 +225,9 @@ def test_saved_is_what_a_file_gives_back():
     grey = damage.saved(x[:, :1], "JPEG")
     assert grey.shape == (3, 1, 8, 8)
     assert 0 < (grey - damage.saved(x[:, :1])).abs().mean() < 0.5
+    assert torch.equal(damage.saved(x, "JPEG"), damage.saved(x, "JPEG", quality=75))
+    errors = [(damage.saved(x, "JPEG", quality) - once).square().mean() for quality in (10, 75, 95)]
+    assert errors[0] > errors[1] > errors[2]
 
 
 def test_what_a_detector_reads(run, real):
@@ -239,7 +242,8 @@ def test_what_a_detector_reads(run, real):
     noisy = damage.saved(once + 2 * 0.05 * noise)   # pixels in [0, 1] are here in [-1, 1]
     inner = F.interpolate(once[..., 1:15, 1:15], (16, 16), mode="bicubic")
     for name, changed in (("saved", once), ("regenerated", again), ("shift by 1", left),
-                          ("noise 0.05", noisy), ("crop by 1", damage.saved(inner))):
+                          ("JPEG 75", damage.saved(once, "JPEG")), ("noise 0.05", noisy),
+                          ("crop by 1", damage.saved(inner))):
         assert torch.equal(read[name], run.encode(changed)[1])
     for name in ("JPEG 75", "noise 0.05", "crop by 1"):
         assert not torch.equal(read[name], read["saved"])

@@ -148,6 +148,7 @@ def test_how_the_class_is_looked_for(run, flips, monkeypatch):
 
     def generate(run, wanted, seed, known_of=None):
         known = known_of and known_of(slice(0, len(wanted)))
+        assert seed == 0
         asked.append((run.sampling, wanted, known))
         return torch.zeros(len(wanted), run.model.config.length, dtype=torch.int64)
 
@@ -211,6 +212,7 @@ def test_what_is_claimed_of_erasing(judged, monkeypatch):
     monkeypatch.setattr(erase, "say_evaluations", lambda _: others)
     monkeypatch.setattr(erase, "found_of", lambda *_, **__: next(rows))
     said = ran("papers.erase", "--run", judged, *SHORT)
+    assert (attacks.AGAIN, attacks.LR) == (20, 0.003)   # as when it was measured
     for claim, figure in zip(erase.CLAIMS, (4, -3, 0.4, 0.75, -10), strict=True):
         assert f"claim: {claim.text}\n    measured {figure:.4f}: " in said
 
@@ -256,7 +258,8 @@ def test_the_noisy_loss(run, real, share, monkeypatch):
     """Next to no mistakes: the ordinary loss. Else what is read has them, and the targets are
     those that correct it."""
     images, tokens, labels = real
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(
+    shapes = []
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: shapes.append(shape) or torch.full(
         shape[0] if isinstance(shape[0], torch.Size) else shape, 0.5))
     run.model.config = replace(run.model.config, label_dropout=0.0)
     stage = noisy_context.NoisyContext(run, share, 2, 1e-3)
@@ -267,6 +270,7 @@ def test_the_noisy_loss(run, real, share, monkeypatch):
     with torch.no_grad():
         loss, to_log = stage.loss(stage.model, pixels, labels)
     assert to_log()["replaced"].item() == 0   # 0.5 is not below 0.5 * share
+    assert shapes[0] == (COUNT, 1)   # of each image another
     ordinary = super(noisy_context.NoisyContext, stage).loss(stage.model, tokens, labels)[0]
     assert loss.item() == pytest.approx(ordinary.item(), rel=1e-5)
     if share == 1:
@@ -417,10 +421,32 @@ def test_the_picture_of_mistakes():
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b"]
 
 
-def test_the_page_on_noisy_context(judged):
-    said = ran("papers.noisy_context", "--run", judged, *SHORT, "--steps", 2, "--share", 0.5)
+def test_the_page_on_noisy_context(judged, opened, monkeypatch):
+    monkeypatch.setattr(noisy_context, "MISTAKES", COUNT // 2)
+    asked = []
+    evaluate = noisy_context.evaluate
+
+    def evaluated(*what, **how):
+        found = evaluate(*what, **how)
+        found.unfiltered[0].recognised += 0.01 * len(asked)   # else all are recognised alike
+        return found
+
+    monkeypatch.setattr(noisy_context, "evaluate", evaluated)
+    for name in ("by_model", "by_encoder"):
+        measure = getattr(noisy_context, name)
+        monkeypatch.setattr(noisy_context, name, lambda run, rows, measure=measure: (
+            asked.append(rows), measure(run, rows))[1])
+    said = ran("papers.noisy_context", "--run", judged, *SHORT, "--steps", 2, "--share", 0.5,
+               "--kind", "any", "--when", "late")
+    images, labels = evaluated_images(opened, COUNT)
+    for found, expected in zip(asked, (labels, labels, images), strict=True):
+        assert torch.equal(found, expected[::2])   # of all classes
+    path = judged / "papers" / "noisy_context-noisy" / "var.pt"
+    made_with = load_checkpoint(path, "transformer")["made_with"]
+    assert {"share": 0.5, "kind": "any", "when": "late"}.items() <= made_with.items()
     left = rows_of(said, 2)
     assert {"control", "noisy context", "the encoder"} <= set(left)
+    assert "the encoder: difference" in said and "control: difference" not in said
     found = rows_of(said, 7)
     control, noisy = found["control"], found["noisy context"]
     figures = [noisy[1] - control[1], 100 * (noisy[0] / control[0] - 1),

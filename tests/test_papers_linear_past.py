@@ -9,9 +9,8 @@ from program import copied_run, opened_run, ran, rows_of, with_moved_weights
 
 from papers import UNFILTERED, linear_past
 from papers.linear_past import LinearPast, LinearVAR, Memory
-from support.checkpoint import load_checkpoint
+from support.checkpoint import fingerprint, load_checkpoint
 from support.evaluation import evaluated_images
-from var import VAR
 
 COUNT = 16
 SHORT = ("--device", "cpu", "--count", COUNT)
@@ -125,6 +124,7 @@ def test_the_page_on_a_linear_past(folder, monkeypatch):
     evaluate = linear_past.evaluate
 
     def evaluated(*what, **how):
+        assert how == {"seeds": [0]}
         found.append(evaluate(*what, **how))
         found[-1].unfiltered[0].recognised += 0.01 * len(found)   # else all are recognised alike
         return found[-1]
@@ -137,15 +137,17 @@ def test_the_page_on_a_linear_past(folder, monkeypatch):
     run = opened_run(folder, *SHORT)
     images, labels = evaluated_images(run, COUNT)
     tokens = run.encode(images)[1]
-    models = {"own scale": VAR(replace(run.model.config, last_scales=1)),
-              "linear": LinearVAR(run.model)}
+    models = {"own scale": linear_past.own_scale(run.model), "linear": LinearVAR(run.model)}
     for name, model in models.items():
         path = folder / "papers" / f"linear_past-{name.split()[0]}" / "var.pt"
-        state = load_checkpoint(path, "transformer")["model"]
+        content = load_checkpoint(path, "transformer")
+        assert content["made_with"]["first weights"] == fingerprint(model)   # those of the run
+        state = content["model"]
         model.load_state_dict(state)
         likelihood = replace(run, model=model.eval()).log_likelihood(tokens, labels.tolist())
         assert rows[name][0] == pytest.approx(-likelihood.mean().item(), abs=0.006)
-    assert not torch.allclose(state["blocks.0.attention.t_H11"], torch.tensor(4.0))
+    t_H11 = state["blocks.0.attention.t_H11"]
+    assert t_H11.unique().numel() == 2 and not torch.allclose(t_H11, torch.tensor(4.0))
     # What tells them apart after two steps is little, so it is not taken from the rounded table.
     plain, own, linear = found
     cut, left = (x.nats_per_image - plain.nats_per_image for x in (own, linear))

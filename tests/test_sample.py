@@ -119,6 +119,8 @@ def test_upscaling_reads_the_small_image_alone(run):
 def test_small_images_are_as_many_scales_as_they_have_pixels_for(run, given, side, scales):
     """Of 16 pixels a side the scales are 1x1, 2x2 and 4x4, and a code is for 4 x 4 pixels."""
     assert sample.from_small(given.images, side, run.tokenizer.config)[1] == scales
+    half, eight = (sample.from_small(given.images, x, run.tokenizer.config)[0] for x in (None, 8))
+    assert torch.equal(half, eight)
 
 
 def test_enlarged_images_are_not_over_white_or_below_black(run):
@@ -127,6 +129,8 @@ def test_enlarged_images_are_not_over_white_or_below_black(run):
     images = board.repeat_interleave(4, dim=0).repeat_interleave(4, dim=1).expand(1, 3, 16, 16)
     large, _ = sample.from_small(images, 8, run.tokenizer.config)
     assert large.max() == 1 and large.min() == -1
+    large, _ = sample.from_small(0.5 * images, 8, run.tokenizer.config)
+    assert large.max() > 0.5 and large.min() < -0.5
 
 
 def test_everything_known_is_the_reconstruction(run, given):
@@ -170,6 +174,11 @@ def test_the_encoder_does_not_see_the_hole(given):
     torch.testing.assert_close(sample.fill_holes(flat * known_HW, known_HW), flat)
 
 
+def test_a_box_ends_at_the_nearest_pixel():
+    known_HW = known_pixels((0, 0, 0.3, 0.77), 16)   # 4.8 and 12.32
+    assert not known_HW[:5, :12].any() and known_HW.sum() == 16 * 16 - 5 * 12
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_report_on_a_completion(capsys, turned):
     images = torch.zeros(2, 3, 4, 4)
@@ -185,6 +194,8 @@ def test_the_report_on_a_completion(capsys, turned):
     said = capsys.readouterr().out
     assert f"known part {0.2**2 / 8 / 2:.5f}, hole {0.25**2 / 2:.5f};" in said
     assert "mean step 0.3750, 1.50 of the image's own" in said
+    sample.say_completion([result], 0 * images, known_HW)   # which has no step there
+    assert "nan of the image's own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode, ground, paint", [
@@ -235,7 +246,8 @@ def test_images_of_any_kind(judged, tmp_path):
     (folder / "A.png").write_bytes(b"the first by name, and broken")
     picture, said = draw(judged, tmp_path / "a.png", f"reconstruct {folder} data:0")
     assert said.count("PSNR") == 8
-    assert said.count("left out") == 1 and "A.png cannot be read as an image" in said
+    assert said.count("left out") == 1
+    assert "A.png cannot be read as an image: Pillow knows no such format" in said
     original, result = cells(picture, 1)[:, 0]   # of data:0
     mse = np.square((original.astype(float) - result) / 255).mean()
     assert float(said.split("PSNR ")[-1].split()[0]) == pytest.approx(-10 * np.log10(mse), abs=0.1)
@@ -267,8 +279,10 @@ def test_names_in_letters_of_any_script():
         assert legible(name, 3) == f"3 {name}"
     classes = ["cafe\u0301", "caf\u00e8", "猫"]   # as a Mac keeps them, and as a keyboard types them
     assert sample.class_indices(["caf\u00e9", "cafe\u0300", "猫"], classes) == [0, 1, 2]
-    with pytest.raises(sample.UserError, match="there is no class cat; there are"):
+    with pytest.raises(sample.UserError, match="there is no class cat; there are .*, 猫$"):
         sample.class_indices(["猫", "cat"], classes)
+    with pytest.raises(sample.UserError, match="there is no class cat; there are a0 to a20$"):
+        sample.class_indices(["cat"], [f"a{i}" for i in range(21)])
 
 
 def test_a_number_is_a_class_of_that_name_before_it_is_one_of_that_place():
@@ -356,7 +370,12 @@ def test_images_forming(judged, tmp_path):
             last = cells(film.convert("RGB"), 2)
         assert times == [400, 400, 2000]   # the finished images stay for a while
     assert abs(last.reshape(4, CELL, CELL, 3) - picture[:, -1].astype(int)).mean() < 10   # of 255
-    many = [Row("one", [np.zeros((8, 8, 1), np.uint8)], ["1x1"])] * 700
+    black = np.zeros((8, 8, 1), np.uint8)
+    save_film(tmp_path / "b.gif", [Row(x, [black], ["1x1"]) for x in "aabb"], 2, CELL, "note")
+    with Image.open(tmp_path / "b.gif") as film:   # two rows of the picture are one of the film
+        expected = grid([Row(x, [black, black]) for x in "ab"], CELL, "1x1   note")
+        assert np.array_equal(film.convert("RGB"), expected)
+    many = [Row("one", [black], ["1x1"])] * 700
     with pytest.raises(sample.UserError, match=r"film of 70\d* x .* has at most 65535 a side"):
         save_film(tmp_path / "b.gif", many, 700)
 
@@ -515,6 +534,8 @@ def test_a_tokenizer_alone_can_be_looked_at(judged, tmp_path):
     assert "codes.png is there and is no file; --out names another place" in refused(
         "sample.py", "codes", "data:1", "--run", judged, "--tokenizer", tmp_path / "tokenizer.pt")
     (tmp_path / "codes.png").rmdir()
+    (tmp_path / "explorer.html").mkdir()
+    assert "explorer.html is there and is no file" in refused("sample.py", "explore", "--run", tmp_path)
     (tmp_path / "held_out.pt").unlink()
     ran("sample.py", "codes", tmp_path / "a.png", "--run", tmp_path)
     assert "comes without images" in refused("sample.py", "codes", "data:1", "--run", tmp_path)
@@ -595,7 +616,8 @@ def test_attention_weights_are_what_the_layer_computes(run, given, normalise_qk)
 
 def test_samples_for_evaluation(judged, tmp_path):
     for flags in (["--reference", tmp_path / "b.npz"], ["--rejection", 0.5]):
-        ran("sample.py", "export", 23, tmp_path / "a.npz", "--run", judged, *flags)
+        said = ran("sample.py", "export", 23, tmp_path / "a.npz", "--run", judged, *flags)
+        assert f"wrote 23 images to {tmp_path / 'a.npz'}" in said
         images = np.load(tmp_path / "a.npz")["arr_0"]
         assert images.shape == (23, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 10
     reference = np.load(tmp_path / "b.npz")["arr_0"]
@@ -611,6 +633,7 @@ def test_the_rows_for_evaluation_are_of_all_classes_everywhere(tmp_path):
     for name in ("a", "b"):
         save_npz(tmp_path / f"{name}.npz", images)
     rows_N = np.load(tmp_path / "a.npz")["arr_0"][:, 0, 0, 0]
+    assert np.load(tmp_path / "a.npz")["arr_0"].shape == (3000, 1, 1, 3)   # grey ones, too
     assert np.array_equal(np.sort(rows_N), labels_N)
     for part in np.split(rows_N, 5):
         assert len(np.unique(part)) > 90
@@ -840,13 +863,13 @@ def test_mistakes(judged, tmp_path):
         "inpaint data:3 --box 0 0 nan 1": "nan must be from 0 to 1",
         "inpaint data:3 --box 0.5 0 0.5 1": "0.5 1.0 holds no pixel: Y0 X0 are",
         "outpaint data:3 --box 0 1 1 0": "1.0 0.0 holds no pixel",
-        "inpaint data:3 --box 0 0 1 1": "without anything that is known",
+        "inpaint data:3 --box 0 0 1 1": "leaves 16 x 16 pixels without anything that is known",
         "--classes star,heart": "there is no class star,heart; there are circle, ring, square, triangle, star, "
                                 "cross, heart, crescent, arrow, bar, and names stand with spaces between them",
         "--per-class 1001": "must be a whole number, from 1 to 1000",
         "inpaint data:3 --mask m.png --box 0 0 1 .5": "not allowed with argument --mask",
         f"inpaint data:3 --mask {tmp_path}/missing.png": "cannot be read",
-        "upscale data:3 --small 16": "less than the side",
+        "upscale data:3 --small 20": "--small 20 must be less than the side of the images, 16",
         "upscale data:3 --small 0": "--small: 0 must be",
         "upscale data:3 --paste": "unrecognized arguments: --paste",
         "codes data:1000": "the held-out images are data:0 to data:",
@@ -877,8 +900,11 @@ def test_mistakes(judged, tmp_path):
         f"export 9 {tmp_path}/a.npz --reference {tmp_path}/../{tmp_path.name}/a.npz":
             "a.npz is the name of two outputs",
         "--published d16": "--published names both models",
+        "evaluate 7": "count: 7 must be",
     }.items():
         assert told in refused("sample.py", *command.split(), "--run", judged), command
+    for flag in ("--tokenizer", "--var"):
+        assert "--published names both" in refused("sample.py", "--published", "d16", flag, "a.pth")
     assert "IMAGE: a name is missing" in refused("sample.py", "codes", "", "--run", judged)
     for flag in ("--out", "--run", "--var"):
         assert f"{flag}: a name is missing" in refused("sample.py", flag, "")
@@ -966,6 +992,7 @@ def test_particles_complete_images(judged, tmp_path):
 
 
 @pytest.mark.parametrize("box, outside, free", [
+    ((0, 0, 0.1875, 0.8125), True, 0.5),
     ((0.25, 0.25, 0.75, 0.75), True, 0.5),
     ((0.25, 0.25, 0.75, 0.75), False, 0.25),   # the hole surrounds what is known
     ((0.25, 0.25, 0.75, 1.0), False, 0.5),
@@ -977,7 +1004,9 @@ def test_in_a_hole_all_around_a_quarter_makes_a_coarse_cell_known(
     found = []
 
     def generate(self, labels, seed, known_of):
-        found.append(known_of(slice(0, 1)).free)
+        known = known_of(slice(0, 1))
+        found.append(known.free)
+        assert torch.equal(known.where_B1SS[0, 0], known_HW.view(4, 4, 4, 4).mean(dim=(1, 3)))
         return torch.zeros(len(labels), 21, dtype=torch.int64)
 
     monkeypatch.setattr(Run, "generate", generate)
@@ -990,10 +1019,34 @@ def test_in_a_hole_all_around_a_quarter_makes_a_coarse_cell_known(
 def test_a_part_too_small_for_coarse_maps_is_noted(judged, tmp_path):
     flags = "outpaint data:1 --seeds 0 --particles 2".split()
     for box, noted in (("0.25 0.25 0.75 0.75", False), ("0.375 0.375 0.625 0.625", True),
-                       ("0.375 0.375 0.625 0.625 --paste", False)):
+                       ("0.375 0.375 0.625 0.625 --paste", False),
+                       ("0.375 0.375 0.625 0.625 --particles 0", False)):
         said = ran("sample.py", *flags, "--box", *box.split(), "--run", judged,
                    "--out", tmp_path / "a.png")
         assert ("may drift; --paste" in said) == noted
+
+
+def test_flags_of_completing(judged, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample, "complete", lambda run, given, known_HW, *how: asked.append(
+        (known_HW is not None, *how)) or [Row("", list(to_bytes(given.images)))])
+    flags = ["--run", judged, "--out", tmp_path / "a.png"]
+    ran("sample.py", "inpaint", "data:1", "--class", "star", "--seeds", 4, 5, "--open-loop",
+        "--particles", 3, "--judge", *flags)
+    ran("sample.py", "outpaint", "data:1", "--paste", "--particles", 0, *flags)
+    ran("sample.py", "upscale", "data:1", "--small", 4, *flags)
+    assert asked == [(True, 4, [4, 5], None, True, False, 3, True),
+                     (True, 10, (0, 1, 2), None, False, True, 0, False),
+                     (False, 10, (0, 1, 2), 4, False, False, 0, False)]
+
+
+def test_what_is_drawn_where_no_flag_says_so():
+    defaults = asdict(sample.DEFAULTS)
+    grid, inpaint, upscale = (parse(defaults, words) for words in (
+        ["grid"], ["inpaint", "a.png"], ["upscale", "a.png"]))
+    assert (grid.per_class, grid.seed, grid.top_p) == (8, 0, sample.DEFAULTS.top_p)
+    assert (inpaint.box, inpaint.top_p) == ((0.25, 0.25, 0.75, 0.75), sample.DEFAULTS.top_p)
+    assert upscale.top_p == (1.0, 0.6)
 
 
 def test_holes_are_completed_by_particles_unless_a_published_model_takes_long():
