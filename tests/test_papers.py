@@ -197,7 +197,7 @@ def test_what_was_tuned_goes_on_only_from_the_same_weights(copies, capsys):
     assert f"{run.folder / 'papers' / 'some' / 'var.pt'} is finished" in capsys.readouterr().out
     with pytest.raises(UserError, match="--lr 0.003 and not 0.5"):
         tuning(lr=0.5).run()
-    with pytest.raises(UserError, match="another steps, 2 and not 3"):
+    with pytest.raises(UserError, match="--steps 2 and not 3"):
         tuning(steps=3).run()
     run.model.head.bias.data += 1
     with pytest.raises(UserError, match="another first weights"):
