@@ -145,8 +145,8 @@ class Quantizer(nn.Module):
     def read(self, f_BCSS: Tensor, k: int) -> Tensor:
         """Return what scale k sees of a latent: vectors [B, l, C], each the mean of an area.
 
-        Columns are averaged, then rows. (PyTorch would by `mode="area"`, but not on Apple's GPU
-        where s does not divide S.)
+        Columns are averaged, then rows. (F.interpolate(mode="area") does the same, but not on
+        Apple's GPU where s does not divide S.)
         """
         area_sS = self.areas_XS.split(self.scales)[k]
         with torch.autocast(f_BCSS.device.type, enabled=False):
@@ -249,11 +249,11 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def start_from(self, f_BCSS: Tensor) -> None:
-        """Fill the codebook with residuals of real latents, every scale giving an equal share.
+        """Fill the codebook with residuals of real latents, V / K codes from every scale.
 
-        The shares are equal, but for a code, because most residuals are those of the finest scales.
-        A share is drawn from what the coarser scales left over; then its scale is encoded with all
-        codes so far, its own among them, and added to f_hat.
+        Drawn from all residuals alike, most would be those of the finest scales. A share is drawn
+        from what the coarser scales left over; then its scale is encoded with all codes so far, its
+        own among them, and added to f_hat.
         """
         V = len(self.codebook_VC)
         K = len(self.scales)
@@ -585,7 +585,7 @@ class Tokenizer(nn.Module):
 
         A coarse map is made of such averages. If they are what a small image would be encoded to,
         the map shows that image, and the transformer finds less to guess in it: 7 % fewer nats for
-        0.5 dB. (EQ-VAE, arXiv 2502.09509, asks the same of the latents of diffusion models.)
+        0.4 dB. (EQ-VAE, arXiv 2502.09509, asks the same of the latents of diffusion models.)
         """
         features = self.from_latent(averaged(f_BCSS, s))
         # `forward` is not compiled: for every side it would be anew.

@@ -20,7 +20,7 @@ first, then `Block` and `Attention`.
 
 Axes: B batch, L tokens of all scales (coarse to fine), l tokens of one scale, H heads, D width of
 a head, W = H * D model width, C code channels, V codebook size, K number of scales, k one of them,
-S side of the latent.
+S side of the latent, or number of keys; X a product's columns.
 """
 from __future__ import annotations
 
@@ -126,10 +126,12 @@ class Attention(nn.Module):
         S is the number of keys: with a cache all so far, else L.
         """
         product_BLX = self.qkv(x_BLW)                                    # [B, L, 3 W]
-        scale = 1.0 if self.normalise_qk else 0.25 / math.sqrt(x_BLW.shape[2] // self.heads)
-        log_scale_H = None
         if self.normalise_qk:   # each head learns how sharply it attends
+            scale = 1.0
             log_scale_H = self.log_scale_H11.flatten()
+        else:
+            scale = 0.25 / math.sqrt(x_BLW.shape[2] // self.heads)
+            log_scale_H = None
         kv_slots = None if cache is None else cache.slots(product_BLX, self.heads)
         q_BHLD, k_BHSD, v_BHSD = split_heads(
             product_BLX, self.q_bias, self.v_bias, log_scale_H, self.heads, kv_slots)
@@ -433,7 +435,7 @@ class VAR(nn.Module):
     def compile_layers(self) -> None:
         """Compile for drawing: every scale has a graph of the first layer, whose residual stream
         is still the same for all images, and one of all others, whatever the depth."""
-        torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # up to four batches
+        torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # 2 K each for four B
         for span in self.config.spans:   # tables of the mask are there before torch.compile looks
             self.ranges.rows(span.start, span.stop).prepare(self.level_L.device)
         for block in self.blocks:

@@ -118,6 +118,8 @@ class Preset(VARPreset, TokenizerPreset):
         Raises UserError for `given` flags that say otherwise."""
         shape = {**shape, "image_size": image_size, "tokenizer_width": shape["width"]}
         own = {name: shape[name] for name in self.of(TokenizerPreset) if name in shape}
+        if "image_size" not in given and image_size != self.image_size:
+            print(f"note: images are of side {image_size}, as the tokenizer's are")
         for name, value in {**own, "channels": shape["image_channels"]}.items():
             if given.get(name) not in (None, value):
                 raise UserError(f"--{name.replace('_', '-')} {given[name]} is not that of the "
@@ -275,7 +277,8 @@ def chosen_preset(options: Namespace) -> Preset:
         doubling = [2**k for k in range(side.bit_length()) if 2**k < side]
         preset = replace(preset, scales=(*doubling, max(1, side)))
         fits = side * downsampling == preset.image_size   # else `check_sizes` refuses it
-        if fits and given.keys() & {"image_size", "multipliers"}:
+        trained = not options.tokenizer and options.stage != "var"   # else it has its own
+        if trained and fits and given.keys() & {"image_size", "multipliers"}:
             print(f"images of side {preset.image_size} are tokenised at scales "
                   f"{','.join(map(str, preset.scales))}")
     return preset

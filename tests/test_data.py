@@ -234,7 +234,9 @@ def test_scales_are_derived_and_said(side, scales, capsys):
     assert chosen_preset(options).scales == scales
     assert ",".join(map(str, scales)) in capsys.readouterr().out
     chosen_preset(training_flags().parse_args(["--image-size", str(side + 2)]))
-    assert not capsys.readouterr().out   # of a side that is refused
+    for flags in ("--tokenizer", "a.pt"), ("--stage", "var"):
+        chosen_preset(training_flags().parse_args(["--image-size", str(side), *flags]))
+    assert not capsys.readouterr().out   # of a side that is refused, and of a tokenizer's own
 
 
 # Folders of one's own

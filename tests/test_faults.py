@@ -194,7 +194,7 @@ def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
                              ("--image-size", 16, 8)):
         told = refused("train.py", *flags, flag, value)
         assert f"{flag} {value} is not that of the tokenizer, which has {has}" in told
-    ran("train.py", *without_shape)
+    assert "note: images are of side 8, as the tokenizer's are" in ran("train.py", *without_shape)
     assert (tmp_path / "samples.png").exists()
     ran("sample.py", "codes", "data:0", "--run", tmp_path)   # the copy knows the classes
     told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")

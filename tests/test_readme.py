@@ -29,7 +29,7 @@ from tests import needs
 from tokenizer import Tokenizer, TokenizerConfig
 from var import VAR
 
-README = (ROOT / "README.md").read_text()
+README = "".join((ROOT / name).read_text() for name in ("README.md", "tests/README.md"))
 PYTHON = r"^    (?:\S*python )((?:train|sample)\.py.*|-m tests\.benchmark .*)"
 COMMANDS = []
 for line in re.findall(PYTHON, README, re.MULTILINE):
@@ -49,7 +49,7 @@ def shapes(judged, tmp_path_factory) -> Path:
     (folder / "photos").mkdir()
     white = np.zeros((8, 8), np.uint8)
     white[2:4] = 255
-    for name in ("cat.png", "small.png", "photos/one.png", "painted_is_generated.png"):
+    for name in ("cat.png", "photo.png", "photos/one.png", "painted_is_generated.png"):
         Image.fromarray(white).save(folder / name)
     return folder
 
