@@ -145,8 +145,8 @@ class Run:
 
     @property
     def batch(self) -> int:
-        """Images at a time. If it is not told, so many that their keys and values take 4 GB in all,
-        half of what small GPUs have, and at most 100."""
+        """Images at a time: as told, or as many as have keys and values of 4 GB together, half of
+        what small GPUs have, and at most 100."""
         config = self.model.config
         numbers = 2 * config.depth * config.length * config.width   # twice that with guidance
         of_image = numbers * self.machine.dtype.itemsize * (2 if self.sampling.cfg else 1)

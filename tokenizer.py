@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from kernels import fp32_convolutions, nearest_code
 from support.published import tokenizer_of
 
-PHI_STRENGTH = 0.5    # phi(h) = (1 - strength) h + strength conv(h), as published
+PHI_STRENGTH = 0.5    # share of the convolution in phi, as published
 L1_WEIGHT = 0.2       # beside the squared error: keeps edges sharp where that is small already
 COMMITMENT = 0.25     # weight of moving the latent to its codes, against 1 for the codes to it
 HITS_DECAY = 0.99     # of the exponential moving average (EMA) of how often a code is hit
@@ -58,7 +58,7 @@ class TokenizerConfig:
     code_channels: int              # C
     image_channels: int             # 3 for colour, 1 for grey
     width: int                      # channels at full resolution
-    multipliers: tuple[int, ...]    # channels per resolution, in widths; each side is half the last
+    multipliers: tuple[int, ...]    # channels per resolution, in widths; the next has half the side
     blocks: int                     # residual blocks per resolution; the decoder has one more
     phis: int                       # different phis, each shared by neighbouring scales
     norm_groups: int                # of the group norms

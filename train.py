@@ -216,7 +216,7 @@ class Stage:
             for tensors in batches:
                 # Every random draw of a step follows from the seed and the step, so a resumed run
                 # repeats them exactly. What changes the codebook is the same in all processes, but
-                # each drops labels of its own. The primes are larger than any number of steps.
+                # each drops labels of its own. The primes keep seeds apart for 10^6 steps.
                 seed = settings.seed * 1_000_003 + self.step
                 torch.manual_seed(seed)
                 self.before_step()

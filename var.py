@@ -10,8 +10,8 @@ all s x s tokens of it at once, from all coarser scales (Sec. 3.2).
     predicts    the 1x1 map  the 2x2 map     the 3x3 map     ...    the SxS map
 
 f_hat is the tokenizer's running latent: the sum of all maps up to then (tokenizer.py says why it
-is f_hat that is read). So a place of a map reads there what the image is so far, and says what
-token corrects it; and the tokens of a scale are drawn independently, given the coarser ones.
+is f_hat that is read). So each place of a map reads what the image there is so far, and predicts
+the token that corrects it; and the tokens of a scale are drawn independently, given the coarser.
 
 `VAR.forward` teaches all scales at once: the maps of a real image are known, and so is what should
 be read (teacher forcing). What a token may see is the block-causal mask, a table of key ranges in
