@@ -92,7 +92,7 @@ def main() -> None:
             picture = draw_attention(run, given.images, label, options.cell)
         case "reconstruct":
             picture = reconstruct(run, load_images(run, options.images))
-        case "inpaint" | "outpaint" | "edit" | "upscale":
+        case _:   # images are completed
             known_HW = None
             if options.command != "upscale":
                 side = run.tokenizer.config.image_side
@@ -148,8 +148,9 @@ class Run:
         """Images at a time: as told, or as many as have keys and values of 4 GB together, half of
         what small GPUs have, and at most 100."""
         config = self.model.config
-        numbers = 2 * config.depth * config.length * config.width   # twice that with guidance
-        of_image = numbers * self.machine.dtype.itemsize * (2 if self.sampling.cfg else 1)
+        numbers = 2 * config.depth * config.length * config.width
+        copies = 2 if self.sampling.cfg else 1
+        of_image = numbers * self.machine.dtype.itemsize * copies
         return self.sampling.batch or max(1, min(100, 4 * 10**9 // of_image))
 
     @torch.no_grad()
@@ -158,8 +159,7 @@ class Run:
     ) -> Tensor:
         """Tokens [N, L] of one image per label, on the CPU.
 
-        known_of: returns what is known of some of the N images.
-        """
+        known_of: returns what is known of some of the N images."""
         device = self.machine.device
         sampling = self.sampling
         generator = torch.Generator(device).manual_seed(seed)
@@ -198,8 +198,7 @@ class Run:
         return torch.cat([images.cpu() for images in self.rendered(tokens_NL)])
 
     def decode_to_bytes(self, tokens_NL: Tensor) -> np.ndarray:
-        """The same as bytes [N, side, side, channels]. They are a quarter of what images are, and
-        become so on the device."""
+        """The same as bytes [N, side, side, channels], a quarter of that, made on the device."""
         return np.concatenate([to_bytes(images) for images in self.rendered(tokens_NL)])
 
     def rendered(self, tokens_NL: Tensor) -> Iterator[Tensor]:
@@ -256,7 +255,8 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
 
     Raises UserError where the tokenizer and the transformer do not belong together.
     """
-    folder = var.parent if var and (var.parent / "tokenizer.pt").exists() else folder
+    if var and (var.parent / "tokenizer.pt").exists():
+        folder = var.parent
     tokenizer_path = tokenizer or folder / "tokenizer.pt"
     var_path = var or folder / "var.pt"
     learned_from, note, white = None, "", None
@@ -322,7 +322,8 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
     """A tokenizer of ours, or a published one, whose scales the caller may name."""
     with blaming(path):
         if path.suffix != ".pt":
-            tokenizer = Tokenizer.from_official(read_tensors(path, "published checkpoint"), scales)
+            content = read_tensors(path, "published checkpoint")
+            tokenizer = Tokenizer.from_official(content, scales)
             check_finite(tokenizer.state_dict())
             return tokenizer
         return restored(path, "tokenizer", Tokenizer, TokenizerConfig)[0].eval()
@@ -547,9 +548,8 @@ def complete(
     if label == classes and classes <= particles:   # the null class
         labels = [i % classes for i in range(particles)] * len(images)
 
-    # Of a known middle, each cell of the 2x2 map has a quarter: if it took half to be known, no
-    # coarse map would say what colours are there. Of known edges a quarter would be too little:
-    # coarse maps would say that the middle is like them.
+    # Of a known middle each cell of the 2x2 map has a quarter; if half were asked, no coarse map
+    # would tell its colours. Of known edges a quarter would tell that the middle is like them.
     surrounded = known_HW[1:-1, 1:-1].sum() == known_HW.sum()
     free = 0.25 if surrounded else 0.5
     if particles and surrounded and known_HW.mean() < free and not paste:

@@ -155,8 +155,7 @@ class Stage:
                  settings: Settings, helpers: nn.Module | None = None):
         """rows: `rows[list of numbers]` are the tensors that `loss` gets. decay: of the EMA, 0 is
         the last weights. made_with: what --resume must find the same in a checkpoint. helpers:
-        what `loss` needs beside the model, and nobody once the training is over.
-        """
+        what `loss` needs beside the model, and nobody once the training is over."""
         self.model = model
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizers = optimizers
@@ -367,8 +366,7 @@ class TokenizerStage(Stage):
     """Errors of the pixels, of edges and of smaller images, and the codebook loss.
 
     At first encoder and decoder train alone; then codes are taken from real residuals. Presets for
-    larger images add a perceptual distance, and later a discriminator (support/losses.py).
-    """
+    larger images add a perceptual distance, and later a discriminator (support/losses.py)."""
     name = "tokenizer"
     kind = "tokenizer"
     some_unused = True   # no codes at first
@@ -542,7 +540,8 @@ class VARStage(Stage):
     def validate(self) -> dict:
         rows = self.held_out_rows[balanced_subset(self.held_out_rows, MEASURED)]
         means = Counter()
-        size = self.batch // rank_and_world()[1] // self.settings.grad_accumulation   # as trained
+        _, world = rank_and_world()
+        size = self.batch // world // self.settings.grad_accumulation   # as trained
         for micro_batch in zip(*(x.split(size) for x in rows)):
             with self.settings.machine.autocast():
                 loss, to_log = self.loss(self.ema, *micro_batch)
@@ -578,7 +577,8 @@ def tokens_of(tokenizer: Tokenizer, data: Data, settings: Settings
     made_with = {"tokenizer": fingerprint(tokenizer), "data set": data.digest}
     if settings.resume and begun.exists():   # it goes on with those that it began with, or not
         with blaming(begun):
-            check_made_with(begun, load_checkpoint(begun, "transformer"), made_with)
+            content = load_checkpoint(begun, "transformer")
+            check_made_with(begun, content, made_with)
     else:
         made_with["dtype"] = str(settings.machine.dtype)
     content = load_if_same(path, "set of tokens", made_with)

@@ -45,7 +45,8 @@ from handouts import ASSIGNMENTS, Assignment
 from rules import Reader, scope_of, symbols_of
 
 TAKEN = ["*.py", "*.md", "LICENSE", "requirements.txt", ".pytest.ini", ".gitignore", ".github/**/*",
-         "support/*.py", "support/*.html", "papers/*", "tests/**/*.py", "tests/golden/*"]
+         "support/*.py", "support/*.html", "papers/*", "tests/**/*.py", "tests/*.md",
+         "tests/golden/*"]
 LECTURERS = {"answers.py", "assignments.py", "functions.py", "handouts.py", "mutations.py",
              "nursery.py", "rules.py", "test_assignments.py"}
 RUN = ("var.pt", "tokenizer.pt", "held_out.pt", "classifier.pt", "log.jsonl")   # what is read of it
