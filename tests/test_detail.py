@@ -354,7 +354,7 @@ def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             stage.run()
         monkeypatch.setattr("support.losses.train_classifier", None)   # it is in the checkpoint
-    with pytest.raises(UserError, match="another perceptual_weight, 0.1 and not 0.2"):
+    with pytest.raises(UserError, match="--perceptual-weight 0.1 and not 0.2"):
         detailed_stage(tmp_path, values=dict(perceptual_weight=0.2), resume=True).run()
     detailed_stage(tmp_path, resume=True).run()
     assert (tmp_path / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()

@@ -45,7 +45,7 @@ def written(judged, tmp_path_factory):
     """The page of two classes, each with a held-out image; and what was said."""
     path = tmp_path_factory.mktemp("explorer") / "explorer.html"
     said = ran("sample.py", "explore", "--run", judged, "--classes", *NAMES, "--seed", SEED,
-               "--precision", "fp32", "--out", path)
+               "--device", "cpu", "--precision", "fp32", "--out", path)
     assert said.endswith(f"wrote {path}, to be opened in a browser\n")
     return path
 

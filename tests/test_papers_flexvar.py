@@ -383,7 +383,7 @@ def test_the_page_from_its_command_to_its_verdicts(folder):
     assert said.count("no verdict, which takes three runs") == len(flexvar.CLAIMS)
     assert ran("papers.flexvar", *flags, "--resume").count("is finished") == 2
     assert rows_of(ran("papers.flexvar", *flags, "--anew"), 3) != rows
-    assert "another steps, 2 and not 3" in refused(
+    assert "--steps 2 and not 3" in refused(
         "papers.flexvar", *flags, "--steps", 3, "--resume")
 
 
