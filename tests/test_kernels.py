@@ -1,7 +1,8 @@
 """Every operation of kernels.py, each backend of it, against the float64 math of reference.py.
 
 With a GPU the Triton kernels run compiled, in every dtype and at real sizes. Without one they run in Triton's
-interpreter in fp32 (its bf16 product is wrong) at small sizes, and are compiled for GPUs that are not there:
+interpreter at small sizes (attention not in bf16, as its bf16 product is wrong), and are compiled for GPUs that are
+not there:
 
     python -m tests.benchmark --registers        compiles all, for six cards
 
@@ -57,7 +58,7 @@ needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is no
 
 
 def dtypes(backend: str) -> list[torch.dtype]:
-    return [torch.float32] if backend == "triton" and not GPU else list(UNIT)
+    return [torch.float32, torch.float16] if backend == "triton" and not GPU else list(UNIT)
 
 
 def operation(name: str, backend: str):
@@ -166,6 +167,8 @@ def heads(rng, pattern: str, layout: str, shape: tuple[int, int, int, int], dtyp
         return on_device(values(rng, pattern, (B, n, H, D)), dtype).transpose(1, 2)
     if layout == "expanded":   # the strides of one token, that all have
         return on_device(values(rng, pattern, (B, H, 1, D)), dtype).expand(B, H, n, D)
+    if layout == "padded":   # rows that begin at no multiple of 8
+        return on_device(values(rng, pattern, (B, n, H, D + 1)), dtype)[..., :D].transpose(1, 2)
     if layout == "packed":
         return on_device(values(rng, pattern, (B, n, 3, H, D)), dtype)[:, :, 1].transpose(1, 2)
     return on_device(values(rng, pattern, (B, H, D, n)), dtype).mT
@@ -178,8 +181,9 @@ def check_block_attention(backend, ranges, S, shape, dtype, scale=0.2, pattern="
     do = heads(rng, "normal" if pattern == "equal" else pattern, layout, (B, H, len(ranges), D), dtype)
     with poisoned():
         o = operation("block_attention", backend)(q, k, v, ranges, scale)
-        assert backend == "torch" or o.transpose(1, 2).is_contiguous()   # so that joining the heads is a view
         got = dict(zip(("o", "dq", "dk", "dv"), (o, *torch.autograd.grad(o, (q, k, v), do))))
+    for name in ("o", "dq") if backend == "triton" else ():
+        assert got[name].transpose(1, 2).is_contiguous()   # so that joining the heads is a view
     value, size = reference.attention(*map(double, (q, k, v)), ranges.first, ranges.last, scale, double(do))
     score = scale * (np.abs(double(q)) @ np.abs(double(k)).swapaxes(2, 3)).max() * (1 + D / 32)
     assert all(tensor.dtype == dtype for tensor in got.values())
@@ -223,7 +227,7 @@ def test_attention_and_its_gradients(backend, data):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_at_the_length_of_the_published_models(backend):
     ranges = KeyRanges.from_scales(VAR_SCALES, last_scales=None if GPU else 2)   # 2: tiles are cut on both sides
-    for dtype in dtypes(backend):
+    for dtype in dtypes(backend)[:None if GPU or backend == "torch" else 1]:
         with attention_tiles(None if GPU else (128, 64)):   # few, as the interpreter takes as long for any
             check_block_attention(backend, ranges, len(ranges), (2, 4, 64) if GPU else (1, 1, 16), dtype)
             check_block_attention(backend, KeyRanges([0, 0], [4, 9]), 9, (1, 1, 16), dtype)   # more keys than queries
@@ -235,6 +239,21 @@ def test_products_of_any_size_make_weights(backend, scale):
     """Of several hundred: what is taken off before 2^x is the largest score, and not the largest product."""
     for dtype in dtypes(backend):
         check_block_attention(backend, KeyRanges.from_scales((1, 2, 4)), 21, (1, 2, 64), dtype, scale, "large")
+
+
+@needs_triton
+@pytest.mark.parametrize("layout, D", [("padded", 16), ("BHDL", 17)])
+def test_rows_may_begin_anywhere_and_be_columns(layout, D):
+    check_block_attention("triton", KeyRanges.from_scales((1, 2)), 5, (1, 2, D), torch.float32, layout=layout)
+
+
+@needs_triton
+def test_large_gradients_overflow_nowhere_inside_in_fp16():
+    """As those of a scaled loss. All values are the same, so that weights have no gradient."""
+    q, k = torch.randn(2, 1, 2, 5, 16, device=DEVICE).half().requires_grad_()
+    v = torch.full_like(q, 300.0)
+    o = kernels.block_attention_triton(q, k, v, KeyRanges.from_scales((1, 2)), 1.0)
+    assert not any(x.any() for x in torch.autograd.grad(o, (q, k), v))
 
 
 @needs_triton
@@ -358,6 +377,16 @@ def test_the_triton_backend_names_the_head_widths_that_it_takes(D):
 
 
 @needs_triton
+@pytest.mark.parametrize("D, backend", [(15, "torch"), (16, "triton"), (128, "triton"), (129, "torch")])
+def test_which_head_widths_the_triton_backend_has(D, backend, monkeypatch):
+    monkeypatch.setattr(kernels, "BACKEND", "triton")
+    for name in BACKENDS:
+        monkeypatch.setattr(kernels, f"block_attention_{name}", lambda *_, name=name: name)
+    q = torch.zeros(1, 2, 5, D)
+    assert kernels.block_attention(q, q, q, KeyRanges.from_scales((1, 2)), 1.0) == backend
+
+
+@needs_triton
 @pytest.mark.parametrize("D", [8, 136])
 def test_a_model_of_other_head_widths_has_pytorchs_attention(D, monkeypatch):
     """As one of papers/scaling.py has, or one that was trained on a CPU."""
@@ -369,8 +398,10 @@ def test_a_model_of_other_head_widths_has_pytorchs_attention(D, monkeypatch):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_chooses_the_dtype_as_it_does_for_pytorch(dtype):
+def test_autocast_chooses_the_dtype_as_it_does_for_pytorch(dtype, backend, monkeypatch):
+    monkeypatch.setattr(kernels, "BACKEND", backend)
     q, k, v = (torch.randn(1, 2, n, 16, device=DEVICE) for n in (5, 5, 5))
     with torch.autocast(DEVICE, dtype):
         assert kernels.block_attention(q, k.to(dtype), v, KeyRanges.from_scales((1, 2)), 1.0).dtype == dtype
@@ -426,6 +457,8 @@ def test_nearest_code_stays_in_fp32_under_autocast(backend):
     x, codebook = torch.tensor([[3.0, 1.0]], device=DEVICE), torch.tensor([[1.0001, 1.0], [1.0003, 1.0]], device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert operation("nearest_code", backend)(x, codebook).item() == 1
+    codebook = torch.tensor([[1 + 2.0**-7, 0.0], [1.0, 0.125]], dtype=torch.bfloat16, device=DEVICE)
+    assert operation("nearest_code", backend)(torch.zeros_like(x), codebook).item() == 1   # nor their squares
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -462,6 +495,30 @@ def test_adaln_sums_gradients_in_one_order():
     outputs = kernels.adaln_triton(*inputs, torch.float32)
     once, again = (torch.autograd.grad(outputs, inputs, inputs[:2], retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stream_in_bf16_rounds_no_other_gradient(backend):
+    """257 is no number of bf16. A row of one channel has a norm of 0, through which nothing comes."""
+    x = torch.full((1, 2, 1), 256.0, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    h = torch.ones(1, 2, 1, device=DEVICE, requires_grad=True)
+    gate, scale, shift = (torch.full((1, 1), 257 / 256, device=DEVICE, requires_grad=True) for _ in range(3))
+    outputs = operation("adaln", backend)(x, h, gate, scale, shift, torch.float32)
+    given = torch.tensor([[[256.0], [1.0]]], device=DEVICE)
+    dh, dgate, dshift = torch.autograd.grad(outputs, (h, gate, shift), (given.bfloat16(), given))
+    assert (dh[0, 0].item(), dgate.item(), dshift.item()) == (257, 257, 257)
+    if backend == "torch" or GPU:   # the interpreter cuts off
+        assert outputs[0].tolist() == [[[258], [258]]]   # 257.004, rounded once
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_norm_is_of_the_sum_as_it_is_stored_and_scaled_in_fp32(backend):
+    x_BLW, h_BLW = torch.randn(2, 1, 3, 24, device=DEVICE)
+    gate_BW, scale_BW, shift_BW = torch.randn(3, 1, 24, device=DEVICE)
+    x_BLW, scale_BW = x_BLW.bfloat16(), scale_BW.bfloat16()
+    sum_BLW, y_BLW = operation("adaln", backend)(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, torch.float32)
+    normed_BLW = torch.nn.functional.layer_norm(sum_BLW.float(), (24,), eps=1e-6)
+    torch.testing.assert_close(y_BLW, normed_BLW * (1 + scale_BW.float()) + shift_BW, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_chooses_the_dtype_of_what_the_next_product_reads():
@@ -506,13 +563,28 @@ def test_split_heads_and_its_gradients(backend, data):
 @needs_triton
 @pytest.mark.parametrize("normalised", [True, False])
 def test_biases_and_scales_may_be_any_views(normalised):
-    """Every second number of a longer row, or one number for all."""
-    product, numbers = torch.randn(1, 3, 96, device=DEVICE), torch.randn(64, device=DEVICE)
-    log_scale_H = numbers[::32] if normalised else None
-    for bias in numbers[::2], numbers[:1].expand(32):
-        got, expected = (operation("split_heads", backend)(product, bias, bias, log_scale_H, 2) for backend in BACKENDS)
-        for x_BHLD, y_BHLD in zip(got, expected):
-            torch.testing.assert_close(x_BHLD, y_BHLD)
+    """Every second number of a longer row, or one number for all; product and gradients are turned round."""
+    product, given = (torch.randn(shape, device=DEVICE).mT for shape in ((1, 3 * 256, 17), (1, 2, 128, 17)))   # two tiles
+    numbers = torch.randn(512, device=DEVICE, requires_grad=True)
+    log_scale_H = numbers[::256] if normalised else None
+    for bias in numbers[::2], numbers[:1].expand(256):
+        found = []
+        for backend in BACKENDS:
+            q_BHLD, k_BHLD, v_BHLD = operation("split_heads", backend)(product, bias, bias, log_scale_H, 2)
+            gradient, = torch.autograd.grad((q_BHLD, v_BHLD), numbers, (given, given))
+            found.append((q_BHLD, k_BHLD, v_BHLD, gradient))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_product_in_bf16_rounds_no_gradient_of_a_bias(backend):
+    """Neither 1 / 3, by which that of queries comes back, nor 257 and 771 are numbers of bf16."""
+    product = torch.tensor(3 * [3.0, 0.0], dtype=torch.bfloat16, device=DEVICE).expand(1, 2, 6)
+    bias, log_scale = torch.zeros(2, 2, device=DEVICE, requires_grad=True), torch.zeros(1, device=DEVICE)
+    q_BHLD, _, v_BHLD = operation("split_heads", backend)(product, *bias, log_scale, 1)
+    given = torch.tensor([[[[0, 768], [0, 3]]]], dtype=torch.bfloat16, device=DEVICE)
+    gradient, = torch.autograd.grad((q_BHLD, v_BHLD), bias, (given, given))
+    assert gradient.flatten().tolist() == pytest.approx([0, 257, 0, 771], rel=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -530,23 +602,33 @@ def test_the_learned_scale_is_free_up_to_its_bound(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_however_short_a_row_is_it_becomes_a_unit(backend):
-    """And however wide: no tile holds 4,096."""
+    """And however wide: no tile holds 4,096. A row of zeros has no direction."""
     for D in 16, 4096:
-        product = 1e-6 * torch.randn(1, 2, 3 * D, device=DEVICE)
+        product = 1e-10 * torch.randn(1, 2, 3 * D, device=DEVICE)
+        product[:, 1] = 0
         bias = torch.zeros(D, device=DEVICE)
         q_BHLD, k_BHLD, _ = operation("split_heads", backend)(product, bias, bias, torch.zeros(1, device=DEVICE), 1)
         for x_BHLD in (q_BHLD, k_BHLD):
-            assert x_BHLD.norm(dim=-1).flatten().tolist() == pytest.approx([1.0, 1.0], rel=1e-4)
+            assert x_BHLD.norm(dim=-1).flatten().tolist() == pytest.approx([1.0, 0.0], rel=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("normalised", [True, False])
+def test_however_long_a_row_of_fp16_is_it_becomes_a_unit(backend):
+    """The square of 300 is none of its numbers."""
+    product = torch.full((1, 1, 3 * 16), 300.0, dtype=torch.float16, device=DEVICE)
+    bias = torch.zeros(16, device=DEVICE)
+    for x_BHLD in operation("split_heads", backend)(product, bias, bias, torch.zeros(1, device=DEVICE), 1)[:2]:
+        assert x_BHLD.tolist() == [[[[0.25] * 16]]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalised, D", [(True, 16), (False, 17)])
 @torch.no_grad()
-def test_keys_and_values_go_where_there_is_room_and_nowhere_else(backend, normalised):
-    product, bias, log_scale = torch.randn(2, 5, 3 * 32), torch.randn(2, 32), torch.randn(2)
+def test_keys_and_values_go_where_there_is_room_and_nowhere_else(backend, normalised, D):
+    product, bias, log_scale = torch.randn(2, 5, 3 * 2 * D), torch.randn(2, 2 * D), torch.randn(2)
     arguments = [x.to(DEVICE) for x in (product, *bias)] + [log_scale.to(DEVICE) if normalised else None, 2]
     expected = operation("split_heads", backend)(*arguments)
-    cache = torch.full((2, 2, 2, 9, 16), 7.0, device=DEVICE)
+    cache = torch.full((2, 2, 2, 9, D), 7.0, device=DEVICE)
     got = operation("split_heads", backend)(*arguments, kv_slots=cache[:, :, :, 3:8].unbind())
     assert all(map(torch.equal, got, expected))
     assert torch.equal(cache[:, :, :, 3:8], torch.stack(expected[1:]))
@@ -617,11 +699,12 @@ def last_kept(backend: str, logits: list[float], top_k: int, top_p: float) -> in
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("logits", [[-1.0, -3.0, -2.0, -4.0, -9.0], [2.0, -1.0, 0.5, -2.0, 1.0, -0.5], [3.0, 1.0, 2.0],
-                                    [-0.0, 0.0, 0.0, -0.0, -1.0, 1.0, -1.0], [-2.0] * 5])
+                                    [-0.0, 0.0, 0.0, -0.0, -1.0, 1.0, -1.0], [-2.0] * 5,
+                                    [0.0, -40.0, -41.0]])   # what is next to impossible, but not ruled out
 def test_top_k_keeps_k_whatever_their_sign_and_their_ties(backend, logits):
     for top_k in range(1, len(logits) + 2):
         assert last_kept(backend, logits, top_k, 1.0) == min(top_k, len(logits)) - 1
-    unlimited = (last_kept(backend, logits, top_k, 0.999) for top_k in (0, len(logits), len(logits) + 1))
+    unlimited = (last_kept(backend, logits, top_k, 0.999) for top_k in (0, -1, len(logits), len(logits) + 1))
     assert len({*unlimited}) == 1
 
 
@@ -630,6 +713,12 @@ def test_top_k_keeps_k_whatever_their_sign_and_their_ties(backend, logits):
                                                 (4, 0.5, 2), (4, 0.51, 3), (6, 1.0, 6)])
 def test_top_p_keeps_what_holds_p_of_what_top_k_left(backend, top_k, top_p, kept):
     assert last_kept(backend, [-3.0] * 8, top_k, top_p) == kept - 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_edge_of_top_p_is_rounded_alike(backend):
+    """With the sum and its share in float64, the second token would stay."""
+    assert last_kept(backend, [0.0, -8.57], 0, 0.9998103380203247) == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -665,13 +754,29 @@ def test_frequencies_follow_the_distribution(backend, top_k, top_p):
 # Shapes, and the choice of a backend
 
 
+@needs_triton
+@pytest.mark.parametrize("operation", [
+    lambda x: kernels.adaln_triton(x, x, x[:, 0], x[:, 0], x[:, 0], x.dtype)[1],
+    lambda x: kernels.split_heads_triton(x, x[0, 0, :16], x[0, 0, :16], x[0, 0, :1], 1)[0],
+    lambda x: kernels.block_attention_triton(x[None], x[None], x[None], KeyRanges([0, 0], [1, 2]), 1.0)],
+    ids=["adaln", "split_heads", "block_attention"])
+def test_second_derivatives_are_refused(operation):
+    """Of the first ones, which kernels make, autograd knows none."""
+    x = torch.randn(1, 2, 48, device=DEVICE, requires_grad=True)
+    first, = torch.autograd.grad(operation(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("operation, shapes", [
     ("adaln", [(2, 3, 8), (2, 3, 9), (2, 8), (2, 8), (2, 8)]), ("adaln", [(2, 3, 8), (2, 3, 8), (2, 8), (3, 8), (2, 8)]),
+    ("adaln", [(2, 3, 8), (2, 3, 8), (1, 8), (1, 8), (1, 8)]), ("adaln", [(2, 3, 8), (2, 3, 8), (2, 8), (2, 8), (1, 8)]),
     ("nearest_code", [(3, 4), (3, 5)]), ("sample_tokens", [(1, 2, 3), (1, 2, 4), 0.0, 0, 1.0, (1, 2, 3)]),
     ("sample_tokens", [(1, 2, 3), (1, 2, 3), 0.0, 0, 1.0, (1, 2, 4)]),
     ("split_heads", [(2, 5, 97), (32,), (32,), (2,), 2]), ("split_heads", [(2, 5, 96), (32,), (31,), (2,), 2]),
     ("split_heads", [(2, 5, 96), (32,), (32,), (3,), 2]), ("split_heads", [(2, 5, 96), (32,), (32,), (5,), 5]),
-    ("split_heads", [(2, 5, 96), (32,), (32,), (2,), 2, 2 * (torch.zeros(2, 2, 4, 16),)])])
+    ("split_heads", [(2, 5, 96), (32,), (32,), (2,), 2, 2 * (torch.zeros(2, 2, 4, 16),)]),
+    ("split_heads", [(2, 5, 96), (32,), (32,), (2,), 2, (torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 4, 16))])])
 def test_shapes_that_do_not_fit_are_refused(operation, shapes):
     inputs = [torch.zeros(x) if isinstance(x, tuple) and isinstance(x[0], int) else x for x in shapes]
     with pytest.raises(AssertionError):
@@ -725,6 +830,8 @@ if True:
         if {kernels.HAS_TRITON}:
             del sys.modules["triton"]
             import triton
+            triton.__version__ = "3.10.0"
+            assert importlib.reload(kernels).HAS_TRITON
             triton.__version__ = "3.5.1"
         importlib.reload(kernels)
         check()
@@ -863,6 +970,15 @@ def test_shapes_that_the_compiler_leaves_open(monkeypatch):
         assert all(map(torch.equal, split(*inputs, 2), kernels.split_heads(*inputs, 2)))
 
 
+def test_compiled_code_which_knows_no_strides_has_the_operator_copy(monkeypatch):
+    """What is read, where kernels cannot; never what is written."""
+    given = []
+    monkeypatch.setattr(kernels, "run_kernel", lambda kernel, programs, tensors, *rest: given.extend(tensors))
+    odd = torch.zeros(1, 1, 2, 17)[..., :16]
+    torch.ops.var.launch("adaln_forward", [1], [odd], [odd], [], "D", [16])
+    assert [x.stride() for x in given] == [(32, 32, 16, 1), odd.stride()]
+
+
 def test_all_layers_are_one_graph():
     """But the first, whose residual stream is the places of tokens, which all images share.
 
@@ -930,11 +1046,46 @@ def test_a_kernel_outside_of_the_interpreter_asks_for_it():
         kernels.launch(compiled, (1, 1), [torch.zeros(1, 1, 4)] * 5, [torch.zeros(1, 1, 4)] * 2, 4, TILE_W=4)
 
 
+@needs_triton
+@pytest.mark.skipif(GPU, reason="runs in the interpreter")
+def test_places_beyond_2_to_the_31_are_found():
+    """Of 2 GB a few numbers are touched, and no other takes memory."""
+    room = torch.empty(2**31 + 128, dtype=torch.uint8)
+    h_BLW, sum_BLW = (room.as_strided((3, 1, 4), (2**30, 4, 1), offset) for offset in (0, 4))
+    h_BLW.copy_(torch.arange(12).view(3, 1, 4))
+    x_BLW = torch.ones(3, 1, 4)
+    kernels.launch(kernels.adaln_forward, (1, 3), [x_BLW, h_BLW, x_BLW, x_BLW, x_BLW],
+                   [sum_BLW, torch.empty(3, 1, 4)], 4, **kernels.adaln_tiles(4))
+    assert torch.equal(sum_BLW, h_BLW + 1)
+    product, bias = torch.arange(3 * 3 * 16.0).view(3, 1, 48).repeat(1, 1, 3), torch.zeros(48)
+    for strides in (2**30, 16, 16, 1), (16, 2**30, 16, 1):   # far images, and far heads
+        slots = room.as_strided((3, 3, 1, 16), strides)
+        kernels.split_heads_triton(product, bias, bias, None, 3, (slots, slots))
+        assert torch.equal(slots.transpose(1, 2).flatten(2), product[..., :48])
+
+
+@needs_triton
+def test_every_launch_has_a_warp_and_at_most_32(monkeypatch):
+    warps = []
+    monkeypatch.setattr(kernels, "launch", lambda *_, num_warps, **__: warps.append(num_warps))
+    for size in 1, 100, 40_000:
+        x, m = torch.zeros(1, 1, size), torch.zeros(1, size)
+        kernels.adaln_triton(x, x, m, m, m, torch.float32)
+        kernels.sample_tokens_triton(x, None, 0.0, 0, 1.0, x)
+    assert warps == [1, 1, 1, 1, 16, 32]
+
+
+@pytest.mark.parametrize("L, D, rows", [(1, 64, 1), (3, 64, 4), (680, 64, 32), (680, 72, 16)])
+def test_a_tile_of_heads_is_2048_numbers_at_most_and_its_sides_are_powers_of_two(L, D, rows):
+    assert kernels.heads_tiles(L, D)["TILE_L"] == rows
+
+
 @pytest.mark.parametrize("L, rows, warps", [(1, 16, 4), (9, 16, 4), (25, 32, 4), (64, 64, 4), (100, 128, 8), (680, 128, 8)])
 def test_a_few_queries_get_a_small_tile(L, rows, warps):
     q_BHLD = torch.zeros(1, 1, L, 64, dtype=torch.bfloat16)
     tiles = kernels.attention_tiles("forward", q_BHLD)
     assert (tiles["TILE_L"], tiles["num_warps"]) == (rows, warps)
     assert kernels.attention_tiles("backward_q", q_BHLD)["TILE_L"] == 128
+    assert kernels.attention_tiles("forward", q_BHLD.half()) == tiles
     wide_BHLD = torch.zeros(1, 1, L, 128)
     assert kernels.attention_tiles("forward", wide_BHLD)["TILE_L"] == 32   # in fp32, where 16 spill
