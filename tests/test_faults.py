@@ -11,10 +11,13 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, replace
+from http.client import IncompleteRead
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,7 +33,9 @@ from program import (
 import sample
 import train
 from support import cli
-from support.checkpoint import Log, load_checkpoint, read_log, save_checkpoint, save_whole
+from support.checkpoint import (
+    Log, download, load_checkpoint, read_log, save_checkpoint, save_whole,
+)
 from support.cli import Interrupt, UserError
 from tokenizer import Tokenizer
 
@@ -319,8 +324,9 @@ def test_a_training_in_fp16_goes_on_with_its_scale(tmp_path):
         broken.run()
     going_on.settings = replace(going_on.settings, resume=True)
     going_on.run()
+    going_on.loss_scale.load_state_dict({})   # as of a training in fp32
     assert going_on.loss_scale.state_dict() == whole.loss_scale.state_dict()
-    assert whole.loss_scale.get_scale() == 2**15
+    assert whole.loss_scale.factor() == whole.loss_scale.get_scale() == 2**15
     assert all(map(torch.equal, weights_of(whole), weights_of(going_on)))
     logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "broken")]
     assert logs[0] == logs[1]
@@ -499,7 +505,7 @@ def test_weights_that_are_no_numbers_and_other_classes_are_not_drawn_with(finish
         assert f"is a checkpoint of the class Mine and not of {key}" in refused(*draw)
         weight = next(iter(content["model"]))
         assert all(tensor.is_contiguous() for tensor in content["model"].values())
-        content["model"][weight].view(-1)[0] = math.nan
+        content["model"][weight].view(-1)[0] = math.nan if kind == "var" else math.inf
         torch.save(content, other)
         assert f"{weight} is not finite" in refused(*draw)
 
@@ -512,7 +518,7 @@ def test_a_training_does_not_go_on_with_another_class(tmp_path):
         stage.resume()
 
 
-def test_a_log_goes_on_where_a_training_does(tmp_path):
+def test_a_log_goes_on_where_a_training_does(tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
     log = Log(path, "tokenizer", 0)
     for step, split in ((1, "train"), (2, "train"), (2, "held_out"), (2, "health")):
@@ -524,15 +530,21 @@ def test_a_log_goes_on_where_a_training_does(tmp_path):
     Log(path, "tokenizer", 5).write(5, "health")
     Log(path, "tokenizer", 5)   # once more: its health is measured again
     assert all(line["split"] != "health" for line in read_log(path))
+    before = path.read_bytes()
+    monkeypatch.setattr("support.checkpoint.rank_and_world", lambda: (1, 2))
+    Log(path, "tokenizer", 0).write(1, "train")
+    assert path.read_bytes() == before   # which the first process writes
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     done = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: (done.append(name), real(*given)))
-    save_whole(tmp_path / "file", lambda file: file.write(b"content"))
-    assert done == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"content"
+        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: (
+            done.append((name, os.path.getsize(given[0]))), real(*given)))
+    path = tmp_path / "new" / "folder" / "file"
+    save_whole(path, lambda file: file.write(b"content"))
+    assert done == [("fsync", 7), ("replace", 7)] and path.read_bytes() == b"content"
 
 
 @pytest.mark.parametrize("name, error", [
@@ -619,6 +631,7 @@ def test_a_second_signal_ends_any_wait(second, monkeypatch):
         now[0] = 1.5
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(second)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL   # as it was before
 
 
 def test_a_signal_that_is_ignored_stays_so():
@@ -704,6 +717,40 @@ def test_a_thousand_changed_bytes(finished, tmp_path):
 @pytest.mark.long
 def test_every_changed_byte(finished, tmp_path):
     check_changes(finished, tmp_path, lambda changes: changes)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_in_which_an_entry_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "var.pt"
+    save_checkpoint(path, "transformer", config={})
+    with zipfile.ZipFile(path, "a") as archive:
+        name = archive.namelist()[0]
+        archive.writestr(name, archive.read(name))
+    with pytest.raises(UserError, match="an entry is there twice"):
+        loads(path)
+
+
+def test_a_download_that_stands_still_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file",
+                        lambda *_: limits.append(socket.getdefaulttimeout()))
+    limits, before = [], socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)
+    try:
+        download("https://example.org/file", tmp_path / "folder" / "file")
+    finally:
+        socket.setdefaulttimeout(before)
+    assert limits == [30]
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), IncompleteRead(b""), RuntimeError("SHA-256")],
+                         ids=lambda error: type(error).__name__)
+def test_a_download_that_fails_is_told_in_one_sentence(tmp_path, monkeypatch, error):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", broken)
+    with pytest.raises(UserError, match="cannot download https://example.org/file"):
+        download("https://example.org/file", tmp_path / "file")
 
 
 def test_an_entry_that_claims_to_be_a_folder_is_read_all_the_same(finished, tmp_path):

@@ -42,6 +42,14 @@ def test_orthogonal_keeps_the_directions_and_levels_the_singular_values(shape):
     np.testing.assert_allclose(left @ values @ right.T, result, atol=1e-9)   # and no other direction
 
 
+def test_each_matrix_of_a_stack_is_taken_for_itself():
+    matrix = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    stack = torch.stack([matrix, 1000 * matrix, 0 * matrix])
+    first, second, third = orthogonal(stack, torch.float32)
+    torch.testing.assert_close(first, second)
+    assert first.any() and not third.any()
+
+
 def test_muon_takes_the_steps_of_torch():
     """Which stacks nothing, and computes in bf16 on every device."""
     shapes = [(8, 8), (24, 8), (8, 24), (8, 8)]
@@ -66,8 +74,11 @@ def test_muon_takes_a_convolution_for_the_matrix_that_multiplies_a_patch():
     matrix = torch.nn.Parameter(weight.detach().reshape(4, 27).clone())
     weight.grad = torch.randn(4, 3, 3, 3, generator=generator)
     matrix.grad = weight.grad.reshape(4, 27).clone()
+    length = 0.1 * 0.2 * 27**0.5   # of the first step, which is along the gradient
+    expected = 0.995 * matrix.detach() - length * orthogonal(matrix.grad[None], torch.float32)[0]
     for parameter in (weight, matrix):
         Muon([parameter], 0.1, 0.05, torch.float32).step()
+    torch.testing.assert_close(matrix.detach(), expected)   # to the precision of fp32
     torch.testing.assert_close(weight.detach().reshape(4, 27), matrix.detach())
 
 

@@ -35,8 +35,9 @@ from support.checkpoint import blaming, load_checkpoint, read_log
 from support.cli import UserError, run_program
 from support.data import SHAPES, data_of, draw_shapes, fit_side, load_data, shuffled
 from support.devices import (
-    Machine, Speed, check_memory, choose_machine, forward_flops, fp32_products, has_fast, own_cores,
-    peak_flops, progress_bar,
+    Machine, Speed, check_memory, choose_machine, forward_flops, fp32_products,
+    gather_over_processes, has_fast, join_processes, own_cores, peak_flops, progress_bar,
+    wait_for_others,
 )
 from support.evaluation import say_health, tokenizer_health
 from support.images import Row, batches, save_picture, to_float
@@ -410,14 +411,15 @@ def test_model_flops():
     per_token = depth * (3 * W * W + W * W + 2 * 4 * W * W) + W * V
     per_image = depth * 6 * W * W + 2 * W * W + (L - 1) * C * W
     seen = L * L   # on a CPU it is one masked call
-    flops = forward_flops(model, torch.tensor([0]), torch.randn(1, 13, 8))
+    flops = forward_flops(model.train(), torch.tensor([0]), torch.randn(1, 13, 8))
+    assert model.training
     assert flops == 2 * (L * per_token + per_image + depth * 2 * seen * W)
 
 
 def test_speed(monkeypatch):
     gpu = Machine(torch.device("cuda"), torch.bfloat16)
-    for card, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 NVL", 835e12),
-                       ("NVIDIA GeForce GTX 1080", None)):
+    for card, peak in (("NVIDIA GeForce GTX 1080", None), ("NVIDIA H100 NVL", 835e12),
+                       ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
         assert peak_flops(gpu) == peak
     assert peak_flops(Machine(torch.device("cuda"))) is None   # fp32
@@ -734,6 +736,8 @@ def test_notes_on_what_would_be_faster(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
     assert choose_machine("cpu", "fp16").dtype == torch.float16
     assert "no instructions for fp16" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_fp16": True}, raising=False)
+    assert has_fast("fp16", cpu) and not has_fast("bf16", cpu)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")
@@ -753,7 +757,7 @@ def test_fp32_is_not_tf32(precision, allowed, monkeypatch):
     assert torch.backends.cudnn.allow_tf32 == allowed
 
 
-def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch):
+def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch, capsys):
     """Else events and streams would be those of GPU 0. And `auto` is what its generation has."""
     chosen = []
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
@@ -767,7 +771,36 @@ def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     choose_machine("cuda", "fp32")
-    assert chosen == [*5 * [1], 3]
+    choose_machine("cuda:2", "fp32")
+    assert chosen == [*5 * [1], 3, 2]
+    choose_machine("mps", "bf16")   # of which nobody knows what it emulates
+    assert capsys.readouterr().out == ""
+
+
+def test_processes_wait_for_each_other_for_days(monkeypatch):
+    """PyTorch's own limit, of half an hour, ends before a large data set is decoded."""
+    done = []
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda timeout: done.append(timeout.days))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: done.append("waited"))
+    join_processes()
+    wait_for_others()
+    assert done == [30, "waited"]
+
+
+def test_the_rows_of_all_processes_come_in_order(monkeypatch):
+    def all_gather(parts, own_B):
+        assert own_B.is_contiguous()   # NCCL takes no other
+        for rank, part_B in enumerate(parts):
+            part_B.copy_(own_B + 10 * rank)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    x_B = torch.arange(4)[::2]
+    assert gather_over_processes(x_B).tolist() == [0, 2, 10, 12, 20, 22]
 
 
 # Mistakes
@@ -857,6 +890,14 @@ def test_streams_that_are_closed(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         run_program(lambda: list(progress_bar(range(3))))
         assert sys.stderr.name == os.devnull
+
+
+@pytest.mark.parametrize("watched, seconds", [(True, 0.5), (False, 60)])
+def test_a_log_gets_a_line_a_minute(watched, seconds, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: watched)
+    bar = progress_bar(range(3))
+    assert bar.mininterval == seconds and not bar.disable
 
 
 def test_weights_that_are_no_numbers_are_not_saved(folder, tmp_path, monkeypatch):

@@ -756,6 +756,13 @@ def test_compiled_parts_draw_the_same_images(judged, tmp_path, monkeypatch):
     assert np.array_equal(plain, compiled)
 
 
+def test_without_onednn_nothing_is_packed(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    pack(model)
+    assert type(model[0]) is torch.nn.Linear
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is without oneDNN")
 def test_packed_products_are_the_same(run):
     tokens_NL = run.generate([0, 1, 0], 0)

@@ -1,6 +1,7 @@
 """The tokenizer: encoding and decoding agree, losses and gradients are NumPy's, codes start and come back as they
 should, bad shapes are refused."""
 import copy
+import hashlib
 
 import numpy as np
 import pytest
@@ -418,3 +419,12 @@ def test_a_fingerprint_is_of_weights_and_config_and_not_of_training():
     other = Tokenizer(config(norm_groups=4))               # the same weights compute something else
     other.load_state_dict(made.state_dict())
     assert fingerprint(other) != before
+
+
+def test_a_fingerprint_is_forever():
+    """By it the transformers of old runs know their tokenizers."""
+    model = torch.nn.Linear(1, 1)
+    model.config = config()
+    weight, bias = (x.detach().numpy().tobytes() for x in (model.weight, model.bias))
+    told = repr(config()).encode() + b"bias" + bias + b"weight" + weight
+    assert fingerprint(model) == hashlib.sha256(told).hexdigest()
