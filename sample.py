@@ -473,7 +473,7 @@ class Known:
     free: float = 0.0
 
     def put(self, drawn_Bl: Tensor, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
-        """The tokens drawn for scale k < `scales` [B, l], with the images' own where known."""
+        """The tokens drawn for scale k [B, l]; if k < `scales`, the images' own where known."""
         if k >= self.scales:
             return drawn_Bl
         own_Bl = self.tokens(quantizer, f_hat_BCSS, k)
@@ -496,10 +496,10 @@ class Known:
         The tokens of a scale are drawn independently, so a generated one learns only from coarser
         scales what is known around it. Hence the quarter rule: on maps of up to a quarter of the
         finest side, where a cell covers 4 x 4 of the finest or more, all cells are known, in the
-        holes too. They say how large forms and colours go on there, and leave to the finer maps
-        what is seen in them. On those, cells of which any part is known; and on the finest, those
-        of which half is, so that a hole ends where it was asked to. If coarse maps are free, one
-        share makes cells known on all maps but the finest.
+        holes too (if anything is). They say how large forms and colours go on there, and leave to
+        the finer maps what is seen in them. On those, cells of which any part is known; and on the
+        finest, those of which half is, so that a hole ends where it was asked to. If coarse maps
+        are free, one share makes cells known on all maps but the finest.
         """
         s = quantizer.scales[k]
         S = quantizer.scales[-1]

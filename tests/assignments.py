@@ -33,6 +33,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import decode_source
 from pathlib import Path
 
 import compiled
@@ -96,6 +97,9 @@ def main() -> None:
                 repository(Path(place), options.run)
                 print(experiment(assignment, Path(place)), ANSWERS[options.number], sep="\n\n")
         else:
+            for path in filter(None, (options.json, options.csv)):
+                if not path.absolute().parent.is_dir():
+                    raise Mistake(f"{path} cannot be written: there is no such folder")
             results = grade_all(assignment, options.folders, max(1, options.jobs))
             if options.json:
                 scores = {name: gradescope(result) for name, result in results.items()}
@@ -240,12 +244,14 @@ def allowed(assignment: Assignment) -> str:
             "usual built-ins. A helper goes inside the function that needs it. Refused are "
             "`import`, `class`, `global` and `match`; whatever reaches files, processes or the "
             "inside of Python's objects, double underscores among it; and changing what is not "
-            "yours, such as an attribute of another object than `self`.")
+            "yours, such as an attribute of another object than `self`; and giving another "
+            "meaning to a name of the file or of a built-in: no variable called `max`, or as a "
+            "function there is.")
     if any(is_kernel(find((ROOT / path_of(x)).read_text(), x)) for x in assignment.bodies):
         said += (" In a kernel also what Triton does not compile: comprehensions, inner "
                  "functions, `try`, `with`, f-strings.")
     if forbidden(assignment):
-        said += f" In this assignment also {in_prose(forbidden(assignment))}."
+        said += f" Refused in this assignment also: {in_prose(forbidden(assignment))}."
     return filled(said)
 
 
@@ -408,7 +414,7 @@ def solution(assignment: Assignment, folder: Path,
         try:
             if not (folder / file).is_file() or (folder / file).stat().st_size > 2**20:
                 raise OSError("no file, or of more than a megabyte")
-            source = (folder / file).read_text()
+            source = decode_source((folder / file).read_bytes())     # as Python reads it: BOM, too
             tree_of(source)
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             refused.append(f"{file} cannot be read: {' '.join(str(error).split())}")
@@ -420,6 +426,9 @@ def solution(assignment: Assignment, folder: Path,
                 refused.append(f"{name} is missing, or has another signature than in the original")
                 continue
             text = text_of(source, name)
+            indent = find(ours, name).col_offset
+            if "\t" in text or node.col_offset != indent:     # written anew, as the file is
+                text = textwrap.indent(ast.unparse(node), " " * indent)
             reader = Reader(name, text, ours, names, forbidden(assignment))
             refused += reader.sentences
             asked = sorted(reader.asked)
@@ -447,11 +456,9 @@ def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[st
     for folder in folders:
         if not folder.is_dir():
             raise Mistake(f"{folder} is no folder")
-    files = by_file(assignment.bodies)
     folders = [inner for folder in folders for inner in (
-        [folder] if any((folder / file).exists() for file in files)
-        else sorted(x for x in folder.iterdir() if x.is_dir()) or [folder])]
-    pairs = list(zip(names_of(folders), folders))
+        [folder] if any(folder.glob("*.py")) else inner_folders(folder) or [folder])]
+    pairs = list(zip(names_of(folders), map(submission, folders)))
 
     def some(pairs: list[tuple[str, Path]]) -> list[tuple[str, dict]]:
         """One process runs the tests of many folders; after a crash the next gets a new one."""
@@ -487,6 +494,18 @@ def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[st
         points = f"{result['points']:3} of {result['of']}  {result['seconds']:6.1f} s"
         print(f"{name:{width}}  {points}  {', '.join(said)}".rstrip())
     return results
+
+
+def inner_folders(folder: Path) -> list[Path]:
+    """Without what a Mac or an editor leaves there: __MACOSX, .idea."""
+    return sorted(x for x in folder.iterdir()
+                  if x.is_dir() and not x.name.startswith((".", "__")))
+
+
+def submission(folder: Path) -> Path:
+    """Where a student's files are: perhaps in the one folder that is in it, as zips make it."""
+    inner = inner_folders(folder)
+    return inner[0] if len(inner) == 1 and not any(folder.glob("*.py")) else folder
 
 
 def names_of(folders: list[Path]) -> list[str]:

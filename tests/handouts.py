@@ -183,11 +183,12 @@ LIST = [
             codes to where they are needed.
 
             Hints. In `start_from` codes that do not exist yet must not be chosen: search only the
-            part that is filled. Each scale gets an equal share of the codes, also where K does not
-            divide V. In `revive` the scale is drawn first and the place second; draw from the
+            part that is filled. The codes of scale k are those from ceil(V k / K) to just before
+            ceil(V (k + 1) / K). In `revive` the scale is drawn first and the place second; draw from the
             residuals of all images. Whatever the optimizer remembers of a code is about the code
             that was there before. The stage in train.py counts, and sums over processes. The
-            codebook stays the parameter that it is: it is changed in place, outside of any graph.
+            codebook and `hits_V` stay the tensors that they are: they are changed in place, the
+            codebook outside of any graph (but not by `.data`, which is refused).
         """,
         question="""
             What happens without revival? Nothing is below 0 times the average:
@@ -235,7 +236,7 @@ LIST = [
             You write the function that makes these inputs from tokens. In generation the same
             inputs come about one by one, and a graded test holds the two to each other.
 
-            Hints. It is one loop over `accumulate` and `read`. Scale k reads what scales 1..k-1 add
+            Hints. It is one loop over `accumulate` and `read`. Scale k reads what scales 0..k-1 add
             up to: be sure which size is read after which scale. The last scale is read by nobody.
             With one scale there is nothing to read, and the result still has three axes. Each map
             is accumulated once. One graded test draws with `VAR.generate`, and compares the logits

@@ -56,10 +56,11 @@ def main() -> None:
 TENSORS = set("""
     shape dtype device T mT H mH ndim requires_grad grad split unflatten unique norm
     append extend insert pop items keys values get index sort reverse add join type
+    copy clear remove update setdefault start stop step is_cuda training real
 """.split())
 OF_TORCH = set("""
     split einsum unique meshgrid broadcast_tensors norm no_grad enable_grad autocast finfo iinfo
-    inf nan pi device
+    inf nan pi device Tensor Size is_tensor broadcast_shapes
 """.split())
 OF_TRITON = set("constexpr range static_range".split())
 NEVER = set("""
@@ -82,10 +83,13 @@ def is_allowed(name: str) -> bool:
                 or hasattr(torch._C._VariableFunctions, last))
     if module == "triton":
         return last in {"cdiv", "next_power_of_2"}
-    if module not in {"math", "torch.nn.functional", "torch.linalg", "triton.language"}:
+    if name == "torch.amp.autocast":
+        return True
+    if module not in {"math", "torch.nn.functional", "torch.linalg", "triton.language",
+                      "triton.language.math"}:
         return False
     value = getattr(importlib.import_module(module), last, None)
-    if module == "triton.language":
+    if module.startswith("triton.language"):
         kinds = ("JITFunction", "InterpretedFunction", "dtype")
         return (last in OF_TRITON or hasattr(value, "__triton_builtin__")
                 or type(value).__name__ in kinds)

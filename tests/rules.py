@@ -10,9 +10,10 @@ from functions import Function, alone, find, is_kernel, parsed, text_of, tree_of
 PLAIN = set("""
     abs all any bool dict divmod enumerate filter float int isinstance len list map max min pow
     print range reversed round set slice sorted str sum tuple zip
-    NotImplementedError ValueError AssertionError
+    NotImplementedError ValueError AssertionError TypeError IndexError RuntimeError
+    iter next repr frozenset
 """.split())
-MODULES = {"torch", "torch.nn.functional", "math", "triton", "triton.language"}
+MODULES = {"torch", "torch.nn", "torch.nn.functional", "math", "triton", "triton.language"}
 REFUSED = {
     ast.Import: "imports", ast.ImportFrom: "imports", ast.ClassDef: "defines a class",
     ast.Global: "uses `global`", ast.Match: "uses `match`", ast.AsyncFunctionDef: "is asynchronous",
@@ -45,7 +46,9 @@ class Reader(ast.NodeVisitor):
         bound = {x.get_name() for x in symbols if not x.is_global()}
         self.compiled = is_kernel(find(source, name))
         self.plain = PLAIN & COMPILED if self.compiled else PLAIN
-        self.set = {x.attr for x in inside if stored_attribute(x)}
+        self.set = {x.attr for x in inside if stored_attribute(x)} | {     # and buffers
+            x.args[0].value for x in ast.walk(tree_of(source)) if isinstance(x, ast.Call)
+            and dotted(x.func) == "self.register_buffer"}
         self.filled = {dotted(x.value) for x in inside
                        if isinstance(x, ast.Subscript) and isinstance(x.ctx, ast.Store)}
         self.attributes = {x.attr for x in inside if isinstance(x, ast.Attribute)} | {
@@ -94,7 +97,7 @@ class Reader(ast.NodeVisitor):
         """Not reached from `self.x` and `torch.x`."""
         if node.id == "self":
             self.refuse("hands self around, or calls it")
-        elif self.imports.get(node.id) in MODULES:
+        elif self.imports.get(node.id) in MODULES and node.id != "Tensor":
             self.refuse(f"hands {node.id} around, a module")
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
