@@ -529,6 +529,48 @@ def test_a_loop_without_end_is_stopped(nursery, tmp_path):
     assert not result["passed"] and "took more than 1 s" in str(result["failed"])
 
 
+def test_files_are_read_as_editors_write_them(nursery, tmp_path):
+    """And hints of types, a context and what Python has of its own are no reason for a refusal."""
+    name = "tokenizer.Quantizer.teacher_inputs"
+    source = source_of(name)
+    tabs = re.sub("^(?:    )+", lambda found: "\t" * (len(found[0]) // 4), source, flags=re.MULTILINE)
+    lines = ("pieces: list[Tensor] = [next(iter([tokens_BL]))]\n"
+             "with torch.amp.autocast('cpu', enabled=False):\n    return pieces[0]")
+    allowed = with_body(source, name, with_lines(name, lines))
+    for content, same in ((source.encode("utf-8-sig"), True), (tabs.encode(), True), (allowed.encode(), False)):
+        (tmp_path / "tokenizer.py").write_bytes(content)
+        bodies, refused = assignments.solution(ASSIGNMENTS[4], tmp_path, nursery)
+        assert not refused
+        assert (assignments.normal(bodies) == assignments.normal({name: text(name)})) == same
+
+
+def test_whose_folders_are_graded(tmp_path, monkeypatch):
+    """Of anna the files lie further down; of bert the assigned one is missing."""
+    for folder in ("anna/handed in", "bert/support", "bert/tests", "__MACOSX", ".idea"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("anna/handed in/tokenizer.py", "bert/var.py"):
+        (tmp_path / file).write_text("")
+    monkeypatch.setattr(Nursery, "__enter__", lambda self: self)
+    monkeypatch.setattr(Nursery, "__exit__", lambda *_: None)
+    monkeypatch.setattr(Nursery, "process", SimpleNamespace(poll=lambda: None), raising=False)
+    monkeypatch.setattr(assignments, "grade", lambda each, folder, _: (
+        graded.append(folder), assignments.none(each, "not graded"))[1])
+    graded = []
+    assert [*assignments.grade_all(FEW, [tmp_path], 1)] == ["anna", "bert"]
+    assert graded == [tmp_path / "anna" / "handed in", tmp_path / "bert"]
+    assert [*assignments.grade_all(FEW, [tmp_path / "bert"], 1)] == ["bert"]
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--json"])
+def test_where_points_cannot_be_written_nothing_is_graded(tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.setattr(assignments, "grade_all", None)
+    monkeypatch.setattr(sys, "argv", [
+        "assignments.py", "grade", "4", str(tmp_path), flag, str(tmp_path / "missing" / "file")])
+    with pytest.raises(SystemExit) as ended:
+        assignments.main()
+    assert ended.value.code == 2 and "there is no such folder" in capsys.readouterr().err
+
+
 def test_points_are_told_and_written(nursery, tmp_path, capsys, monkeypatch):
     """A solution with one error, from the command line."""
     name = "tokenizer.Quantizer.teacher_inputs"
