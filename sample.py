@@ -250,8 +250,8 @@ class Run:
 
 def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
              tokenizer: Path | None = None, var: Path | None = None, alone: bool = False) -> Run:
-    """A run as train.py wrote it. tokenizer, var: other checkpoints than the folder's. alone: the
-    tokenizer without a transformer, unless one is named.
+    """A run as train.py wrote it. tokenizer, var: other checkpoints than the folder's; with `var`
+    goes the tokenizer beside it, if any. alone: without a transformer, unless one is named.
 
     Raises UserError where the tokenizer and the transformer do not belong together.
     """

@@ -165,16 +165,9 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None,
         for whose, name, how in FLAGS:
             if command in whose.split():
                 value = name.removeprefix("--").replace("-", "_")
-                default = how.get("default", defaults.get(value))
-                if default is not None:
-                    shown = in_words(default)
-                    if "default" not in how:   # which it is turns out later
-                        if of_published[value] != default:
-                            shown += f", and {in_words(of_published[value])} for published models"
-                        default = None
-                    how = {**how, "default": default, "help": f"{how['help']} (default: {shown})"}
+                told = with_default_told(how, defaults.get(value), of_published.get(value))
                 group = either if name in ("--box", "--mask") else own
-                group.add_argument(name, **how)
+                group.add_argument(name, **told)
         add_device_flags(own)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -204,7 +197,19 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None,
     return options
 
 
-def in_words(value: Any) -> str:
+def with_default_told(how: dict[str, Any], ours: Any, theirs: Any) -> dict[str, Any]:
+    """What argparse has to know, the default in its help. A flag that has none of its own has
+    `ours`, or `theirs` for published models: `parse` sets it once it knows which are meant."""
+    default = how.get("default", ours)
+    if default is None:
+        return how
+    told = as_typed(default)
+    if "default" not in how and theirs != ours:
+        told += f", and {as_typed(theirs)} for published models"
+    return {**how, "help": f"{how['help']} (default: {told})"}
+
+
+def as_typed(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
