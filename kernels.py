@@ -24,8 +24,8 @@ Five words that Triton needs:
                  There is one compiled kernel for every value it is called with.
     warp         32 threads of the GPU, which execute each instruction together. A program is
                  num_warps of them, and the numbers of a tile are dealt out to their threads.
-    stage        With num_stages = 3, a loop already fetches what its next two rounds will need
-                 while it computes this one, into shared memory.
+    stage        With num_stages = 3, while a loop computes one round it already fetches what the
+                 next two need into shared memory, which the threads of a program have in common.
 
 Axes: B batch, H heads, L queries, S keys, D head width, W model width, V vocabulary, C channels
 of a code, N vectors, l tokens of one scale. Inside the kernels each letter is a tile of its axis,
@@ -41,15 +41,14 @@ With TRITON_INTERPRET=1 in the environment of `python`:
     >>> y.shape
     torch.Size([2, 5, 24])
 
-What is said here of bytes, tiles, registers and times, this counts, draws, compiles and measures:
+This counts, draws, compiles and measures what is said here of bytes, tiles, registers and times:
 
     python -m tests.benchmark [--generate | --registers | --tiles FILE]
 """
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -61,8 +60,9 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
+    major, minor, *_ = triton.__version__.split(".")
     # 3.5 does not compile attention's backward pass.
-    HAS_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+    HAS_TRITON = (int(major), int(minor)) >= (3, 6)
 except ImportError:   # as on a Mac: the kernels stay plain functions that nobody calls
     from types import SimpleNamespace
     triton = SimpleNamespace(jit=lambda function: function, __version__="not installed")
@@ -83,8 +83,8 @@ def use_triton(tensor: Tensor) -> bool:
 
 
 def as_arrays(tensors: Sequence[Tensor]) -> list[Tensor | tuple]:
-    """Tensors as kernels get them: a pair of a pointer to the first number and the strides, one for
-    each axis; of one axis the pointer alone. (Triton takes longer over a NamedTuple.)"""
+    """Return tensors as kernels get them: a pair of a pointer to the first number and the strides,
+    one for each axis; of one axis the pointer alone. (Triton takes longer over a NamedTuple.)"""
     return [x if x.dim() == 1 else (x, x.stride()) for x in tensors]
 
 
@@ -105,7 +105,7 @@ def next_power_of_2(n: int) -> int:
 #     n  = (x' - mean) / sqrt(variance + 1e-6)                          mean and variance over W
 #     y  = n (1 + scale) + shift
 #
-# Backward, with d = dL/d of any name; dx' comes from whatever else reads x':
+# Backward, where dz is dL/dz for any z; dx' comes from whatever else reads x':
 #
 #     g  = dy (1 + scale)
 #     dx = dx' + (g - mean(g) - n mean(g n)) / sqrt(variance + 1e-6)
@@ -117,7 +117,7 @@ def next_power_of_2(n: int) -> int:
 
 @triton.jit
 def load_token(x_BLW, token, columns_W, W):
-    """x[image, token] in fp32, of the program's image; zeros in the columns from W on."""
+    """Return x[image, token] in fp32, of the program's image; zeros in the columns from W on."""
     pointer, strides = x_BLW
     image = tl.program_id(1).to(tl.int64)   # in 64 bits: there may be over 2^31 numbers
     begin = image * strides[0] + token * strides[1]
@@ -137,7 +137,7 @@ def store_token(x_BLW, token, columns_W, W, x_W):
 
 @triton.jit
 def normalise(x_W, columns_W, W):
-    """n of a token, and 1 / sqrt(variance + eps). Two passes over registers: nothing cancels."""
+    """Return n and 1 / sqrt(variance + eps) of a token, in two passes: then nothing cancels."""
     centred_W = tl.where(columns_W < W, x_W - tl.sum(x_W) / W, 0.0)
     inverse = 1 / tl.sqrt(tl.sum(centred_W * centred_W) / W + 1e-6)
     return centred_W * inverse, inverse
@@ -154,7 +154,7 @@ def adaln_forward(x_BLW, h_BLW, gate_B1W, scale_B1W, shift_B1W, sum_BLW, y_BLW, 
     gate_W = load_token(gate_B1W, 0, columns_W, W)
     sum_W = (x_W + gate_W * h_W).to(sum_BLW[0].dtype.element_ty)
     store_token(sum_BLW, token, columns_W, W, sum_W)
-    normed_W, _ = normalise(sum_W.to(tl.float32), columns_W, W)   # of what the backward will find
+    normed_W, _ = normalise(sum_W.to(tl.float32), columns_W, W)   # rounded, as backward reads it
     scale_W = load_token(scale_B1W, 0, columns_W, W)
     shift_W = load_token(shift_B1W, 0, columns_W, W)
     store_token(y_BLW, token, columns_W, W, normed_W * (1 + scale_W) + shift_W)
@@ -228,7 +228,8 @@ class AdaLN(torch.autograd.Function):
                [dx_BLW, dh_BLW, *sums_BP3W.unbind(2)],
                L, W, TOKENS=TOKENS, **adaln_tiles(W))
         # dgate, dscale and dshift, which autograd brings to the dtypes of the inputs:
-        return dx_BLW, dh_BLW, *sums_BP3W.sum(dim=1, keepdim=True).unbind(2), None
+        sums_B13W = sums_BP3W.sum(dim=1, keepdim=True)
+        return dx_BLW, dh_BLW, *sums_B13W.unbind(2), None
 
 
 def adaln_triton(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
@@ -248,7 +249,7 @@ def adaln_torch(x_BLW, h_BLW, gate_BW, scale_BW, shift_BW, dtype):
 
 def adaln(x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor, scale_BW: Tensor,
           shift_BW: Tensor) -> tuple[Tensor, Tensor]:
-    """x + gate * h, and layer_norm of that * (1 + scale) + shift, as in DiT.
+    """Return x + gate * h, and layer_norm of that * (1 + scale) + shift, as in DiT.
 
     x, h [B, L, W]; gate, scale, shift [B, W]; of any dtypes. The norm has eps 1e-6 and no weights,
     and is computed in fp32. The first result has the dtype of x, the second that of autocast where
@@ -262,7 +263,7 @@ def adaln(x_BLW: Tensor, h_BLW: Tensor, gate_BW: Tensor, scale_BW: Tensor,
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product would take x in."""
+    """Return what a matrix product would take x in."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -281,7 +282,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 @triton.jit
 def load_tile(x_NC, rows_T, N, columns_T, C, CUT: tl.constexpr = True):
-    """x[rows, columns] as [T, T], with zeros outside. CUT: rows, too, may lie outside."""
+    """Return x[rows, columns] as [T, T], with zeros outside. CUT: rows, too, may lie outside."""
     pointer, strides = x_NC
     rows_T1 = rows_T[:, None]
     columns_1T = columns_T[None, :]
@@ -352,28 +353,17 @@ def nearest_code_torch(x_NC, codebook_VC):
 
 
 def nearest_code(x_NC: Tensor, codebook_VC: Tensor) -> Tensor:
-    """argmin_v |x_n - e_v|^2 as int64 [N], in fp32; the lowest index wins a tie (paper: eq. 3)."""
+    """Return argmin_v |x_n - e_v|^2, int64 [N], in fp32; the lowest index wins a tie (eq. 3)."""
     assert x_NC.shape[1] == codebook_VC.shape[1]
     backend = nearest_code_triton if use_triton(x_NC) else nearest_code_torch
     return backend(x_NC, codebook_VC)
-
-
-@contextlib.contextmanager
-def fp32_convolutions() -> Iterator[None]:
-    """fp32 convolutions without TF32, which cuDNN takes unless told otherwise."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 # -------------------------------------------------------------------------------------------------
 # Heads
 #
 # One matrix product makes queries, keys and values. Then they are given their biases; queries and
-# keys are normalised, so that scores stay bounded in deep models (so the paper), and each head
+# keys are normalised, which bounds the scores (and stabilises training, so the paper); each head
 # learns a factor for its queries; in generation keys and values go where later scales find them.
 # In PyTorch a dozen operations move 31 bytes for each number of a product in bf16, where reading
 # and writing it is 4.
@@ -382,27 +372,27 @@ def fp32_convolutions() -> Iterator[None]:
 #     k = n(product_k)
 #     v = product_v + bias_v
 #
-# Backward, from q and k, which attention keeps anyway, and |x|; dx is dL/d of what n is taken of:
+# Backward, from |x| and from q and k, which attention keeps anyway; x is what n is taken of:
 #
 #     dx = a (dq - n (n.dq)) / |x|
 #     dlog_scale = sum of q.dq, over all queries of a head; 0 where e^log_scale is above 100
 #
-# Of keys the same with a = 1.
+# For keys a = 1.
 
 LARGEST_LOG_SCALE = math.log(100)
 
 
 @triton.jit
 def aligned(stride, D: tl.constexpr):
-    """The stride, which `rows_first` made a multiple of 8 if D is one, so that the compiler sees it
-    and loads 16 bytes at once. By tl.multiple_of it did not see it, for D 72 on sm_90."""
+    """Return the stride so that the compiler sees that `rows_first` made it a multiple of 8 if D is
+    one, and loads 16 bytes at once. (From tl.multiple_of it did not, for D 72 on sm_90.)"""
     return stride // 8 * 8 if D % 8 == 0 else stride
 
 
 @triton.jit
 def matrix_of(x_BHLD, D: tl.constexpr):
-    """x of the program's image and head as a matrix [L, D], and the columns of its tiles, a power
-    of two: D 72 is computed as 128, with 1.8 times the products."""
+    """Return x of the program's image and head as a matrix [L, D], and the columns of its tiles, a
+    power of two: D 72 is computed as 128, with 1.8 times the products."""
     pointer, strides = x_BHLD
     image = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -413,7 +403,7 @@ def matrix_of(x_BHLD, D: tl.constexpr):
 
 @triton.jit
 def load_head(x_BHLD, rows_T, L, D: tl.constexpr, CUT: tl.constexpr = True):
-    """The tile x[image, head, rows], [T, D]."""
+    """Return the tile x[image, head, rows], [T, D]."""
     x_LD, columns_D = matrix_of(x_BHLD, D)
     return load_tile(x_LD, rows_T, L, columns_D, D, CUT)
 
@@ -439,7 +429,7 @@ def learned_factor(log_scale_H, largest):
 
 @triton.jit
 def unit_rows(x_TD):
-    """x / |x| of each row, and 1 / |x|."""
+    """Return x / |x| of each row, and 1 / |x|."""
     length_T1 = tl.sqrt(tl.sum(x_TD * x_TD, 1, keep_dims=True))
     inverse_T1 = 1 / tl.maximum(length_T1, 1e-12)
     return x_TD * inverse_T1, inverse_T1
@@ -447,7 +437,7 @@ def unit_rows(x_TD):
 
 @triton.jit
 def unit_backward(n_TD, dn_TD, inverse_T1):
-    """dL/dx from dL/dn: what goes along n is lost, since n has length 1 whatever x is."""
+    """Return dL/dx from dL/dn: what goes along n is lost, since n has length 1 whatever x is."""
     return (dn_TD - n_TD * tl.sum(n_TD * dn_TD, 1, keep_dims=True)) * inverse_T1
 
 
@@ -509,8 +499,8 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL1, k_inverse_BHL1, log_sca
 
 
 def rows_first(x_BHLD: Tensor) -> Tensor:
-    """x if kernels can read it: rows unbroken and, if D is a multiple of 8, so is every stride."""
-    if torch.compiler.is_compiling():   # where to ask for strides is to have gradients copied
+    """Return x, or a copy that kernels can read: rows unbroken, strides multiples of 8 if D is."""
+    if torch.compiler.is_compiling():   # `launch_compiled` does it: to ask here copies gradients
         return x_BHLD
     *strides, last = x_BHLD.stride()
     D = x_BHLD.shape[-1]
@@ -525,13 +515,13 @@ def heads_tiles(L: int, D: int) -> dict[str, int]:
 
 
 def three_heads(product_BLX: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values [B, H, L, D] as views of the product."""
+    """Return queries, keys and values [B, H, L, D] as views of the product."""
     product_BL3HD = product_BLX.unflatten(2, (3, heads, -1))
     return product_BL3HD.permute(2, 0, 3, 1, 4).unbind()
 
 
 def launch_split_heads(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_slots=None):
-    """q, k, v [B, H, L, D], k and v in `kv_slots` if these are given, and 1 / |x| of q and k."""
+    """Return q, k, v [B, H, L, D], k and v in `kv_slots` if given, and 1 / |x| of q and k."""
     views = three_heads(product_BLX.contiguous(), heads)
     B, H, L, D = views[0].shape
     q_BHLD = product_BLX.new_empty(B, H, L, D)
@@ -588,7 +578,7 @@ def split_heads_triton(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_s
 
 
 def inverse_norm(x_BHLD):
-    """1 / |x|: [B, H, L, 1]. F.normalize divides by it, number by number, which is slower."""
+    """Return 1 / |x|: [B, H, L, 1]. (F.normalize divides every number by |x|, which is slower.)"""
     squares_BHL1 = x_BHLD.square().sum(dim=-1, keepdim=True)
     return squares_BHL1.clamp(min=1e-24).rsqrt()
 
@@ -601,7 +591,8 @@ def split_heads_torch(product_BLX, q_bias_W, v_bias_W, log_scale_H, heads, kv_sl
         factor_H = log_scale_H.float().clamp(max=LARGEST_LOG_SCALE).exp()
         q_BHLD = q_BHLD * (factor_H[:, None, None] * inverse_norm(q_BHLD))
         k_BHLD = k_BHLD * inverse_norm(k_BHLD)
-    q_BHLD, k_BHLD, v_BHLD = (x.to(product_BLX.dtype) for x in (q_BHLD, k_BHLD, v_BHLD))
+    dtype = product_BLX.dtype
+    q_BHLD, k_BHLD, v_BHLD = (x.to(dtype) for x in (q_BHLD, k_BHLD, v_BHLD))
     if kv_slots is None:
         return q_BHLD, k_BHLD, v_BHLD
     k_slots_BHLD, v_slots_BHLD = kv_slots
@@ -612,7 +603,7 @@ def split_heads(product_BLX: Tensor, q_bias_W: Tensor, v_bias_W: Tensor,
                 log_scale_H: Tensor | None, heads: int,
                 kv_slots: tuple[Tensor, Tensor] | None = None
                 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, H, L, D] of a product [B, L, 3 W], in its dtype.
+    """Return queries, keys and values [B, H, L, D] of a product [B, L, 3 W], in its dtype.
 
     log_scale_H: the learned scale of each head; None leaves queries and keys as they are.
     kv_slots: where to write keys and values, [B, H, L, D] both, as in a slice of a KV cache. For
@@ -659,7 +650,7 @@ class KeyRanges:
 
     @classmethod
     def from_scales(cls, scales: Sequence[int], last_scales: int | None = None) -> KeyRanges:
-        """The block-causal table of token maps of s x s tokens, coarse to fine.
+        """Return the block-causal table of token maps of s x s tokens, coarse to fine.
 
         last_scales: how many scales a token sees, its own among them: None is all so far (VAR),
         1 is its own alone (a Markov model). Raises ValueError where it is less than 1.
@@ -679,11 +670,11 @@ class KeyRanges:
         return len(self.first)
 
     def rows(self, begin: int, end: int) -> KeyRanges:
-        """The table of the queries begin .. end-1, as for one scale; keys keep their numbers."""
+        """Return the table of queries begin .. end-1, as for one scale; keys keep their numbers."""
         return self.cached(slice_ranges, begin, end)
 
     def dense(self) -> Tensor:
-        """The same mask as a bool [L, S], S = last[-1]."""
+        """Return the same mask as a bool [L, S], S = last[-1]."""
         keys_S = torch.arange(self.last[-1])
         first_L1 = torch.tensor(self.first)[:, None]
         last_L1 = torch.tensor(self.last)[:, None]
@@ -709,7 +700,7 @@ def slice_ranges(ranges: KeyRanges, begin: int, end: int) -> KeyRanges:
 
 
 def table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
-    """first_L and last_L as int32 on a device, as the kernels read them."""
+    """Return first_L and last_L as int32 on a device, as the kernels read them."""
     return tuple(torch.tensor(ends, dtype=torch.int32, device=device)
                  for ends in (ranges.first, ranges.last))
 
@@ -752,11 +743,11 @@ def table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def plan_tiles(first, last, tile, length, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Which partners the rows of a tile meet: (start, cut before, whole, cut in all).
+    """Return which partners (keys of queries, or queries of keys) the rows of a tile meet.
 
-    first, last: a table of `length` rows. From `start` on come `cut before` tiles of TILE partners
-    that some rows see, `whole` ones that all see, and cut ones again. Both ends only grow, so the
-    first and the last row tell it all.
+    first, last: a table of `length` rows. From `start` on come `before` tiles of TILE partners that
+    some rows see, `whole` ones that all see, and cut ones again; the fourth result counts all cut
+    ones. Neither end ever decreases, so the first and the last row tell it all.
     """
     begin = tile * ROWS
     final = tl.minimum(length, begin + ROWS) - 1
@@ -773,7 +764,7 @@ def plan_tiles(first, last, tile, length, ROWS: tl.constexpr, TILE: tl.constexpr
 
 @triton.jit
 def tile_partners(n, start, before, whole, CUT: tl.constexpr, TILE: tl.constexpr):
-    """The partners in the n-th cut tile, or in the n-th whole one."""
+    """Return the partners in the n-th cut tile, or in the n-th whole one."""
     if CUT:
         tile = tl.where(n < before, n, n + whole)   # cut tiles lie on both sides of the whole ones
     else:
@@ -783,7 +774,7 @@ def tile_partners(n, start, before, whole, CUT: tl.constexpr, TILE: tl.constexpr
 
 @triton.jit
 def seen_by(rows_T, length, first, last, partners_T):
-    """Bool [T rows, T partners]: which partner lies in the range of which row of the table."""
+    """Return bool [T rows, T partners]: which partner lies in the range of which row."""
     rows_T = tl.minimum(rows_T, length - 1)
     first_T1 = tl.load(first + rows_T)[:, None]
     last_T1 = tl.load(last + rows_T)[:, None]
@@ -844,7 +835,7 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
 
 
 def transposed_table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
-    """first_S, last_S: key j is seen by the queries first_S[j] <= i < last_S[j], maybe by none.
+    """Return first_S, last_S: the queries first_S[j] <= i < last_S[j], if any, see key j.
 
     first_S[j] counts the ranges that end at or before j; last_S[j], those that begin at or before
     j. As ranges are in order, these are the first queries.
@@ -871,7 +862,8 @@ def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHL
     o_TD = load_head(o_BHLD, queries_T, L, D)
     do_TD = load_head(do_BHLD, queries_T, L, D)
     log2sum_T1 = load_head(log2sum_BHL1, queries_T, L, 1)
-    delta_T1 = tl.sum(o_TD.to(tl.float32) * do_TD.to(tl.float32), 1, keep_dims=True)
+    along_TD = o_TD.to(tl.float32) * do_TD.to(tl.float32)
+    delta_T1 = tl.sum(along_TD, 1, keep_dims=True)
     store_head(delta_BHL1, queries_T, L, 1, delta_T1)
     dq_TD = tl.zeros(q_TD.shape, tl.float32)
     start, before, whole, cut = plan_tiles(first_L, last_L, tile, L, TILE_L, TILE_S)
@@ -967,7 +959,7 @@ def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
 
 
 def new_heads(x_BHLD: Tensor) -> Tensor:
-    """An empty tensor like x, laid out as [B, L, H, D]: joining the heads copies nothing."""
+    """Return an empty tensor like x, laid out as [B, L, H, D]: joining the heads copies nothing."""
     B, H, L, D = x_BHLD.shape
     return x_BHLD.new_empty(B, L, H, D).transpose(1, 2)
 
@@ -1026,8 +1018,8 @@ def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
 
 
 def mask_in_sight(ranges: KeyRanges, device: torch.device) -> Tensor | None:
-    """The mask [L, last[-1] - first[0]] over keys that any query sees; None if all see all, as in
-    generation."""
+    """Return the mask [L, last[-1] - first[0]] over keys that any query sees; None if all see all,
+    as in generation."""
     mask_LS = ranges.dense()[:, ranges.first[0]:]
     return None if mask_LS.all() else mask_LS.to(device)
 
@@ -1042,7 +1034,7 @@ def block_attention_torch(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
 
 def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyRanges,
                     scale: float) -> Tensor:
-    """softmax(scale * q k^T over the keys in range) v, as [B, H, L, D] (paper: Sec. 3.2).
+    """Return softmax(scale * q k^T over the keys in range) v, as [B, H, L, D] (paper: Sec. 3.2).
 
     Floating point of one dtype, which autocast chooses where it is on; any strides. scale > 0. The
     Triton kernel, for D from 16 to 128, lays its result out as [B, L, H, D].
@@ -1081,8 +1073,8 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
 
 @triton.jit
 def ranked_within(keys_V, weights_V, target):
-    """Which tokens have less than `target` of weight before them: that of higher keys, and of equal
-    ones at lower indices."""
+    """Return which tokens have less than `target` of weight before them: that of higher keys, and
+    of equal ones at lower indices."""
     threshold = tl.zeros([], tl.uint32)
     for bit in range(32):
         higher = threshold | (tl.full([], 0x80000000, tl.uint32) >> bit)
@@ -1191,10 +1183,10 @@ def launch(kernel: Callable, programs: Sequence[int],
            *numbers: float, **constants: int) -> None:
     """Run a kernel on the arrays it reads, the arrays it writes, and numbers.
 
-    Where in its memory a written array begins must not depend on the batch: compiled for any,
-    PyTorch 2.13 has it begin at 0.
+    Compiled for any batch size, PyTorch 2.13 takes a written array to begin at 0 in its memory, so
+    where it begins must not depend on the batch.
 
-    torch.compile cannot look into it and gets one operator, not a `custom_op`, which takes longer.
+    torch.compile cannot look inside and gets one operator; a `custom_op` would take longer.
     """
     if torch.compiler.is_compiling():
         torch.ops.var.launch(kernel.__name__, programs, read, written, numbers,
@@ -1211,7 +1203,8 @@ LIBRARY.define("launch(str kernel, SymInt[] programs, Tensor[] read, Tensor(a!)[
 @torch.library.impl(LIBRARY, "launch", "CompositeExplicitAutograd")
 def launch_compiled(kernel, programs, read, written, numbers, names, values):
     constants = dict(zip(names.split(","), values))
-    run_kernel(globals()[kernel], programs, [*map(rows_first, read), *written], numbers, constants)
+    tensors = [*map(rows_first, read), *written]
+    run_kernel(globals()[kernel], programs, tensors, numbers, constants)
 
 
 @torch.library.register_fake("var::launch", lib=LIBRARY)
@@ -1221,7 +1214,7 @@ def launch_nothing(*arguments):
 
 def run_kernel(kernel: Callable, programs: Sequence[int], tensors: Sequence[Tensor],
                numbers: Sequence[float], constants: dict[str, int]) -> None:
-    """Where the tensors are: Triton alone takes the current GPU. Raises LaunchError."""
+    """Run it on the tensors' GPU: by itself Triton takes the current one. Raises LaunchError."""
     with torch.cuda.device_of(tensors[0]):
         try:
             kernel[tuple(programs)](*as_arrays(tensors), *numbers, **constants)

@@ -145,8 +145,8 @@ class Run:
 
     @property
     def batch(self) -> int:
-        """Images at a time: as told, or as many as have keys and values of 4 GB together, half of
-        what small GPUs have, and at most 100."""
+        """Return how many images to draw at a time: as told, or as many as have keys and values of
+        4 GB together, half of what small GPUs have, and at most 100."""
         config = self.model.config
         numbers = 2 * config.depth * config.length * config.width
         copies = 2 if self.sampling.cfg else 1
@@ -157,8 +157,7 @@ class Run:
     def generate(
         self, labels: list[int], seed: int, known_of: Callable[[slice], Known] | None = None
     ) -> Tensor:
-        """Tokens [N, L] of one image per label, on the CPU.
-
+        """Return tokens [N, L] of one image per label, on the CPU.
         known_of: returns what is known of some of the N images."""
         device = self.machine.device
         sampling = self.sampling
@@ -168,7 +167,7 @@ class Run:
         for rows in batches(len(labels), self.batch, "generate"):
             labels_B = labels_N[rows].to(device)
             # Guidance away from "any class" means nothing where no class is asked for.
-            no_class = labels_B.min() == self.model.config.classes
+            no_class = (labels_B == self.model.config.classes).all()
             cfg = 0.0 if no_class else sampling.cfg
             if (no_class or cfg) and not self.model.config.label_dropout:
                 say_once("note: this model was trained without label dropout and never saw the "
@@ -183,7 +182,7 @@ class Run:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [N, C, S, S] and tokens [N, L], on the CPU."""
+        """Return latents [N, C, S, S] and tokens [N, L], on the CPU."""
         latents = []
         tokens = []
         for some in images.split(at_a_time(images.shape[-1])):
@@ -194,15 +193,15 @@ class Run:
         return torch.cat(latents), torch.cat(tokens)
 
     def decode(self, tokens_NL: Tensor) -> Tensor:
-        """Images of tokens of all scales, or of the coarser ones, on the CPU."""
+        """Return images of tokens of all scales, or of the first few, on the CPU."""
         return torch.cat([images.cpu() for images in self.rendered(tokens_NL)])
 
     def decode_to_bytes(self, tokens_NL: Tensor) -> np.ndarray:
-        """The same as bytes [N, side, side, channels], a quarter of that, made on the device."""
+        """Return them as bytes [N, side, side, channels], a quarter as much to copy from a GPU."""
         return np.concatenate([to_bytes(images) for images in self.rendered(tokens_NL)])
 
     def rendered(self, tokens_NL: Tensor) -> Iterator[Tensor]:
-        """Images on the device, some at a time.
+        """Yield images on the device, some at a time.
 
         Where convolutions are chosen or compiled for a shape, every pass has the same: some images
         of no use make the last one full.
@@ -218,17 +217,17 @@ class Run:
             yield images[:B]
 
     def after_each_scale(self, tokens_NL: Tensor) -> list[np.ndarray]:
-        """What the first 1, 2, ... K scales decode to: bytes [N, side, side, channels] for each."""
+        """Return what 1, 2, ... K scales decode to: bytes [N, side, side, channels] for each."""
         ends = accumulate(s * s for s in self.tokenizer.config.scales)
         return [self.decode_to_bytes(tokens_NL[:, :end]) for end in ends]
 
     def log_likelihood(self, tokens_NL: Tensor, labels: list[int]) -> Tensor:
-        """log p(tokens | class) [N], in nats, without guidance."""
+        """Return log p(tokens | class) [N], in nats, without guidance."""
         return self.log_likelihoods(tokens_NL, labels).sum(dim=1)
 
     @torch.no_grad()
     def log_likelihoods(self, tokens_NL: Tensor, labels: list[int]) -> Tensor:
-        """The same of each token, given those of coarser scales: [N, L]."""
+        """Return log p of each token, given the coarser scales: [N, L]."""
         device = self.machine.device
         labels_N = torch.tensor(labels)
         likelihoods = []
@@ -250,8 +249,8 @@ class Run:
 
 def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
              tokenizer: Path | None = None, var: Path | None = None, alone: bool = False) -> Run:
-    """A run as train.py wrote it. tokenizer, var: other checkpoints than the folder's; with `var`
-    goes the tokenizer beside it, if any. alone: without a transformer, unless one is named.
+    """Load a run that train.py wrote. tokenizer, var: other checkpoints than the folder's; with
+    `var` goes the tokenizer beside it, if any. alone: no transformer, unless one is named.
 
     Raises UserError where the tokenizer and the transformer do not belong together.
     """
@@ -259,7 +258,6 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
         folder = var.parent
     tokenizer_path = tokenizer or folder / "tokenizer.pt"
     var_path = var or folder / "var.pt"
-    learned_from, note, white = None, "", None
     if alone and var is None:
         return load_alone(tokenizer_path, machine, sampling)
     if var is None and not var_path.exists():
@@ -279,6 +277,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
             model = VAR.from_official(read_tensors(var_path, "published checkpoint"))
             check_finite(model.state_dict())
             classes = class_names(model.config.classes)
+            learned_from, note, white = None, "", None
     tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
     if learned_from not in (None, fingerprint(tokenizer)):
         raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
@@ -320,13 +319,13 @@ def placed(tokenizer: Tokenizer, machine: Machine) -> Tokenizer:
 
 def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokenizer:
     """A tokenizer of ours, or a published one, whose scales the caller may name."""
-    with blaming(path):
-        if path.suffix != ".pt":
-            content = read_tensors(path, "published checkpoint")
-            tokenizer = Tokenizer.from_official(content, scales)
-            check_finite(tokenizer.state_dict())
-            return tokenizer
+    if path.suffix == ".pt":
         return restored(path, "tokenizer", Tokenizer, TokenizerConfig)[0].eval()
+    with blaming(path):
+        content = read_tensors(path, "published checkpoint")
+        tokenizer = Tokenizer.from_official(content, scales)
+        check_finite(tokenizer.state_dict())
+        return tokenizer
 
 
 def load_held_out(folder: Path, config: TokenizerConfig | None = None) -> TensorDataset | None:
@@ -363,7 +362,7 @@ def draw_progress(run: Run, names: list[str] | None, per_class: int, seed: int) 
 
 def drawn(run: Run, names: list[str] | None, per_class: int, seed: int
           ) -> tuple[list[str], Tensor]:
-    """How to call each class in a picture, and the tokens [N, L] of its images."""
+    """Return how to call each class in a picture, and the tokens [N, L] of its images."""
     names = names or run.classes[:20]
     chosen = class_indices(names, run.classes)
     tokens_NL = run.generate(np.repeat(chosen, per_class).tolist(), seed)
@@ -374,14 +373,14 @@ def drawn(run: Run, names: list[str] | None, per_class: int, seed: int
 
 
 def asked_class(run: Run, name: str | None, own: int | None = None) -> int:
-    """The class of that name; else the image's own, or the null class where that is not known."""
+    """Return the class of that name; else the image's own, or the null class if it is unknown."""
     if name is not None:
         return class_indices([name], run.classes)[0]
     return run.model.config.classes if own is None else own
 
 
 def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
-    """Bytes [count, side, side, channels], balanced over the classes.
+    """Draw bytes [count, side, side, channels], balanced over the classes.
 
     rejection: a share f. Below 1, count / f are drawn, and of each class those kept that are most
     likely under the transformer without guidance. (The paper's best figures reject by a classifier
@@ -437,7 +436,7 @@ def load_images(run: Run, sources: list[str]) -> Given:
 
 
 def reconstruct(run: Run, given: Given) -> list[Row]:
-    """Images above what is left of them after encoding and decoding."""
+    """Show images above what is left of them after encoding and decoding."""
     results = run.decode(run.encode(given.images)[1])
     errors_N = (results - given.images).square().mean(dim=(1, 2, 3))
     captions = []
@@ -453,7 +452,7 @@ def reconstruct(run: Run, given: Given) -> list[Row]:
 
 @dataclass
 class Known:
-    """What is known of images of which the rest is to be generated (paper: zero-shot tasks).
+    """Puts what is known of images in place of what is drawn (paper: zero-shot tasks).
 
     The transformer needs no training for it: at every scale, tokens that it drew where the image is
     known make way for the image's own, and all later scales read them.
@@ -473,14 +472,14 @@ class Known:
     free: float = 0.0
 
     def put(self, drawn_Bl: Tensor, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
-        """The tokens drawn for scale k [B, l]; if k < `scales`, the images' own where known."""
+        """Return tokens [B, l] of scale k: as drawn, but if k < `scales` its own where known."""
         if k >= self.scales:
             return drawn_Bl
         own_Bl = self.tokens(quantizer, f_hat_BCSS, k)
         return torch.where(self.places(quantizer, k), own_Bl, drawn_Bl)
 
     def tokens(self, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
-        """The images' own tokens of scale k: [B, l].
+        """Return the images' own tokens of scale k: [B, l].
 
         Those of `encode` stand for what the image's own coarser scales left over. Here some of the
         coarser tokens were generated, and f_hat with them, so the loop is closed: a token stands
@@ -491,7 +490,7 @@ class Known:
         return quantizer.nearest(quantizer.read(self.latent_BCSS - f_hat_BCSS, k))
 
     def places(self, quantizer: Quantizer, k: int) -> Tensor:
-        """Which tokens of scale k are known: bool [B or 1, l].
+        """Return which tokens of scale k are known: bool [B or 1, l].
 
         The tokens of a scale are drawn independently, so a generated one learns only from coarser
         scales what is known around it. Hence the quarter rule: on maps of up to a quarter of the
@@ -582,7 +581,7 @@ def complete(
 def most_likely(
     run: Run, tokens_NL: Tensor, labels: list[int], known: Known, particles: int
 ) -> Tensor:
-    """Of each image's particles, a row each, the one that its known part speaks for.
+    """Return one of every `particles` rows of tokens: that which best explains what is known.
 
     What fits an image's known half is p(hole | known), and it cannot be drawn from: a scale's
     tokens are drawn before the finer ones of the known part are looked at. But the model tells how
@@ -598,13 +597,14 @@ def most_likely(
     quantizer = run.tokenizer.quantizer
     places = [known.places(quantizer, k) for k in range(len(quantizer.scales))]
     known_1L = torch.cat(places, dim=1).cpu()
-    weights_NL = run.log_likelihoods(tokens_NL, labels) * known_1L
-    best_n = weights_NL.sum(dim=1).view(-1, particles).argmax(dim=1)
-    return tokens_NL.unflatten(0, (-1, particles))[torch.arange(len(best_n)), best_n]
+    log_weights_NL = run.log_likelihoods(tokens_NL, labels) * known_1L
+    log_weights_Nn = log_weights_NL.sum(dim=1).view(-1, particles)
+    best_N = log_weights_Nn.argmax(dim=1)
+    return tokens_NL.unflatten(0, (-1, particles))[torch.arange(len(best_N)), best_N]
 
 
 def fill_holes(images: Tensor, known_HW: Tensor) -> Tensor:
-    """What is not known, grown in from the border: the encoder must not see what was there."""
+    """Grow what is not known in from the border: the encoder must not see what was there."""
     known = known_HW[None, None]
     filled = images * known
     while 0 < known.sum() < known.numel():

@@ -27,7 +27,7 @@ decoding, teaching and generation are loops over them.
 
 Axes: B batch, C channels of the latent and of a code, S side of the latent, s side of one token
 map, L tokens of all maps (coarse to fine, sum of s*s), l tokens of one map, V codebook size,
-K number of scales, k one of them, 0 the coarsest.
+K number of scales, k one of them, 0 the coarsest; N, M, n vectors or codes, X sum of all s.
 """
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import fp32_convolutions, nearest_code
+from kernels import nearest_code
+from support.devices import fp32_convolutions
 from support.published import tokenizer_of
 
 PHI_STRENGTH = 0.5    # share of the convolution in phi, as published
-L1_WEIGHT = 0.2       # beside the squared error: keeps edges sharp where that is small already
+L1_WEIGHT = 0.2       # beside the squared error, which hardly pulls where errors are small
 COMMITMENT = 0.25     # weight of moving the latent to its codes, against 1 for the codes to it
 HITS_DECAY = 0.99     # of the exponential moving average (EMA) of how often a code is hit
 DEAD_BELOW = 0.05     # a code that is hit less than this share of the mean is dead
@@ -214,9 +215,9 @@ class Quantizer(nn.Module):
     def forward(self, f_BCSS: Tensor) -> tuple[Tensor, Tensor]:
         """Return the latent [B, C, S, S] as its tokens give it, and the codebook loss.
 
-            L_vq = 1/K sum_k [ |f_hat_k - sg f|^2 + 0.25 |sg f_hat_k - f|^2 ]
+            L_vq = 1/K sum_k [ |f_hat_k - sg f|^2 + 0.25 |sg f_hat_k - f|^2 ]    (published code)
 
-        The squares are means over numbers, and sg stops the gradient.
+        |.|^2 is a mean over B, C, S and S, and sg stops the gradient.
 
         Every scale's running sum is held to the latent, so coarse scales carry what they can. In
         training mode the pass keeps its tokens and residuals.
@@ -321,7 +322,7 @@ def averaged(x_BCSS: Tensor, s: int) -> Tensor:
         return area_sS @ x_BCSS @ area_sS.T
 
 
-def choose_phis(scales: int, phis: int) -> list[int]:
+def choose_phis(K: int, phis: int) -> list[int]:
     """Return which phi serves each scale: that whose place in [0, 1] is nearest to k / (K-1).
 
     As published, with another margin for four phis than for others; and in float64, since
@@ -330,8 +331,8 @@ def choose_phis(scales: int, phis: int) -> list[int]:
     margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
     places = np.linspace(margin, 1 - margin, phis)
     chosen = []
-    for k in range(scales):
-        distances = np.abs(places - k / max(scales - 1, 1))
+    for k in range(K):
+        distances = np.abs(places - k / max(K - 1, 1))
         chosen.append(int(distances.argmin()))
     return chosen
 
@@ -562,8 +563,8 @@ class Tokenizer(nn.Module):
                 ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return reconstructions, and the losses by name, which the stage adds up.
 
-        quantize: False trains the encoder and decoder alone. small_side: of the latents of
-        `smaller_loss`, if it is wanted.
+        quantize: False trains the encoder and decoder alone. small_side: the side s of
+        `smaller_loss`; None is without it.
         """
         f_BCSS = self.latent(images)                                # [B, C, S, S]
         f_hat_BCSS = f_BCSS
@@ -576,7 +577,7 @@ class Tokenizer(nn.Module):
             "l1": F.l1_loss(reconstruction, images),
             "codebook": codebook_loss,
         }
-        if small_side:
+        if small_side is not None:
             losses["smaller"] = self.smaller_loss(f_BCSS, images, small_side)
         return reconstruction, losses
 
@@ -588,7 +589,7 @@ class Tokenizer(nn.Module):
         0.4 dB. (EQ-VAE, arXiv 2502.09509, asks the same of the latents of diffusion models.)
         """
         features = self.from_latent(averaged(f_BCSS, s))
-        # `forward` is not compiled: for every side it would be anew.
+        # Not self.decoder(features): --compile would compile that anew for every side.
         small = self.decoder.forward(features).float()
         target = averaged(images, s * self.config.downsampling)
         squared = F.mse_loss(small, target)

@@ -178,19 +178,19 @@ class Stage:
         if dist.is_initialized():   # then gradients are those of all processes
             self.ddp = DistributedDataParallel(
                 model, find_unused_parameters=self.some_unused, gradient_as_bucket_view=True)
-            self.ddp.broadcast_buffers = False   # else at every step
+            self.ddp.broadcast_buffers = False   # sent once, above; else at every step
 
     def begin(self) -> None:
-        """What a training that does not go on from a checkpoint does first."""
+        """Do what a training does first that goes on from no checkpoint."""
 
     def before_step(self) -> None:
-        """What changes the model before a step."""
+        """Change the model before a step."""
 
     def after_step(self) -> None:
-        """What else changes the model, once the optimizers have."""
+        """Change the model once the optimizers have."""
 
     def finish(self, log: WatchedLog) -> None:
-        """What else is measured of the trained model."""
+        """Measure what else there is of the trained model."""
 
     def run(self) -> nn.Module:
         """Train to the last step, and return the EMA model."""
@@ -215,7 +215,7 @@ class Stage:
             for tensors in batches:
                 # Every random draw of a step follows from the seed and the step, so a resumed run
                 # repeats them exactly. What changes the codebook is the same in all processes, but
-                # each drops labels of its own. The primes keep seeds apart for 10^6 steps.
+                # each drops labels of its own. The factors keep seeds apart for 10^6 steps.
                 seed = settings.seed * 1_000_003 + self.step
                 torch.manual_seed(seed)
                 self.before_step()
@@ -262,7 +262,7 @@ class Stage:
 
                 # Reading a number waits for the GPU: every tenth step, and before what follows.
                 last = self.step == self.steps
-                measured = last or self.step % math.ceil(self.steps / 8) == 0   # a curve of eight
+                measured = last or self.step % math.ceil(self.steps / 8) == 0   # eight times
                 saved = last or self.step % settings.checkpoint_every == 0
                 if logged is None and not measured and not saved:
                     continue
@@ -307,7 +307,7 @@ class Stage:
                         f"--{self.name}-lr{also}")
 
     def save(self, finished: bool) -> None:
-        """Keep the EMA model; until the end, what going on takes, too."""
+        """Write the EMA model and, before the end, what --resume needs."""
         self.saved_step = self.step
         if rank_and_world()[0] == 0:
             content = {
@@ -347,7 +347,7 @@ class Stage:
 
 
 def wrap_layers(model: nn.Module, settings: Settings) -> None:
-    """What --checkpoint-activations and --compile do to a model, though not to its quantizer."""
+    """Do to a model, but not its quantizer, what --checkpoint-activations and --compile ask."""
     for module in model.modules():
         if settings.checkpoint_activations:
             if isinstance(module, (ResidualBlock, PixelAttention, Block)):
@@ -363,7 +363,7 @@ def wrap_layers(model: nn.Module, settings: Settings) -> None:
 
 
 class TokenizerStage(Stage):
-    """Errors of the pixels, of edges and of smaller images, and the codebook loss.
+    """Minimises errors of pixels, edges and smaller images, and the codebook loss.
 
     At first encoder and decoder train alone; then codes are taken from real residuals. Presets for
     larger images add a perceptual distance, and later a discriminator (support/losses.py)."""
@@ -400,7 +400,7 @@ class TokenizerStage(Stage):
     def before_step(self) -> None:
         if self.step != self.quantized_from:
             return
-        # Of 512 images: at the coarsest scale each has one. (`ema` is the model, not compiled.)
+        # 512 images have 512 residuals at the coarsest scale. (`ema` is the model, not compiled.)
         (rows,) = shuffled(len(self.rows), min(512, len(self.rows)), self.settings.seed, 0, 1)
         latents = []
         for some in torch.tensor(rows).split(at_a_time(self.settings.preset.image_size)):
@@ -411,7 +411,7 @@ class TokenizerStage(Stage):
         copy_from_first(self.model.quantizer.codebook_VC.data)   # other GPUs round otherwise
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Callable]:
-        """|x - y|^2 + 0.2 |x - y|_1 + L_vq, and edges, small images, detail, each by its weight."""
+        """Return |x - y|^2 + 0.2 |x - y|_1 + L_vq + the weighted edges, small images and detail."""
         quantize = self.step >= self.quantized_from
         originals = to_float(images.to(self.settings.machine.device, non_blocking=True))
         preset = self.settings.preset
@@ -430,7 +430,7 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Count which codes the step hit; in every twentieth, up to 90 %, move dead ones."""
+        """Take the step's hits into their EMA; in every twentieth, up to 90 %, move dead codes."""
         if self.step < self.quantized_from:
             return
         quantizer = self.model.quantizer
@@ -442,7 +442,7 @@ class TokenizerStage(Stage):
             quantizer.revive(residuals, self.optimizers[0])
 
     def held_out_batches(self, count: int) -> Iterator[Tensor]:
-        """At most `count` held-out images on the device, as many at a time as a pass takes."""
+        """Yield `count` held-out images, or all, on the device: as many at once as a pass takes."""
         for images in self.images[:count].split(at_a_time(self.settings.preset.image_size)):
             yield images.to(self.settings.machine.device)
 
@@ -476,7 +476,7 @@ class TokenizerStage(Stage):
 
 
 def finished_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
-    """A trained tokenizer of ours, or a published one, whose tensors do not tell its scales."""
+    """Load a trained tokenizer of ours or a published one, whose file does not tell its scales."""
     if path.suffix == ".pt" and "training" in load_checkpoint(path, "tokenizer"):
         raise UserError(f"{path} is not trained to its end; --stage tokenizer --resume, in its "
                         f"folder, goes on with it")
@@ -497,7 +497,7 @@ def keep_copy(tokenizer: Tokenizer, source: Path, own: Path, data: Data) -> None
 
 
 class VARStage(Stage):
-    """Cross entropy between the transformer's logits and the tokens, all scales at once."""
+    """Minimises the cross entropy between logits and tokens, all scales at once."""
     name = "var"
     kind = "transformer"
 
@@ -514,7 +514,7 @@ class VARStage(Stage):
 
     def loss(self, model: nn.Module, tokens_BL: Tensor, labels_B: Tensor
              ) -> tuple[Tensor, Callable]:
-        """Nats per token; to log are accuracy, and the means of both for each scale."""
+        """Return nats per token; to log are accuracy, and the means of both for each scale."""
         device = self.settings.machine.device
         tokens_BL = tokens_BL.to(device, non_blocking=True).long()
         labels_B = labels_B.to(device, non_blocking=True)
@@ -563,19 +563,19 @@ class VARStage(Stage):
 
 
 def var_optimizers(model: VAR, preset: Preset, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """Muon is for layers; modulations, embeddings and the head are AdamW's in any case."""
+    """Give the layers to Muon; modulations, embeddings and the head are AdamW's in any case."""
     layers = nn.ModuleList(part for block in model.blocks for part in (block.attention, block.mlp))
     return adamw_and_muon(model, layers, preset.var_lr, preset.weight_decay, preset.muon, dtype)
 
 
 def tokens_of(tokenizer: Tokenizer, data: Data, settings: Settings
               ) -> tuple[TensorDataset, TensorDataset]:
-    """The training and the held-out images as tokens [N, L] and labels [N]. The tokenizer does not
-    change any more, so they are computed once, and kept in the run's folder."""
+    """Return tokens [N, L] and labels [N] of the training and the held-out images. The tokenizer
+    does not change any more, so they are computed once, and kept in the run's folder."""
     path = settings.out / "tokens.pt"
     begun = settings.out / "var.pt"
     made_with = {"tokenizer": fingerprint(tokenizer), "data set": data.digest}
-    if settings.resume and begun.exists():   # it goes on with those that it began with, or not
+    if settings.resume and begun.exists():   # with the tokens it began with, in whatever dtype
         with blaming(begun):
             content = load_checkpoint(begun, "transformer")
             check_made_with(begun, content, made_with)
@@ -594,7 +594,7 @@ def tokens_of(tokenizer: Tokenizer, data: Data, settings: Settings
 @torch.no_grad()
 def tokenise(tokenizer: Tokenizer, images: Dataset, settings: Settings, what: str
              ) -> tuple[Tensor, Tensor]:
-    """Tokens and labels of images, of which each process encodes its share."""
+    """Return tokens and labels of images, of which each process encodes its share."""
     config = tokenizer.config
     machine = settings.machine
     small = torch.int16 if config.vocabulary <= 2**15 else torch.int32

@@ -18,9 +18,9 @@ be read (teacher forcing). What a token may see is the block-causal mask, a tabl
 kernels.py. `VAR.generate` makes one scale after the other, reading what it drew. Read these two
 first, then `Block` and `Attention`.
 
-Axes: B batch, L tokens of all scales (coarse to fine), l tokens of one scale, H heads, D width of
-a head, W = H * D model width, C code channels, V codebook size, K number of scales, k one of them,
-S side of the latent, or number of keys; X a product's columns.
+Axes: B batch, L tokens of all scales (coarse to fine), l tokens of one scale (in `forward` of all
+but the first), H heads, D width of a head, W = H * D model width, C code channels, V codebook size,
+K number of scales, k one of them; S side of the latent, in `Attention` number of keys; X = 3 W.
 """
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VARConfig:
-    """It fixes the transformer's shape, and the two regularisers of its training."""
+    """The transformer's shape, what it sees, and what its training drops."""
     scales: tuple[int, ...]     # sides of the token maps, as in the tokenizer
     vocabulary: int             # V, as in the tokenizer
     code_channels: int          # C, as in the tokenizer
@@ -258,8 +258,8 @@ class VAR(nn.Module):
         return self.position_1LW + self.level_embedding(self.level_L)
 
     def modulations(self, class_BW: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return what the class does to each layer [B, 6, W] and to the head [B, 2, W]: of its
-        embedding, after a SiLU, linear functions (unless the layers share one: see `Block`)."""
+        """Return the modulation of each layer [B, 6, W] and of the head [B, 2, W]: linear functions
+        of SiLU(class), one for each layer, or one for all plus an offset for each layer."""
         W = self.config.width
         c_BW = F.silu(class_BW)
         head_B2W = self.head_modulation(c_BW).unflatten(1, (2, W))
@@ -435,7 +435,7 @@ class VAR(nn.Module):
     def compile_layers(self) -> None:
         """Compile for drawing: every scale has a graph of the first layer, whose residual stream
         is still the same for all images, and one of all others, whatever the depth."""
-        torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # 2 K each for four B
+        torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # 2 K a batch size, x 4
         for span in self.config.spans:   # tables of the mask are there before torch.compile looks
             self.ranges.rows(span.start, span.stop).prepare(self.level_L.device)
         for block in self.blocks:

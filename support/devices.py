@@ -48,6 +48,17 @@ def fp32_products(device: str) -> Iterator[None]:
         matmul.allow_tf32 = before
 
 
+@contextlib.contextmanager
+def fp32_convolutions() -> Iterator[None]:
+    """fp32 convolutions without TF32, which cuDNN takes unless told otherwise."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def choose_machine(device: str, precision: str = "auto", compile: bool = False) -> Machine:
     """The machine that the flags of `cli.add_device_flags` ask for, this process's GPU of several.
 

@@ -45,7 +45,7 @@ LIST = [
                     "tokenizer.averaged", "reference.running_latents", "reference.read"),
         forbidden=(),
         quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.nearest",
-                "tokenizer.Quantizer.split", "kernels.fp32_convolutions", "kernels.nearest_code"),
+                "tokenizer.Quantizer.split", "devices.fp32_convolutions", "kernels.nearest_code"),
         points={
             TOKENIZER + "test_every_step_of_the_loop_is_numpys": 3,
             TOKENIZER + "test_every_pyramid_encodes_and_decodes": 1,
