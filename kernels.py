@@ -197,7 +197,8 @@ def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW
 def adaln_tiles(W: int) -> dict[str, int]:
     """A token in registers; from W 65 to 2048 4 numbers a thread, in fp32 moved by one load."""
     TILE_W = next_power_of_2(W)
-    return dict(TILE_W=TILE_W, num_warps=min(16, max(1, TILE_W // 128)))
+    warps = max(1, TILE_W // 128)
+    return dict(TILE_W=TILE_W, num_warps=min(16, warps))
 
 
 class AdaLN(torch.autograd.Function):
