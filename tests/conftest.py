@@ -1,5 +1,6 @@
 """Before a test imports Triton: without a GPU its kernels run in Triton's interpreter, on NumPy."""
 import copy
+import gc
 import os
 import sys
 from dataclasses import replace
@@ -29,11 +30,21 @@ settings.register_profile("fresh", max_examples=1000, deadline=None)
 settings.load_profile("same")
 
 
+def pytest_collection_finish():
+    """What is imported by now is no garbage, and looking for it there takes a while each time."""
+    gc.freeze()
+    gc.set_threshold(50_000)
+
+
+def no_curves(*_) -> Image.Image:
+    return Image.new("L", (1, 1))
+
+
 @pytest.fixture(autouse=True)
 def no_curves_and_no_collection(monkeypatch):
-    """Drawing curves takes a third of a tiny run's time: only the runs that tests share have them.
+    """Drawing curves takes a third of a tiny run's time: only `finished` has them.
     And between its stages a run looks for garbage among all that the tests have loaded by then."""
-    monkeypatch.setattr("support.watching.draw_curves", lambda *_: Image.new("L", (1, 1)))
+    monkeypatch.setattr("support.watching.draw_curves", no_curves)
     monkeypatch.setattr("train.gc", SimpleNamespace(collect=lambda: 0))
 
 
@@ -82,6 +93,7 @@ def judged(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("judged") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("support.evaluation.CLASSIFIER_STEPS", 20)
+        patch.setattr("support.watching.draw_curves", no_curves)
         patch.setattr("support.data.draw_shapes",
                       lambda count, side, seed: draw_shapes(count // 20, side, seed))
         ran("train.py", "--out", out, *TINY, "--image-size", 16, "--multipliers", "1,2,2",
