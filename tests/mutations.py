@@ -191,7 +191,7 @@ PLANTED = {
          "k_BHLD * (factor_H[:, None, None] * inverse_norm(k_BHLD))"),
         ("return q_BHLD, k_slots_BHLD.copy_(k_BHLD), v_slots_BHLD.copy_(v_BHLD)",
          "return q_BHLD, *kv_slots"),
-        ("(x.to(product_BLX.dtype) for x in (q_BHLD, k_BHLD, v_BHLD))", "q_BHLD, k_BHLD, v_BHLD"),
+        ("(x.to(dtype) for x in (q_BHLD, k_BHLD, v_BHLD))", "q_BHLD, k_BHLD, v_BHLD"),
     ],
     "var.Attention.project": [
         ("0.25 / math.sqrt(x_BLW.shape[2] // self.heads)",
@@ -411,7 +411,7 @@ PLANTED = {
         ("dq_TD *= scale * 0.6931471805599453", "dq_TD *= 0.6931471805599453"),
         ("product(q_TD, k_TD.T) * scale", "product(q_TD, k_TD.T)"),
         ("tl.where(seen_TS, weights_TS, 0.0)", "weights_TS"),
-        ("tl.sum(o_TD.to(tl.float32) * do_TD", "tl.sum(q_TD.to(tl.float32) * do_TD"),
+        ("o_TD.to(tl.float32) * do_TD", "q_TD.to(tl.float32) * do_TD"),
         ("dweights_TS = product(do_TD, v_TD.T)", "dweights_TS = product(do_TD, k_TD.T)"),
         ("dq_TD += product(", "dq_TD = product("),
         ("tl.exp2(scores_TS - log2sum_T1)", "tl.exp2(scores_TS)"),

@@ -280,13 +280,20 @@ def test_micro_batches_have_the_discriminator_s_mean_gradient(tmp_path):
 
 def test_the_discriminator_s_gradient_is_averaged_over_processes(tmp_path, monkeypatch):
     """With another process, whose gradient is 0, it is half. (The model's are DDP's to average.)"""
-    norms = []
+    norms, lengths = [], set()
     clip = train.clip_grad_norm_
-    monkeypatch.setattr(train, "clip_grad_norm_", lambda *given: norms.append(clip(*given)) or norms[-1])
+
+    def noted(weights, length):
+        lengths.add(length)
+        norms.append(clip(weights, length))
+        return norms[-1]
+
+    monkeypatch.setattr(train, "clip_grad_norm_", noted)
     values = dict(tokenizer_steps=1, adversarial_from=0.0, perceptual_weight=0.0)
     for share in (1.0, 0.5):
         monkeypatch.setattr(train, "average_over_processes", lambda x: x.mul_(share))
         detailed_stage(tmp_path / str(share), values=values).run()
+    assert lengths == {1.0}   # neither is longer after it
     model, discriminator, its_model, its_discriminator = norms
     torch.testing.assert_close(its_model, model)
     torch.testing.assert_close(its_discriminator, discriminator / 2)
@@ -374,6 +381,9 @@ def test_what_is_logged_and_drawn(whole):
     figure = draw_curves(log, (1, 2, 4))
     titles = [axis.get_title() for axis in figure.axes]
     assert "weight of the adversarial loss" in titles
+    of_scales = figure.axes[titles.index("tokenizer: PSNR after each scale, dB")]
+    assert {axis.get_xlabel() for axis in figure.axes if axis is not of_scales} == {"step"}
+    assert of_scales.get_xlabel() == "scale"
     drawn = {line.get_label(): list(line.get_ydata()) for axis in figure.axes
              for line in axis.lines}
     assert drawn["weight"] == [lines[1]["balance"]]   # the first line has none
@@ -391,8 +401,11 @@ def test_curves_are_of_what_is_logged_so_far():
     titles = ["tokenizer: errors in training", "tokenizer: PSNR of held-out images, dB"]
     shown = draw_curves(log, (1, 2)).axes
     assert [axis.get_title() for axis in shown] == titles
+    assert [axis.get_yscale() for axis in shown] == ["log", "linear"]
     for split in ("train", "held_out"):
         log.append(dict(stage="var", split=split, step=1, loss=2.0, loss_per_scale=[3.0, 1.0]))
+        rows = draw_curves(log, (1, 2)).axes[0].get_gridspec().nrows
+        assert rows == (1 if split == "train" else 2)
     shown = draw_curves(log, (1, 2)).axes
     assert [axis.get_title() for axis in shown] == [
         *titles, "transformer: loss, nats a token", "transformer: held-out loss of each scale"]
@@ -416,6 +429,11 @@ def test_held_out_losses_are_means_over_images(tmp_path, monkeypatch):
     monkeypatch.setattr("train.at_a_time", lambda side: 4)
     parts = stage.validate()
     assert sizes == [10, 4, 4, 2]   # of ten images
+    sizes.clear()
+    few, stage.images = stage.images, stage.images.repeat(26, 1, 1, 1)
+    stage.validate()
+    assert sum(sizes) == 256   # at most
+    stage.images = few
     assert parts == pytest.approx(whole, rel=1e-4)
     reconstructions, losses = stage.ema(stage.images)
     right = loss(stage.images, reconstructions)[1].item()
@@ -459,6 +477,8 @@ def test_lpips_is_loaded_from_the_weights_of_vgg(tmp_path, monkeypatch):
     x, y = torch.randn(2, 2, 3, 8, 8)
     torch.testing.assert_close(losses.distance(x, y), (conv(x) - conv(y)).square().mean())
     assert not any(p.requires_grad for p in load_lpips(path).parameters())
+    found = [detailed_stage(tmp_path, lpips_weights=weights).made_with for weights in (path, None)]
+    assert [made_with["LPIPS"] for made_with in found] == [True, False]   # for --resume to compare
     del state["features.5.bias"]
     torch.save(state, path)
     with pytest.raises(UserError, match="vgg.pth cannot be read"):

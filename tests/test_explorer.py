@@ -102,7 +102,7 @@ def test_the_page_is_whole_and_asks_for_nothing(written):
 def test_images_are_those_of_the_classes_generated_and_held_out(run, page, facts):
     assert [image["name"] for image in page["images"]] == IMAGES
     assert (page["scales"], page["vocabulary"], page["depth"]) == ([*SCALES], 32, 1)
-    assert page["wanted"] == 4
+    assert page["wanted"] == 4 and page["run"] == run.folder.name
     assert page["colours"] == code_colours(run.tokenizer.quantizer.codebook_VC).tolist()
     known = run.held_out.tensors[1].tolist()
     for i in (0, 2):
@@ -198,6 +198,8 @@ def test_settings_are_compared_with_the_same_noise(run, page, facts):
         other.sampling = explorer.replace(DEFAULTS, **way)
         assert np.array_equal(tile, run.decode_to_bytes(other.generate([label], SEED + label))[0])
     assert np.array_equal(found[2], facts[0].frames[-1])
+    none = SimpleNamespace(sampling=explorer.replace(DEFAULTS, top_k=0), model=run.model)
+    assert list(explorer.ways_to_draw(none)) == page["ways"]
     few = SimpleNamespace(sampling=explorer.replace(DEFAULTS, top_k=5), model=run.model)
     assert list(explorer.ways_to_draw(few))[2:4] == [
         "guidance 1, top-k 5", "guidance 1, top-k 5, top-p 1 to 0.1, as above"]
@@ -245,6 +247,14 @@ def test_beginnings_are_kept_and_the_rest_is_drawn(run, facts, page, monkeypatch
     spread_K = (shown / 255).reshape(3, 8, -1).std(axis=1).mean(axis=1)
     np.testing.assert_allclose(page["images"][0]["spread"], 1e4 * spread_K, atol=0.6)
     assert found["spread"] == page["images"][0]["spread"]
+    monkeypatch.setattr(explorer, "DRAWN", 8)   # which is the most that is shown
+    in_parts = explorer.replace(run, sampling=explorer.replace(DEFAULTS, batch=5))
+    found = explorer.continued(in_parts, facts[0].label, facts[0].tokens_1L, SEED)
+    assert tiles(found["continued"], 24).shape[1] == 8
+    found = explorer.about(run, facts[0].label, facts[0].tokens_1L, [DEFAULTS], SEED)
+    assert tiles(found["compared"], 1).shape[1] == 8
+    for given, tokens_8L in zip(STARTS, drawn[1].unflatten(0, (3, 8))):
+        assert (tokens_8L[:, :given] == own_L[:given]).all()
 
 
 def test_where_room_is_short_there_are_fewer_images(run, written, tmp_path, monkeypatch, capsys):
@@ -257,6 +267,12 @@ def test_where_room_is_short_there_are_fewer_images(run, written, tmp_path, monk
         assert (len(found["images"]), found["wanted"]) == (count, 4)
         assert len(path.read_bytes()) <= room or count == 1
         assert f"{count} of 4 images: there is no room for more in 4 MB" in capsys.readouterr().out
+    monkeypatch.setattr(explorer, "tokens_of", lambda *_: None)
+    monkeypatch.setattr(explorer, "about", lambda *_: {})
+    for room in (10**6, 0):   # all of many that take little, and where one byte lacks
+        monkeypatch.setattr(explorer, "MOST_BYTES", room or len(path.read_bytes()) - 1)
+        explorer.explore(run, path, 10 * labels, SEED)
+        assert len(path.read_bytes()) <= explorer.MOST_BYTES
 
 
 def test_attention_of_many_tokens_is_that_of_fewer_layers_and_their_mean():

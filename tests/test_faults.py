@@ -197,8 +197,9 @@ def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
                      "--var-steps", 2, "--tokenizer", finished / "tokenizer.pt"]
     for flag, value, has in (("--vocabulary", 64, 32), ("--tokenizer-width", 16, 8),
                              ("--image-size", 16, 8)):
-        told = refused("train.py", *flags, flag, value)
-        assert f"{flag} {value} is not that of the tokenizer, which has {has}" in told
+        result = run("train.py", *flags, flag, value)
+        told = f"{flag} {value} is not that of the tokenizer, which has {has}"
+        assert told in result.stderr and "note: images are" not in result.stdout
     assert "note: images are of side 8, as the tokenizer's are" in ran("train.py", *without_shape)
     assert (tmp_path / "samples.png").exists()
     ran("sample.py", "codes", "data:0", "--run", tmp_path)   # the copy knows the classes

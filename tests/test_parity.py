@@ -18,8 +18,9 @@ from program import ran, refused
 
 from sample import class_indices, drawn
 from support import published
+from support.presets import PRESETS
 from support.published import PUBLISHED_SCALES, class_names, tokenizer_of, transformer_of
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, TokenizerConfig
 from var import VAR, VARConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -52,6 +53,9 @@ def close(actual, expected, tolerance):
 @torch.no_grad()
 def test_tokenizer(case, tokenizer):
     expected = case[1]
+    assert not tokenizer.training
+    norms = [part for part in tokenizer.modules() if isinstance(part, torch.nn.GroupNorm)]
+    assert {norm.eps for norm in norms} == {1e-6}
     batch, _, side, _ = expected["reconstruction"].shape
     images = torch.from_numpy(weights.image(batch, side))
     close(tokenizer.latent(images), expected["latent"], 1e-4)
@@ -64,7 +68,7 @@ def test_tokenizer(case, tokenizer):
 @torch.no_grad()
 def test_transformer(case, tokenizer, model):
     expected, cfg = case[1:]
-    close(model(expected["labels"], expected["teacher_input"]), expected["logits"], 1e-3)
+    close(model(expected["labels"], expected["teacher_input"]), expected["logits"], 5e-5)
     tokens_BL = model.generate(tokenizer, expected["labels"], cfg=cfg, top_k=1)
     assert torch.equal(tokens_BL, expected["greedy_tokens"])
     close(tokenizer.decode(tokens_BL) / 2 + 0.5, expected["greedy_image"], 1e-3)
@@ -79,6 +83,14 @@ def test_published_files_are_sampled_from_as_downloaded(case, tmp_path):
     with Image.open(tmp_path / "x.png") as image:
         assert image.height == 2 * 132 and len(np.unique(np.asarray(image))) > 20
     assert "not a published VAR transformer" in refused("sample.py", "--var", paths["vae"], *flags)
+    weight = case[0]["var"]["word_embed.weight"]
+    for part, changes, told in (
+            ("var", {"word_embed.weight": torch.cat([weight, weight], dim=1)}, f"code channels {2 * weight.shape[1]}"),
+            ("var", {"word_embed.weight": weight / 0}, "is not finite"),
+            ("vae", {"quantize.embedding.weight": case[0]["vae"]["quantize.embedding.weight"] / 0}, "is not finite")):
+        torch.save({**case[0][part], **changes}, tmp_path / f"{part}.pth")
+        assert told in refused("sample.py", "--var", paths["var"], *flags)
+        torch.save(case[0][part], tmp_path / f"{part}.pth")
 
 
 def test_published_files_are_explored(case, tmp_path):
@@ -196,6 +208,12 @@ def test_the_published_transformers_are_told_by_their_shapes(depth, side, millio
     assert (config.depth, config.heads, config.width, config.classes) == (depth, depth, W, 1000)
     rates = {16: 1 / 15, 20: 1 / 12, 24: 0.1, 30: 0.125, 36: 0.15}   # it grows with the depth
     assert (config.drop_path, config.label_dropout) == (pytest.approx(rates[depth]), 0.1)
+    if depth == 16:
+        preset = PRESETS["imagenet256"]
+        assert VARConfig(**preset.var_shape(1000)) == config
+        assert TokenizerConfig(**preset.tokenizer_shape(3)) == TokenizerConfig(
+            scales, vocabulary=4096, code_channels=32, image_channels=3, width=160,
+            multipliers=(1, 1, 2, 2, 4), blocks=2, phis=4, norm_groups=32)
     assert sum(x.numel() for x in state.values()) == pytest.approx(million * 1e6, rel=0.05)
     assert 4 * sum(x.numel() for x in content.values()) == pytest.approx(size, rel=1e-3)
     assert len(published.FILES[f"var_d{depth}.pth"]) == 64
@@ -212,6 +230,7 @@ def test_classes_of_imagenet_have_names_where_torchvision_is(monkeypatch):
     names = class_names(1000)
     assert class_indices(["kind 207", "980"], names) == [207, 980]
     run = types.SimpleNamespace(classes=names, generate=lambda labels, seed: labels)
+    assert drawn(run, None, 1, seed=0) == (known[:20], [*range(20)])
     assert drawn(run, ["207", "kind 3"], 2, seed=0) == (["207 kind 207", "kind 3"], [207, 207, 3, 3])
     assert class_names(10) == list("0123456789")
     assert class_indices(["1", "2"], ["zero", "2", "1"]) == [2, 1]   # names come before numbers
@@ -243,6 +262,10 @@ def test_a_transformer_is_trained_on_a_published_tokenizer(case, folder, tmp_pat
     told = refused("train.py", *flags, "--image-size", 256)
     assert f"--image-size 256 is not that of the tokenizer, which has {config.image_side}" in told
     assert "--vocabulary 7 is not that" in refused("train.py", *flags, "--vocabulary", 7)
+    last = config.scales[-1] + 1   # its tensors do not tell its scales
+    told = refused("train.py", *flags, "--image-size", 256, "--scales",
+                   ",".join(map(str, (*config.scales[:-1], last))))
+    assert f"which has {last * config.downsampling}" in told
     assert not (tmp_path / "run").exists()   # nothing was decoded
     ran("train.py", *flags, "--var-steps", 1, "--var-batch", 2, "--width", 32, "--depth", 1)
     assert (tmp_path / "run" / "samples.png").exists()

@@ -13,7 +13,8 @@ import shlex
 import shutil
 import sys
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ import sample
 import train
 from support import watching
 from support.checkpoint import blaming, load_checkpoint, read_log
-from support.cli import UserError, run_program
+from support.cli import UserError, in_short, run_program
 from support.data import SHAPES, data_of, draw_shapes, fit_side, load_data, shuffled
 from support.devices import (
     Machine, Speed, check_memory, choose_machine, forward_flops, fp32_products,
@@ -40,11 +41,15 @@ from support.devices import (
     wait_for_others,
 )
 from support.evaluation import say_health, tokenizer_health
-from support.images import Row, batches, save_picture, to_float
+from support.images import Row, batches, grid, save_picture, to_float
 from support.optim import learning_rate, update_ema
-from support.presets import PRESETS, Preset, check_sizes, chosen_preset, training_flags
-from tokenizer import Tokenizer, TokenizerConfig
-from var import VAR, VARConfig
+from support.presets import (
+    PRESETS, Preset, check_folder, check_sizes, chosen_preset, training_flags,
+)
+from tokenizer import (
+    Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig,
+)
+from var import VAR, Block, VARConfig
 
 STACK = ["support", "kernels", "tokenizer", "var", "sample", "train", "papers"]
 
@@ -109,10 +114,11 @@ def test_a_training_draws_itself_and_computes_the_same(folder, finished, tmp_pat
         f"python sample.py progress --run {tmp_path}")
 
 
-def watched_log(tmp_path: Path, tensorboard: type | None = None) -> watching.WatchedLog:
+def watched_log(tmp_path: Path, tensorboard: type | None = None, step: int = 0
+                ) -> watching.WatchedLog:
     settings = SimpleNamespace(out=tmp_path, preset=SimpleNamespace(scales=(1, 2)),
                                tensorboard=tensorboard)
-    return watching.WatchedLog("var", 0, 1000, settings)
+    return watching.WatchedLog("var", step, 1000, settings)
 
 
 ROWS = [Row("one", [np.zeros((8, 8, 1), np.uint8)])]
@@ -142,9 +148,12 @@ def test_pictures_take_their_share_of_the_time_and_no_more(tmp_path, monkeypatch
     assert len(drawn) == count + 1   # of a stopped training there is one in any case
 
 
-def test_of_nothing_logged_there_are_no_curves(tmp_path):
+def test_of_nothing_logged_there_are_no_curves(tmp_path, monkeypatch):
     """As where the gradient of the first step overflows in fp16, and a signal comes in it."""
+    notes = []
+    monkeypatch.setattr(watching, "grid", lambda rows, note: notes.append(note) or grid(rows, note=note))
     watched_log(tmp_path).show(lambda few: ROWS, 1, stopped=True)
+    assert notes == ["step 1 of 1000"]
     assert (tmp_path / "samples.png").exists() and not (tmp_path / "curves.png").exists()
 
 
@@ -201,6 +210,21 @@ def test_tensorboard_gets_the_numbers_and_pictures(folder, tmp_path, monkeypatch
         assert events == expected
     monkeypatch.setitem(sys.modules, module, None)   # as if it could not be imported
     assert refused("train.py", *flags, "--resume").endswith("pip install tensorboard")
+
+
+def test_what_is_told_of_a_run_can_be_typed(capsys):
+    watching.say_what_next(Path("my run"), ["var"])
+    said = capsys.readouterr().out
+    assert "look at samples.png and curves.png" in said and "--run 'my run'" in said
+
+
+def test_the_first_process_alone_draws_and_what_goes_on_replaces_later_numbers(tmp_path, monkeypatch):
+    log = watched_log(tmp_path, Events, step=5)
+    assert log.writer.purge_step == 6
+    log.show(pytest.fail, 6)   # it is too soon
+    monkeypatch.setattr(watching, "rank_and_world", lambda: (1, 2))
+    log.show(pytest.fail, 6, stopped=True)
+    assert watched_log(tmp_path, Events).writer is None
 
 
 def test_tensorboard_reads_what_is_written(tmp_path):
@@ -376,6 +400,10 @@ def test_compiling_and_checkpointing_do_not_change_gradients(which, how, monkeyp
         monkeypatch.setattr(nn.Module, "compile", lambda module, **flags: compile_module(
             module, backend="aot_eager", **flags))
     train.wrap_layers(model, settings(**{how: True}))
+    assert how != "compile" or not torch._functorch.config.donated_buffer   # see wrap_layers
+    twice = {type(module) for module in model.modules() if isinstance(module.forward, partial)}
+    layers = {ResidualBlock, PixelAttention} if which == "tokenizer" else {Block}
+    assert twice == (layers if how == "checkpoint_activations" else set())
     after = gradients(model, *inputs)
     assert len(before) == len(after) and all(g.abs().max() > 0 for g in before)
     for a, b in zip(before, after):
@@ -480,6 +508,37 @@ def test_the_average_begins_with_the_weights_after_the_first_step(tmp_path):
     kept = load_checkpoint(stage.path, "transformer")["model"]
     assert all(kept[name].equal(weight) for name, weight in stage.ema.named_parameters())
     assert not any(map(torch.equal, averages, seen[-1]))
+    assert not any(average.requires_grad for average in averages)
+
+
+def test_pictures_are_smaller_while_a_training_goes_on(tmp_path, monkeypatch):
+    stage = tokenizer_stage(tmp_path)
+    stage.images = stage.images.repeat(4, 1, 1, 1)
+    for few, count in ((True, 16), (False, 32)):
+        assert sum(len(row.images) for row in stage.picture(few)) == 2 * count
+    asked = []
+    monkeypatch.setattr(train, "draw_samples", lambda run, *how: asked.append(how))
+    stage = var_stage(tmp_path)
+    stage.settings = replace(stage.settings, seed=7)
+    for few in (True, False):
+        train.VARStage.picture(stage, few)
+    assert asked == [(None, 4, 7), (None, 10, 7)]
+
+
+def test_all_that_a_training_asks_its_models_is_in_its_precision(tmp_path):
+    """What is measured, shown and tokenised as well as what is trained."""
+    seen = []
+
+    def note(module, _):
+        if isinstance(module, (Encoder, Decoder, VAR)):
+            seen.append((type(module), torch.is_autocast_enabled("cpu")))
+
+    first = tokenizer_stage(tmp_path, "--precision", "bf16", tokenizer_steps=2, var_steps=1)
+    with nn.modules.module.register_module_forward_pre_hook(note):
+        tokenizer = first.run()
+        stage = train.VARStage(tokenizer, first.data, first.settings)
+        stage.run()
+    assert {kind for kind, _ in seen} == {Encoder, Decoder, VAR} and all(on for _, on in seen)
 
 
 def test_optimizers_step_at_the_rates_of_the_schedule(tmp_path):
@@ -532,7 +591,12 @@ def test_held_out_losses_of_the_transformer_are_means_over_images(tmp_path):
     stage = var_stage(tmp_path)
     for weight in stage.ema.parameters():
         torch.nn.init.normal_(weight, std=0.3)
-    found = stage.validate()
+    sizes = []
+    hook = stage.ema.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    for stage.settings in (replace(stage.settings, grad_accumulation=n) for n in (2, 1)):
+        found = stage.validate()
+    hook.remove()
+    assert sizes == [4, 4, 2, 8, 2]   # as trained
     tokens, labels = (x.long() for x in stage.held_out_rows.tensors)
     assert len(tokens) == 10
     with torch.no_grad():
@@ -547,19 +611,23 @@ def test_held_out_losses_of_the_transformer_are_means_over_images(tmp_path):
 
 
 @pytest.mark.parametrize("vocabulary", [2**15, 2**15 + 1])
-def test_the_last_code_of_a_large_vocabulary_is_kept(tmp_path, vocabulary):
+def test_the_last_code_of_a_large_vocabulary_is_kept(tmp_path, monkeypatch, vocabulary):
     """int16 goes up to 2^15 - 1."""
+    sizes = []
+    monkeypatch.setattr(train, "at_a_time", lambda side: 4)
     stage = tokenizer_stage(tmp_path)
     model = stage.model
     model.config = replace(model.config, vocabulary=vocabulary)
-    model.encode = lambda images: torch.full((len(images), 21), vocabulary - 1)
+    model.encode = lambda images: sizes.append(len(images)) or torch.full(
+        (len(images), 21), vocabulary - 1)
     tokens, _ = train.tokenise(model, stage.data.held_out, stage.settings, "tokenise")
-    assert (tokens == vocabulary - 1).all()
+    assert (tokens == vocabulary - 1).all() and sizes == [4, 4, 2]
     assert tokens.dtype == (torch.int16 if vocabulary == 2**15 else torch.int32)
 
 
 @pytest.mark.parametrize("values, revived", [
-    ({}, [20]), ({"unquantized": 0.9}, []), ({"tokenizer_steps": 100}, [20, 40, 60, 80])])
+    ({}, [20]), ({"unquantized": 0.9}, []), ({"tokenizer_steps": 100}, [20, 40, 60, 80]),
+    ({"tokenizer_steps": 400}, [*range(60, 341, 20)])])   # from after 40, before 360
 def test_codes_are_revived_now_and_then_until_the_end_is_near(
         tmp_path, monkeypatch, values, revived):
     stage = tokenizer_stage(tmp_path, **values)
@@ -594,11 +662,15 @@ def test_hits_are_those_of_a_step_in_however_many_micro_batches(tmp_path):
 def test_codes_start_as_those_of_the_first_process(tmp_path, monkeypatch):
     """On other GPUs the same latents, and so the codes, may be rounded otherwise."""
     stage = tokenizer_stage(tmp_path)
+    stage.settings = replace(stage.settings, seed=7)
+    asked = []
+    monkeypatch.setattr(train, "shuffled", lambda *how: asked.append(how) or shuffled(*how))
     monkeypatch.setattr(train, "copy_from_first", lambda x: x.fill_(3))
     for stage.step in stage.quantized_from - 1, stage.quantized_from:
         assert not stage.model.quantizer.codebook_VC.any()
         stage.before_step()
     assert (stage.model.quantizer.codebook_VC == 3).all()
+    assert asked == [(20, 20, 7, 0, 1)]   # all images, as there are fewer than 512
 
 
 def test_codes_are_revived_by_what_all_processes_saw(tmp_path, monkeypatch):
@@ -806,7 +878,7 @@ def test_the_rows_of_all_processes_come_in_order(monkeypatch):
 # Mistakes
 
 
-def test_mistakes_in_training(folder, tmp_path):
+def test_mistakes_in_training(folder, tmp_path, monkeypatch):
     def refusal(*arguments, data=folder, out=tmp_path / "out") -> str:
         return refused("train.py", "--data", data, "--out", out, *TINY, *arguments)
 
@@ -815,7 +887,8 @@ def test_mistakes_in_training(folder, tmp_path):
     assert "are images of 6" in refusal("--scales", "1,2,3")
     assert "are images of 8" in refusal("--image-size", 9)
     assert "is not divisible by 3 heads" in refusal("--heads", 3)
-    wrong = {"--unquantized": 1, "--heads": 0, "--seed": -1, "--var-lr": "nan",
+    wrong = {"--edge-weight": "inf", "--checkpoint-every": 0, "--grad-accumulation": 0,
+             "--unquantized": 1, "--heads": 0, "--seed": -1, "--var-lr": "nan",
              "--tokenizer-lr": 1e39, "--multipliers": "1,0", "--scales": "1,b", "--ema": 1,
              "--image-size": 1, "--label-dropout": 1.5, "--var-steps": 2.5, "--depth": 10**9}
     for flag, value in wrong.items():
@@ -824,6 +897,9 @@ def test_mistakes_in_training(folder, tmp_path):
     for batch in ("--tokenizer-batch", "--var-batch"):
         told = refusal("--grad-accumulation", 2, batch, 9)
         assert f"{batch} 9 does not divide into 2 micro-batches" in told
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "rank_and_world", lambda: (0, 3))
+        assert "does not divide into 6 micro" in refusal("--grad-accumulation", 2)
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert f"cannot be a folder, as {tmp_path / 'file'} is a file" in refusal(out=out)
@@ -836,10 +912,37 @@ def test_mistakes_in_training(folder, tmp_path):
     assert not (tmp_path / "out" / "tokenizer.pt").exists()
 
 
+def test_flags_of_training(tmp_path, monkeypatch):
+    """All of them come to where they count."""
+    asked = []
+    data = tokenizer_stage(tmp_path).data
+    data.keep_classifier_images = lambda out, workers: asked.append(workers)
+    stage = lambda *made: asked.append(made) or SimpleNamespace(run=lambda: nn.Identity())
+    monkeypatch.setattr(train, "load_data", lambda *how: asked.append(how) or data)
+    monkeypatch.setattr(train, "TokenizerStage", stage)
+    monkeypatch.setattr(train, "VARStage", stage)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Events))
+    flags = ("--seed 5 --stream --white-level 4095 --checkpoint-activations --checkpoint-every 7 "
+             "--grad-accumulation 4 --workers 3 --tensorboard --resume --perceptual vgg.pth "
+             "--perceptual-weight 1 --channels 3 --data-dir elsewhere")
+    ran("train.py", *TINY, "--data", "photos", "--out", tmp_path / "out", *flags.split())
+    loaded, first, second, workers = asked
+    assert loaded == ("photos", 8, 3, tmp_path / "out", Path("elsewhere"), 5, 3, True, 4095)
+    settings = first[1]
+    assert first == (data, settings, Path("vgg.pth")) and second[1:] == (data, settings)
+    assert workers == 3 and settings == train.Settings(
+        settings.preset, settings.machine, tmp_path / "out", seed=5, resume=True, checkpoint_every=7,
+        grad_accumulation=4, checkpoint_activations=True, workers=3, tensorboard=Events)
+
+
 @pytest.mark.parametrize("flags, told", [
     ("--lr 1", "there is --final-lr, --tokenizer-lr, --discriminator-lr, --var-lr"),
     ("--learning-rate 1", "--var-lr"), ("--steps 9", "there is --tokenizer-steps, --var-steps"),
     ("--epochs=9", "there is --tokenizer-steps, --var-steps"),
+    ("--iterations 9", "there is --tokenizer-steps, --var-steps"),
+    ("--resolution 9", "there is --image-size"),
+    ("--" + 5000 * "x", "unrecognized arguments: --xxx"),
+    ("--image-size 2", "scales up to 1 at downsampling 4 are images of 4"),
     ("--batch-size 9", "--tokenizer-batch, --var-batch"), ("--sede 9", "there is --seed"),
     ("--scales 1 2 4 8", "a list is written with commas, as 1,2,4"),
     ("--scales '1 2 4 8'", "--scales: write 1,2,4,8, with commas"),
@@ -857,6 +960,17 @@ def test_flags_that_are_not_there_or_contradict_each_other(flags, told):
     assert told in said and len(said) < 450
 
 
+def test_folders_to_train_in(tmp_path, monkeypatch, capsys):
+    """A folder named as a data set is none that holds data; the stage to come has no checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    check_folder("mnist", Path("mnist") / "run", ["var"], False)
+    (tmp_path / "tokenizer.pt").touch()
+    check_folder("shapes", tmp_path, ["tokenizer", "var"], True)
+    assert not capsys.readouterr().out
+    check_folder("shapes", tmp_path, ["var"], True)
+    assert "to go on from" in capsys.readouterr().out
+
+
 def test_a_discriminator_is_for_images_of_side_8_and_more():
     preset = replace(PRESETS["tiny"], scales=(1, 2), image_size=8, adversarial_weight=0.4)
     check_sizes(preset, ["tokenizer"], 1)
@@ -870,6 +984,7 @@ def test_channels_that_are_not_the_tokenizer_s(folder, finished, tmp_path):
     flags = ("train.py", "--data", folder, "--out", tmp_path, "--tokenizer",
              finished / "tokenizer.pt", "--channels", 1)
     assert "--channels 1 is not that of the tokenizer, which has 3" in refused(*flags)
+    assert training_flags().parse_args([]).channels is None   # what the data have
 
 
 def test_more_memory_than_there_is_is_told_before_it_is_taken(monkeypatch, tmp_path):
@@ -962,6 +1077,29 @@ def test_too_little_memory_is_told_in_one_sentence(error, capsys):
             raise error
 
 
+@pytest.mark.parametrize("error, code, told", [
+    (FileNotFoundError(2, "No such file", "a.png"), 2, "error: a.png: No such file"),
+    (OSError("cannot be"), 2, "error: cannot be"), (KeyboardInterrupt(), 130, "stopped")])
+def test_how_a_program_ends(error, code, told, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_program(main)
+    assert end.value.code == code and "".join(capsys.readouterr()) == told + "\n"
+
+
+def test_what_is_long_is_told_in_short():
+    assert in_short("one\n two", 7) == "one two" and in_short(1234567, 6) == "12345…"
+
+
+def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
+    for device in ("cpu", "cuda"):
+        options = training_flags().parse_args([])
+        assert (options.device, options.precision) == (device, "auto")
+        monkeypatch.setattr("support.cli.torch.cuda.is_available", lambda: True)
+
+
 def test_a_terminal_that_does_not_know_a_letter(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -977,7 +1115,7 @@ def test_help_explains_every_flag():
     for example in examples:
         training_flags().parse_args(example.split())
     flags = re.findall(r"^  (?:-h, )?(--[a-z-]+)(.*\n(?: {10,}.*\n)*)", text, re.MULTILINE)
-    assert len(flags) > 20
+    assert len(flags) > 20 and "(default: 1,2,4)" in text   # as it is typed
     for flag, rest in flags:
         assert re.search(r"(  |\n {10,})\S+ \S+", rest), f"{flag} has no help"
         if flag != "--help":
@@ -993,3 +1131,7 @@ def test_every_preset_is_a_possible_model():
         config = TokenizerConfig(**preset.tokenizer_shape(3))
         assert config.image_side == preset.image_size
         VARConfig(**preset.var_shape(10))
+        for value in fields(preset):   # which flags can say, too
+            own, read = getattr(preset, value.name), value.metadata["read"]
+            if read and own is not None:
+                assert read(", ".join(map(str, own)) if isinstance(own, tuple) else str(own)) == own

@@ -7,6 +7,7 @@ import errno
 import shutil
 import tempfile
 from dataclasses import asdict, replace
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,8 @@ from support.images import (
     wrapped,
 )
 from support.presets import PRESETS
-from var import VAR, VARConfig
+from tokenizer import Decoder, Encoder
+from var import VAR, Attention, VARConfig
 
 GAP = 4
 CELL = 64
@@ -91,6 +93,7 @@ def test_completing_keeps_what_is_known(judged, tmp_path, command):
     assert not np.array_equal(first, second)   # two seeds
     if command == "upscale":
         assert not np.array_equal(original, shown) and not np.array_equal(shown, first)
+        assert "border" not in said   # there is none
         return
     top = np.s_[:, :CELL // 2]
     bottom = np.s_[:, CELL // 2:]
@@ -98,6 +101,7 @@ def test_completing_keeps_what_is_known(judged, tmp_path, command):
     for column in (shown, first, second):
         assert np.array_equal(column[known], original[known])
     assert not np.array_equal(first[made], original[made])
+    assert (shown[made] == 128).all()   # grey
     assert float(said.split("known part ")[1].split(",")[0]) < 1e-4
 
 
@@ -136,9 +140,11 @@ def test_enlarged_images_are_not_over_white_or_below_black(run):
 def test_everything_known_is_the_reconstruction(run, given):
     two = sample.Given(given.images[:2], given.names[:2], given.labels[:2])
     everywhere = torch.ones(16, 16)
-    kept = sample.complete(run, two, everywhere, run.model.config.classes, [0])
     plain = sample.reconstruct(run, two)
-    assert np.array_equal([row.images[-1] for row in kept], plain[1].images)
+    for batch in (2, 1):   # at a time, each with what is known of it
+        in_parts = replace(run, sampling=replace(run.sampling, batch=batch))
+        kept = sample.complete(in_parts, two, everywhere, run.model.config.classes, [0])
+        assert np.array_equal([row.images[-1] for row in kept], plain[1].images)
 
 
 def test_nothing_known_is_plain_generation(run, given):
@@ -281,6 +287,10 @@ def test_names_in_letters_of_any_script():
     assert sample.class_indices(["caf\u00e9", "cafe\u0300", "猫"], classes) == [0, 1, 2]
     with pytest.raises(sample.UserError, match="there is no class cat; there are .*, 猫$"):
         sample.class_indices(["猫", "cat"], classes)
+    run = SimpleNamespace(classes=["one", "two", "猫"], generate=lambda labels, seed: labels)
+    assert sample.drawn(run, ["猫"], 1, 0) == (["2 猫"], [2])   # numbered as classes are
+    with pytest.raises(sample.UserError, match="there is no class cat; there are a0, .*, a19$"):
+        sample.class_indices(["cat"], [f"a{i}" for i in range(20)])
     with pytest.raises(sample.UserError, match="there is no class cat; there are a0 to a20$"):
         sample.class_indices(["cat"], [f"a{i}" for i in range(21)])
 
@@ -297,7 +307,7 @@ def test_pictures_that_explain(judged, tmp_path):
     codes = cells(codes, 3)
     assert len(codes) == 6   # left over, codes, image so far
     assert len(np.unique(codes[1, 0].reshape(-1, 3), axis=0)) == 1   # a single code
-    teaching, _ = draw(judged, tmp_path / "teaching.png", "teaching data:3")
+    teaching, _ = draw(judged, tmp_path / "teaching.png", "teaching data:3 data:4")   # of the first
     read, predicted = cells(teaching, 3)
     for map_read, s in zip(read, (1, 2, 4)):
         assert len(np.unique(map_read.reshape(-1, 3), axis=0)) <= s * s
@@ -327,6 +337,10 @@ def test_what_is_left_over_is_what_the_coarser_scales_lack(run, given):
     for n in range(2):
         for shown, left_Nss in zip(rows[3 * n].images, left, strict=True):
             np.testing.assert_allclose(shown[..., 0], 255 * left_Nss[n] / largest, atol=1.01)
+        codes_L3 = torch.cat([shown.flatten(0, 1) for shown in rows[3 * n + 1].images])
+        assert torch.equal(codes_L3, code_colours(run.tokenizer.quantizer.codebook_VC)[tokens_NL[n]])
+        for shown, frames_N in zip(rows[3 * n + 2].images, run.after_each_scale(tokens_NL)):
+            assert np.array_equal(shown, frames_N[n])
     assert not torch.equal(rows[0].images[2], rows[3].images[2])
 
 
@@ -339,13 +353,15 @@ def test_colours_are_of_the_three_directions_in_which_codes_vary_most():
     colours_V3 = code_colours(torch.tensor(codebook_VC, dtype=torch.float32)).numpy()
     contrast_V3 = 127.5 * (unit_VC[:, :3] / 2).clip(-1, 1)
     np.testing.assert_allclose(np.abs(colours_V3 - 127.5), np.abs(contrast_V3), atol=1.01)   # of either sign
+    few_V3 = code_colours(torch.tensor(codebook_VC[:, :2]))   # of two channels
+    assert few_V3.shape == (64, 3) and few_V3[:, :2].any() and not few_V3[:, 2].any()
 
 
 def test_the_shares_of_all_scales_stand_above_a_row(run, given):
     """And brightness is the root of a weight, in shares of the largest."""
     (row,) = draw_attention(run, given.images, 3, (0, 3))
     where, *shares = row.captions
-    assert where == "cell 0 3" and [share.split(":")[0] for share in shares] == ["1x1", "2x2", "4x4"]
+    assert row.label == "layer 1" and where == "cell 0 3" and [share.split(":")[0] for share in shares] == ["1x1", "2x2", "4x4"]
     whole = sum(float(share.split()[1].strip("%")) for share in shares)
     assert whole == pytest.approx(100, abs=2)
     inputs = run.tokenizer.teacher_inputs(run.encode(given.images[:1])[1])
@@ -353,6 +369,13 @@ def test_the_shares_of_all_scales_stand_above_a_row(run, given):
     weights_L = weights_H1L.mean(dim=(0, 1)).numpy()
     shown_L = np.concatenate([np.ravel(shown) for shown in row.images[1:]])
     np.testing.assert_allclose(shown_L, 255 * np.sqrt(weights_L / weights_L.max()), atol=1.01)
+
+
+def test_attention_is_drawn_of_the_middle_and_of_eight_layers_at_most(run, given):
+    model = VAR(replace(run.model.config, depth=10)).eval()
+    rows = draw_attention(replace(run, model=model), given.images, 3, None)
+    assert [row.label for row in rows] == [f"layer {n}" for n in (1, 2, 4, 5, 6, 7, 9, 10)]
+    assert {row.captions[0] for row in rows} == {"cell 2 2"}
 
 
 def test_images_forming(judged, tmp_path):
@@ -445,7 +468,9 @@ def test_captions(judged, run, given):
     rows = sample.complete(run, two, known_pixels((0, 0, 0.5, 1), 16), 10, [3, 5])
     assert [list(row.captions) for row in rows] == [["original", "known", "seed 3", "seed 5"]] * 2
     rows = sample.reconstruct(run, two)
-    assert [caption.split("\n")[0] for caption in rows[0].captions] == ["one", "two"]
+    errors = (run.decode(run.encode(two.images)[1]) - two.images).square().mean(dim=(1, 2, 3))
+    quality = [f"{10 * np.log10(4 / error):.1f} dB" for error in errors.tolist()]
+    assert rows[0].captions == [f"one\n{quality[0]}", f"two\n{quality[1]}"]
     assert [row.label for row in rows] == ["original", "reconstruction"]
     many = sample.reconstruct(run, given)   # 40, eight in a row
     assert len(many) == 10 and {len(row.images) for row in many} == {8}
@@ -506,10 +531,11 @@ def test_what_is_read_is_as_bright_as_it_is_long():
     vectors = [[6, 0, -8, 0], [0, 0, 0, -5], [0, 0, 0, 0], [1, -1, 1, -1]]   # 10, 5, 0 and 2 long
     reads, _ = teaching((1, 2), [3, 1, 4, 1, 5], torch.tensor([vectors]).float())
     assert [shown.flatten().tolist() for shown in reads.images] == [[255], [255, 127, 0, 51]]
+    assert list(reads.captions) == ["the class", "after 1x1"]
 
 
 def test_an_ending_may_be_in_capitals(tmp_path):
-    for name in ("a.png", "A.PNG"):
+    for name in ("a.png", "A.PNG", "new/folder/a.png"):
         assert parse({}, ["grid", "--out", str(tmp_path / name)]).out == tmp_path / name
 
 
@@ -574,9 +600,10 @@ def test_the_attention_drawn_is_that_of_the_cell(judged, tmp_path, monkeypatch):
         return attention_weights(model, labels_B, inputs, layers, queries)
 
     monkeypatch.setattr("support.figures.attention_weights", noted)
-    label = sample.load_held_out(judged).tensors[1][3].item()
-    for flags in ("", " --class star"):
-        draw(judged, tmp_path / "a.png", "attention data:3 --cell 0 3" + flags)
+    label, other = sample.load_held_out(judged).tensors[1][3:5].tolist()
+    assert label != other
+    for flags in ("", " --class star"):   # of the first image
+        draw(judged, tmp_path / "a.png", "attention data:3 data:4 --cell 0 3" + flags)
     assert asked == [([label], 1 + 4 + 3), ([4], 1 + 4 + 3)]
 
 
@@ -698,6 +725,13 @@ def test_what_crosses_from_the_device_is_bytes(run, given, monkeypatch):
     assert [(x.dtype, len(x)) for x in crossed] == 2 * [(torch.uint8, 16)] + [(torch.uint8, 8)]
 
 
+def test_a_gpu_decodes_in_its_precision_and_encodes_in_fp32():
+    done = []
+    tokenizer = SimpleNamespace(to=lambda device: done.append(device.type), cast_decoder=done.append)
+    sample.placed(tokenizer, Machine(torch.device("cuda"), torch.bfloat16))
+    assert done == ["cuda", torch.bfloat16]
+
+
 def test_every_pass_of_a_compiled_decoder_has_the_same_shape(run, given, monkeypatch):
     tokens_NL = run.encode(given.images)[1]
     whole = run.decode(tokens_NL)
@@ -736,6 +770,21 @@ def test_a_cast_decoder_computes_in_its_dtype_alone(judged, run, given):
     assert run.encode(given.images)[0].dtype == torch.float32   # the encoder is as before
 
 
+def test_all_that_a_run_asks_its_models_is_in_its_precision(judged):
+    seen = set()
+
+    def note(module, _):
+        if isinstance(module, (Encoder, Decoder, Attention)):
+            seen.add((type(module), torch.is_autocast_enabled("cpu")))
+
+    run = load_run(judged, Machine(torch.device("cpu"), torch.bfloat16))
+    with torch.nn.modules.module.register_module_forward_pre_hook(note):
+        tokens_1L = run.generate([0], 0)
+        run.log_likelihood(tokens_1L, [0])
+        run.encode(run.decode(tokens_1L))
+    assert seen == {(Encoder, True), (Decoder, True), (Attention, True)}
+
+
 def test_compiled_parts_draw_the_same_images(judged, tmp_path, monkeypatch):
     """Two graphs for each scale, the first layer's and that of all others, and the decoder's; in
     two batches, of which the second compiles nothing."""
@@ -745,14 +794,18 @@ def test_compiled_parts_draw_the_same_images(judged, tmp_path, monkeypatch):
         graphs.append(graph)
         return graph
 
+    def compiled(module, **flags):
+        assert flags == {"dynamic": False}
+        compile_module(module, backend=count, fullgraph=True, **flags)
+
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **flags: compile_module(
-        module, backend=count, fullgraph=True, **flags))
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     monkeypatch.setattr("support.devices.check_compiler", lambda device: None)
     torch._dynamo.reset()
     plain, _ = draw(judged, tmp_path / "a.png", "--per-class 2 --batch 10")
     compiled, _ = draw(judged, tmp_path / "b.png", "--per-class 2 --batch 10 --compile")
     assert len(graphs) == 3 + 1   # one layer
+    assert torch._dynamo.config.recompile_limit == 8 * 3   # or the last scales of many are not
     assert np.array_equal(plain, compiled)
 
 
@@ -837,7 +890,12 @@ def test_a_run_is_whole_without_its_data(judged, tmp_path):
         shutil.copy(judged / name, tmp_path / name)
     ran("sample.py", "codes", "data:1", "--run", "elsewhere", "--var", tmp_path / "var.pt",
         "--tokenizer", judged / "tokenizer.pt")
-    assert (tmp_path / "codes.png").exists()
+    (tmp_path / "codes.png").unlink()
+    (tmp_path / "codes.png").mkdir()
+    assert "is no file; --out names another place" in refused(
+        "sample.py", "codes", "data:1", "--var", tmp_path / "var.pt", "--tokenizer",
+        judged / "tokenizer.pt")
+    (tmp_path / "codes.png").rmdir()
     ran("sample.py", "--run", tmp_path, "--classes", "star", "--per-class", 1)
     (tmp_path / "held_out.pt").unlink()
     ran("sample.py", "--run", tmp_path, "--classes", "star", "--per-class", 1)
@@ -862,6 +920,7 @@ def test_mistakes(judged, tmp_path):
     for command, told in {
         "inpaint": "required: IMAGE",
         f"--out {tmp_path}/var.pt": "named as checkpoints are",
+        f"--out {tmp_path}/a.safetensors": "named as checkpoints are",
         f"--out {tmp_path}/a.jpg": "must be named .png",
         f"progress --gif {tmp_path}/a.png": "must be named .gif",
         "--cell-size 0": "--cell-size: 0 must be",
@@ -877,6 +936,7 @@ def test_mistakes(judged, tmp_path):
         "inpaint data:3 --mask m.png --box 0 0 1 .5": "not allowed with argument --mask",
         f"inpaint data:3 --mask {tmp_path}/missing.png": "cannot be read",
         "upscale data:3 --small 20": "--small 20 must be less than the side of the images, 16",
+        "upscale data:3 --small 16": "--small 16 must be less than the side of the images, 16",
         "upscale data:3 --small 0": "--small: 0 must be",
         "upscale data:3 --paste": "unrecognized arguments: --paste",
         "codes data:1000": "the held-out images are data:0 to data:",
@@ -895,6 +955,7 @@ def test_mistakes(judged, tmp_path):
         "export 0 a.npz": "0 must be a whole number",
         f"export 3 {tmp_path}/file/a.npz --var missing.pt": "file/a.npz cannot be written",
         "inpaint data:4 --seeds 0 1 0": "--seeds: one is named twice",
+        "evaluate 8 --seeds 1 1": "--seeds: one is named twice",
         "inpaint --seeds 0 1 data:4": "data:4 must be a whole number, from 0 to 2147483647; "
                                       "images are named before",
         "codes data:4 --top-p .5 data:4": "unrecognized arguments: --top-p",
@@ -910,6 +971,7 @@ def test_mistakes(judged, tmp_path):
         "evaluate 7": "count: 7 must be",
     }.items():
         assert told in refused("sample.py", *command.split(), "--run", judged), command
+    assert refused("sample.py", "--run", judged, "--top-p", 0).endswith("from 1e-06 to 1")   # no image to name
     for flag in ("--tokenizer", "--var"):
         assert "--published names both" in refused("sample.py", "--published", "d16", flag, "a.pth")
     assert "IMAGE: a name is missing" in refused("sample.py", "codes", "", "--run", judged)
@@ -926,6 +988,8 @@ def test_a_transformer_comes_with_the_tokenizer_beside_it(judged, tmp_path):
     shutil.copy(judged / "var.pt", tmp_path)
     ran("sample.py", "--var", tmp_path / "var.pt", "--run", judged, "--out", tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    run = load_run(judged, CPU, var=tmp_path / "var.pt")   # and with the images held out there
+    assert run.held_out is None and not run.model.training and not run.tokenizer.training
 
 
 def test_a_run_that_cannot_be_written_to_is_told_before_anything_is_drawn(judged, monkeypatch):
@@ -955,6 +1019,9 @@ def test_white_is_what_it_was_in_training(judged, tmp_path):
         run = load_run(tmp_path / "run", choose_machine("cpu"))
         given = sample.load_images(run, [str(path)])
         assert given.images.mean().item() == pytest.approx(2 * seen - 1, abs=0.01)
+    content = torch.load(judged / "tokenizer.pt", weights_only=True)
+    torch.save({**content, "white": 4095}, tmp_path / "run" / "tokenizer.pt")
+    assert load_run(tmp_path / "run", choose_machine("cpu"), alone=True).white == 4095
     stage = tokenizer_stage(tmp_path)
     stage.data.white = 4095
     stage.save(finished=True)
@@ -1047,13 +1114,41 @@ def test_flags_of_completing(judged, tmp_path, monkeypatch):
                      (False, 10, (0, 1, 2), 4, False, False, 0, False)]
 
 
-def test_what_is_drawn_where_no_flag_says_so():
+def test_flags_of_drawing(judged, tmp_path, monkeypatch):
+    """All that says what is drawn, and how, comes to where it is drawn."""
+    asked = []
+    rows = [Row("", [np.zeros((8, 8, 1), np.uint8)])]
+    for name in ("draw_samples", "draw_progress", "draw_many", "explore"):
+        monkeypatch.setattr(sample, name, lambda run, *how, name=name: asked.append(
+            (name, run.sampling, *how)) or rows)
+    monkeypatch.setattr(sample, "save_npz", lambda *_: None)
+    monkeypatch.setattr(sample, "pack", lambda model: asked.append("packed"))
+    monkeypatch.setattr(VAR, "cast_layers", lambda model, dtype: asked.append(dtype))
+    flags = ["--run", judged, "--seed", 5, "--cfg", 2, "--top-k", 7, "--top-p", 0.9, "--growth", 3,
+             "--batch", 6]
+    some = ["--classes", "star", "--per-class", 2, "--out", tmp_path / "a.png"]
+    ran("sample.py", *some, *flags)
+    ran("sample.py", "progress", *some, *flags)
+    ran("sample.py", "export", 9, tmp_path / "a.npz", "--rejection", 0.5, *flags)
+    ran("sample.py", "explore", *flags, "--precision", "bf16")
+    way = sample.Sampling(2.0, 7, 0.9, 3.0, 6)
+    assert asked == [
+        "packed", ("draw_samples", way, ["star"], 2, 5),
+        "packed", ("draw_progress", way, ["star"], 2, 5), "packed", ("draw_many", way, 9, 5, 0.5),
+        torch.bfloat16, ("explore", way, judged / "explorer.html", None, 5)]
+
+
+def test_what_is_drawn_where_no_flag_says_so(tmp_path):
+    assert sample.DEFAULTS == sample.Sampling(1.0, 900, (1.0, 0.1), 2.0)
     defaults = asdict(sample.DEFAULTS)
     grid, inpaint, upscale = (parse(defaults, words) for words in (
         ["grid"], ["inpaint", "a.png"], ["upscale", "a.png"]))
+    widest = parse(defaults, "grid --cell-size 2048 --top-k 0 --growth 0.1 --cfg 0".split())
+    assert (widest.cell_size, widest.top_k, widest.growth, widest.cfg) == (2048, 0, 0.1, 0)
     assert (grid.per_class, grid.seed, grid.top_p) == (8, 0, sample.DEFAULTS.top_p)
     assert (inpaint.box, inpaint.top_p) == ((0.25, 0.25, 0.75, 0.75), sample.DEFAULTS.top_p)
     assert upscale.top_p == (1.0, 0.6)
+    assert parse(defaults, ["export", "9", str(tmp_path / "a.npz")]).rejection == 1
 
 
 def test_holes_are_completed_by_particles_unless_a_published_model_takes_long():
@@ -1067,6 +1162,14 @@ def test_holes_are_completed_by_particles_unless_a_published_model_takes_long():
 def test_published_models_are_drawn_from_as_theirs_are():
     """Unless flags say otherwise; and what differs by model is in the help."""
     ways = asdict(sample.DEFAULTS), asdict(sample.PUBLISHED)
+    own = {name: each.default for name, each in signature(VAR.generate).parameters.items()}
+    for name, value in dict(cfg=1.5, top_k=900, top_p=0.96, growth=1.0).items():
+        assert own[name] == ways[1][name] == value
+    said = " ".join(ran("sample.py", "grid", "--help").split())
+    for told in ("is none (default: 1.0, and 1.5 for published models)", "no limit (default: 900)",
+                 "last scale (default: 1.0 0.1, and 0.96 for published models)"):
+        assert told in said
+    assert "scale (default: 1.0 0.6)" in " ".join(ran("sample.py", "upscale", "--help").split())
     theirs = ["--tokenizer", "vae.pth", "--var", "var.pth"]
     for flags, way in ([], 0), (["--var", "var.pt"], 0), (["--published", "d16"], 1), (theirs, 1):
         options = vars(parse(ways[0], ["grid", *flags], ways[1]))
@@ -1079,7 +1182,7 @@ def test_completions_are_judged(judged, tmp_path, monkeypatch):
     """As images of their own classes, or of the one that is asked for; each seed's for itself."""
     flags = "--box 0 0.5 1 1 --particles 0 --seeds 0 1 --judge".split()
     flags += ["--run", judged, "--out", tmp_path / "a.png"]
-    held_out = [f"data:{i}" for i in range(12)]
+    held_out = [f"data:{i}" for i in range(3, 15)]
     said = ran("sample.py", "inpaint", *held_out, *flags)
     row = next(line for line in said.splitlines() if line.startswith("completions"))
     assert row.count("±") == 5 and row.count("%") == 3
@@ -1101,7 +1204,7 @@ def test_completions_are_judged(judged, tmp_path, monkeypatch):
         holes.judge_completions(judge, given.labels, asked, [given.images, same])
         itself, other = seen.pop()
         assert itself.recognised == other.recognised == share
-        assert itself.recall == 1 > other.recall
+        assert itself.recall == 1 > other.recall and itself.detail == pytest.approx(1)
 
 
 @pytest.mark.parametrize("label, particles, tried", [
@@ -1128,12 +1231,17 @@ def test_particles_try_the_classes_in_turn_where_none_is_told(
         seen.append(labels)
         return torch.zeros(tokens_NL.shape)
 
+    judged_as = []
     monkeypatch.setattr(Run, "generate", generate)
     monkeypatch.setattr(Run, "log_likelihoods", weigh)
+    monkeypatch.setattr(sample, "judge_of", lambda run, given: "judge")
+    monkeypatch.setattr(sample, "judge_completions", lambda *how: judged_as.append(how[:3]))
     known_HW = torch.ones(run.tokenizer.config.image_side, run.tokenizer.config.image_side)
     known_HW[:, :4] = 0
     given = load_images(run, ["data:1", "data:2"])
-    sample.complete(run, given, known_HW, label, [0], open_loop=True, particles=particles)
+    sample.complete(run, given, known_HW, label, [0], open_loop=True, particles=particles,
+                    judge=True)
+    assert judged_as == [("judge", given.labels, label)]
     assert seen == [tried * 2] * (2 if particles else 1)
     latents, tokens = run.encode(sample.fill_holes(given.images, known_HW))
     assert not torch.equal(*tokens)

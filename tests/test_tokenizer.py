@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from support.checkpoint import fingerprint
 from support.evaluation import psnr, tokenizer_health
-from tokenizer import Quantizer, Tokenizer, TokenizerConfig, choose_phis
+from tokenizer import Quantizer, Tokenizer, TokenizerConfig, averaged, choose_phis
 
 
 def config(**changes) -> TokenizerConfig:
@@ -290,6 +290,7 @@ def test_phis_of_the_published_models():
     assert choose_phis(1, 4) == [0]
     assert choose_phis(3, 1) == [0, 0, 0]
     assert choose_phis(4, 4) == [0, 1, 2, 3]
+    assert choose_phis(12, 5) == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4]
 
 
 @pytest.mark.parametrize("changes, told", [
@@ -304,6 +305,8 @@ def test_images_and_tokens_of_another_size_are_refused():
     made = tokenizer()
     with pytest.raises(ValueError, match="need 8 x 8"):
         made.encode(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="need 8 x 8"):
+        made.encode(torch.zeros(1, 3, 16, 8))
     with pytest.raises(ValueError, match="7 tokens"):
         made.decode(torch.zeros(1, 7, dtype=torch.int64))
 
@@ -360,6 +363,9 @@ def test_a_smaller_latent_is_compared_with_the_smaller_image(s):
                            torch.autograd.grad(expected, weights), strict=True):
         assert torch.allclose(got, wanted, atol=1e-6) and got.any()
     assert "smaller" not in tokenizer(images, True)[1]
+    smaller = averaged(images, s)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(averaged(images, s), smaller)
 
 
 @torch.no_grad()

@@ -239,6 +239,7 @@ def test_sizes_at_the_start(shared_adaln):
     std, block = math.sqrt(1 / (3 * W)), model.blocks[3]
     expected = {
         model.class_embedding.weight: std, model.code_embedding.weight: std, model.position_1LW: std,
+        model.start_position_11W: std, model.level_embedding.weight: std,
         block.attention.qkv.weight: std, block.mlp[0].weight: std,
         block.attention.out.weight: std / 4, block.mlp[2].weight: std / 4,   # 16 branches
         model.head_modulation.weight: std / 2, model.head.weight: std * 0.02,
@@ -253,6 +254,7 @@ def test_sizes_at_the_start(shared_adaln):
     for tensor, size in expected.items():
         assert tensor.std().item() == pytest.approx(size, rel=0.15)
     assert model.class_embedding.weight.shape == (51, W)   # the last is the null class
+    assert block.attention.log_scale_H11.exp().flatten().tolist() == pytest.approx([4, 4])
     assert all(part.bias.abs().max() == 0 for part in model.modules() if getattr(part, "bias", None) is not None)
 
 
@@ -282,9 +284,13 @@ def test_guidance_grows_from_nothing_at_the_first_scale_to_cfg_at_the_last(monke
 
 def test_top_p_falls_from_the_first_scale_to_the_last(monkeypatch):
     model, asked = lively(VAR(config(scales=(1, 2, 3)))), []
-    sample_tokens = kernels.sample_tokens
-    monkeypatch.setattr("var.sample_tokens", lambda *given: asked.append(given[4])
-                        or sample_tokens(*given))
+
+    def noted(cond_BlV, *how):
+        assert not cond_BlV.requires_grad   # nothing is kept for a backward pass
+        asked.append(how[3])
+        return kernels.sample_tokens(cond_BlV, *how)
+
+    monkeypatch.setattr("var.sample_tokens", noted)
     for top_p, growth in ((0.7, 2.0), ((1.0, 0.6), 1.0), ((1.0, 0.5), 2.0)):
         model.generate(tokenizer(scales=(1, 2, 3)), torch.tensor([0]), top_p=top_p, growth=growth)
     assert asked == [0.7] * 3 + [1.0, 0.8, 0.6] + [1.0, 0.875, 0.5]
@@ -324,6 +330,13 @@ def test_a_second_generation_makes_no_tables_and_waits_for_nothing(monkeypatch):
         model.generate(made, labels_B, known=known)
     assert not tables and len(operations.names) > 100
     assert not {"_local_scalar_dense", "lift_fresh", "scalar_tensor", "nonzero"} & set(operations.names)
+
+
+def test_tables_of_the_mask_go_where_the_model_goes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernels.KeyRanges, "prepare", lambda ranges, device: asked.append(device.type))
+    VAR(config()).to("meta")
+    assert asked == ["cpu", "meta"]
 
 
 def test_nothing_is_computed_that_apples_gpu_lacks():
