@@ -243,7 +243,7 @@ class Run:
 
     def held_out_images(self) -> Tensor:
         if self.held_out is None:
-            raise UserError("this checkpoint comes without images; name files of your own")
+            raise UserError("this run comes without images; where IMAGE is asked for, name files")
         return self.held_out.tensors[0]
 
 

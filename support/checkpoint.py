@@ -49,7 +49,8 @@ def save_checkpoint(path: Path, kind: str, **content) -> None:
         save_whole(path, lambda file: torch.save({"kind": kind, **content}, file))
     except (OSError, RuntimeError) as error:   # torch.save may end with the second after the first
         reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise UserError(f"{path} cannot be written, and is what it was before: {in_short(reason)}")
+        as_before = ", and is what it was before" if path.exists() else ""
+        raise UserError(f"{path} cannot be written{as_before}: {in_short(reason)}")
 
 
 def load_checkpoint(path: Path, kind: str) -> dict:
@@ -67,8 +68,8 @@ def load_checkpoint(path: Path, kind: str) -> dict:
 def check_made_with(path: Path, content: dict, made_with: dict[str, Any]) -> None:
     """Raises UserError where what a checkpoint was made with is not what it would be now."""
     if "copied from" in content["made_with"]:
-        raise UserError(f"{path} is a copy, and is not trained further; --tokenizer "
-                        f"{content['made_with']['copied from']}, as before, goes on")
+        raise UserError(f"{path} is a copy, and is not trained further; --stage var goes on with "
+                        f"what is trained on it")
     for name, now in made_with.items():
         before = content["made_with"].get(name)
         if before == now or name.endswith("_lr"):   # a learning rate may change
@@ -76,6 +77,8 @@ def check_made_with(path: Path, content: dict, made_with: dict[str, Any]) -> Non
         told = f"--{name.replace('_', '-')} {before} and not {now}"
         if name == "LPIPS" or len(str(now)) == 64:   # a SHA-256 says nothing to anybody
             told = f"another {name}"
+        if name == "data set":
+            told += ", or the same read otherwise (--stream, --channels, --white-level)"
         raise UserError(f"{path} was made with {told}, and goes on only as it began")
 
 
@@ -110,6 +113,8 @@ def read_tensors(path: Path, what: str) -> Any:
     returns memory that was never written. So Python's reader, which compares them, takes everything
     out, and PyTorch's gets a new archive of it. Raises UserError for anything else.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the {what} in it")
     if not path.is_file():
         raise UserError(f"there is no {what} at {path}")
     with blaming(path):
@@ -246,8 +251,12 @@ class Log:
         if rank_and_world()[0] > 0:
             return
         line = {"stage": self.stage, "step": step, "split": split, **values}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:   # of a full disk it does not know the name
+            error.filename = str(self.path)
+            raise
 
 
 def read_log(path: Path) -> list[dict]:
@@ -257,7 +266,8 @@ def read_log(path: Path) -> list[dict]:
     try:
         lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
         known = {"stage", "step", "split"}
-        if not all(isinstance(line, dict) and known <= line.keys() for line in lines):
+        if not all(isinstance(line, dict) and known <= line.keys()
+                   and isinstance(line["step"], int) for line in lines):
             raise ValueError("a line is no record of ours")
         return lines
     except ValueError as error:

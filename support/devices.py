@@ -69,7 +69,7 @@ def choose_machine(device: str, precision: str = "auto", compile: bool = False) 
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {device} cannot be used: {in_short(error)}")
     if chosen.type == "cuda" and chosen.index is not None:   # else it is the current one
         torch.cuda.set_device(chosen)   # events and streams belong to that

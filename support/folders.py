@@ -217,8 +217,8 @@ def load_folder(
         say(f"{len(folder.unreadable)} images cannot be read and are left out{again}: {names}")
     brightest = folder.held_out.tensors[0].max()
     if brightest < DARK:
-        say(f"note: no pixel of the held-out images is over {brightest} of 255; of grey files that "
-            f"do not use all of 16 bits --white-level says what is white, 4095 for 12 bits")
+        say(f"note: no pixel of the held-out images is over {brightest} of 255; of grey files, not "
+            f"of others, --white-level says what is white, 4095 where 12 of 16 bits are used")
     return folder, listing.classes
 
 

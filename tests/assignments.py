@@ -100,6 +100,8 @@ def main() -> None:
             for path in filter(None, (options.json, options.csv)):
                 if not path.absolute().parent.is_dir():
                     raise Mistake(f"{path} cannot be written: there is no such folder")
+                if path.is_dir():
+                    raise Mistake(f"{path} cannot be written: it is a folder")
             results = grade_all(assignment, options.folders, max(1, options.jobs))
             if options.json:
                 scores = {name: gradescope(result) for name, result in results.items()}
@@ -456,8 +458,10 @@ def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[st
     for folder in folders:
         if not folder.is_dir():
             raise Mistake(f"{folder} is no folder")
+    own = {path.name for path in ROOT.glob("*.py")}
     folders = [inner for folder in folders for inner in (
-        [folder] if any(folder.glob("*.py")) else inner_folders(folder) or [folder])]
+        [folder] if any((folder / name).exists() for name in own)
+        else inner_folders(folder) or [folder])]
     pairs = list(zip(names_of(folders), map(submission, folders)))
 
     def some(pairs: list[tuple[str, Path]]) -> list[tuple[str, dict]]:

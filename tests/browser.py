@@ -46,4 +46,6 @@ def main(page: str, light: str, dark: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python -m tests.browser PAGE LIGHT.png DARK.png")
     main(*sys.argv[1:])

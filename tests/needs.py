@@ -8,7 +8,7 @@ of the arithmetic alone; the optimizer and reading the images come on top.
 """
 from __future__ import annotations
 
-import argparse
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from support.cli import COUNT, Parser, number, run_program
 from support.data import Data
 from support.devices import PEAK_TFLOPS, Machine, forward_flops
 from support.losses import DetailLosses
@@ -37,6 +38,7 @@ SHARE_OF_PEAK = 0.4      # that products reach in training: a guess until it is 
 SHARE_OF_MEMORY = 0.9    # that is left for tensors
 PYTORCH_BACKEND = 1.5    # times as much is kept for the backward pass, where Triton is not used
 
+PLENTY = number(float, 1e-3)
 IN_BF16 = Machine(torch.device("cpu"), torch.bfloat16)
 CHANNELS = 3        # of images
 
@@ -162,15 +164,16 @@ def print_cards(presets: list[str], classes: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a preset needs, counted without a GPU.")
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")   # PyTorch's own
+    parser = Parser(description="What a preset needs, counted without a GPU.")
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("preset", nargs="?", choices=PRESETS)
     what.add_argument("--cards", action="store_true", help="all presets, on all cards of CARDS")
-    add("--images", type=int, default=1_281_167, help="to train on (default: ImageNet's)")
-    add("--classes", type=int, default=1000, help="of them (default: 1000)")
-    add("--rate", type=float, default=400, help="TFLOP/s that a card reaches (default: 400)")
-    add("--memory", type=float, default=80, help="GB that a card has (default: 80)")
+    add("--images", type=COUNT, default=1_281_167, help="to train on (default: ImageNet's)")
+    add("--classes", type=COUNT, default=1000, help="of them (default: 1000)")
+    add("--rate", type=PLENTY, default=400, help="TFLOP/s that a card reaches (default: 400)")
+    add("--memory", type=PLENTY, default=80, help="GB that a card has (default: 80)")
     asked = parser.parse_args()
     if asked.cards:
         print_cards(list(PRESETS), asked.classes)
@@ -193,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

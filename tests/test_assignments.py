@@ -548,7 +548,7 @@ def test_whose_folders_are_graded(tmp_path, monkeypatch):
     """Of anna the files lie further down; of bert the assigned one is missing."""
     for folder in ("anna/handed in", "bert/support", "bert/tests", "__MACOSX", ".idea"):
         (tmp_path / folder).mkdir(parents=True)
-    for file in ("anna/handed in/tokenizer.py", "bert/var.py"):
+    for file in ("anna/handed in/tokenizer.py", "bert/var.py", "roster.py"):   # the last is nobody's
         (tmp_path / file).write_text("")
     monkeypatch.setattr(Nursery, "__enter__", lambda self: self)
     monkeypatch.setattr(Nursery, "__exit__", lambda *_: None)
@@ -564,11 +564,12 @@ def test_whose_folders_are_graded(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag", ["--csv", "--json"])
 def test_where_points_cannot_be_written_nothing_is_graded(tmp_path, monkeypatch, capsys, flag):
     monkeypatch.setattr(assignments, "grade_all", None)
-    monkeypatch.setattr(sys, "argv", [
-        "assignments.py", "grade", "4", str(tmp_path), flag, str(tmp_path / "missing" / "file")])
-    with pytest.raises(SystemExit) as ended:
-        assignments.main()
-    assert ended.value.code == 2 and "there is no such folder" in capsys.readouterr().err
+    for place, told in (("missing/file", "there is no such folder"), (".", "it is a folder")):
+        monkeypatch.setattr(sys, "argv", [
+            "assignments.py", "grade", "4", str(tmp_path), flag, str(tmp_path / place)])
+        with pytest.raises(SystemExit) as ended:
+            assignments.main()
+        assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_points_are_told_and_written(nursery, tmp_path, capsys, monkeypatch):

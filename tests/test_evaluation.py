@@ -411,7 +411,7 @@ def test_mistakes_in_evaluating(judged, opened, tmp_path):
     for count, told in ((10_000, "10000 images cannot be judged: there are 50"),
                         (6, "must be a whole number, 8 or more"),
                         (9, "two halves are compared, so it takes an even number"),
-                        (8, "no set of training images")):
+                        (8, "there is nothing to judge by")):
         assert told in refused("sample.py", "evaluate", count, "--run", out)
     with pytest.raises(UserError, match="one class gives nothing"):
         evaluate(replace(opened, classes=["star"]), 8, (0,))

@@ -904,7 +904,8 @@ def test_mistakes_in_training(folder, tmp_path, monkeypatch):
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert f"cannot be a folder, as {tmp_path / 'file'} is a file" in refusal(out=out)
     assert "no tokenizer checkpoint" in refusal("--stage", "var")
-    for device in ("nonsense", "meta"):
+    assert "is a folder; name the" in refusal("--stage", "var", "--tokenizer", folder)
+    for device in ("nonsense", "meta", "hpu"):
         assert "cannot be used" in refusal("--device", device)
     assert "would be taken for data" in refusal(out=folder / "out")
     assert "shapes has images of 3 channels, and 1 are asked" in refusal("--channels", 1,

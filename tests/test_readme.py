@@ -175,6 +175,9 @@ def test_what_a_preset_needs(monkeypatch, capsys):
     stages[0] = (2, 8, needs.Needs(10**8, 10**12, 10**10))
     assert needs.micro_batches_on("RTX 3060", stages) is None
 
+    monkeypatch.setattr(sys, "argv", "needs.py tiny --rate 0".split())
+    with pytest.raises(UserError, match="--rate: 0 must be"):
+        needs.main()
     monkeypatch.setattr(sys, "argv", "needs.py tiny --rate 0.001 --memory 1".split())
     needs.main()
     *_, head, tokenizer, transformer, disk = capsys.readouterr().out.splitlines()
