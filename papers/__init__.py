@@ -11,7 +11,8 @@ and verdict; README.md shows all of them side by side. The rule for claims:
   runs have no spread to speak of. (Of differences that are none, 7 % pass for one at three runs.)
 - What is tuned is compared with a plain control: as many steps of ordinary training (tuning.py).
 - Images are judged as `sample.py evaluate` does: without guidance and filters, where there is
-  room, and by default; and by recall, too, with which recognition is easily bought.
+  room, and with those that were its defaults then; and by recall, too, with which recognition is
+  easily bought.
 """
 from __future__ import annotations
 

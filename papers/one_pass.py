@@ -7,7 +7,7 @@ and the noise of coarser scales. Of teacher and student with the same noise (stu
 
     loss = KL(teacher's softmax || student's), mean over the scales
 
-on what the teacher draws, without any images. Half of the steps are for two passes, of which the
+on what the teacher draws, without any images. Under half of the steps are for two passes, whose
 second reads what the first made.
 
 The paper's rule is a flow, so that noise which is alike becomes codes which are alike; VAR's own,

@@ -131,7 +131,7 @@ class Distilling(Tuning):
         noise_BLX = self.teacher.noise(len(labels_B))
         own_BL, own_BLV = self.teacher.drawn(self.tokenizer.quantizer, labels_B, noise_BLX)
         K = len(self.teacher.starts)
-        second = max(0, int(torch.randint(1 - K, K, ())))   # in half of the steps there is none
+        second = max(0, int(torch.randint(1 - K, K, ())))   # in K of 2 K - 1 steps there is none
         read_BLC = read_by_pass(self.tokenizer.quantizer, own_BL, [0, second])
         lost_K = self.per_scale(lost(own_BLV, model(labels_B, read_BLC, noise_BLX)))
         return lost_K.mean(), lambda: {"loss_per_scale": lost_K.detach()}

@@ -99,7 +99,7 @@ def study(run: Run, lists: list[Tensor], delta: float, count: int
     stages = marked["never decoded"], marked["saved"], held_out["saved"]
     maps = map(run.tokenizer.quantizer.split, stages)
     for s, drawn_Nl, read_Nl, usual_Nl in zip(run.model.config.scales, *maps):
-        others_Nl = read_Nl.roll(1, dims=0)   # of other images
+        others_Nl = read_Nl.roll(1, dims=0)   # of other images, mostly of the class
         survival[f"{s}x{s}"] = [percent(drawn_Nl == read_Nl), percent(drawn_Nl == others_Nl)]
         for tokens_Nl in (drawn_Nl, read_Nl, usual_Nl):
             survival[f"{s}x{s}"].append(percent(lists[0][tokens_Nl]))

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import train
 from papers import Trained, open_runs, parser_of
+from support.checkpoint import load_checkpoint
 from support.cli import UserError, run_program
 from support.data import SHAPES, data_of, draw_shapes
 from support.devices import choose_machine
@@ -136,6 +137,12 @@ def with_moved_weights(run):
 def copied_run(folder: Path, out: Path) -> Path:
     """A copy, for what is tuned there."""
     return shutil.copytree(folder, out, ignore=lambda _, names: {"papers"} & {*names})
+
+
+def tuned_in(folder: Path) -> dict[str, dict]:
+    """How each model that pages tuned in a run's folder was made, by its name."""
+    return {path.parent.name: load_checkpoint(path, "transformer")["made_with"]
+            for path in (folder / "papers").glob("*/var.pt")}
 
 
 def tiny_settings(out: Path, *flags, **values) -> train.Settings:

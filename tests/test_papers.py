@@ -1,5 +1,6 @@
 """What all pages share: which runs they take, when a claim holds, and what goes on from what."""
 import importlib
+import re
 import shutil
 from argparse import ArgumentParser
 from dataclasses import replace
@@ -9,12 +10,16 @@ import pytest
 import torch
 from program import ROOT, ran
 
-from papers import Claim, open_runs, parser_of, say_figures
+from papers import (
+    FILTERED, UNFILTERED, Claim, open_runs, parser_of, say_evaluations, say_figures,
+)
 from papers.tuning import Tuning, kept_images, kept_tokens
-from sample import load_run
-from support.checkpoint import load_checkpoint, save_checkpoint
+from sample import Sampling, load_run
+from support.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from support.cli import Parser, UserError
 from support.devices import choose_machine
+from support.evaluation import Evaluation, Quality
+from train import var_optimizers
 
 
 @pytest.fixture
@@ -57,6 +62,9 @@ def test_runs_differ_in_their_seed_alone(copies):
         with pytest.raises(UserError, match="shapes-1 and .*shapes-0 differ in more than their"):
             opened(*copies)
         (copies[1] / f"{stage}.pt").write_bytes(kept)
+    changed(copies[1], lambda content: content["classes"].reverse())
+    with pytest.raises(UserError, match="differ in more than their"):
+        opened(*copies)
 
 
 def test_a_page_has_the_tokenizer_as_it_was_trained(copies, monkeypatch):
@@ -98,14 +106,14 @@ def test_as_many_held_out_images_as_there_are(judged, count, told):
 
 @pytest.mark.parametrize("figure, verdict", [
     ([2.0, 2.1, 2.2], "holds"),           # 1.9 to 2.3
-    ([1.1, 1.2, 1.3], "undecided"),       # from 1.0, just where neither ends
+    ([1.1, 1.2, 1.3], "undecided"),       # from 1.0, just outside
     ([0.5, 0.6, 0.7], "undecided"),
-    ([0.0, 0.1, 0.2], "falsified"),
+    ([0.0, 0.1, 0.2], "falsified"),       # to 0.3, just inside
     ([-3.0, 0.1, 3.2], "undecided"),
     ([9.0, 9.0], "no verdict, which takes three runs"),
 ])
 def test_verdicts_take_two_standard_deviations(figure, verdict):
-    assert Claim("more", holds=(1.05, inf), false=(-inf, 0.35)).verdict(figure) == verdict
+    assert Claim("more", holds=(1.002, inf), false=(-inf, 0.301)).verdict(figure) == verdict
 
 
 # What each page was measured with, beside the flags of all pages; and its claims: over or under
@@ -135,10 +143,18 @@ MEASURED = {
 def test_pages_are_as_they_were_measured(monkeypatch, name):
     """Else the figures of papers/README.md are of something else; it counts their lines, too."""
     folder = ROOT / "papers"
-    rows = (folder / "README.md").read_text().splitlines()
-    (row,) = (row for row in rows if row.startswith(f"| [{name}]({name}.py)"))
-    lines = len((folder / f"{name}.py").read_text().splitlines())
-    assert row.split("|")[-2].split()[0] == str(lines)
+    text = (folder / "README.md").read_text()
+    (row,) = (row for row in text.splitlines() if row.startswith(f"| [{name}]({name}.py)"))
+    (section,) = (part for part in text.split("\n## ") if part.startswith(f"{name}:"))
+    lines = [len((folder / f"{name}.py").read_text().splitlines())]
+    of_page = r"(\d+)\s+lines"
+    of_another = r"and\s+(\d+)\s+(?:in|of)\s+(?:the\s+model\s+in\s+)?\[?(\w+\.py)"
+    for count in re.findall(of_page, section):
+        assert int(count) == lines[0]
+    for count, beside in re.findall(of_another, section):
+        lines.append(len((folder / beside).read_text().splitlines()))
+        assert int(count) == lines[-1]
+    assert row.split("|")[-2].strip() == " + ".join(map(str, lines))
     given = []
 
     def parse_args(parser):
@@ -159,22 +175,64 @@ def test_pages_are_as_they_were_measured(monkeypatch, name):
         assert claim.verdict([float(false or holds) - beyond] * 3) == "falsified"
 
 
+# And what is no flag.
+NUMBERS = {
+    "attacks": {"LR": 0.003, "AGAIN": 20},
+    "cca": {"BETA": 0.04, "GUIDANCE": (0.5, 1, 2, 4)},
+    "drafting": {"SMALL": {"depth": 2, "width": 48, "heads": 3}},
+    "erase": {"ETA": 2},
+    "flexvar": {
+        "LISTS": ((1, 4, 8), (1, 2, 4, 8), (1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 5, 6, 7, 8)),
+        "SIZES": ((1, 2, 4, 6), (1, 2, 3, 5, 8, 10), (1, 2, 3, 5, 8, 12)),
+        "SIDE": 8,
+    },
+    "mistakes": {"NEAREST": 16},
+    "noisy_context": {
+        "MISTAKES": 100, "TIMES": {"always": (0, 1), "early": (0, 0.5), "late": (0.5, 1)}},
+    "roles": {"CALIBRATION": 200, "RANDOM": 8},
+    "small_images": {
+        "BLUR": (0, 0.7, 1.4, 2.1), "NOISE": (0, 0.05, 0.1, 0.2), "QUALITY": (100, 60, 30, 10)},
+    "student": {"FLOW_STEPS": 16},
+    "watermark": {"POOLS": (1, 4, 16, 64)},
+}
+
+
+def test_numbers_are_as_they_were_measured():
+    for name, numbers in NUMBERS.items():
+        page = importlib.import_module(f"papers.{name}")
+        assert {key: getattr(page, key) for key in numbers} == numbers
+    assert (FILTERED, UNFILTERED) == (Sampling(2, 900, 0.6), Sampling(0, 0, 1))
+
+
 def test_differences_are_taken_in_each_run(capsys):
-    by_run = [{"a": [1.0, 5.0], "b": [2.0, 4.9], "c": [1.5, 5.0]},
-              {"a": [3.0, 5.0], "b": [4.1, 5.1], "c": [4.5, 5.0]},
-              {"a": [9.0, 5.0], "b": [9.9, 5.2], "c": [11.5, 5.0]}]
+    by_run = [{"a": [1.0, 5.0], "b": [2.0, 4.9], "c": [1.5, 5.0], "d": [0.0, 5.0]},
+              {"a": [3.0, 5.0], "b": [4.1, 5.1], "c": [4.5, 5.0], "d": [1.9, 5.0]},
+              {"a": [9.0, 5.0], "b": [9.9, 5.2], "c": [11.5, 5.0], "d": [8.1, 5.0]}]
     figures = say_figures(("", "x", "y"), by_run, 2, base="a")
     assert figures["b"].tolist() == [[2.0, 4.1, 9.9], [4.9, 5.1, 5.2]]
-    *_, line, other = capsys.readouterr().out.splitlines()
+    *_, line, other, less = capsys.readouterr().out.splitlines()
     assert line.split("  ")[0] == "b: difference"
     assert "1.00 ± 0.10 *" in line and line.rstrip().endswith("0.07 ± 0.15")
     assert "1.50 ± 1.00" in other and "*" not in other   # one and a half standard deviations
+    assert "-1.00 ± 0.10 *" in less
     say_figures(("", "x", "y"), by_run[:2], 2, base="a")
     assert "*" not in capsys.readouterr().out   # of two runs nothing is an effect
 
 
+def test_figures_of_evaluations(capsys):
+    """Means over the seeds, without filters and with them; rows differ from the first."""
+    unfiltered, filtered = ([Quality(x, {}, 30 * x, 0.9, x / 2, 1.0) for x in shares]
+                            for shares in ((0.2, 0.8, 0.8), (0.1, 0.1, 0.4)))
+    found = Evaluation(1.0, filtered[0], filtered[0], 20.0, 7.0, 0.1, filtered, unfiltered)
+    figures = say_evaluations({"a": [found, found], "b": [found, found]})
+    for name in ("a", "b"):
+        assert figures[name].tolist() == 2 * [pytest.approx([7, 60, 30, 18, 20, 10, 6])]
+    said = capsys.readouterr().out
+    assert "\nb: difference" in said and "\na: difference" not in said
+
+
 def test_what_was_tuned_goes_on_only_from_the_same_weights(copies, capsys):
-    (run,) = opened(copies[0])
+    (run,) = opened(copies[1])
     run.settings = replace(run.settings, preset=replace(run.settings.preset, var_batch=6, ema=0.5))
 
     def tuning(lr=0.003, resume=True, steps=2):
@@ -183,6 +241,10 @@ def test_what_was_tuned_goes_on_only_from_the_same_weights(copies, capsys):
 
     first = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     stage = tuning(resume=False)
+    assert stage.settings.seed == 1   # the run's
+    assert stage.made_with["tokenizer"] == fingerprint(run.tokenizer)
+    optimizers = var_optimizers(run.model, stage.settings.preset, torch.float32)
+    assert stage.peaks == [[group["lr"] for group in each.param_groups] for each in optimizers]
     assert stage.settings.preset == replace(run.settings.preset, var_steps=2, var_lr=0.003)
     assert stage.batch == 6   # the transformer's; the tokenizer's is another
     assert stage.decay == run.settings.preset.ema == 0.5

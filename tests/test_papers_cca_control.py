@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from program import opened_run, ran, refused, rows_of
+from program import opened_run, ran, refused, rows_of, tuned_in
 
 from papers import FILTERED, UNFILTERED, cca, control
 from papers.tuning import Tuning
-from support.checkpoint import load_checkpoint
+from support.checkpoint import fingerprint, load_checkpoint
 from support.evaluation import Judge, evaluated_images, kept_classifier
 from support.images import to_float
 
@@ -90,10 +90,10 @@ def test_what_is_contrasted(run, dropout, monkeypatch):
     stage.reference.config = run.model.config
     labels = torch.tensor([3, 3, 1, 0] * 16)
     tokens = torch.randint(0, 32, (64, run.model.config.length), dtype=torch.int16)
-    stage.loss(tuned, tokens, labels)
+    _, to_log = stage.loss(tuned, tokens, labels)
     (own, other, contrast, weight), = asked
     (seen,) = tuned.seen
-    assert weight == 5
+    assert weight == 5 and to_log() == {"own": own.mean(), "other": other.mean()}
     assert torch.equal(seen, stage.reference.seen[0])
     first, second = seen.chunk(2)
     null = run.model.config.classes
@@ -145,8 +145,9 @@ def test_recall_is_compared_with_that_of_guidance_recognised_as_well():
 def test_what_is_evaluated(run, monkeypatch):
     """With which guidance and filters, and of that which figures: 0 to 3, or those that are
     filtered."""
-    monkeypatch.setattr(Tuning, "run", lambda stage: stage.settings.out.name)
-    monkeypatch.setattr(cca, "evaluate", lambda part, count, seeds: part)
+    monkeypatch.setattr(Tuning, "run", lambda stage: (
+        stage.steps, stage.settings.preset.var_lr) == (3, 0.01) and stage.settings.out.name)
+    monkeypatch.setattr(cca, "evaluate", lambda part, count, seeds: seeds == [0] and part)
     monkeypatch.setattr(cca, "figures_of", lambda part: [
         (part.model, part.sampling.cfg, part.sampling.top_p, i) for i in range(7)])
     rows = cca.study(run, (1, 20), 3, 1e-2, COUNT)
@@ -178,8 +179,33 @@ def test_the_page_on_contrast(judged, monkeypatch):
         assert f"claim: {claim.text}\n" in said
     assert f"measured {rows['CCA, lambda 20'][1] - rows['plain, cfg 0'][1]:.4f}" in said
     assert f"measured {rows['CCA, lambda 20'][1] - rows['plain, cfg 2'][1]:.4f}" in said
+    model = opened_run(judged, *SHORT).model
+    for name, dropout in (("plain", model.config.label_dropout), ("1", 0.0), ("20", 0.0)):
+        model.config = replace(model.config, label_dropout=dropout)
+        how = tuned_in(judged)[f"cca-{name}"]   # as long, and from the same weights
+        assert (how["steps"], how["lr"], how["first weights"]) == (2, 0.02, fingerprint(model))
     assert Image.open(judged / "papers" / "cca.png").size[0] > 100
     assert "--weights" in refused("papers.cca", "--run", judged, "--weights", "1,-2")
+
+
+def test_what_is_claimed_and_shown_of_contrast(judged, opened, monkeypatch):
+    """A point for each strength of guidance, and of contrast: recognised, and recall."""
+    plain = {0: (60, 65), 0.5: (72, 66), 1: (75, 61), 2: (80, 50), 4: (90, 20)}
+    tuned = {1: (70, 55), 10: (95, 19)}
+    rows = {f"plain, cfg {x}": [9.0, *y, 0.0] for x, y in plain.items()}
+    rows |= {f"CCA, lambda {x}": [9.0, *y, 0.0] for x, y in tuned.items()}
+    rows = {name: np.array(row) for name, row in rows.items()}
+    saved = []
+    monkeypatch.setattr(cca, "open_runs", lambda _: [opened])
+    monkeypatch.setattr(cca, "study", lambda *_: rows)
+    monkeypatch.setattr(cca, "save_picture", lambda *given: saved.append(given))
+    said = ran("papers.cca", "--run", judged, "another", *SHORT)
+    for claim, figure in zip(cca.CLAIMS, (95 - 60, 95 - 80, (55 - 66 + 19 - 20) / 2), strict=True):
+        assert f"claim: {claim.text}\n    measured {figure:.4f}: " in said
+    ((path, figure),) = saved
+    assert path == judged / "papers" / "cca.png"
+    for line, points in zip(figure.axes[0].lines, (plain, tuned), strict=True):
+        assert np.array_equal(line.get_xydata(), [*points.values()])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -377,8 +403,10 @@ def test_what_is_claimed_of_control(judged, opened, monkeypatch):
     monkeypatch.setattr(control, "study", lambda run, *_: (rows, run))
     monkeypatch.setattr(control, "draw", lambda run, labels, edges_N1HW, seed: drawn.append(
         (run is first, seed)) or edges_N1HW)
-    monkeypatch.setattr(control, "save_picture", lambda *_: None)
-    said = ran("papers.control", "--run", judged, *SHORT)
+    saved = []
+    monkeypatch.setattr(control, "save_picture", lambda path, _: saved.append(path))
+    said = ran("papers.control", "--run", judged, "another", *SHORT)
+    assert saved == [judged / "papers" / "control.png"]
     assert drawn == [(True, 0), (True, 1), (True, 2)]
     for claim, figure in zip(control.CLAIMS, (0.6, 15, 0.25), strict=True):
         assert f"claim: {claim.text}\n    measured {figure:.4f} ± 0.0000: " in said
@@ -398,6 +426,17 @@ def test_the_picture_of_edges(run, judged, page):
     images = to_float(run.held_out.tensors[0][:1])
     asked = control.edges_of(images)[0, 0].numpy()
     assert np.array_equal(edges(0) == 0, asked == 1)
+
+
+def test_what_of_a_drawing_is_a_line(run, tmp_path):
+    """What is darker than a light grey, 0.25 of what is from -1 to 1."""
+    pixels = np.full((16, 16), 165, np.uint8)
+    pixels[:, :8] = 150
+    path = tmp_path / "star.png"
+    Image.fromarray(pixels).save(path)
+    _, labels, edges = control.requests(run, [str(path)])
+    assert labels == [run.classes.index("star")]
+    assert edges[0, 0].mean(dim=0).tolist() == [1] * 8 + [0] * 8
 
 
 def test_mistakes_about_drawings(judged, tmp_path):

@@ -5,17 +5,19 @@ import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from program import (
-    copied_run, of_three_codes, opened_run, ran, refused, rows_of, with_moved_weights,
+    copied_run, of_three_codes, opened_run, ran, refused, rows_of, tuned_in, with_moved_weights,
 )
 
 from papers import FILTERED, UNFILTERED, clusters, hmar
 from papers.clustered import ClusteredVAR, ClusterLoss, TwoPasses, k_means, of_clusters
 from sample import Run
 from support.checkpoint import load_checkpoint
+from support.cli import UserError
 from support.evaluation import Judge, evaluated_images, kept_classifier
 from var import VAR
 
@@ -104,7 +106,8 @@ def test_a_cluster_without_a_chance_is_no_infinity():
 def test_untuned_it_is_plain_var(opened, real):
     tokens, labels = real
     model = ClusteredVAR(opened.model, torch.arange(32) % 5).eval()
-    nats = clusters.in_parts(opened, model.nats, tokens, labels).sum(dim=0)
+    run = replace(opened, sampling=replace(FILTERED, batch=8))   # three batches
+    nats = clusters.in_parts(run, model.nats, tokens, labels).sum(dim=0)
     plain = -opened.log_likelihoods(tokens, labels.tolist())
     assert torch.allclose(nats, plain, atol=1e-3)
 
@@ -196,9 +199,12 @@ def test_k_means():
     found = k_means(codebook, 4)
     for x in range(4):   # it may have started with two of one, but each is in some cluster
         assert 0 <= found[x] < 4
-    means = torch.stack([codebook[found == x].mean(dim=0) for x in found.unique()])
-    nearest = (codebook[:, None] - means).square().sum(dim=2).argmin(dim=1)
-    assert torch.equal(found.unique()[nearest], found)   # a fixed point
+    torch.manual_seed(0)
+    line = torch.randn(12, 1)   # here some clusters are left with a single code
+    for codes, own in ((codebook, found), (line, k_means(line, 5))):
+        means = torch.stack([codes[own == x].mean(dim=0) for x in own.unique()])
+        nearest = (codes[:, None] - means).square().sum(dim=2).argmin(dim=1)
+        assert torch.equal(own.unique()[nearest], own)   # a fixed point
     spread = sum((codebook[found == x] - codebook[found == x].mean(dim=0)).square().sum()
                  for x in found.unique())
     assert spread < 0.2 * (codebook - codebook.mean(dim=0)).square().sum()
@@ -217,20 +223,29 @@ def test_the_losses_by_hand(opened, real):
     run = replace(opened, model=heeding(opened.model, of_V))
     run.model.config = replace(run.model.config, label_dropout=0.0)
     stage = TwoPasses(run, run.model, "none", 1, 1e-3)
-    with torch.no_grad():
-        loss, to_log = stage.loss(run.model, tokens.short(), labels)
-        first, second = run.model.nats(run.tokenizer, tokens, labels)
-    assert loss.item() == pytest.approx((first[::2].mean() + second[1::2].mean()).item(), rel=1e-5)
+    loss, to_log = stage.loss(run.model, tokens.short(), labels)
+    first, second = run.model.nats(run.tokenizer, tokens, labels)
+    same_loss(loss, first[::2].mean() + second[1::2].mean(), run.model)
     assert to_log() == {}
     plain = replace(opened, model=VAR(replace(opened.model.config, label_dropout=0.0)))
     plain.model.load_state_dict(opened.model.state_dict())
     stage = ClusterLoss(plain, of_V, 1, 1e-3)
     assert stage.made_with["clusters"] == of_V.tolist()   # --resume takes no others
-    with torch.no_grad():
-        loss, to_log = stage.loss(plain.model, tokens.short(), labels)
-        first, second = ClusteredVAR(plain.model, of_V).nats(run.tokenizer, tokens, labels)
-    assert loss.item() == pytest.approx((2 * first + second).mean().item(), rel=1e-5)
+    loss, to_log = stage.loss(plain.model, tokens.short(), labels)
+    logits = plain.model(labels, run.tokenizer.teacher_inputs(tokens)).log_softmax(dim=2)
+    of_token = -logits.gather(2, tokens[..., None])
+    same = (of_V[tokens][..., None] == of_V).float()
+    of_cluster = -(logits.exp() * same).sum(dim=2).log()
+    same_loss(loss, of_cluster.mean() + of_token.mean(), plain.model)
     assert to_log() == {}
+
+
+def same_loss(found, expected, model):
+    """The number, and what is learned from it."""
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    of_found, of_expected = (
+        torch.autograd.grad(loss, model.head.bias)[0] for loss in (found, expected))
+    assert torch.allclose(of_found, of_expected, atol=1e-6)
 
 
 def test_tokens_are_replaced_within_their_clusters():
@@ -284,6 +299,8 @@ def test_the_page_on_clusters(folder, monkeypatch):
     assert torch.equal(lot["cluster_V"].bincount(), of_V.bincount())
     assert not torch.equal(lot["cluster_V"], of_V)
     of_all, of_last = seen[:2]
+    torch.manual_seed(0)   # whatever was trained before
+    assert torch.equal(of_all, clusters.replaced(tokens, of_V))
     assert torch.equal(of_V[of_all], of_V[tokens]) and not torch.equal(of_all[:, :5], tokens[:, :5])
     assert torch.equal(of_last, torch.cat([tokens[:, :5], of_all[:, 5:]], dim=1))
     shares = rows_of(said, 2)
@@ -296,6 +313,10 @@ def test_the_page_on_clusters(folder, monkeypatch):
     for claim, figure in zip(clusters.CLAIMS, figures, strict=True):
         measured = said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":")
         assert float(measured) == pytest.approx(figure, abs=0.02)
+    tuned = tuned_in(folder)
+    assert set(tuned) == {
+        "hmar-plain", "hmar-masked", "clusters-iar", "clusters-clusters", "clusters-lot"}
+    assert all((how["steps"], how["lr"]) == (2, 0.02) for how in tuned.values())
     rival = rows_of(ran("papers.hmar", "--run", folder, *SHORT, "--steps", 2, "--lr", 0.02,
                         "--resume"), 3)
     assert nats["checkerboard"][0] == rival["masked, two passes"][0]
@@ -303,3 +324,29 @@ def test_the_page_on_clusters(folder, monkeypatch):
     assert nats["checkerboard"][2] == rival["masked, two passes"][2]
     assert "--clusters 32 must" in refused("papers.clusters", *flags[:-1], 32)
     assert hmar.checkerboard(run.model).sum() == 1 + 2 + 8
+
+
+def test_what_is_claimed_of_clusters(opened, monkeypatch):
+    """Of figures of which no two are as far apart as others."""
+    names = ("plain", "iar", "clusters", "lot")
+    nats = dict(zip((*names, "checkerboard"), ([x, 0, 0] for x in (100, 201, 80, 83, 91))))
+    shares = {"clusters": [70, 71], "lot": [40, 41]}
+    monkeypatch.setattr(clusters, "open_runs", lambda _: [opened])
+    monkeypatch.setattr(clusters, "measure", lambda *_: (dict.fromkeys(names), nats, shares))
+    monkeypatch.setattr(clusters, "say_evaluations", lambda rows: {
+        name: np.array([[0, 2.0**n, 5.0**n, 0, 0, 0, 0]]) for n, name in enumerate(rows)})
+    said = ran("papers.clusters")
+    assert "iar: difference" in said and "plain: difference" not in said
+    for claim, figure in zip(clusters.CLAIMS, (20, 3, 11, 3, 1, 70), strict=True):
+        assert f"claim: {claim.text}\n    measured {figure:.4f}: " in said
+
+
+def test_clusters_begin_by_the_seed_of_the_run(run, monkeypatch):
+    run.settings = replace(run.settings, seed=3)
+
+    def k_means(*_):
+        raise UserError(f"began by {torch.initial_seed()}")
+
+    monkeypatch.setattr(clusters, "k_means", k_means)
+    with pytest.raises(UserError, match="began by 3"):
+        clusters.measure(run, 4, 1, 0.02, COUNT)

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from benchmark import obvious_attention
 from program import opened_run, ran, refused, rows_of
+from torch.utils.data import TensorDataset
 
 from papers import FILTERED, damage, drafting, forgetful, roles, watermark
-from papers.tuning import kept_tokens
+from papers.tuning import Tuning, kept_tokens
 from support.checkpoint import load_checkpoint, save_checkpoint
+from support.cli import UserError
 from support.evaluation import evaluated_images
 from support.published import PUBLISHED_SCALES
+from tokenizer import Tokenizer
 from var import VAR, VARConfig
 
 COUNT = 16
@@ -109,11 +112,25 @@ def test_composite_likelihood_is_the_sum_over_scales(run, real, other, n):
 def test_a_model_that_refines_its_own_drafts_is_plain(run, real, n, cfg):
     tokens, labels = real
     # More than one batch: the noise goes on from one to the next.
-    run.sampling = replace(FILTERED, cfg=cfg, batch=5)
+    run.sampling = replace(FILTERED, cfg=cfg, growth=2.0, batch=5)
     both = replace(run, model=drafting.Drafted(run.model, run.model, n))
     inputs = run.tokenizer.teacher_inputs(tokens)
     assert torch.equal(both.model(labels, inputs), run.model(labels, inputs))
     assert torch.equal(both.generate(labels.tolist(), 4), run.generate(labels.tolist(), 4))
+
+
+def test_guidance_grows_in_a_draft_as_it_does_without(run):
+    """Of three scales of four: of two the growth is that of 0 and of 1, whatever the power."""
+    scales = {"scales": (1, 2, 3, 4)}
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(replace(run.tokenizer.config, **scales))
+    model = VAR(replace(run.model.config, **scales)).eval()
+    for weight in (tokenizer.quantizer.codebook_VC, *model.parameters()):
+        weight.data += 0.1 * torch.randn_like(weight)
+    sampling = replace(FILTERED, cfg=8.0, growth=3.0)
+    run = replace(run, tokenizer=tokenizer, model=model, sampling=sampling)
+    both = replace(run, model=drafting.Drafted(model, model, 3))
+    assert torch.equal(both.generate([0, 3, 5, 5], 4), run.generate([0, 3, 5, 5], 4))
 
 
 @pytest.mark.parametrize("cfg", [0.0, 2.0])
@@ -145,12 +162,33 @@ def test_takeovers(run, other):
     models = drafting.takeovers(run.model, other)
     assert list(models) == ["large alone", "small from 4x4", "small from 2x2", "small from 1x1"]
     assert models["large alone"] is run.model and models["small from 1x1"] is other
-    assert len(models["small from 4x4"].first.config.scales) == 2
+    first = models["small from 4x4"].first
+    assert len(first.config.scales) == 2 and not first.training
+
+
+def test_the_small_model_is_trained_as_the_large_one_was(run, monkeypatch):
+    run.settings = replace(run.settings, seed=3)
+    preset = run.settings.preset
+    begun = []
+    monkeypatch.setattr(Tuning, "run", lambda stage: begun.append(stage) or stage.model)
+    for steps in (None, 7):
+        small = drafting.small_model(run, steps)
+        assert (small.config.depth, small.config.width, small.config.heads) == (2, 48, 3)
+        torch.manual_seed(3)
+        first = VAR(small.config).state_dict()
+        assert all(torch.equal(first[name], x) for name, x in small.state_dict().items())
+        assert begun[-1].steps == (steps or preset.var_steps)
+        assert begun[-1].settings.preset.var_lr == preset.var_lr
 
 
 def test_the_page_on_drafting(folder3, monkeypatch):
-    seconds = iter([4.0, 3.0, 2.5, 1.0])
-    monkeypatch.setattr(drafting, "repeat", lambda *_, **__: [9.0, next(seconds), 9.5])
+    seconds = iter([4.0, 3.0, 5.0, 1.0])
+
+    def repeat(draw, number, repeat):
+        assert len(draw()) == 100 and number == 1
+        return [9.0, next(seconds), 9.5]
+
+    monkeypatch.setattr(drafting, "repeat", repeat)
     monkeypatch.setattr(drafting, "evaluate", told_apart(drafting.evaluate))
     said = ran("papers.drafting", "--run", folder3, *SHORT, "--steps", 3)
     shown = table_of(said, 7)
@@ -160,7 +198,7 @@ def test_the_page_on_drafting(folder3, monkeypatch):
     assert list(costs) == names
     steps = np.diff([nats[name] for name in names]) / [16, 4, 1]
     assert [costs[name][1] for name in names] == pytest.approx([0, *steps], abs=0.02)
-    assert [costs[name][0] for name in names] == [1, 0.75, 0.625, 0.25]
+    assert [costs[name][0] for name in names] == [1, 0.75, 1.25, 0.25]
     measured = [float(line.split()[1].rstrip(":")) for line in said.splitlines()
                 if line.startswith("    measured")]
     more = 100 * (nats["small from 4x4"] / nats["large alone"] - 1)
@@ -282,6 +320,58 @@ def test_the_page_on_the_watermark(folder3, run, real, monkeypatch):
         measured = float(said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":"))
         assert measured == pytest.approx(figure, abs=0.11)
     assert "--delta" in refused("papers.watermark", "--run", folder3, "--delta", "-1")
+
+
+def test_finds_and_survival_by_hand(run, monkeypatch):
+    """Of given tokens, more or less green by the first list; each set has one more image, which is
+    just at the limit."""
+    lists = [watermark.green_list(key, 32) for key in range(64)]
+    chance = torch.Generator().manual_seed(0)
+
+    def some(count, more):
+        weights = 1 + more * lists[0].double()
+        return weights.multinomial(count * 21, True, generator=chance).view(count, 21)
+
+    usual = some(101, 0)
+    best = {K: watermark.scores(usual, lists[:K], usual).sort() for K in watermark.POOLS}
+    at_limit = usual[best[1].indices[99:100]]
+    sets = [{name: torch.cat([some(49, more), at_limit])
+             for name in ("never decoded", "saved", "regenerated")} for more in (0.5, 1, 2)]
+    given = iter(sets)
+    monkeypatch.setattr(watermark, "read_back", lambda *_: next(given))
+    monkeypatch.setattr(watermark, "kept_tokens", lambda _: (TensorDataset(usual), None))
+    finds, survival, pools = watermark.study(run, lists, 1.0, COUNT)
+
+    def share(tokens, K, limit):
+        scores = watermark.scores(tokens, lists[:K], usual)
+        return 100 * (scores > best[limit].values[99]).double().mean().item()
+
+    held_out, _, marked = sets
+    for name, found in finds.items():
+        assert found == pytest.approx([share(tokens[name], 1, 1) for tokens in sets])
+    for K in watermark.POOLS:
+        shares = [share(marked["saved"], K, K), share(held_out["saved"], K, K),
+                  share(held_out["saved"], K, 1)]
+        assert pools[f"{K} lists"] == pytest.approx([*shares, best[K].values[99].item()])
+    drawn, read, others = marked["never decoded"], marked["saved"], held_out["saved"]
+    for (name, found), span in zip(survival.items(), run.model.config.spans):
+        expected = [drawn == read, drawn == read.roll(1, 0),
+                    lists[0][drawn], lists[0][read], lists[0][others]]
+        assert found == pytest.approx([100 * x[:, span].double().mean().item() for x in expected])
+
+
+def test_what_is_claimed_of_the_watermark(opened, monkeypatch):
+    finds = {"never decoded": [1, 2, 4], "saved": [8, 16, 32], "regenerated": [64, 128, 256]}
+    scales = {"1x1": [90, 1, 2, 3, 4], "2x2": [40, 5, 6, 7, 8], "4x4": [20, 9, 10, 11, 12]}
+    monkeypatch.setattr(watermark, "open_runs", lambda _: [opened])
+    monkeypatch.setattr(watermark, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(watermark, "say_evaluations", lambda _: {
+        "unmarked": np.array([[5, 60, 0, 0, 70, 0, 0]]),
+        "marked": np.array([[6, 57, 0, 0, 0, 0, 0]])})
+    monkeypatch.setattr(watermark, "study", lambda *_: [finds, scales, {"1 lists": [0, 0, 0, 0]}])
+    said = ran("papers.watermark")
+    for claim, figure in zip(watermark.CLAIMS, (32, -3, 70, 256), strict=True):
+        assert f"claim: {claim.text}\n    measured {figure:.4f}: " in said
 
 
 # ------------------------------------------------------------------------------------------------
@@ -415,11 +505,13 @@ def test_which_heads_a_cache_keeps(run, monkeypatch):
     seen = []
     monkeypatch.setattr(roles, "statistics", lambda *given: (
         seen.append(given), forgetful.statistics(*given))[1])
-    layers, _, caches = roles.study(run)
+    run.settings = replace(run.settings, seed=3)
+    layers, correlations, caches = roles.study(run)
     ((_, tokens, labels),) = seen
-    assert len(tokens) == 20 and len(set(labels.tolist())) > 5
+    assert len(set(labels.tolist())) > 5
     train = kept_tokens(run)[0]
-    assert all((train.tensors[0] == row).all(dim=1).any() for row in tokens)
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(3))[:20]
+    assert torch.equal(tokens, train.tensors[0][chosen].long())
     past, largest, variance = forgetful.statistics(run, tokens, labels)
     looks = caches["by variance"][0]
     assert looks.sum() == 3 and variance[looks].min() > variance[~looks].max()
@@ -430,11 +522,25 @@ def test_which_heads_a_cache_keeps(run, monkeypatch):
     need = roles.rises(run, torch.stack(alone), (tokens, labels)).view(3, 2)
     looks = caches["by need"][0]
     assert looks.sum() == 3 and need[looks].min() > need[~looks].max()
+    for name, of_heads in (
+            ("- ASI", (past - 1) * largest), ("variance", variance), ("on the past", past)):
+        assert correlations[name][1] == roles.rank_correlation(of_heads, need)
+    halves = caches["at random"]   # of all heads: one of each layer, too
+    assert len(halves) == 8 and any((looks.sum(dim=1) == 1).all() for looks in halves)
+    without = [torch.arange(3)[:, None].expand(3, 2) != n for n in range(3)]
+    need = roles.rises(run, torch.stack(without), (tokens, labels))
+    assert [row[3] for row in layers.values()] == pytest.approx(need.tolist(), abs=1e-5)
+    run.model.config = replace(run.model.config, last_scales=1)
+    with pytest.raises(UserError, match="has no past to lose"):
+        roles.study(run)
 
 
 def test_the_page_on_roles(folder3, judged, monkeypatch):
     monkeypatch.setattr(roles, "CALIBRATION", 20)
     monkeypatch.setattr(roles, "RANDOM", 2)
+    found = []
+    rises = roles.rises
+    monkeypatch.setattr(roles, "rises", lambda *given: found.append(rises(*given)) or found[-1])
     said = ran("papers.roles", "--run", folder3, *SHORT)
     layers, caches, ranks = table_of(said, 4), table_of(said, 3), table_of(said, 2)
     asi, variance, past, need = np.transpose([layers[f"layer {n}"] for n in (1, 2, 3)])
@@ -451,6 +557,8 @@ def test_the_page_on_roles(folder3, judged, monkeypatch):
     for name, (more, *_) in caches.items():
         if name != "at random":
             assert more * 21 == pytest.approx(nats[name] - nats["all"], abs=0.012)
+    (of_two,) = (more for more in found if len(more) == 2)   # halves at random
+    assert caches["at random"][0] == pytest.approx(of_two.mean().item() / 21, abs=6e-5)
     figures = [ranks["- ASI"][0], ranks["variance"][1], caches["by variance"][0],
                caches["by variance"][0] - caches["at random"][0]]
     for claim, figure, rounded in zip(roles.CLAIMS, figures, (0.006, 0.006, 2e-4, 2e-4), strict=True):

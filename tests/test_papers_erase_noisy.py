@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import opened_run, ran, refused, rows_of, with_moved_weights
+from program import opened_run, ran, refused, rows_of, tuned_in, with_moved_weights
 
 from papers import FILTERED, UNFILTERED, attacks, erase, mistakes, noisy_context
 from papers.tuning import Tuning
 from sample import Run
-from support.checkpoint import load_checkpoint
+from support.checkpoint import fingerprint, load_checkpoint
 from support.evaluation import evaluated_images
 from support.images import to_float
 
@@ -87,7 +87,9 @@ def test_a_batch_without_the_class_is_as_ever(run):
 
 def test_erasing_tunes_a_copy(run):
     before = copy.deepcopy(run.model.state_dict())
-    tuned = erase.Erasing(run, 3, 2).run()
+    stage = erase.Erasing(run, 3, 2)
+    assert stage.reference is run.model
+    tuned = stage.run()
     assert not torch.equal(tuned.head.weight, before["head.weight"])
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -115,10 +117,12 @@ def test_what_is_learned_is_the_class_alone(run, flips, monkeypatch):
 
     def watched(stage, model, tokens, labels):
         seen.append((tokens, labels, stage.rows.tensors[0], stage.settings.preset))
+        assert stage.settings.seed == 3
         return loss(stage, model, tokens, labels)
 
     monkeypatch.setattr(Tuning, "loss", watched)
     monkeypatch.setattr(Tuning, "validate", lambda stage: {})
+    run.settings = replace(run.settings, seed=3)
     model = copy.deepcopy(run.model).requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     again = attacks.learned(run, model, 3, "some", flips)
@@ -182,10 +186,15 @@ def test_the_page_on_erasing(judged, monkeypatch):
     monkeypatch.setattr(attacks, "AGAIN", 2)
     seen = []
     evaluate = erase.evaluate
-    monkeypatch.setattr(erase, "evaluate", lambda run, *how, **more: (
-        seen.append(run.held_out.tensors[1]), evaluate(run, *how, **more))[1])
+    monkeypatch.setattr(erase, "evaluate", lambda run, *how, seeds: (
+        seen.append((run.held_out.tensors[1], seeds)), evaluate(run, *how, seeds=seeds))[1])
     said = ran("papers.erase", "--run", judged, *SHORT, "--steps", 2, "--erased", "ring")
-    assert len(seen) == 2 and all(set(labels.tolist()) == set(range(10)) - {1} for labels in seen)
+    for labels, seeds in seen:
+        assert set(labels.tolist()) == set(range(10)) - {1} and seeds == [0]
+    tuned = tuned_in(judged)
+    first = fingerprint(opened_run(judged, *SHORT).model)
+    for how in (tuned["erase-plain"], tuned["erase-ear"]):
+        assert (how["steps"], how["lr"], how["first weights"]) == (2, attacks.LR, first)
     rows = {name: row for name, row in rows_of(said, 6).items()
             if name in ("plain", "row", "erased", "row, again", "erased, again", "unseen")}
     assert list(rows) == ["plain", "row", "erased", "row, again", "erased, again", "unseen"]
@@ -207,11 +216,18 @@ def test_what_is_claimed_of_erasing(judged, monkeypatch):
     others = {"plain": np.array([[30.0, 60, 0, 0, 0, 0, 0]]),
               "erased": np.array([[31.0, 57, 0, 0, 0, 0, 0]])}
     monkeypatch.setattr(Tuning, "run", lambda stage: stage.model)
-    monkeypatch.setattr(erase, "learned", lambda run, model, *_, **__: model)
+    found = []
+    monkeypatch.setattr(erase, "learned", lambda run, model, label, name, flips=False: (
+        model, name, flips))
     monkeypatch.setattr(erase, "evaluate", lambda *_, **__: None)
     monkeypatch.setattr(erase, "say_evaluations", lambda _: others)
-    monkeypatch.setattr(erase, "found_of", lambda *_, **__: next(rows))
+    monkeypatch.setattr(erase, "found_of", lambda run, label, flips=False: found.append(
+        (run.model, flips)) or next(rows))
     said = ran("papers.erase", "--run", judged, *SHORT)
+    _, (row, _), (erased, _), *learned = found
+    assert learned == [((row, "erase-again-row", False), False),
+                       ((erased, "erase-again-erased", False), False),
+                       ((row, "erase-unseen", True), True)]
     assert (attacks.AGAIN, attacks.LR) == (20, 0.003)   # as when it was measured
     for claim, figure in zip(erase.CLAIMS, (4, -3, 0.4, 0.75, -10), strict=True):
         assert f"claim: {claim.text}\n    measured {figure:.4f}: " in said
@@ -412,12 +428,13 @@ def test_the_encoder_repairs(run, real, monkeypatch):
 
 def test_the_picture_of_mistakes():
     by_run = [{"a": [[1.0, 2.0, 4.0], [1.0, 3.0]], "b": [[1.0, 0.5, 0.0], [1.0, 0.0]]},
-              {"a": [[1.0, 4.0, 6.0], [1.0, 5.0]], "b": [[1.0, 0.5, 1.0], [1.0, 0.0]]}]
+              {"a": [[1.0, 4.0, 6.0], [1.0, 5.0]], "b": [[1.0, 0.5, 1.0], [1.0, 0.0]]},
+              {"a": [[1.0, 3.0, 5.0], [1.0, 7.0]], "b": [[1.0, 0.5, 2.0], [1.0, 3.0]]}]
     (axis,) = mistakes.drawn(by_run, (1, 2, 4)).axes
     lines = [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle())
              for line in axis.lines]
-    assert lines == [([0, 1, 2], [1, 3, 5], "-"), ([1, 2], [1, 4], "-"),
-                     ([0, 1, 2], [1, 0.5, 0.5], "--"), ([1, 2], [1, 0], "--")]
+    assert lines == [([0, 1, 2], [1, 3, 5], "-"), ([1, 2], [1, 5], "-"),
+                     ([0, 1, 2], [1, 0.5, 1], "--"), ([1, 2], [1, 1], "--")]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b"]
 
 
@@ -427,6 +444,7 @@ def test_the_page_on_noisy_context(judged, opened, monkeypatch):
     evaluate = noisy_context.evaluate
 
     def evaluated(*what, **how):
+        assert how == {"seeds": [0]}
         found = evaluate(*what, **how)
         found.unfiltered[0].recognised += 0.01 * len(asked)   # else all are recognised alike
         return found
@@ -444,6 +462,8 @@ def test_the_page_on_noisy_context(judged, opened, monkeypatch):
     path = judged / "papers" / "noisy_context-noisy" / "var.pt"
     made_with = load_checkpoint(path, "transformer")["made_with"]
     assert {"share": 0.5, "kind": "any", "when": "late"}.items() <= made_with.items()
+    control = tuned_in(judged)["noisy_context-control"]
+    assert control.items() <= made_with.items()   # as long, from the same weights
     left = rows_of(said, 2)
     assert {"control", "noisy context", "the encoder"} <= set(left)
     assert "the encoder: difference" in said and "control: difference" not in said
@@ -455,3 +475,19 @@ def test_the_page_on_noisy_context(judged, opened, monkeypatch):
         assert measured_of(said, claim) == pytest.approx(figure, abs=0.02)
     assert Image.open(judged / "papers" / "noisy_context.png").size[0] > 100
     assert "--share" in refused("papers.noisy_context", "--run", judged, "--share", "0")
+
+
+def test_what_is_claimed_of_noisy_context(opened, monkeypatch):
+    curves = iter([[[1, 2, 4], [1, 6]], [[1, 3, 1], [1, 3]]])   # left at the end: 5 and 2
+    monkeypatch.setattr(noisy_context, "open_runs", lambda _: [opened])
+    monkeypatch.setattr(Tuning, "run", lambda stage: stage.model)
+    monkeypatch.setattr(noisy_context, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(noisy_context, "by_model", lambda *_: next(curves))
+    monkeypatch.setattr(noisy_context, "by_encoder", lambda *_: [[1, 1, 9], [1, 9]])
+    monkeypatch.setattr(noisy_context, "say_evaluations", lambda _: {
+        "control": np.array([[200, 60, 0, 0, 70, 0, 0]]),
+        "noisy": np.array([[220, 64, 0, 0, 71, 0, 0]])})
+    monkeypatch.setattr(noisy_context, "save_picture", lambda *_: None)
+    said = ran("papers.noisy_context", *SHORT)
+    for claim, figure in zip(noisy_context.CLAIMS, (4, 10, 5, -3), strict=True):
+        assert measured_of(said, claim) == pytest.approx(figure, abs=1e-4)

@@ -19,6 +19,7 @@ from support.cli import UserError
 from support.evaluation import Judge, evaluated_images, kept_classifier, psnr
 from support.images import to_bytes, to_float
 from tokenizer import Tokenizer, TokenizerConfig
+from var import VAR
 
 COUNT = 16
 SHORT = ("--device", "cpu", "--count", COUNT)
@@ -141,7 +142,10 @@ def test_the_quantizers_loss_and_gradient_by_hand():
 
 
 def test_the_tokenizers_loss_has_a_smaller_image(opened, monkeypatch):
-    stage = TokenizerTuning(opened, 2)
+    """That of all maps, whatever the run's was."""
+    preset = replace(opened.settings.preset, smaller_weight=1.0)
+    run = replace(opened, settings=replace(opened.settings, preset=preset))
+    stage = TokenizerTuning(run, 2)
     stage.before_step()
     stage.step = 1
     images, labels = stage.rows[list(range(4))]
@@ -195,6 +199,7 @@ def test_a_training_anew_begins_as_no_run(opened):
     assert torch.allclose(stage.model(x, quantize=False)[0], expected, atol=1e-6)
     first = copy.deepcopy(stage.model.state_dict())
     flex = flexvar.FlexTuning(run, 2, stage, anew=True)
+    assert flex.settings.preset.var_lr == preset.var_lr   # the run's
     assert not torch.equal(stage.ema.decoder.conv_out.weight, first["decoder.conv_out.weight"])
     assert stage.ema.quantizer.codebook_VC.any(dim=1).all()   # it has codes, at last
     for name, weight in flex.model.named_parameters():
@@ -235,6 +240,9 @@ def test_of_changes_nothing_but_scales(flex):
     assert model.config.scales == (1, 2, 4) and flex.tokenizer.quantizer.scales == (1, 2, 3, 4)
     assert len(model.ranges) == 21 and part.model.ranges.last == (1, 5, 5, 5, 5)
     assert part.model.head is model.head
+    own_scale = replace(flex, model=copy.copy(model))
+    own_scale.model.config = replace(model.config, last_scales=1)
+    assert of(own_scale, (1, 2)).model.ranges.first == (0, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("cfg", [0.0, 2.0])
@@ -338,7 +346,8 @@ def test_figures_are_of_what_was_measured(opened, flex):
     with torch.no_grad():
         made = opened.tokenizer.render(F.adaptive_avg_pool2d(latent, 3))
     found = judge(F.interpolate(made, size=16, mode="bicubic").clamp(-1, 1), labels)
-    assert drawn["VAR, resized to 3"][0] == pytest.approx(100 * found.recognised)
+    assert drawn["VAR, resized to 3"] == pytest.approx(
+        [100 * found.recognised, 100 * found.recall, found.frechet], rel=1e-4)
     assert list(rates) == ["VAR, 1 tokens", "VAR, 5 tokens", "VAR, 21 tokens",
                            "FlexVAR, 26 tokens", "FlexVAR, 30 tokens", "FlexVAR, 21 tokens"]
     _, tokens = opened.encode(images)
@@ -358,18 +367,26 @@ def test_figures_are_of_what_was_measured(opened, flex):
 
 
 def test_each_figure_is_the_claims(opened, flex, monkeypatch):
-    """Of shares that all differ, and of nats between those of VAR's scales."""
-    shares = iter([0.8, 0.5, 0.41, 0.52, 0.63, 0.7, 0.62, 0.66, 0.3, 0.35, 0.27, 0.55])
-    monkeypatch.setattr(
-        flexvar, "Judge", lambda *_: lambda *_: SimpleNamespace(
-            recognised=next(shares), recall=0.0, frechet=0.0))
+    """Of shares that all differ, and of nats between those of VAR's scales; two of these may be
+    left out."""
+    scales = {"scales": (1, 2, 3, 4)}
+    tokenizer = Tokenizer(replace(opened.tokenizer.config, **scales))
+    torch.nn.init.normal_(tokenizer.quantizer.codebook_VC)
+    run = replace(opened, tokenizer=tokenizer, model=VAR(replace(opened.model.config, **scales)))
+    shares = iter([0.8, 0.5, 0.4, 0.41, 0.52, 0.63, 0.7, 0.62, 0.66, 0.3, 0.35, 0.27, 0.55, 0.65])
+
+    def judge(made, labels):
+        assert made.abs().max() <= 1
+        return SimpleNamespace(recognised=next(shares), recall=0.0, frechet=0.0)
+
+    monkeypatch.setattr(flexvar, "Judge", lambda *_: judge)
     monkeypatch.setattr(Run, "log_likelihoods", lambda run, tokens, _: -torch.full(
         tokens.shape, 0.4 if isinstance(run.model, FlexVAR) else 1.0))
-    *_, rates, _, figures = flexvar.measure(opened, flex, COUNT)
-    assert figures[:6] == pytest.approx([62 - 70, 80 - 50, 55 - 70, 27 - 70, 92 / 3 - 52, 70 - 80])
-    (_, five), (_, all_21), (_, ours) = (
-        rates[f"{name} tokens"] for name in ("VAR, 5", "VAR, 21", "FlexVAR, 21"))
-    on_the_line = five + (all_21 - five) * (0.4 * 21 - 5) / (21 - 5)
+    *_, rates, _, figures = flexvar.measure(run, flex, COUNT)
+    assert figures[:6] == pytest.approx([62 - 70, 80 - 45, 60 - 70, 27 - 70, 92 / 3 - 52, 70 - 80])
+    (_, five), (_, fourteen), (_, ours) = (
+        rates[f"{name} tokens"] for name in ("VAR, 5", "VAR, 14", "FlexVAR, 30"))
+    on_the_line = five + (fourteen - five) * (0.4 * 30 - 5) / (14 - 5)
     assert figures[6] == pytest.approx(ours - on_the_line, rel=1e-4)
 
 

@@ -205,6 +205,9 @@ def test_the_surest_are_kept():
     more = masked.keep_more(kept, score, 1)   # half of five, and of six
     assert more.tolist() == [[True, True, False, False, True, False], [True] * 3 + [False] * 3]
     assert masked.keep_more(kept, score, 5).sum(dim=1).tolist() == [1, 1]
+    sure = torch.ones(1, 6)   # however sure the others are, what was kept is
+    kept = torch.arange(6)[None] % 2 == 1
+    assert masked.keep_more(kept, sure, 2)[kept].all()
     model = SimpleNamespace(surest=True)
     logits = torch.randn(2, 6, 9)
     tokens = torch.randint(0, 9, (2, 6))
@@ -276,6 +279,17 @@ def test_nats_with_drafts(run, told, leaks):
     assert torch.allclose(one, F.cross_entropy(logits.mT, tokens_NL, reduction="none"), atol=1e-4)
     assert torch.equal(two[:, in_a], one[:, in_a]) and torch.equal(drafts[:, in_a], one[:, in_a])
     assert torch.equal(drafts, two) != leaks
+    _, _, others = hmar.nats_of(run.tokenizer, model, tokens_NL, labels)   # drafts are by chance
+    assert torch.equal(drafts, others) != leaks
+
+
+def test_drafts_are_the_same_whatever_was_trained_before(run, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(hmar, "tuned", lambda run, *_: torch.manual_seed(9) and run)
+    monkeypatch.setattr(hmar, "nats_of", lambda _, model, tokens, labels: seeds.append(
+        torch.initial_seed()) or torch.zeros(3, *tokens.shape))
+    hmar.measure(run, 1, 0.1, COUNT)
+    assert seeds == [0, 0, 0]
 
 
 def nats_by_hand(run, model, scale: int | None = None) -> float:
@@ -322,11 +336,15 @@ def test_the_pages_on_passes(run, folder):
     judge = Judge(kept_classifier(run), originals, run.classes)
     for name, kind, sampling, passes in (
             ("plain VAR, top-p 0.9", "plain", replace(UNFILTERED, top_p=0.9), [1, 1, 1]),
-            ("filtered: by confidence", "masked", FILTERED, [1, 2, 4])):
+            ("filtered: by confidence", "masked", FILTERED, [1, 2, 4]),
+            ("halves: by confidence", "masked", FILTERED, [1, 2, 4])):
         models[kind].passes = passes
         models[kind].surest = True
         part = replace(run, model=models[kind], sampling=sampling)
-        images = run.decode(part.generate(labels.tolist(), 0))
+        asked = labels.tolist(), 0
+        if name.startswith("halves"):   # of no class, but judged by theirs
+            asked = [10] * COUNT, 0, hmar_passes.left_halves(run, originals)[1]
+        images = run.decode(part.generate(*asked))
         found = judge(images, labels)
         step, own = ((x[..., 8] - x[..., 7]).abs().mean().item() for x in (images, originals))
         expected = [100 * found.recognised, 100 * found.recall, 100 * found.precision,
@@ -341,6 +359,8 @@ def claimed(page, folder, rows, monkeypatch) -> list[str]:
     """What a page says that it measured where these are its rows; real ones are much alike."""
     monkeypatch.setattr(page, "measure", lambda *_: rows)
     said = ran(page.__name__, "--run", folder, *SHORT)
+    first, second, *_ = rows
+    assert f"\n{second}: difference" in said and f"\n{first}: difference" not in said
     return [said.split(f"claim: {claim.text}\n")[1].split()[1] for claim in page.CLAIMS]
 
 
@@ -366,20 +386,37 @@ def test_what_is_claimed_of_passes(folder, monkeypatch):
 def test_what_is_drawn_and_how(run, monkeypatch):
     """The model, how it is sampled, in which passes, and of what half something is known."""
     asked = []
+    images, labels_N = evaluated_images(run, COUNT)
 
     def draw(model, labels, known, *how):
         asked.append((model, set(labels) == {10}, known is not None, *how))
-        return evaluated_images(run, COUNT)[0]
+        return images
 
     monkeypatch.setattr(hmar_passes, "tuned", lambda run, kind, steps, lr: (kind, steps, lr))
     monkeypatch.setattr(hmar_passes, "draw", draw)
     monkeypatch.setattr(hmar_passes, "save_picture", lambda *_: None)
     rows = hmar_passes.measure(run, [1, 3, 5], 7, 0.5, COUNT)
     assert list(rows) == list(hmar_passes.DRAWN)
-    for (name, (kind, sampling, more, surest)), found in zip(hmar_passes.DRAWN.items(), asked):
+    found = Judge(kept_classifier(run), images, run.classes)(images, labels_N)
+    assert 0 < found.recognised < 1
+    assert {row[0] for row in rows.values()} == {100 * found.recognised}
+    for name, found in zip(rows, asked, strict=True):   # as their names say
         half = name.startswith("halves")
-        passes = [1, 3, 5] if more else [1, 1, 1]
+        kind = "plain" if "plain" in name else "leaking" if "leaking" in name else "masked"
+        sampling = FILTERED if half or name.startswith("filtered") else UNFILTERED
+        what, number = name.split()[-2:]
+        if what in ("top-p", "cfg"):
+            sampling = replace(sampling, **{what.replace("-", "_"): float(number)})
+        surest = "by confidence" in name
+        passes = [1, 3, 5] if surest or "at random" in name else [1, 1, 1]
         assert found == ((kind, 7, 0.5), half, half, sampling, passes, surest)
+
+
+def test_the_model_is_told_in_which_passes(run):
+    run.model = MaskedVAR(run.model).eval()
+    for how in (([1, 2, 4], True), ([1, 1, 3], False)):
+        hmar_passes.draw(run, [0, 3], None, UNFILTERED, *how)
+        assert (run.model.passes, run.model.surest) == how
 
 
 def test_halves_are_completed(run, folder):
@@ -429,6 +466,7 @@ def test_the_page_on_own_scales(run, folder, monkeypatch):
         return begin(stage)
 
     def evaluated(*what, **how):
+        assert how == {"seeds": [0]}
         found.append(evaluate(*what, **how))
         found[-1].unfiltered[0].frechet += len(starts)**2   # two steps make little difference
         return found[-1]
@@ -465,6 +503,10 @@ def test_a_power_law_is_found():
     assert power_law.line_of(x, 7 * x**-0.25) == pytest.approx((-0.25, 7, -1))
     exponent, correlation, above = power_law.law_of(x, 7 * x**-0.25 * [1, 1, 1, 1.1])
     assert (exponent, correlation, above) == pytest.approx((-0.25, -1, 10))
+    x_N, y_N = np.random.default_rng(0).uniform(1, 9, (2, 7))   # least squares, of all of them
+    a_N, b_N = (np.log(z) - np.log(z).mean() for z in (x_N, y_N))
+    expected = (a_N @ b_N) / (a_N @ a_N), (a_N @ b_N) / np.sqrt((a_N @ a_N) * (b_N @ b_N))
+    assert power_law.line_of(x_N, y_N)[::2] == pytest.approx(expected)
     found = np.array([[x, 6 * x**2, 7 * x**-0.25, 0.9 * x**-0.125],
                       [x, 6 * x**2, 5 * x**-0.5, 0.9 * x**-0.125 * [1, 1, 1, 0.9]]])
     laws = scaling.laws_of(found)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from program import copied_run, opened_run, ran, rows_of, with_moved_weights
+from program import copied_run, opened_run, ran, rows_of, tuned_in, with_moved_weights
 
 from papers import UNFILTERED, linear_past
 from papers.linear_past import LinearPast, LinearVAR, Memory
@@ -53,7 +53,7 @@ def test_a_layer_by_hand(opened):
     attention = opened.model.blocks[0].attention
     layer = LinearPast(attention, opened.model.config)
     torch.manual_seed(0)
-    x = torch.randn(1, 21, 32)
+    x = torch.randn(1, 21, 32, requires_grad=True)
     q, k, v, scale = attention.project(x)
     phi_q, phi_k = ((4 * y / y.norm(dim=3, keepdim=True)).exp() for y in (q, k))
     rows = []
@@ -66,7 +66,11 @@ def test_a_layer_by_hand(opened):
             own = 0.75 * own + 0.25 * past
         rows.append(own)
     expected = attention.out(torch.cat(rows, dim=2).transpose(1, 2).flatten(2))
-    assert torch.allclose(layer(x, None, None), expected, atol=1e-4)
+    found = layer(x, None, None)
+    assert torch.allclose(found, expected, atol=1e-4)
+    towards = torch.randn(1, 21, 32)
+    slopes = [torch.autograd.grad((o * towards).sum(), x)[0] for o in (found, expected)]
+    assert torch.allclose(*slopes, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -137,6 +141,9 @@ def test_the_page_on_a_linear_past(folder, monkeypatch):
     run = opened_run(folder, *SHORT)
     images, labels = evaluated_images(run, COUNT)
     tokens = run.encode(images)[1]
+    tuned = tuned_in(folder)
+    assert set(tuned) == {"hmar-plain", "linear_past-own", "linear_past-linear"}
+    assert all((how["steps"], how["lr"]) == (2, 0.02) for how in tuned.values())
     models = {"own scale": linear_past.own_scale(run.model), "linear": LinearVAR(run.model)}
     for name, model in models.items():
         path = folder / "papers" / f"linear_past-{name.split()[0]}" / "var.pt"

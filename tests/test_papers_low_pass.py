@@ -1,6 +1,7 @@
 """A page of papers/: VAR's quantizer with its target low-passed."""
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from program import copied_run, opened_run, ran, rows_of
@@ -8,6 +9,7 @@ from program import copied_run, opened_run, ran, rows_of
 from papers import low_pass
 from papers.low_pass import BANDS, LowPass
 from sample import load_run
+from support.checkpoint import load_checkpoint
 from support.evaluation import evaluated_images, psnr
 from tokenizer import Quantizer, TokenizerConfig
 
@@ -128,7 +130,10 @@ def test_the_page_on_low_pass(judged, tmp_path, monkeypatch):
     run = opened_run(folder, *SHORT)
     images, labels = evaluated_images(run, COUNT)
     for i, kind in enumerate(kinds):
-        part = load_run(folder / "papers" / f"low_pass-{kind}", run.machine)
+        out = folder / "papers" / f"low_pass-{kind}"
+        preset = load_checkpoint(out / "var.pt", "transformer")["preset"]
+        assert (preset["tokenizer_steps"], preset["var_steps"]) == (12, 3)
+        part = load_run(out, run.machine)
         quantizer = part.tokenizer.quantizer
         if kind != "plain":
             part.tokenizer.quantizer = LowPass(quantizer, BANDS[kind]((1, 2, 4)))
@@ -148,3 +153,18 @@ def test_the_page_on_low_pass(judged, tmp_path, monkeypatch):
     for claim, figure in zip(low_pass.CLAIMS, figures, strict=True):
         measured = float(said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":"))
         assert measured == pytest.approx(figure, abs=2e-3)
+
+
+def test_what_is_claimed_of_low_pass(judged, monkeypatch):
+    run = opened_run(judged, *SHORT)
+    nats = {"plain": 200.0, "share": 160.0, "sampling": 250.0}
+    decibels = {"plain": 20.0, "share": 23.0, "sampling": 19.5}
+    monkeypatch.setattr(low_pass, "open_runs", lambda _: [run])
+    monkeypatch.setattr(low_pass, "trained", lambda run, kind, *_: kind)
+    monkeypatch.setattr(low_pass, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(low_pass, "by_scale", lambda kind, _: [1, 2, 3, 4, 5, decibels[kind]])
+    monkeypatch.setattr(low_pass, "say_evaluations", lambda _: {
+        kind: np.array([[x, 1, 2, 3, 4, 5, 6]]) for kind, x in nats.items()})
+    said = ran("papers.low_pass")
+    for claim, figure in zip(low_pass.CLAIMS, (20, 3, -25, -0.5), strict=True):
+        assert f"claim: {claim.text}\n    measured {figure:.4f}: " in said

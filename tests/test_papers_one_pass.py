@@ -210,6 +210,7 @@ def test_nothing_is_lost_where_laws_are_the_same():
 def test_distilling_tunes_a_copy(run, kind):
     before = copy.deepcopy(run.model.state_dict())
     stage = Distilling(run, kind, 2, 1e-2)
+    assert not stage.teacher.training
     assert stage.ema(*stage.example()).shape == (1, 21, 32)   # of which operations are counted
     assert stage.validate() == {}
     tuned = stage.run()
@@ -330,3 +331,20 @@ def test_the_page_on_one_pass(folder, monkeypatch):
     with Image.open(folder / "papers" / "one_pass.png") as picture:
         assert picture.height > 9 * 16
     assert "--second 3 leaves nothing" in refused("papers.one_pass", *flags[:-1], 3)
+
+
+def test_what_is_claimed_of_one_pass(opened, monkeypatch):
+    """Of figures of which no two are as far apart as others."""
+    ways = [(kind, way) for kind in KINDS for way in ("all passes", "two passes", "one pass")]
+    drawn = {f"{kind}, {way}": [2.0**n, 0, 3.0**n, 0.5**n, 0]
+             for n, (kind, way) in enumerate(ways)}
+    by_scale = {"flow: recognised %, teacher before": [10, 20, 40]}
+    monkeypatch.setattr(one_pass, "open_runs", lambda _: [opened])
+    monkeypatch.setattr(one_pass, "measure", lambda *_: (drawn, by_scale, []))
+    monkeypatch.setattr(one_pass, "grid", lambda rows: rows)
+    monkeypatch.setattr(one_pass, "save_picture", lambda *_: None)
+    said = ran("papers.one_pass", "--second", 1)
+    won_back = (3**5 - 3**4) / (3**5 - 3**3)
+    figures = [2**5, 2**2, 0.5**5, 2**5 - 2**8, won_back, 20 - (2**5 + 2**3) / 2]
+    for claim, figure in zip(one_pass.CLAIMS, figures, strict=True):
+        assert measured_of(said, claim) == pytest.approx(figure, abs=1e-4)

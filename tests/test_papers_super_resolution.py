@@ -19,7 +19,7 @@ from papers.tuning import Tuning
 from sample import Run
 from support.checkpoint import load_checkpoint
 from support.evaluation import Judge, evaluated_images, kept_classifier
-from support.images import to_float
+from support.images import to_bytes, to_float
 
 COUNT = 16
 SHORT = ("--device", "cpu", "--count", COUNT)
@@ -88,6 +88,13 @@ def test_blur_mirrors_at_the_border():
     assert torch.allclose(small_images.blurred(images, 2.1), blurred, atol=1e-6)
 
 
+def test_small_images_are_enlarged():
+    small = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = F.interpolate(small, size=(16, 16), mode="bicubic")
+    assert expected.abs().max() > 1
+    assert torch.equal(enlarged(small), expected.clamp(-1, 1))
+
+
 def test_links_of_the_chain(real):
     images, _ = real
     assert torch.allclose(degraded(images, (0, 0, 0)), halved(images), atol=1e-6)
@@ -134,6 +141,7 @@ def test_every_image_draws_its_strengths(real, monkeypatch):
 
 def test_what_is_tuned_on_and_what_is_left_for_the_test():
     """Of the middle strengths, blur and noise; JPEG and the strong ones are met by "wide" alone."""
+    assert WIDE == ([0, 1, 2, 3],) * 3
     strengths = super_resolution.TESTS
     assert len(set(strengths.values())) == len(strengths) == 8
     for i, kind in enumerate(("blur", "noise", "JPEG")):
@@ -259,8 +267,13 @@ def test_the_coarse_scales_are_those_of_the_small_image(run, real, looks, monkey
     monkeypatch.setattr(Run, "decode", lambda run, tokens: tokens)
     labels = []
     generate = type(model).generate
-    monkeypatch.setattr(type(model), "generate", lambda model, tokenizer, labels_B, *how: (
-        labels.append(labels_B), generate(model, tokenizer, labels_B, *how))[1])
+
+    def watched(model, tokenizer, labels_B, cfg, top_k, top_p, generator, *rest):
+        labels.append(labels_B)
+        assert generator.initial_seed() == 0
+        return generate(model, tokenizer, labels_B, cfg, top_k, top_p, generator, *rest)
+
+    monkeypatch.setattr(type(model), "generate", watched)
     seen = []
     draw = model.draw
     monkeypatch.setattr(model, "draw", lambda logits, *how: (
@@ -274,6 +287,20 @@ def test_the_coarse_scales_are_those_of_the_small_image(run, real, looks, monkey
     with torch.no_grad():
         logits = model(torch.cat(labels), run.tokenizer.teacher_inputs(found))
     assert torch.allclose(torch.cat(seen[2::3]), logits[:, 5:], atol=1e-4)
+
+
+def test_the_picture_shows_an_image_of_each_test(real, monkeypatch):
+    images, _ = real
+    rows = []
+    monkeypatch.setattr(small_images, "grid", lambda given, _: rows.extend(given))
+    made = {test: {"look": images.roll(i, 1)} for i, test in enumerate(super_resolution.TESTS)}
+    small_images.picture_of(images, made)
+    shown = ("blur and noise 2", "blur 3", "noise 3", "JPEG 3")
+    for place, row, test in zip(range(0, COUNT, 4), rows, shown, strict=True):   # of other classes
+        columns = small_images.small_of(images, test), made[test]["look"], images
+        assert (row.label, row.captions) == (test, ["small", "look", "original"])
+        for image, column in zip(row.images, columns, strict=True):
+            assert np.array_equal(image, to_bytes(column)[place])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -329,18 +356,19 @@ def test_the_page_on_super_resolution(folder):
     assert Image.open(folder / "papers" / "super_resolution.png").size[0] > 500
 
 
-def test_shares_of_what_is_gained(folder, monkeypatch, capsys):
-    """Of figures that are given: dB of look and of wide, each against the control."""
+def test_what_is_claimed_of_super_resolution(folder, monkeypatch):
+    """Of figures that are given."""
     def measure(run, steps, count):
         rows = {}
         for i, test in enumerate(super_resolution.TESTS):
-            dB = {"control": 10.0 + i, "look": 11.0 + i, "wide": 12.0 + 2 * i}
-            rows[test] = {name: [dB.get(name, 0.0), 0.0, 0.0, 0.0] for name in (
-                "control", "look", "wide", "prefix", "tokenizer")}
+            dB = {"control": 10.0 + i, "look": 11.0 + i, "wide": 12.0 + 2 * i, "prefix": 10.5 + i,
+                  "tokenizer": 9.75 + i}
+            rows[test] = {name: [x, 2 * x**2, 0.0, 0.0] for name, x in dB.items()}
         return rows, Image.new("L", (1, 1))
 
     monkeypatch.setattr(super_resolution, "measure", measure)
     said = ran("papers.super_resolution", "--run", folder, *SHORT)
-    shares = [float(said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":"))
-              for claim in super_resolution.CLAIMS[4:]]
-    assert shares == pytest.approx([2 / (5 + 7), 2 / (8 + 9)], abs=1e-4)
+    figures = [float(said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":"))
+               for claim in super_resolution.CLAIMS]
+    assert figures == pytest.approx([   # blur and noise 2 is the second test
+        0.5, 2 * (11.5**2 - 11**2), 12 - 10.75, 14 - 12, 2 / (5 + 7), 2 / (8 + 9)], abs=1e-4)

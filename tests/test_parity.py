@@ -83,14 +83,15 @@ def test_published_files_are_sampled_from_as_downloaded(case, tmp_path):
     with Image.open(tmp_path / "x.png") as image:
         assert image.height == 2 * 132 and len(np.unique(np.asarray(image))) > 20
     assert "not a published VAR transformer" in refused("sample.py", "--var", paths["vae"], *flags)
-    weight = case[0]["var"]["word_embed.weight"]
-    for part, changes, told in (
-            ("var", {"word_embed.weight": torch.cat([weight, weight], dim=1)}, f"code channels {2 * weight.shape[1]}"),
-            ("var", {"word_embed.weight": weight / 0}, "is not finite"),
-            ("vae", {"quantize.embedding.weight": case[0]["vae"]["quantize.embedding.weight"] / 0}, "is not finite")):
-        torch.save({**case[0][part], **changes}, tmp_path / f"{part}.pth")
+    read, codes = "word_embed.weight", "quantize.embedding.weight"
+    weight = case[0]["var"][read]
+    for part, name, value, told in (
+            ("var", read, torch.cat([weight, weight], dim=1), "expects code channels"),
+            ("var", read, weight / 0, "is not finite"),
+            ("vae", codes, case[0]["vae"][codes] / 0, "is not finite")):
+        torch.save({**case[0][part], name: value}, paths[part])
         assert told in refused("sample.py", "--var", paths["var"], *flags)
-        torch.save(case[0][part], tmp_path / f"{part}.pth")
+        torch.save(case[0][part], paths[part])
 
 
 def test_published_files_are_explored(case, tmp_path):

@@ -338,7 +338,8 @@ def test_what_is_left_over_is_what_the_coarser_scales_lack(run, given):
         for shown, left_Nss in zip(rows[3 * n].images, left, strict=True):
             np.testing.assert_allclose(shown[..., 0], 255 * left_Nss[n] / largest, atol=1.01)
         codes_L3 = torch.cat([shown.flatten(0, 1) for shown in rows[3 * n + 1].images])
-        assert torch.equal(codes_L3, code_colours(run.tokenizer.quantizer.codebook_VC)[tokens_NL[n]])
+        colours_V3 = code_colours(run.tokenizer.quantizer.codebook_VC)
+        assert torch.equal(codes_L3, colours_V3[tokens_NL[n]])
         for shown, frames_N in zip(rows[3 * n + 2].images, run.after_each_scale(tokens_NL)):
             assert np.array_equal(shown, frames_N[n])
     assert not torch.equal(rows[0].images[2], rows[3].images[2])
@@ -361,7 +362,8 @@ def test_the_shares_of_all_scales_stand_above_a_row(run, given):
     """And brightness is the root of a weight, in shares of the largest."""
     (row,) = draw_attention(run, given.images, 3, (0, 3))
     where, *shares = row.captions
-    assert row.label == "layer 1" and where == "cell 0 3" and [share.split(":")[0] for share in shares] == ["1x1", "2x2", "4x4"]
+    assert row.label == "layer 1"
+    assert where == "cell 0 3" and [share.split(":")[0] for share in shares] == ["1x1", "2x2", "4x4"]
     whole = sum(float(share.split()[1].strip("%")) for share in shares)
     assert whole == pytest.approx(100, abs=2)
     inputs = run.tokenizer.teacher_inputs(run.encode(given.images[:1])[1])
@@ -727,7 +729,8 @@ def test_what_crosses_from_the_device_is_bytes(run, given, monkeypatch):
 
 def test_a_gpu_decodes_in_its_precision_and_encodes_in_fp32():
     done = []
-    tokenizer = SimpleNamespace(to=lambda device: done.append(device.type), cast_decoder=done.append)
+    tokenizer = SimpleNamespace(
+        to=lambda device: done.append(device.type), cast_decoder=done.append)
     sample.placed(tokenizer, Machine(torch.device("cuda"), torch.bfloat16))
     assert done == ["cuda", torch.bfloat16]
 
@@ -971,7 +974,8 @@ def test_mistakes(judged, tmp_path):
         "evaluate 7": "count: 7 must be",
     }.items():
         assert told in refused("sample.py", *command.split(), "--run", judged), command
-    assert refused("sample.py", "--run", judged, "--top-p", 0).endswith("from 1e-06 to 1")   # no image to name
+    # Where there are no images nothing is told of them.
+    assert refused("sample.py", "--run", judged, "--top-p", 0).endswith("from 1e-06 to 1")
     for flag in ("--tokenizer", "--var"):
         assert "--published names both" in refused("sample.py", "--published", "d16", flag, "a.pth")
     assert "IMAGE: a name is missing" in refused("sample.py", "codes", "", "--run", judged)

@@ -334,7 +334,8 @@ def test_a_second_generation_makes_no_tables_and_waits_for_nothing(monkeypatch):
 
 def test_tables_of_the_mask_go_where_the_model_goes(monkeypatch):
     asked = []
-    monkeypatch.setattr(kernels.KeyRanges, "prepare", lambda ranges, device: asked.append(device.type))
+    monkeypatch.setattr(
+        kernels.KeyRanges, "prepare", lambda ranges, device: asked.append(device.type))
     VAR(config()).to("meta")
     assert asked == ["cpu", "meta"]
 
