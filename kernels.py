@@ -60,9 +60,9 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
-    major, minor, *_ = triton.__version__.split(".")
+    version = triton.__version__.split(".")
     # 3.5 does not compile attention's backward pass.
-    HAS_TRITON = (int(major), int(minor)) >= (3, 6)
+    HAS_TRITON = (int(version[0]), int(version[1])) >= (3, 6)
 except ImportError:   # as on a Mac: the kernels stay plain functions that nobody calls
     from types import SimpleNamespace
     triton = SimpleNamespace(jit=lambda function: function, __version__="not installed")

@@ -243,7 +243,7 @@ class Run:
 
     def held_out_images(self) -> Tensor:
         if self.held_out is None:
-            raise UserError("this run comes without images; where IMAGE is asked for, name files")
+            raise UserError(f"{self.folder} has no held_out.pt, so no data:0; files may be named")
         return self.held_out.tensors[0]
 
 

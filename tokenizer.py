@@ -27,7 +27,8 @@ decoding, teaching and generation are loops over them.
 
 Axes: B batch, C channels of the latent and of a code, S side of the latent, s side of one token
 map, L tokens of all maps (coarse to fine, sum of s*s), l tokens of one map, V codebook size,
-K number of scales, k one of them, 0 the coarsest; N, M, n vectors or codes, X sum of all s.
+K number of scales, k one of them, 0 the coarsest; N vectors; M residuals of a scale, n codes that
+are to move there; X sum of all s.
 """
 from __future__ import annotations
 

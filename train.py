@@ -181,16 +181,16 @@ class Stage:
             self.ddp.broadcast_buffers = False   # sent once, above; else at every step
 
     def begin(self) -> None:
-        """Do what a training does first that goes on from no checkpoint."""
+        """A hook: first of all, unless a training goes on from a checkpoint."""
 
     def before_step(self) -> None:
-        """Change the model before a step."""
+        """A hook: before each step."""
 
     def after_step(self) -> None:
-        """Change the model once the optimizers have."""
+        """A hook: after the optimizers' steps."""
 
     def finish(self, log: WatchedLog) -> None:
-        """Measure what else there is of the trained model."""
+        """A hook: measures more of the trained model."""
 
     def run(self) -> nn.Module:
         """Train to the last step, and return the EMA model."""
@@ -262,7 +262,7 @@ class Stage:
 
                 # Reading a number waits for the GPU: every tenth step, and before what follows.
                 last = self.step == self.steps
-                measured = last or self.step % math.ceil(self.steps / 8) == 0   # eight times
+                measured = last or self.step % math.ceil(self.steps / 8) == 0   # up to eight times
                 saved = last or self.step % settings.checkpoint_every == 0
                 if logged is None and not measured and not saved:
                     continue

@@ -68,8 +68,8 @@ def load_checkpoint(path: Path, kind: str) -> dict:
 def check_made_with(path: Path, content: dict, made_with: dict[str, Any]) -> None:
     """Raises UserError where what a checkpoint was made with is not what it would be now."""
     if "copied from" in content["made_with"]:
-        raise UserError(f"{path} is a copy, and is not trained further; --stage var goes on with "
-                        f"what is trained on it")
+        raise UserError(f"{path} is a copy, and is not trained further; --resume --stage var goes "
+                        f"on with the transformer")
     for name, now in made_with.items():
         before = content["made_with"].get(name)
         if before == now or name.endswith("_lr"):   # a learning rate may change
@@ -78,7 +78,7 @@ def check_made_with(path: Path, content: dict, made_with: dict[str, Any]) -> Non
         if name == "LPIPS" or len(str(now)) == 64:   # a SHA-256 says nothing to anybody
             told = f"another {name}"
         if name == "data set":
-            told += ", or the same read otherwise (--stream, --channels, --white-level)"
+            told += " (or of a folder other files, --stream, --channels or --white-level)"
         raise UserError(f"{path} was made with {told}, and goes on only as it began")
 
 
@@ -114,7 +114,7 @@ def read_tensors(path: Path, what: str) -> Any:
     out, and PyTorch's gets a new archive of it. Raises UserError for anything else.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name the {what} in it")
+        raise UserError(f"{path} is a folder; name the file in it, tokenizer.pt or var.pt say")
     if not path.is_file():
         raise UserError(f"there is no {what} at {path}")
     with blaming(path):

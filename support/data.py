@@ -90,7 +90,7 @@ def load_data(
     if rank == 0:
         wait_for_others()
     if name in ("shapes", *PUBLISHED) and Path(name).is_dir():
-        say(f"note: the folder of this name would be --data ./{name}")
+        say(f"note: {name} is the set of that name; the folder here would be --data ./{name}")
     if channels not in (None, data.channels):
         raise UserError(f"{name} has images of {data.channels} channels, and {channels} are asked "
                         f"for, by --channels or the tokenizer")

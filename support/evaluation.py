@@ -183,8 +183,8 @@ def kept_classifier(run) -> Classifier:
     device = run.machine.device
     images_path = run.folder / "train_images.pt"
     if not images_path.exists():
-        raise UserError(f"there is nothing to judge by in {run.folder}: train.py keeps images for "
-                        f"it at its end, to which --resume goes on")
+        raise UserError(f"there is no {images_path}, by which images are judged: train.py writes "
+                        f"it at its end; --resume goes on until then")
     with blaming(images_path):
         content = load_checkpoint(images_path, "set of training images")
         images, labels, data_set = (content[name] for name in ("images", "labels", "data_set"))

@@ -458,10 +458,7 @@ def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[st
     for folder in folders:
         if not folder.is_dir():
             raise Mistake(f"{folder} is no folder")
-    own = {path.name for path in ROOT.glob("*.py")}
-    folders = [inner for folder in folders for inner in (
-        [folder] if any((folder / name).exists() for name in own)
-        else inner_folders(folder) or [folder])]
+    folders = [inner for folder in folders for inner in students_folders(folder)]
     pairs = list(zip(names_of(folders), map(submission, folders)))
 
     def some(pairs: list[tuple[str, Path]]) -> list[tuple[str, dict]]:
@@ -500,16 +497,33 @@ def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[st
     return results
 
 
+def students_folders(folder: Path) -> list[Path]:
+    """The folder, if it is a student's; those in it, if it is a class's."""
+    inner = inner_folders(folder)
+    if not inner and any(folder.glob("*.zip")):
+        raise Mistake(f"{folder} holds zips: unpack each into a folder of its own")
+    if not holds_files(folder):
+        return inner or [folder]
+    if any(map(holds_files, inner)):
+        print(f"note: {folder} is taken for one student's, though folders in it hold files, too")
+    return [folder]
+
+
 def inner_folders(folder: Path) -> list[Path]:
-    """Without what a Mac or an editor leaves there: __MACOSX, .idea."""
-    return sorted(x for x in folder.iterdir()
-                  if x.is_dir() and not x.name.startswith((".", "__")))
+    """Without the repository's own, and what a Mac or an editor leaves: __MACOSX, .idea."""
+    return sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith((".", "__"))
+                  and x.name not in ("papers", "support", "tests"))
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether files to grade are in the folder itself; others that lie there are nobody's."""
+    return any((folder / path.name).is_file() for path in ROOT.glob("*.py"))
 
 
 def submission(folder: Path) -> Path:
     """Where a student's files are: perhaps in the one folder that is in it, as zips make it."""
     inner = inner_folders(folder)
-    return inner[0] if len(inner) == 1 and not any(folder.glob("*.py")) else folder
+    return inner[0] if len(inner) == 1 and not holds_files(folder) else folder
 
 
 def names_of(folders: list[Path]) -> list[str]:

@@ -42,7 +42,7 @@ def no_curves(*_) -> Image.Image:
 
 @pytest.fixture(autouse=True)
 def no_curves_and_no_collection(monkeypatch):
-    """Drawing curves takes a third of a tiny run's time: only `finished` has them.
+    """Drawing curves takes a third of a tiny run's time: only runs that tests share have them.
     And between its stages a run looks for garbage among all that the tests have loaded by then."""
     monkeypatch.setattr("support.watching.draw_curves", no_curves)
     monkeypatch.setattr("train.gc", SimpleNamespace(collect=lambda: 0))

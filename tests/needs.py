@@ -38,7 +38,7 @@ SHARE_OF_PEAK = 0.4      # that products reach in training: a guess until it is 
 SHARE_OF_MEMORY = 0.9    # that is left for tensors
 PYTORCH_BACKEND = 1.5    # times as much is kept for the backward pass, where Triton is not used
 
-PLENTY = number(float, 1e-3)
+POSITIVE = number(float, 1e-3)
 IN_BF16 = Machine(torch.device("cpu"), torch.bfloat16)
 CHANNELS = 3        # of images
 
@@ -172,8 +172,8 @@ def main() -> None:
     what.add_argument("--cards", action="store_true", help="all presets, on all cards of CARDS")
     add("--images", type=COUNT, default=1_281_167, help="to train on (default: ImageNet's)")
     add("--classes", type=COUNT, default=1000, help="of them (default: 1000)")
-    add("--rate", type=PLENTY, default=400, help="TFLOP/s that a card reaches (default: 400)")
-    add("--memory", type=PLENTY, default=80, help="GB that a card has (default: 80)")
+    add("--rate", type=POSITIVE, default=400, help="TFLOP/s that a card reaches (default: 400)")
+    add("--memory", type=POSITIVE, default=80, help="GB that a card has (default: 80)")
     asked = parser.parse_args()
     if asked.cards:
         print_cards(list(PRESETS), asked.classes)

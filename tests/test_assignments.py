@@ -544,11 +544,11 @@ def test_files_are_read_as_editors_write_them(nursery, tmp_path):
         assert (assignments.normal(bodies) == assignments.normal({name: text(name)})) == same
 
 
-def test_whose_folders_are_graded(tmp_path, monkeypatch):
-    """Of anna the files lie further down; of bert the assigned one is missing."""
-    for folder in ("anna/handed in", "bert/support", "bert/tests", "__MACOSX", ".idea"):
+def test_whose_folders_are_graded(tmp_path, monkeypatch, capsys):
+    """Of anna the files lie further down; of bert and chris the assigned one is missing."""
+    for folder in ("anna/handed in", "bert/support", "bert/tests", "chris/tests", "__MACOSX", ".idea"):
         (tmp_path / folder).mkdir(parents=True)
-    for file in ("anna/handed in/tokenizer.py", "bert/var.py", "roster.py"):   # the last is nobody's
+    for file in ("anna/handed in/tokenizer.py", "anna/helper.py", "bert/var.py", "roster.py"):
         (tmp_path / file).write_text("")
     monkeypatch.setattr(Nursery, "__enter__", lambda self: self)
     monkeypatch.setattr(Nursery, "__exit__", lambda *_: None)
@@ -556,9 +556,17 @@ def test_whose_folders_are_graded(tmp_path, monkeypatch):
     monkeypatch.setattr(assignments, "grade", lambda each, folder, _: (
         graded.append(folder), assignments.none(each, "not graded"))[1])
     graded = []
-    assert [*assignments.grade_all(FEW, [tmp_path], 1)] == ["anna", "bert"]
-    assert graded == [tmp_path / "anna" / "handed in", tmp_path / "bert"]
-    assert [*assignments.grade_all(FEW, [tmp_path / "bert"], 1)] == ["bert"]
+    assert [*assignments.grade_all(FEW, [tmp_path], 1)] == ["anna", "bert", "chris"]
+    assert graded == [tmp_path / "anna" / "handed in", tmp_path / "bert", tmp_path / "chris"]
+    for name in "bert", "chris":
+        assert [*assignments.grade_all(FEW, [tmp_path / name], 1)] == [name]
+    (tmp_path / "var.py").touch()
+    assert "note" not in capsys.readouterr().out
+    assert [*assignments.grade_all(FEW, [tmp_path], 1)] == [tmp_path.name]
+    assert "folders in it hold files, too" in capsys.readouterr().out
+    (tmp_path / "__MACOSX" / "anna.zip").touch()
+    with pytest.raises(assignments.Mistake, match="unpack each"):
+        assignments.grade_all(FEW, [tmp_path / "__MACOSX"], 1)
 
 
 @pytest.mark.parametrize("flag", ["--csv", "--json"])

@@ -411,11 +411,11 @@ def test_mistakes_in_evaluating(judged, opened, tmp_path):
     for count, told in ((10_000, "10000 images cannot be judged: there are 50"),
                         (6, "must be a whole number, 8 or more"),
                         (9, "two halves are compared, so it takes an even number"),
-                        (8, "there is nothing to judge by")):
+                        (8, "train_images.pt, by which images are judged")):
         assert told in refused("sample.py", "evaluate", count, "--run", out)
     with pytest.raises(UserError, match="one class gives nothing"):
         evaluate(replace(opened, classes=["star"]), 8, (0,))
-    with pytest.raises(UserError, match="comes without images"):
+    with pytest.raises(UserError, match="has no held_out.pt"):
         evaluate(replace(opened, held_out=None), 8, (0,))
     broken = load_run(judged, CPU)
     torch.nn.init.constant_(broken.tokenizer.decoder.conv_out.bias, torch.nan)

@@ -174,7 +174,7 @@ def test_resuming_with_other_images_is_refused_and_changes_nothing(folder, finis
     for stage in "all", "var":
         told = refused(
             "train.py", "--data", data, "--out", out, *TINY, "--resume", "--stage", stage)
-        assert "made with another data set, or the same read otherwise (--stream" in told
+        assert "made with another data set (or of a folder other files, --stream" in told
         assert [(out / name).read_bytes() for name in names] == before
 
 
@@ -206,7 +206,8 @@ def test_a_tokenizer_of_another_run_is_copied(folder, finished, tmp_path):
     assert (tmp_path / "samples.png").exists()
     ran("sample.py", "codes", "data:0", "--run", tmp_path)   # the copy knows the classes
     told = refused("train.py", "--data", folder, "--out", tmp_path, *TINY, "--resume")
-    assert "is a copy, and is not trained further; --stage var goes on with" in told
+    assert "is a copy, and is not trained further; --resume --stage var goes on" in told
+    (tmp_path / "var.pt").unlink()
     ran("train.py", "--data", folder, "--out", tmp_path, *TINY, "--var-steps", 2, "--resume",
         "--stage", "var")
 

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from program import ROOT, TINY, ran, refused, run, run_as_two, same_run, tokenizer_stage
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
@@ -401,12 +402,13 @@ def test_compiling_and_checkpointing_do_not_change_gradients(which, how, monkeyp
         compile_module = nn.Module.compile
         monkeypatch.setattr(nn.Module, "compile", lambda module, **flags: compile_module(
             module, backend="aot_eager", **flags))
-    train.wrap_layers(model, settings(**{how: True}))
-    assert how != "compile" or not torch._functorch.config.donated_buffer   # see wrap_layers
+    with functorch_config.patch(donated_buffer=True):
+        train.wrap_layers(model, settings(**{how: True}))
+        assert functorch_config.donated_buffer == (how != "compile")
+        after = gradients(model, *inputs)
     twice = {type(module) for module in model.modules() if isinstance(module.forward, partial)}
     layers = {ResidualBlock, PixelAttention} if which == "tokenizer" else {Block}
     assert twice == (layers if how == "checkpoint_activations" else set())
-    after = gradients(model, *inputs)
     assert len(before) == len(after) and all(g.abs().max() > 0 for g in before)
     for a, b in zip(before, after):
         if how == "checkpoint_activations":
@@ -752,13 +754,19 @@ def test_data_are_known_by_all_of_them():
     assert data_of(*sets, ["one"]).digest == first
 
 
-def test_every_training_and_what_it_holds_out_has_shapes_of_its_own(monkeypatch, tmp_path):
+def test_every_training_and_what_it_holds_out_has_shapes_of_its_own(monkeypatch, tmp_path, capsys):
+    """A folder of that name is not silently passed over."""
+    monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr("support.data.draw_shapes", lambda count, side, seed: asked.append(
         (count, seed)) or draw_shapes(10, 8, seed))
     for seed in (0, 1, 2):
         load_data("shapes", 8, None, tmp_path, tmp_path, seed, 0, False)
     assert asked == [(20_000, 0), (1000, 1), (20_000, 2), (1000, 3), (20_000, 4), (1000, 5)]
+    assert "note" not in capsys.readouterr().out
+    Path("shapes").mkdir()
+    load_data("shapes", 8, None, tmp_path, tmp_path, 0, 0, False)
+    assert "the folder here would be --data ./shapes" in capsys.readouterr().out
 
 
 def test_a_shape_is_lighter_or_darker_than_what_is_behind_it():
@@ -906,7 +914,7 @@ def test_mistakes_in_training(folder, tmp_path, monkeypatch):
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert f"cannot be a folder, as {tmp_path / 'file'} is a file" in refusal(out=out)
     assert "no tokenizer checkpoint" in refusal("--stage", "var")
-    assert "is a folder; name the" in refusal("--stage", "var", "--tokenizer", folder)
+    assert "is a folder; name the file" in refusal("--stage", "var", "--tokenizer", folder)
     for device in ("nonsense", "meta", "hpu"):
         assert "cannot be used" in refusal("--device", device)
     assert "would be taken for data" in refusal(out=folder / "out")
@@ -946,7 +954,7 @@ def test_flags_of_training(tmp_path, monkeypatch):
     ("--epochs=9", "there is --tokenizer-steps, --var-steps"),
     ("--iterations 9", "there is --tokenizer-steps, --var-steps"),
     ("--resolution 9", "there is --image-size"),
-    ("--" + 5000 * "x", "unrecognized arguments: --xxx"),
+    pytest.param("--" + 5000 * "x", "unrecognized arguments: --xxx", id="long flag"),
     ("--image-size 2", "scales up to 1 at downsampling 4 are images of 4"),
     ("--batch-size 9", "--tokenizer-batch, --var-batch"), ("--sede 9", "there is --seed"),
     ("--scales 1 2 4 8", "a list is written with commas, as 1,2,4"),
@@ -959,7 +967,7 @@ def test_flags_of_training(tmp_path, monkeypatch):
     ("--perceptual vgg.pth --preset pixels64 --stage var", "where no tokenizer is trained"),
     ("--image-size 4 --scales 1,2 --multipliers 1,2 --adversarial-weight 1", "of side 8 and more"),
     ("--multipliers 1,2,", "--multipliers: '' must be a whole number"),
-    ("--seed " + 5000 * "9", "must be a whole number, from 0")])
+    pytest.param("--seed " + 5000 * "9", "must be a whole number, from 0", id="long number")])
 def test_flags_that_are_not_there_or_contradict_each_other(flags, told):
     said = refused("train.py", *shlex.split(flags))
     assert told in said and len(said) < 450
