@@ -354,7 +354,7 @@ def nearest_code_torch(x_NC, codebook_VC):
 
 
 def nearest_code(x_NC: Tensor, codebook_VC: Tensor) -> Tensor:
-    """Return argmin_v |x_n - e_v|^2, int64 [N], in fp32; the lowest index wins a tie (eq. 3)."""
+    """Return argmin_v |x_n - e_v|^2, int64 [N], in fp32; of equals the lowest v (paper: eq. 3)."""
     assert x_NC.shape[1] == codebook_VC.shape[1]
     backend = nearest_code_triton if use_triton(x_NC) else nearest_code_torch
     return backend(x_NC, codebook_VC)

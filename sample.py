@@ -436,7 +436,7 @@ def load_images(run: Run, sources: list[str]) -> Given:
 
 
 def reconstruct(run: Run, given: Given) -> list[Row]:
-    """Show images above what is left of them after encoding and decoding."""
+    """Return images above what is left of them after encoding and decoding."""
     results = run.decode(run.encode(given.images)[1])
     errors_N = (results - given.images).square().mean(dim=(1, 2, 3))
     captions = []

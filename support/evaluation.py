@@ -184,7 +184,7 @@ def kept_classifier(run) -> Classifier:
     images_path = run.folder / "train_images.pt"
     if not images_path.exists():
         raise UserError(f"there is no {images_path}, by which images are judged: train.py writes "
-                        f"it at its end; --resume goes on until then")
+                        f"it at its end, to which --resume leads")
     with blaming(images_path):
         content = load_checkpoint(images_path, "set of training images")
         images, labels, data_set = (content[name] for name in ("images", "labels", "data_set"))
