@@ -97,7 +97,7 @@ def judged(tmp_path_factory) -> Path:
         patch.setattr("support.data.draw_shapes",
                       lambda count, side, seed: draw_shapes(count // 20, side, seed))
         ran("train.py", "--out", out, *TINY, "--image-size", 16, "--multipliers", "1,2,2",
-            "--code-channels", 8, "--edge-weight", 0, "--smaller-weight", 0, "--tokenizer-steps", 40,
-            "--var-steps", 30)
+            "--code-channels", 8, "--edge-weight", 0, "--smaller-weight", 0, "--tokenizer-steps", 24,
+            "--var-steps", 16)
         kept_classifier(load_run(out, choose_machine("cpu")))
     return out

@@ -31,8 +31,8 @@ from var import VAR, VARConfig
 ROOT = Path(__file__).parent.parent
 TINY = [
     "--image-size", "8", "--scales", "1,2,4", "--multipliers", "1,2", "--tokenizer-width", "8",
-    "--vocabulary", "32", "--code-channels", "4", "--tokenizer-steps", "24",
-    "--tokenizer-batch", "8", "--depth", "1", "--width", "32", "--heads", "2", "--var-steps", "16",
+    "--vocabulary", "32", "--code-channels", "4", "--tokenizer-steps", "12",
+    "--tokenizer-batch", "8", "--depth", "1", "--width", "32", "--heads", "2", "--var-steps", "11",
     "--var-batch", "8", "--warmup", "5", "--workers", "1", "--device", "cpu",
     "--precision", "fp32",   # so that every machine computes the same
 ]

@@ -80,9 +80,9 @@ def test_a_run_writes_what_it_promises(finished):
         with Image.open(finished / name) as image:
             assert len(np.unique(np.asarray(image.convert("L")))) > 20   # not a blank sheet
     log = read_log(finished / "log.jsonl")
-    for stage, steps in (("tokenizer", 24), ("var", 16)):
+    for stage, steps in (("tokenizer", 12), ("var", 11)):
         lines = [line for line in log if line["stage"] == stage]
-        assert [x["step"] for x in lines if x["split"] == "train"] == list(range(1, steps, 10))
+        assert [x["step"] for x in lines if x["split"] == "train"] == [1, 11]
         held_out = [x["step"] for x in lines if x["split"] == "held_out"]
         every = math.ceil(steps / 8)
         assert held_out == sorted({*range(every, steps + 1, every), steps})
@@ -106,9 +106,9 @@ def test_a_training_draws_itself_and_computes_the_same(folder, finished, tmp_pat
     monkeypatch.setattr(watching, "SHARE", 1e9)
     said = ran("train.py", "--data", folder, "--out", tmp_path, *TINY)
     assert same_run(tmp_path, finished)
-    names = ["reconstructions.png"] * 8 + ["samples.png"] * 8
+    names = ["reconstructions.png"] * 6 + ["samples.png"] * 6
     assert [name for name, _ in drawn] == [x for name in names for x in (name, "curves.png")]
-    few, all_of_them = drawn[16][1], drawn[-2][1]
+    few, all_of_them = drawn[12][1], drawn[-2][1]
     assert few[0] < all_of_them[0]
     assert said.splitlines()[-1].endswith(
         f"look at reconstructions.png, samples.png and curves.png in it, then try "
@@ -630,7 +630,7 @@ def test_the_last_code_of_a_large_vocabulary_is_kept(tmp_path, monkeypatch, voca
 
 
 @pytest.mark.parametrize("values, revived", [
-    ({}, [20]), ({"unquantized": 0.9}, []), ({"tokenizer_steps": 100}, [20, 40, 60, 80]),
+    ({"tokenizer_steps": 24}, [20]), ({"unquantized": 0.9}, []), ({"tokenizer_steps": 100}, [20, 40, 60, 80]),
     ({"tokenizer_steps": 400}, [*range(60, 341, 20)])])   # from after 40, before 360
 def test_codes_are_revived_now_and_then_until_the_end_is_near(
         tmp_path, monkeypatch, values, revived):
@@ -679,7 +679,7 @@ def test_codes_start_as_those_of_the_first_process(tmp_path, monkeypatch):
 
 def test_codes_are_revived_by_what_all_processes_saw(tmp_path, monkeypatch):
     """Here another process has the residuals of this one, plus 1, and twice its hits."""
-    stage = tokenizer_stage(tmp_path)
+    stage = tokenizer_stage(tmp_path, tokenizer_steps=24)
     quantizer = stage.model.quantizer
     quantizer.last_residuals = [torch.randn(2, s * s, 4) for s in (1, 2, 4)]
     monkeypatch.setattr(train, "gather_over_processes", lambda x: torch.cat([x, x + 1]))
