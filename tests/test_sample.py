@@ -578,8 +578,8 @@ def test_an_unfinished_training_is_drawn_with_its_step(judged, tmp_path):
     for name in ("tokenizer", "var"):
         content = torch.load(judged / f"{name}.pt", weights_only=True)
         torch.save({**content, "training": {"step": 7}}, tmp_path / f"{name}.pt")
-    for name, command, steps in (("tokenizer", "codes data:1", 40),
-                                 ("var", "--classes star --per-class 1", 30)):
+    for name, command, steps in (("tokenizer", "codes data:1", 24),
+                                 ("var", "--classes star --per-class 1", 16)):
         picture, said = draw(tmp_path, tmp_path / "a.png", command)
         assert f"is not finished: step 7 of {steps}" in said
         above = len(picture) - len(plain[name])
