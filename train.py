@@ -48,15 +48,15 @@ from support.cli import Interrupt, Stopped, UserError, run_program
 from support.data import Data, balanced_subset, classifier_images, load_data, read_batches, shuffled
 from support.devices import (
     LossScale, Machine, Speed, average_over_processes, choose_machine, copy_from_first,
-    gather_over_processes, join_processes, own_part, progress_bar, rank_and_world, say,
-    sum_over_processes, wait_for_others,
+    gather_over_processes, join_processes, leave_processes, own_part, progress_bar, rank_and_world,
+    say, sum_over_processes, wait_for_others,
 )
 from support.evaluation import psnr, say_health, tokenizer_health
 from support.images import Row, at_a_time, rows_of_pairs, to_float
 from support.losses import DetailLosses, edge_loss
 from support.optim import adamw_and_muon, learning_rate, update_ema
 from support.presets import (
-    Preset, TokenizerPreset, VARPreset, check_sizes, chosen_preset, training_options,
+    Preset, TokenizerPreset, VARPreset, check_begun, check_sizes, chosen_preset, training_options,
 )
 from support.watching import WatchedLog, say_what_next
 from tokenizer import (
@@ -98,6 +98,7 @@ def main() -> None:
             asdict(tokenizer.config), tokenizer.config.image_side, vars(options))
     check_preset(preset)
     check_sizes(preset, options.stages, rank_and_world()[1] * options.grad_accumulation)
+    check_begun(options, preset)
     data = load_data(options.data, preset.image_size, channels, out, options.data_dir,
                      options.seed, options.workers, options.stream, options.white_level)
     settings = Settings(preset, machine, out, options.seed, options.resume,
@@ -114,8 +115,7 @@ def main() -> None:
     if first:
         data.keep_classifier_images(out, options.workers)
         say_what_next(out, options.stages)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 def check_preset(preset: Preset) -> None:

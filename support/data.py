@@ -358,15 +358,16 @@ def read_cifar10(name: str, data_dir: Path, side: int) -> list[TensorDataset]:
 
 
 def fit_side(images: np.ndarray, labels: np.ndarray, side: int) -> TensorDataset:
-    """Small images are padded with black, 28 to 32 say; large ones are averaged down."""
+    """Images that are a little smaller are padded with black, 28 to 32 say; others are resized."""
     check_memory(math.prod(images.shape[:2]) * side**2, f"images of --image-size {side}")
     border = side - images.shape[-1]
     pixels = torch.tensor(images)
-    if border >= 0:
+    if 0 <= border <= images.shape[-1] / 4:
         before = border // 2
         after = border - before
         pixels = F.pad(pixels, (before, after, before, after))
     else:
-        pixels = F.interpolate(pixels.float(), size=(side, side), mode="area")
-        pixels = pixels.round().byte()
+        mode = "area" if border < 0 else "bicubic"
+        pixels = F.interpolate(pixels.float(), size=(side, side), mode=mode)
+        pixels = pixels.round().clamp(0, 255).byte()
     return TensorDataset(pixels, torch.tensor(labels, dtype=torch.int64))

@@ -174,6 +174,11 @@ def join_processes() -> None:
         dist.init_process_group(timeout=timedelta(days=30))
 
 
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the world size; 0 and 1 without torchrun."""
     if not dist.is_initialized():

@@ -47,6 +47,10 @@ class DetailLosses(nn.Module):
         if preset.perceptual_weight and lpips_weights:
             self.lpips = [load_lpips(lpips_weights)]
         elif preset.perceptual_weight:
+            if classes == 1:
+                raise UserError("the perceptual distance is that of a classifier, to which one "
+                                "class gives nothing to learn; --perceptual-weight 0 leaves it "
+                                "out, --perceptual takes LPIPS")
             self.shape = {"channels": image_channels, "side": preset.image_size, "classes": classes}
             self.classifier = Classifier(**self.shape).eval().requires_grad_(False)
 

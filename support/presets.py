@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from support.checkpoint import blaming, check_made_with, load_checkpoint
 from support.cli import (
     COUNT, SEED, Parser, UserError, add_device_flags, number, place, several,
 )
 from support.data import PUBLISHED
-from support.devices import own_cores
+from support.devices import own_cores, say
 from support.watching import summary_writer
 
 SIZE = number(int, 1, 2**16)
@@ -119,7 +120,7 @@ class Preset(VARPreset, TokenizerPreset):
         shape = {**shape, "image_size": image_size, "tokenizer_width": shape["width"]}
         own = {name: shape[name] for name in self.of(TokenizerPreset) if name in shape}
         if "image_size" not in given and image_size != self.image_size:
-            print(f"note: images are of side {image_size}, as the tokenizer's are")
+            say(f"note: images are of side {image_size}, as the tokenizer's are")
         for name, value in {**own, "channels": shape["image_channels"]}.items():
             if given.get(name) not in (None, value):
                 raise UserError(f"--{name.replace('_', '-')} {given[name]} is not that of the "
@@ -279,8 +280,8 @@ def chosen_preset(options: Namespace) -> Preset:
         fits = side * downsampling == preset.image_size   # else `check_sizes` refuses it
         trained = not options.tokenizer and options.stage != "var"   # else it has its own
         if trained and fits and given.keys() & {"image_size", "multipliers"}:
-            print(f"images of side {preset.image_size} are tokenised at scales "
-                  f"{','.join(map(str, preset.scales))}")
+            say(f"images of side {preset.image_size} are tokenised at scales "
+                f"{','.join(map(str, preset.scales))}")
     return preset
 
 
@@ -299,6 +300,19 @@ def check_sizes(preset: Preset, stages: list[str], micro_batches: int) -> None:
         if batch % micro_batches:
             raise UserError(f"--{name}-batch {batch} does not divide into {micro_batches} "
                             f"micro-batches, of so many processes times --grad-accumulation")
+
+
+def check_begun(options: Namespace, preset: Preset) -> None:
+    """Raises UserError where a training that is to go on began with other values: before the data
+    is read, which for other values would be decoded anew."""
+    kinds = {"tokenizer": ("tokenizer", TokenizerPreset), "var": ("transformer", VARPreset)}
+    for name in options.stages:
+        path = options.out / f"{name}.pt"
+        kind, stage = kinds[name]
+        if path.exists():
+            with blaming(path):
+                made_with = {**preset.of(stage), "seed": options.seed}
+                check_made_with(path, load_checkpoint(path, kind), made_with)
 
 
 def check_folder(data: str, out: Path, stages: list[str], resume: bool) -> None:

@@ -202,9 +202,21 @@ def test_the_shapes_have_their_areas(name, area, angle):
 
 
 def test_an_odd_border_is_wider_on_the_right_and_below():
-    image = np.full((1, 1, 3, 3), 9, np.uint8)
-    pixels = fit_side(image, np.zeros(1), 6).tensors[0]
-    assert pixels[0, 0].sum(dim=0).tolist() == pixels[0, 0].sum(dim=1).tolist() == [0, 27, 27, 27, 0, 0]
+    image = np.full((1, 1, 12, 12), 9, np.uint8)
+    pixels = fit_side(image, np.zeros(1), 15).tensors[0]
+    assert pixels[0, 0].sum(dim=0).tolist() == pixels[0, 0].sum(dim=1).tolist() == [0, *[108] * 12, 0, 0]
+
+
+@pytest.mark.parametrize("side", [16, 24])
+def test_images_that_are_much_smaller_are_enlarged(side):
+    """And not framed in black: 16 is a third more. Where the curve of an edge overshoots, it is cut off."""
+    image = np.zeros((1, 3, 12, 12), np.uint8)
+    image[..., 6:] = 255
+    pixels = fit_side(image, np.zeros(1), side).tensors[0]
+    assert pixels.shape == (1, 3, side, side) and pixels.dtype == torch.uint8
+    half = side // 2
+    assert pixels[..., :half].max() < 128 < pixels[..., half:].min()
+    assert not pixels[..., 0].any() and (pixels[..., -1] == 255).all()
 
 
 # The order of training, and what stands for all

@@ -52,6 +52,12 @@ def detailed_stage(out: Path, machine: Machine = FP32, lpips_weights: Path | Non
     return train.TokenizerStage(Data(*sets, ["cat", "dog"], "random"), settings, lpips_weights)
 
 
+def test_one_class_gives_a_classifier_nothing_to_learn():
+    assert DetailLosses(replace(DETAILED, perceptual_weight=0.0), 3, 1)
+    with pytest.raises(UserError, match="one class gives nothing to learn; --perceptual-weight 0"):
+        DetailLosses(DETAILED, 3, 1)
+
+
 def batch(stage: train.TokenizerStage) -> list[torch.Tensor]:
     return list(stage.data.train[list(range(8))])
 

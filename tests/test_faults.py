@@ -178,6 +178,18 @@ def test_resuming_with_other_images_is_refused_and_changes_nothing(folder, finis
         assert [(out / name).read_bytes() for name in names] == before
 
 
+@pytest.mark.parametrize("stage, flag, told", [
+    ("all", "--image-size", "--image-size 8 and not 16"), ("tokenizer", "--seed", "--seed 0 and not 16"),
+    ("var", "--seed", "--seed 0 and not 16"), ("var", "--var-steps", "--var-steps 11 and not 16")])
+def test_resuming_with_other_values_is_refused_before_data_is_read(folder, finished, tmp_path, monkeypatch, stage,
+                                                                    flag, told):
+    """What is decoded for other values takes the place of what was."""
+    monkeypatch.setattr(train, "load_data", pytest.fail)
+    changed = [flag, 16] + ["--scales", "1,2,8"] * (flag == "--image-size")
+    assert told in refused(
+        "train.py", "--data", folder, "--out", finished, *TINY, *changed, "--resume", "--stage", stage)
+
+
 def test_a_training_goes_on_with_the_tokens_that_it_began_with(folder, finished, tmp_path):
     """In another precision they might be others."""
     out = shutil.copytree(finished, tmp_path / "run")
