@@ -209,8 +209,8 @@ class Quantizer(nn.Module):
 
     # Training. The nearest code is a choice, and a choice has no gradient. So the encoder learns
     # from the image as if it had not been made (straight-through), and a loss of its own holds the
-    # two sides together: codes move to the latents that chose them, and a latent moves, a quarter
-    # as strongly, to the codes it chose. That second term is the commitment. Without it the
+    # two sides together: every running sum, so its codes and phis, moves to the latent, and the
+    # latent, a quarter as strongly, to the sums. That second term is the commitment. Without it
     # latents may run away from their codes for as long as the decoder can follow.
 
     def forward(self, f_BCSS: Tensor) -> tuple[Tensor, Tensor]:

@@ -358,8 +358,8 @@ class VAR(nn.Module):
     ) -> Tensor:
         """Draw tokens [B, l] of scale k. With guidance there are 2 B logits: class, null class.
 
-        Classifier-free guidance (arXiv 2207.12598) goes away from what any image would have, past
-        what one of the class would:
+        Classifier-free guidance (arXiv 2207.12598) moves logits away from those without a class,
+        beyond those with it:
 
             logits = (1 + t) cond - t uncond,    t = cfg (k / (K - 1))^growth
 
@@ -435,7 +435,7 @@ class VAR(nn.Module):
     def compile_layers(self) -> None:
         """Compile for drawing: every scale has a graph of the first layer, whose residual stream
         is still the same for all images, and one of all others, whatever the depth."""
-        torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # 2 K a batch size, x 4
+        torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # 2 K graphs a batch size
         for span in self.config.spans:   # tables of the mask are there before torch.compile looks
             self.ranges.rows(span.start, span.stop).prepare(self.level_L.device)
         for block in self.blocks:
