@@ -35,14 +35,14 @@ from support.checkpoint import (
 )
 from support.cli import UserError, in_short, run_program
 from support.commands import TOKENIZER_ALONE, class_indices, parse
-from support.devices import Machine, choose_machine, pack, say_once
+from support.devices import Machine, check_memory, choose_machine, pack, say_once
 from support.evaluation import evaluate, psnr, say_evaluation
 from support.explorer import explore
 from support.figures import draw_attention, draw_codes, draw_teaching, scale_names
 from support.holes import from_small, judge_completions, judge_of, known_pixels, say_completion
 from support.images import (
     Row, at_a_time, batches, composed, grid, legible, read_images, rows_of_classes, rows_of_pairs,
-    save_film, save_npz, save_picture, save_told, to_bytes, to_float,
+    save_film, save_npz, save_picture, save_told, to_bytes, to_float, to_one_array,
 )
 from support.published import class_names, published_pair
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig
@@ -117,8 +117,7 @@ class Sampling:
     """How tokens are drawn."""
     cfg: float         # strength of classifier-free guidance at the last scale; 0 is none
     top_k: int         # draw from the k most likely tokens; 0 is no limit
-    top_p: float | tuple[float, float]   # draw from the most likely tokens that hold so much; of
-                                         # the first and of the last scale, if they differ
+    top_p: float | tuple[float, float]   # ... that hold so much; or of the first and last scale
     growth: float = 1.0   # guidance grows and top_p falls with this power of k / (K - 1)
     batch: int | None = None   # images at a time; None leaves it to Run.batch
 
@@ -198,7 +197,7 @@ class Run:
 
     def decode_to_bytes(self, tokens_NL: Tensor) -> np.ndarray:
         """Return them as bytes [N, side, side, channels], a quarter as much to copy from a GPU."""
-        return np.concatenate([to_bytes(images) for images in self.rendered(tokens_NL)])
+        return to_one_array(self.rendered(tokens_NL), len(tokens_NL))
 
     def rendered(self, tokens_NL: Tensor) -> Iterator[Tensor]:
         """Yield images on the device, some at a time.
@@ -383,9 +382,10 @@ def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
     """Draw bytes [count, side, side, channels], balanced over the classes.
 
     rejection: a share f. Below 1, count / f are drawn, and of each class those kept that are most
-    likely under the transformer without guidance. (The paper's best figures reject by a classifier
-    instead.)
+    likely under the transformer without guidance. (The paper's best were chosen by a classifier.)
     """
+    side = run.tokenizer.config.image_side
+    check_memory(6 * count * side**2, f"{count} samples, and a copy in another order,")
     classes = len(run.classes)
     wanted = [len(range(label, count, classes)) for label in range(classes)]
     counts = [math.ceil(n / rejection) for n in wanted]

@@ -40,10 +40,10 @@ class BothPreset:
 
 @dataclass(frozen=True)
 class TokenizerPreset(BothPreset):
-    scales: tuple[int, ...] | None = option(
-        None, several(SIZE),
-        "sides of the token maps, with commas, from 1 to the latent's (default: 1,2,3,5,8, or "
-        "1,2,4,... where that does not fit the latent)")
+    scales: tuple[int, ...] = option(
+        (1, 2, 3, 5, 8), several(SIZE),
+        "sides of the token maps, with commas, from 1 to the latent's; unless given, 1,2,4,... "
+        "where the default does not fit it")
     vocabulary: int = option(256, SIZE, "codes in the codebook")
     code_channels: int = option(8, SIZE, "channels of a code")
     tokenizer_width: int = option(16, SIZE, "the tokenizer's channels at full resolution")
@@ -129,7 +129,7 @@ class Preset(VARPreset, TokenizerPreset):
 
 
 PRESETS = {
-    "tiny": Preset(scales=(1, 2, 3, 5, 8)),
+    "tiny": Preset(),
     "cifar": Preset(
         edge_weight=0.0, smaller_weight=0.0, scales=(1, 2, 3, 4, 6, 8), vocabulary=1024,
         code_channels=32, tokenizer_width=96, multipliers=(1, 2, 2), blocks=2, norm_groups=32,
@@ -248,13 +248,12 @@ def training_options(arguments: list[str] | None = None) -> Namespace:
         raise UserError("--data: a name is missing")
     if options.tokenizer and options.stage == "tokenizer":
         raise UserError("--stage tokenizer trains a tokenizer; --tokenizer names a finished one")
-    no_tokenizer = options.tokenizer or options.stage == "var"   # is trained
-    if options.perceptual and (no_tokenizer or not preset.perceptual_weight):
-        raise UserError("--perceptual changes nothing without --perceptual-weight, or where no "
-                        "tokenizer is trained")
     options.stages = ["tokenizer", "var"] if options.stage == "all" else [options.stage]
     if options.tokenizer:
         options.stages = ["var"]
+    if options.perceptual and not ("tokenizer" in options.stages and preset.perceptual_weight):
+        raise UserError("--perceptual changes nothing without --perceptual-weight, or where no "
+                        "tokenizer is trained")
     options.out = options.out or Path("out") / Path(options.data).resolve().name
     check_folder(options.data, options.out, options.stages, options.resume)
     options.tensorboard = summary_writer() if options.tensorboard else None
@@ -274,7 +273,7 @@ def chosen_preset(options: Namespace) -> Preset:
     preset = replace(PRESETS[options.preset], **given)
     downsampling = 2 ** (len(preset.multipliers) - 1)
     side = preset.image_size // downsampling   # of the latent
-    if preset.scales is None or ("scales" not in given and preset.scales[-1] != side):
+    if "scales" not in given and preset.scales[-1] != side:
         doubling = [2**k for k in range(side.bit_length()) if 2**k < side]
         preset = replace(preset, scales=(*doubling, max(1, side)))
         fits = side * downsampling == preset.image_size   # else `check_sizes` refuses it

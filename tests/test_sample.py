@@ -693,8 +693,11 @@ def test_rejection_keeps_the_most_likely(run, monkeypatch):
         shown.append(tokens_NL)
         return np.zeros((len(tokens_NL), 16, 16, 3), np.uint8)
 
+    asked = []
+    monkeypatch.setattr(sample, "check_memory", lambda needed, what: asked.append((needed, what)))
     monkeypatch.setattr(Run, "decode_to_bytes", decode_to_bytes)
     sample.draw_many(run, 20, seed=0, rejection=0.5)
+    assert asked == [(2 * 20 * 16 * 16 * 3, "20 samples, and a copy in another order,")]
     kept = run.log_likelihood(shown[0], [label for label in range(10) for _ in range(2)])
     best = likelihoods.topk(2, dim=1).values
     torch.testing.assert_close(kept.view(10, 2).sort(dim=1).values, best.sort(dim=1).values)
