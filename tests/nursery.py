@@ -38,7 +38,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")     # children do not get to see it
     os.dup2(2, 1)
     for name in ("torch._dynamo", "torch.testing", "numpy.random", "hypothesis", "pytest",
-                 "PIL.ImageFont", "matplotlib.figure", "tqdm", "triton.compiler", "triton.language"):
+                 "PIL.ImageFont", "tqdm", "triton.compiler", "triton.language"):
         try:
             importlib.import_module(name)
         except ImportError:     # of Triton, as on a Mac

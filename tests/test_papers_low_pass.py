@@ -120,8 +120,8 @@ def test_the_page_on_low_pass(judged, tmp_path, monkeypatch):
     evaluate = low_pass.evaluate
     monkeypatch.setattr(low_pass, "evaluate", lambda *what, **how: found.append(
         evaluate(*what, **how)) or found[-1])
-    said = ran("papers.low_pass", "--run", folder, *SHORT, "--tokenizer-steps", 12,
-               "--var-steps", 3)
+    said = ran("papers.low_pass", "--run", folder, *SHORT, "--tokenizer-steps", 5,
+               "--var-steps", 2)
     assert started == [True, True]   # these were trained, not their average alone
     kinds = ["plain", "share", "sampling"]
     assert list(rows_of(said, 7))[:3] == kinds
@@ -132,7 +132,7 @@ def test_the_page_on_low_pass(judged, tmp_path, monkeypatch):
     for i, kind in enumerate(kinds):
         out = folder / "papers" / f"low_pass-{kind}"
         preset = load_checkpoint(out / "var.pt", "transformer")["preset"]
-        assert (preset["tokenizer_steps"], preset["var_steps"]) == (12, 3)
+        assert (preset["tokenizer_steps"], preset["var_steps"]) == (5, 2)
         part = load_run(out, run.machine)
         quantizer = part.tokenizer.quantizer
         if kind != "plain":

@@ -304,7 +304,7 @@ def losses(out: Path) -> dict[tuple, float]:
 def test_the_losses_do_not_depend_on_how_a_batch_is_computed(folder, tmp_path):
     data = shutil.copytree(folder, tmp_path / "data")
     (data / "dog" / "05.jpg").unlink()   # streamed, another would stand in for it
-    same = ["--data", data, *TINY, *COMPARED, "--tokenizer-steps", 11, "--var-steps", 4]
+    same = ["--data", data, *TINY, *COMPARED, "--tokenizer-steps", 6, "--var-steps", 3]
     ran("train.py", "--out", tmp_path / "one", *same)
     expected = losses(tmp_path / "one")
     ran("train.py", "--out", tmp_path / "streamed", *same, "--stream", "--workers", 0)
@@ -340,8 +340,8 @@ def test_every_step_has_a_smaller_image(tmp_path, scales, multipliers, weight, e
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_two_processes_have_the_losses_of_one(folder, tmp_path):
     """With the adversarial loss at last, in three steps: its weight is a micro-batch's."""
-    same = ["--data", folder, *TINY, *COMPARED, "--tokenizer-steps", 24, "--var-steps", 6,
-            "--adversarial-weight", 0.4, "--discriminator-width", 8, "--adversarial-from", 0.9,
+    same = ["--data", folder, *TINY, *COMPARED, "--tokenizer-steps", 8, "--var-steps", 4,
+            "--adversarial-weight", 0.4, "--discriminator-width", 8, "--adversarial-from", 0.7,
             "--grad-accumulation", 2]
     ran("train.py", "--out", tmp_path / "one", *same)
     result = run_as_two("--out", tmp_path / "two", *same)
