@@ -368,6 +368,9 @@ def fit_side(images: np.ndarray, labels: np.ndarray, side: int) -> TensorDataset
         pixels = F.pad(pixels, (before, after, before, after))
     else:
         mode = "area" if border < 0 else "bicubic"
-        pixels = F.interpolate(pixels.float(), size=(side, side), mode=mode)
-        pixels = pixels.round().clamp(0, 255).byte()
+        resized = []
+        for some in pixels.split(1000):   # as floats, all take four times as much memory
+            values = F.interpolate(some.float(), size=(side, side), mode=mode)
+            resized.append(values.round().clamp(0, 255).byte())
+        pixels = torch.cat(resized)
     return TensorDataset(pixels, torch.tensor(labels, dtype=torch.int64))
