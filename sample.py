@@ -31,10 +31,11 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from support.checkpoint import (
-    blaming, check_finite, fingerprint, load_checkpoint, read_tensors, restored, unfinished,
+    blaming, check_finite, fingerprint, read_tensors, restored, unfinished,
 )
 from support.cli import UserError, in_short, run_program
 from support.commands import TOKENIZER_ALONE, class_indices, parse
+from support.data import load_held_out
 from support.devices import Machine, check_memory, choose_machine, pack, say_once
 from support.evaluation import evaluate, psnr, say_evaluation
 from support.explorer import explore
@@ -141,6 +142,7 @@ class Run:
     _: KW_ONLY
     note: str = ""                      # of a training that is not finished: its step
     white: int | None = None            # of files of 16 bits: see --white-level
+    data_set: str | None = None         # a digest of the images that were trained on
 
     @property
     def batch(self) -> int:
@@ -271,12 +273,13 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
             classes = content["classes"]
             white = content.get("white")
             learned_from = content["made_with"]["tokenizer"]
+            data_set = content["made_with"].get("data set")
             note = unfinished(content, "var_steps")
         else:
             model = VAR.from_official(read_tensors(var_path, "published checkpoint"))
             check_finite(model.state_dict())
             classes = class_names(model.config.classes)
-            learned_from, note, white = None, "", None
+            learned_from, data_set, note, white = None, None, "", None
     tokenizer = load_tokenizer(tokenizer_path, model.config.scales)
     if learned_from not in (None, fingerprint(tokenizer)):
         raise UserError(f"{var_path} was trained on the tokens of another tokenizer than "
@@ -287,13 +290,15 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
         if found != expected:
             raise UserError(f"{var_path} expects {name.replace('_', ' ')} {expected}, and "
                             f"{tokenizer_path} has {found}")
-    held_out = load_held_out(var_path.parent, tokenizer.config) if ours else None
+    held_out = None
+    if ours:
+        held_out, _ = load_held_out(var_path.parent, tokenizer.config, data_set)
     tokenizer = placed(tokenizer, machine)
     model.to(machine.device).eval()
     if machine.compile:
         model.compile_layers()
     return Run(var_path.parent, tokenizer, model, classes, held_out, machine, sampling,
-               note=note, white=white)
+               note=note, white=white, data_set=data_set)
 
 
 def load_alone(path: Path, machine: Machine, sampling: Sampling) -> Run:
@@ -302,8 +307,9 @@ def load_alone(path: Path, machine: Machine, sampling: Sampling) -> Run:
         tokenizer = placed(load_tokenizer(path), machine)
         return Run(path.parent, tokenizer, None, [], None, machine, sampling)
     tokenizer, content = restored(path, "tokenizer", Tokenizer, TokenizerConfig)
-    return Run(path.parent, placed(tokenizer.eval(), machine), None, content["classes"],
-               load_held_out(path.parent, tokenizer.config), machine, sampling,
+    held_out, classes = load_held_out(path.parent, tokenizer.config)
+    return Run(path.parent, placed(tokenizer.eval(), machine), None,
+               classes or content["classes"], held_out, machine, sampling,
                note=unfinished(content, "tokenizer_steps"), white=content.get("white"))
 
 
@@ -325,19 +331,6 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
         tokenizer = Tokenizer.from_official(content, scales)
         check_finite(tokenizer.state_dict())
         return tokenizer
-
-
-def load_held_out(folder: Path, config: TokenizerConfig | None = None) -> TensorDataset | None:
-    """The images that train.py kept in a run's folder, if any. config: the tokenizer's."""
-    path = folder / "held_out.pt"
-    if not path.exists():
-        return None
-    with blaming(path):
-        content = load_checkpoint(path, "set of held-out images")
-        images = content["images"]
-        if config and images.shape[1:] != (config.image_channels, *2 * [config.image_side]):
-            raise ValueError("its images are of another size than the tokenizer's")
-        return TensorDataset(images, content["labels"])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ from support.losses import DetailLosses, edge_loss
 from support.optim import adamw_and_muon, learning_rate, update_ema
 from support.presets import (
     Preset, TokenizerPreset, VARPreset, check_begun, check_sizes, chosen_preset, training_options,
+    white_level,
 )
 from support.watching import WatchedLog, say_what_next
 from tokenizer import (
@@ -88,6 +89,7 @@ def main() -> None:
     out = options.out
     machine = choose_machine(options.device, options.precision, options.compile)
     join_processes()
+    rank, world = rank_and_world()
     preset = chosen_preset(options)
     channels = options.channels
     if "tokenizer" not in options.stages:
@@ -97,24 +99,22 @@ def main() -> None:
         preset = preset.of_tokenizer(
             asdict(tokenizer.config), tokenizer.config.image_side, vars(options))
     check_preset(preset)
-    check_sizes(preset, options.stages, rank_and_world()[1] * options.grad_accumulation)
+    check_sizes(preset, options.stages, world * options.grad_accumulation)
     check_begun(options, preset)
     data = load_data(options.data, preset.image_size, channels, out, options.data_dir,
-                     options.seed, options.workers, options.stream, options.white_level)
+                     options.seed, options.workers, options.stream, white_level(options))
     settings = Settings(preset, machine, out, options.seed, options.resume,
                         options.checkpoint_every, options.grad_accumulation,
                         options.checkpoint_activations, options.workers, options.tensorboard)
-    first = rank_and_world()[0] == 0
     if "tokenizer" in options.stages:
         tokenizer = TokenizerStage(data, settings, options.perceptual).run()
-    elif options.tokenizer and first:
+    elif options.tokenizer and rank == 0:
         keep_copy(tokenizer, path, out / "tokenizer.pt", data)
     if "var" in options.stages:
         gc.collect()   # else stage one may stay on the GPU: its objects refer to each other
         VARStage(tokenizer.to(machine.device), data, settings).run()
-    if first:
-        data.keep_classifier_images(out, options.workers)
-        say_what_next(out, options.stages)
+    data.keep_classifier_images(out, options.workers)
+    say_what_next(out, options.stages)
     leave_processes()
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from support.checkpoint import download, save_checkpoint
+from support.checkpoint import blaming, download, load_checkpoint, save_checkpoint
 from support.cli import UserError, in_short
 from support.devices import check_memory, rank_and_world, say, wait_for_others
 from support.evaluation import CLASSIFIER_IMAGES, averaged_down
@@ -42,14 +42,38 @@ class Data:
     def keep_held_out(self, out: Path) -> None:
         """In a run's folder, for sample.py."""
         images, labels = self.held_out.tensors
-        save_checkpoint(out / "held_out.pt", "set of held-out images", images=images, labels=labels)
+        save_checkpoint(out / "held_out.pt", "set of held-out images", images=images, labels=labels,
+                        classes=self.classes, data_set=self.digest)
 
     def keep_classifier_images(self, out: Path, workers: int) -> None:
         """In a run's folder, for the classifier by which sample.py judges."""
+        if rank_and_world()[0] > 0:
+            return
         images, labels = classifier_images(self, workers)
         side = self.held_out.tensors[0].shape[-1]
         save_checkpoint(out / "train_images.pt", "set of training images", images=images,
                         labels=labels, side=side, data_set=self.digest)
+
+
+def load_held_out(folder: Path, config=None, data_set: str | None = None
+                  ) -> tuple[TensorDataset | None, list[str] | None]:
+    """The images that train.py kept in a run's folder, if any, and the names of their classes.
+
+    config: the tokenizer's. data_set: the digest of what the images should be of. Raises UserError
+    where they are others.
+    """
+    path = folder / "held_out.pt"
+    if not path.exists():
+        return None, None
+    with blaming(path):
+        content = load_checkpoint(path, "set of held-out images")
+        images = content["images"]
+        if config and images.shape[1:] != (config.image_channels, *2 * [config.image_side]):
+            raise ValueError("its images are of another size than the tokenizer's")
+        if data_set not in (None, content.get("data_set", data_set)):
+            raise UserError(f"{path} is of other images than the transformer was trained on; "
+                            f"train.py --resume writes it anew")
+        return TensorDataset(images, content["labels"]), content.get("classes")
 
 
 def load_data(

@@ -189,6 +189,9 @@ def kept_classifier(run) -> Classifier:
         content = load_checkpoint(images_path, "set of training images")
         images, labels, data_set = (content[name] for name in ("images", "labels", "data_set"))
         shape = {"channels": images.shape[1], "side": content["side"], "classes": classes}
+        if run.data_set not in (None, data_set):
+            raise UserError(f"{images_path} is of other images than the transformer was trained "
+                            f"on; train.py --resume writes it anew, at its end")
     path = run.folder / "classifier.pt"
     if path.exists():
         with blaming(path):

@@ -52,7 +52,7 @@ def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
     layers, heads = attention_shown(config)
     template = TEMPLATE.read_text("utf-8")
     page = {
-        "run": run.folder.name,
+        "run": run.folder.resolve().name,
         "scales": config.scales,
         "vocabulary": config.vocabulary,
         "depth": config.depth,

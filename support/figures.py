@@ -81,7 +81,8 @@ def code_colours(codebook_VC: Tensor) -> Tensor:
     centred_VC = codes_VC - codes_VC.mean(dim=0)
     directions_C3 = torch.linalg.svd(centred_VC, full_matrices=False).Vh[:3].T
     place_V3 = centred_VC @ directions_C3
-    place_V3 = (place_V3 / place_V3.std(dim=0) / 2).clamp(-1, 1)
+    spread_3 = place_V3.std(dim=0, correction=min(1, len(place_V3) - 1)).clamp(min=1e-12)
+    place_V3 = (place_V3 / spread_3 / 2).clamp(-1, 1)
     colours_V3 = ((place_V3 + 1) * 127.5).byte()
     return F.pad(colours_V3, (0, 3 - colours_V3.shape[1]))   # codes of one or two channels
 

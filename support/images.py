@@ -6,6 +6,7 @@ import io
 import math
 import textwrap
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -22,6 +23,7 @@ from support.cli import UserError, in_short
 from support.devices import progress_bar, say
 
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}   # known to Pillow, but not read by it
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # twice as large is an error
 SYSTEM_NAMES = {   # of folders, which may hold images
     "__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "#snapshot", "~snapshot", "lost+found",
     "$recycle.bin", "recycler", "system volume information", "network trash folder",

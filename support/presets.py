@@ -301,6 +301,19 @@ def check_sizes(preset: Preset, stages: list[str], micro_batches: int) -> None:
                             f"micro-batches, of so many processes times --grad-accumulation")
 
 
+def white_level(options: Namespace) -> int | None:
+    """What is white in grey files of 16 bits: as told, else as in the training of a tokenizer that
+    is there. Raises UserError where the run's own had another."""
+    path = options.tokenizer or options.out / "tokenizer.pt"
+    if "tokenizer" in options.stages or path.suffix != ".pt":
+        return options.white_level
+    kept = load_checkpoint(path, "tokenizer").get("white")
+    if not options.tokenizer and options.white_level not in (None, kept):
+        raise UserError(f"--white-level {options.white_level} is not that of {path}, which was "
+                        f"trained with {kept or 'none'}")
+    return options.white_level or kept
+
+
 def check_begun(options: Namespace, preset: Preset) -> None:
     """Raises UserError where a training that is to go on began with other values: before the data
     is read, which for other values would be decoded anew."""

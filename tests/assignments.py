@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
+import io
 import json
 import marshal
 import os
@@ -50,7 +51,7 @@ TAKEN = ["*.py", "*.md", "LICENSE", "requirements.txt", ".pytest.ini", ".gitigno
          "tests/golden/*"]
 LECTURERS = {"answers.py", "assignments.py", "functions.py", "handouts.py", "mutations.py",
              "nursery.py", "rules.py", "test_assignments.py"}
-RUN = ("var.pt", "tokenizer.pt", "held_out.pt", "classifier.pt", "log.jsonl")   # what is read of it
+RUN = ("var.pt", "tokenizer.pt", "held_out.pt", "log.jsonl")   # what is read of it
 SECONDS = 120           # a graded test may take
 SHORTER = 20            # after one that took longer: what hangs mostly hangs in all
 RULE = re.compile("# -{20,}")     # begins a section of a file
@@ -82,6 +83,8 @@ def main() -> None:
             command.add_argument("--jobs", type=int, default=1, metavar="N",
                                  help="how many folders at a time (default: 1)")
     options = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):   # names of folders may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     if options.command is None:
         print(overview())
         return
@@ -106,14 +109,24 @@ def main() -> None:
             if options.json:
                 scores = {name: gradescope(result) for name, result in results.items()}
                 content = scores if len(scores) > 1 else next(iter(scores.values()))
-                options.json.write_text(json.dumps(content, indent=1) + "\n")
+                write_whole(options.json, json.dumps(content, indent=1) + "\n")
             if options.csv:
-                with options.csv.open("w", newline="") as file:
-                    csv.writer(file).writerows(table(assignment, results))
+                file = io.StringIO()
+                csv.writer(file).writerows(table(assignment, results))
+                write_whole(options.csv, file.getvalue())
             sys.exit(any(result["points"] < result["of"] for result in results.values()))
     except (Mistake, OSError) as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place, then rename."""
+    beside = path.with_name(f"{path.name}.partial")
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+    os.replace(beside, path)
 
 
 def overview() -> str:

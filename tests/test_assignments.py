@@ -580,6 +580,13 @@ def test_where_points_cannot_be_written_nothing_is_graded(tmp_path, monkeypatch,
         assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
+def test_names_that_are_no_utf_8_are_written(tmp_path):
+    path = tmp_path / "points.csv"
+    assignments.write_whole(path, "M\udcfcller,Müller\r\n")
+    assert path.read_bytes() == "M\\udcfcller,Müller\r\n".encode()
+    assert [*tmp_path.iterdir()] == [path]
+
+
 def test_points_are_told_and_written(nursery, tmp_path, capsys, monkeypatch):
     """A solution with one error, from the command line."""
     name = "tokenizer.Quantizer.teacher_inputs"

@@ -295,9 +295,13 @@ def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
         assert again.digest == data.digest and all(map(torch.equal, everything(again), everything(data)))
         again = load(root.rename(tmp_path / "moved"), out)
         assert again.digest == data.digest
+    whole = [x.clone() for x in everything(data)]   # not in files that are written over
     for size in (1000, 0):   # cut by something else
         (out / "train.npy").write_bytes((out / "train.npy").read_bytes()[:size])
         assert torch.equal(load(tmp_path / "moved", out).train[[20]][0], pixels[[20]])
+    for name, size, side in (("train", 20, 8), ("held_out", 4, 8), ("train", 21, 4)):   # another run's
+        np.save(out / f"{name}.npy", np.zeros((size, 3, side, side), np.uint8))
+        assert all(map(torch.equal, everything(load(tmp_path / "moved", out)), whole))
 
 
 def test_identity_is_names_sizes_and_content(tmp_path):

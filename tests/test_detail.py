@@ -264,7 +264,7 @@ def test_the_classifier_is_not_the_one_that_judges(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "train_images.pt", "set of training images", images=images,
                     labels=labels, side=8, data_set="random")
     judging = kept_classifier(
-        SimpleNamespace(folder=tmp_path, classes=stage.data.classes, machine=FP32))
+        SimpleNamespace(folder=tmp_path, classes=stage.data.classes, machine=FP32, data_set=None))
     assert len(set(seeds)) == 2
     learned = stage.helpers.classifier
     assert learned.head.weight.shape == judging.head.weight.shape

@@ -361,6 +361,7 @@ def test_a_classifier_is_trained_once(judged, opened, tmp_path, monkeypatch, cap
     content = torch.load(out / "train_images.pt", weights_only=True)
     torch.save({**content, "data_set": "another"}, out / "train_images.pt")
     monkeypatch.setattr("support.evaluation.CLASSIFIER_STEPS", 2)
+    run.data_set = "another"
     assert not torch.equal(weight, kept_classifier(run).head.weight)
     assert "trained on other images" in capsys.readouterr().out
     assert (out / "classifier.pt").read_bytes() != whole

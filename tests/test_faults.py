@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -21,10 +22,12 @@ from http.client import IncompleteRead
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from program import (
     ROOT, TINY, Killed, at_step, damaged, draws, kill, ran, read_or_refused, refused, run,
     same_run, tokenizer_stage,
@@ -37,6 +40,9 @@ from support.checkpoint import (
     Log, download, load_checkpoint, read_log, save_checkpoint, save_whole,
 )
 from support.cli import Interrupt, UserError
+from support.data import load_held_out
+from support.devices import choose_machine
+from support.evaluation import kept_classifier
 from tokenizer import Tokenizer
 
 
@@ -188,6 +194,49 @@ def test_resuming_with_other_values_is_refused_before_data_is_read(folder, finis
     changed = [flag, 16] + ["--scales", "1,2,8"] * (flag == "--image-size")
     assert told in refused(
         "train.py", "--data", folder, "--out", finished, *TINY, *changed, "--resume", "--stage", stage)
+
+
+def test_what_was_white_for_the_tokenizer_is_white_for_the_transformer(tmp_path):
+    root = tmp_path / "data"
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(root / name / f"{i}.tif")
+    flags = ["--data", root, *TINY, "--tokenizer-steps", 1, "--var-steps", 1]
+    ran("train.py", *flags, "--out", tmp_path / "run", "--stage", "tokenizer", "--white-level", 4095)
+    told = refused("train.py", *flags, "--out", tmp_path / "run", "--stage", "var", "--white-level", 255)
+    assert f"--white-level 255 is not that of {tmp_path / 'run' / 'tokenizer.pt'}, which was trained with 4095" in told
+    ran("train.py", *flags, "--out", tmp_path / "run", "--stage", "var")
+    ran("train.py", *flags, "--out", tmp_path / "other", "--tokenizer", tmp_path / "run" / "tokenizer.pt")
+    for out in "run", "other":
+        assert (load_held_out(tmp_path / out)[0].tensors[0] == 255).all()
+        assert load_checkpoint(tmp_path / out / "var.pt", "transformer")["white"] == 4095
+    ran("train.py", *flags, "--out", tmp_path / "own", "--tokenizer", tmp_path / "run" / "tokenizer.pt",
+        "--white-level", 8190)   # of other data
+    assert (load_held_out(tmp_path / "own")[0].tensors[0] == 128).all()
+
+
+def test_images_of_another_data_set_are_not_taken_for_the_runs_own(folder, finished, tmp_path):
+    """As where a second stage on other data was stopped, or files were copied."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    for name in "held_out.pt", "train_images.pt":
+        content = torch.load(finished / name, weights_only=True)
+        torch.save({**content, "data_set": "another"}, out / name)
+        told = f"{out / name} is of other images than the transformer was trained on; train.py --resume"
+        with pytest.raises(UserError, match=re.escape(told)):
+            kept_classifier(sample.load_run(out, choose_machine("cpu")))
+        ran("train.py", "--data", folder, "--out", out, *TINY, "--resume")   # which is good advice
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    content = torch.load(finished / "held_out.pt", weights_only=True)
+    torch.save({**content, "data_set": "another", "classes": ["horse", "pig"]}, out / "held_out.pt")
+    run = sample.load_run(out, choose_machine("cpu"), alone=True)   # of which there are others' names
+    assert sample.load_images(run, ["data:0"]).names == ["horse 0"]
+    for name in "data_set", "classes":   # as runs had it before
+        del content[name]
+    torch.save(content, out / "held_out.pt")
+    assert sample.load_run(out, choose_machine("cpu")).classes == ["cat", "dog"]
+    run = sample.load_run(out, choose_machine("cpu"), alone=True)
+    assert sample.load_images(run, ["data:0"]).names == ["cat 0"]
 
 
 def test_a_training_goes_on_with_the_tokens_that_it_began_with(folder, finished, tmp_path):

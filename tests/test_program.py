@@ -35,7 +35,9 @@ import train
 from support import watching
 from support.checkpoint import blaming, load_checkpoint, read_log
 from support.cli import UserError, in_short, run_program
-from support.data import SHAPES, data_of, draw_shapes, fit_side, load_data, shuffled
+from support.data import (
+    SHAPES, data_of, draw_shapes, fit_side, load_data, load_held_out, shuffled,
+)
 from support.devices import (
     Machine, Speed, check_memory, choose_machine, forward_flops, fp32_products,
     gather_over_processes, has_fast, join_processes, own_cores, peak_flops, progress_bar,
@@ -259,7 +261,7 @@ def test_bars_in_a_log_are_a_line_every_so_often(monkeypatch):
 
 def test_the_health_that_is_printed_is_the_one_measured(finished, capsys):
     tokenizer = sample.load_tokenizer(finished / "tokenizer.pt")
-    images, _ = sample.load_held_out(finished).tensors
+    images, _ = load_held_out(finished)[0].tensors
     health = tokenizer_health(tokenizer, [to_float(images)])
     logged = next(line for line in read_log(finished / "log.jsonl") if line["split"] == "health")
     for name, value in health.items():
@@ -340,8 +342,8 @@ def test_every_step_has_a_smaller_image(tmp_path, scales, multipliers, weight, e
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_two_processes_have_the_losses_of_one(folder, tmp_path):
     """With the adversarial loss at last, in three steps: its weight is a micro-batch's."""
-    same = ["--data", folder, *TINY, *COMPARED, "--tokenizer-steps", 8, "--var-steps", 4,
-            "--adversarial-weight", 0.4, "--discriminator-width", 8, "--adversarial-from", 0.7,
+    same = ["--data", folder, *TINY, *COMPARED, "--tokenizer-steps", 24, "--var-steps", 6,
+            "--adversarial-weight", 0.4, "--discriminator-width", 8, "--adversarial-from", 0.9,
             "--grad-accumulation", 2]
     ran("train.py", "--out", tmp_path / "one", *same)
     result = run_as_two("--out", tmp_path / "two", *same)

@@ -24,7 +24,7 @@ from sample import Known, Run, load_images, load_run
 from support import evaluation, holes
 from support.checkpoint import save_checkpoint
 from support.commands import COMMANDS, GENERATING, HOLES, parse
-from support.data import load_data
+from support.data import load_data, load_held_out
 from support.devices import Machine, PackedLinear, choose_machine, pack
 from support.figures import (
     attention_weights, code_colours, draw_attention, draw_codes, draw_teaching,
@@ -603,7 +603,7 @@ def test_the_attention_drawn_is_that_of_the_cell(judged, tmp_path, monkeypatch):
         return attention_weights(model, labels_B, inputs, layers, queries)
 
     monkeypatch.setattr("support.figures.attention_weights", noted)
-    label, other = sample.load_held_out(judged).tensors[1][3:5].tolist()
+    label, other = load_held_out(judged)[0].tensors[1][3:5].tolist()
     assert label != other
     for flags in ("", " --class star"):   # of the first image
         draw(judged, tmp_path / "a.png", "attention data:3 data:4 --cell 0 3" + flags)
@@ -651,7 +651,7 @@ def test_samples_for_evaluation(judged, tmp_path):
         images = np.load(tmp_path / "a.npz")["arr_0"]
         assert images.shape == (23, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 10
     reference = np.load(tmp_path / "b.npz")["arr_0"]
-    held_out = sample.load_held_out(judged).tensors[0].permute(0, 2, 3, 1).numpy()
+    held_out = load_held_out(judged)[0].tensors[0].permute(0, 2, 3, 1).numpy()
     assert sorted(image.tobytes() for image in reference) == sorted(
         image.tobytes() for image in held_out)
 
