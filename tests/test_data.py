@@ -796,3 +796,52 @@ def test_damaged_images(files, tmp_path_factory, name, data):
     if found is not None:
         assert found.shape == whole.shape and found.dtype == np.uint8
         assert np.array_equal(found, whole) or name != "image.png"
+
+
+def test_real_numbers_up_to_exactly_1_are_of_1(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "real.tif")
+    assert read_image(tmp_path / "real.tif", 8, 1).max() == 255
+
+
+def test_what_is_over_white_is_white(tmp_path):
+    Image.fromarray(np.full((8, 8), 4200, np.uint16)).save(tmp_path / "over.png")
+    assert (read_image(tmp_path / "over.png", 8, 1, white=4095) == 255).all()
+
+
+def test_every_changed_byte_of_a_png_is_found(tmp_path):
+    """Of one that is easily compressed, too, which without its checksum may be read as another."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (10, 200, 30)).save(file, "png")
+    for i in range(len(file.getvalue())):
+        content = bytearray(file.getvalue())
+        content[i] ^= 2
+        found = read_or_refused(lambda path: read_image(path, 64, 3), tmp_path / "image.png", content)
+        assert found is None or np.array_equal(found[:, 0, 0], [10, 200, 30]) and not np.ptp(found, axis=(1, 2)).any()
+
+
+def test_what_is_held_out_beside_train_is_of_its_classes(tmp_path):
+    draw_folder(tmp_path / "data" / "train", {"a": 3, "b": 3})
+    draw_folder(tmp_path / "data" / "val", {"a": 2, "c": 2})
+    data = load(tmp_path / "data", tmp_path / "out")
+    assert len(data.train) == 4 and data.held_out.tensors[1].tolist() == [0, 1]
+
+
+def test_a_class_without_an_image_to_train_on_is_refused_where_images_are_streamed(tmp_path):
+    root = draw_folder(tmp_path / "data", {"a": 3, "one": 1})
+    with pytest.raises(UserError, match="class one has no image to train on"):
+        load(root, stream=True)
+
+
+def test_the_classifier_s_images_are_the_same_each_time(monkeypatch):
+    monkeypatch.setattr("support.data.CLASSIFIER_IMAGES", 5)
+    shapes = draw_shapes(40, 8, 0)
+    first, again = (classifier_images(Data(shapes, shapes, [], ""), 0) for _ in range(2))
+    assert len(first[0]) == 5 and all(map(torch.equal, first, again))
+
+
+def test_published_files_of_the_system_are_found(mnist, tmp_path, monkeypatch):
+    _, folder = mnist
+    (tmp_path / "system").mkdir()
+    shutil.copytree(folder, tmp_path / "system" / "mnist", ignore=lambda *_: ["system"])
+    monkeypatch.setattr("support.data.SYSTEM_DATA", tmp_path / "system")
+    assert len(load_known("mnist", tmp_path / "nothing here", 32).train) == 6

@@ -489,3 +489,23 @@ def test_lpips_is_loaded_from_the_weights_of_vgg(tmp_path, monkeypatch):
     torch.save(state, path)
     with pytest.raises(UserError, match="vgg.pth cannot be read"):
         load_lpips(path)
+
+
+def test_the_loss_of_the_tokenizer_is_not_drawn_as_the_transformer_s():
+    log = [dict(stage="tokenizer", split="train", step=1, loss=9.0, mse=0.1),
+           dict(stage="var", split="train", step=1, loss=2.0)]
+    _, transformer = draw_curves(log, (1, 2)).axes
+    assert [line.get_ydata().tolist() for line in transformer.lines] == [[2.0]]
+
+
+def test_the_classifier_of_the_losses_is_for_the_side_of_the_images():
+    for side in (8, 64):
+        assert DetailLosses(replace(DETAILED, image_size=side), 3, 2).shape["side"] == side
+
+
+def test_lpips_is_without_its_dropout(tmp_path, monkeypatch):
+    state = {"features.5.weight": torch.randn(4, 3, 3, 3), "features.5.bias": torch.randn(4)}
+    torch.save(state, tmp_path / "vgg.pth")
+    monkeypatch.setitem(sys.modules, "lpips", Stub("lpips"))
+    monkeypatch.setattr("support.losses.VGG_SHA256", "")
+    assert not load_lpips(tmp_path / "vgg.pth").training

@@ -18,6 +18,7 @@ from support.devices import choose_machine
 from support.evaluation import (
     Evaluation,
     Judge,
+    Quality,
     averaged_down,
     evaluate,
     evaluated_images,
@@ -26,6 +27,7 @@ from support.evaluation import (
     frechet_distance,
     in_words,
     kept_classifier,
+    say_classes,
     say_evaluation,
     share_among,
     train_classifier,
@@ -435,3 +437,20 @@ def test_apples_gpu_is_asked_for_nothing_that_it_lacks(monkeypatch):
     moved.clear()
     features_and_classes(Looks(), images)
     assert all(x.dtype != torch.float64 for x in moved)
+
+
+def test_all_held_out_images_can_be_judged(opened):
+    total = len(opened.held_out)
+    assert len(evaluated_images(opened, total)[0]) == total
+
+
+def test_of_many_classes_the_twenty_worst_are_listed(capsys):
+    shares = {f"kind{i:02}": (i * 7 % 30) / 30 for i in range(30)}
+    say_classes([[Quality(0.5, shares, 1.0, 1.0, 1.0, 1.0)]] * 4)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == sorted(shares, key=shares.get)[:20]
+
+
+def test_images_without_detail_have_none_to_be_compared_with():
+    judge = Judge(Looks(), torch.full((40, 3, 16, 16), 0.3), ["dark", "bright"])
+    assert np.isnan(judge(noise(), torch.ones(40, dtype=torch.int64)).detail)

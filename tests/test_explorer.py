@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from browser import launched
 from PIL import Image
-from program import ran
+from program import of_three_codes, ran
 
 from kernels import sample_tokens
 from sample import DEFAULTS, Run, load_run
 from support import explorer
-from support.devices import choose_machine
+from support.devices import Machine, choose_machine
 from support.figures import attention_weights, code_colours, evenly
 from support.images import to_float
 
@@ -542,3 +543,53 @@ def test_fewer_images_are_told_on_the_page(opened, run, tmp_path, monkeypatch):
         "In 4 MB is room for 1 of 4 images. Section 3 is left out: of so many tokens, no map of attention has room.")
     assert tab.locator("section:visible").count() == 4
     tab.locator(".picker").first.locator("button").first.click()
+
+
+def test_of_few_codes_all_are_listed():
+    tokenizer, model = of_three_codes()
+    run = Run(Path(), tokenizer.eval(), model.eval(), ["a", "b"], None, choose_machine("cpu", "fp32"), DEFAULTS)
+    tokens_1L = torch.tensor([[0, 1, 2, 0, 1]])
+    found = explorer.chances(run, torch.tensor([0, 2]), tokenizer.teacher_inputs(tokens_1L), tokens_1L[0])
+    for codes in found["likely"][0], found["guided"][0]:
+        assert [sorted(of_token) for of_token in codes] == [[0, 1, 2]] * 5
+
+
+def test_the_filters_of_a_way_are_those_of_its_name(run):
+    own = explorer.replace(DEFAULTS, top_k=5)
+    ways = explorer.ways_to_draw(SimpleNamespace(sampling=own, model=run.model))
+    assert ways["guidance 1, top-k 5"] == explorer.replace(own, top_p=1.0)
+    assert ways["guidance 1"] == explorer.replace(own, top_k=0, top_p=1.0)
+
+
+def test_heads_of_all_layers_together_decide_whether_their_mean_is_shown():
+    config = SimpleNamespace(length=130, depth=12, heads=12)   # 144 maps, and there is room for 93
+    assert explorer.attention_shown(config) == ([*range(12)], 1)
+
+
+def test_unless_classes_are_named_those_shown_lie_evenly_among_all(run, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(explorer, "chosen", lambda run, labels: asked.extend(labels) or [])
+    model = SimpleNamespace(config=explorer.replace(run.model.config, classes=1000))
+    explorer.explore(explorer.replace(run, model=model), tmp_path / "x.html", None, 0)
+    assert asked == evenly(1000, 20) and asked[-1] == 999
+
+
+def test_the_model_is_asked_in_its_precision(run, facts):
+    seen = []
+    half = explorer.replace(run, machine=Machine(torch.device("cpu"), torch.bfloat16))
+    note = lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    with run.model.blocks[0].attention.register_forward_pre_hook(note):
+        explorer.chances(half, torch.tensor([facts[0].label, 10]), facts[0].inputs, facts[0].tokens_1L[0])
+        explorer.attention(half, torch.tensor([facts[0].label]), facts[0].inputs)
+    assert seen == [True, True]
+
+
+def test_without_a_filter_all_codes_are_kept_however_unlikely(run):
+    """Whose probability is lost when it is added to 1."""
+    class Model(SimpleNamespace):
+        __call__ = lambda self, labels_2, inputs: torch.tensor([0.0, -60, -70]).expand(2, 1, 3)
+    model = Model(config=SimpleNamespace(scales=(1,), vocabulary=3), level_L=torch.zeros(1))
+    bare = explorer.replace(DEFAULTS, cfg=0.0, top_k=0, top_p=1.0)
+    found = explorer.chances(SimpleNamespace(model=model, sampling=bare, machine=run.machine), None,
+                             torch.zeros(1, 0, 4), torch.tensor([0]))
+    assert found["kept"] == [3]

@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from http.client import IncompleteRead
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ import sample
 import train
 from support import cli
 from support.checkpoint import (
-    Log, download, load_checkpoint, read_log, save_checkpoint, save_whole,
+    Log, check_made_with, download, load_checkpoint, read_log, read_tensors, save_checkpoint,
+    save_whole,
 )
 from support.cli import Interrupt, UserError
 from support.data import load_held_out
@@ -844,3 +846,23 @@ def test_an_entry_that_claims_to_be_a_folder_is_read_all_the_same(finished, tmp_
         place = archive.find(b"PK\x01\x02", place + 4)
     path.write_bytes(archive)
     assert same_content(loads(path), content)
+
+
+def test_any_learning_rate_may_change_where_a_training_goes_on():
+    names = ("tokenizer_lr", "var_lr", "discriminator_lr", "final_lr")
+    before = {"made_with": {**dict.fromkeys(names, 0.1), "ema": 0.9}}
+    check_made_with(Path("a.pt"), before, dict.fromkeys(names, 0.2))
+    with pytest.raises(UserError, match="--ema 0.9 and not 0.5"):
+        check_made_with(Path("a.pt"), before, {"ema": 0.5})
+
+
+def test_safetensors_are_read_by_their_own_package(tmp_path, monkeypatch):
+    path = tmp_path / "var.safetensors"
+    path.write_bytes(b"\x10\0\0\0\0\0\0\0")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="pip install safetensors"):
+        read_tensors(path, "published checkpoint")
+    module = SimpleNamespace(load_file=lambda path: {"a": path})
+    monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace(torch=module))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", module)
+    assert read_tensors(path, "published checkpoint") == {"a": path}

@@ -318,3 +318,28 @@ def test_other_geometries_are_read_off_the_tensors():
     config = VAR.from_official(state).config
     assert (config.scales, config.depth, config.width, config.heads, config.vocabulary, config.classes) == (scales, 3, W, 2, V, 5)
     assert config.shared_adaln and not config.normalise_qk
+
+
+def test_phis_are_counted(case):
+    """One for all scales, and as many as there are for neighbouring ones."""
+    state = {name.replace("qresi_ls.0.", "qresi."): tensor for name, tensor in case[0]["vae"].items()
+             if not re.search(r"qresi_ls\.[1-9]", name)}
+    assert Tokenizer.from_official(state).config.phis == 1
+
+
+def test_classes_have_numbers_where_torchvision_is_of_another_pytorch(monkeypatch):
+    class Broken(types.ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", Broken("torchvision.models"))
+    assert class_names(1000) == [str(i) for i in range(1000)]
+
+
+def test_models_of_two_vocabularies_do_not_belong_together(case, tmp_path):
+    torch.save(case[0]["vae"], tmp_path / "vae.pth")
+    fewer = {name: case[0]["var"][name][:-1] for name in ("head.weight", "head.bias")}
+    torch.save({**case[0]["var"], **fewer}, tmp_path / "var.pth")
+    assert "expects vocabulary" in refused(
+        "sample.py", "--var", tmp_path / "var.pth", "--tokenizer", tmp_path / "vae.pth")

@@ -39,15 +39,15 @@ from support.data import (
     SHAPES, data_of, draw_shapes, fit_side, load_data, load_held_out, shuffled,
 )
 from support.devices import (
-    Machine, Speed, check_memory, choose_machine, forward_flops, fp32_products,
-    gather_over_processes, has_fast, join_processes, own_cores, peak_flops, progress_bar,
+    Machine, Speed, check_memory, choose_machine, forward_flops, fp32_convolutions, fp32_products,
+    gather_over_processes, has_fast, join_processes, own_cores, peak_flops, progress_bar, say,
     wait_for_others,
 )
 from support.evaluation import say_health, tokenizer_health
 from support.images import Row, batches, grid, save_picture, to_float
 from support.optim import learning_rate, update_ema
 from support.presets import (
-    PRESETS, Preset, check_folder, check_sizes, chosen_preset, training_flags,
+    PRESETS, Preset, check_folder, check_sizes, chosen_preset, training_flags, training_options,
 )
 from tokenizer import (
     Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig,
@@ -1150,3 +1150,31 @@ def test_every_preset_is_a_possible_model():
             own, read = getattr(preset, value.name), value.metadata["read"]
             if read and own is not None:
                 assert read(", ".join(map(str, own)) if isinstance(own, tuple) else str(own)) == own
+
+
+def test_the_batch_of_a_stage_that_is_not_trained_is_no_matter():
+    preset = replace(PRESETS["tiny"], tokenizer_batch=9, var_batch=8)
+    check_sizes(preset, ["var"], 2)
+    with pytest.raises(UserError, match="--tokenizer-batch 9 does not divide"):
+        check_sizes(preset, ["tokenizer"], 2)
+
+
+def test_a_run_is_named_for_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for data, name in (("mnist", "mnist"), ("photos.2024", "photos.2024"), ("photos/../pets", "pets")):
+        assert training_options(["--data", data]).out == Path("out", name)
+
+
+def test_tf32_is_as_it_was_after_convolutions_without_it(monkeypatch):
+    for before in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+        with fp32_convolutions():
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_the_first_process_alone_speaks(monkeypatch, capsys):
+    monkeypatch.setattr("support.devices.rank_and_world", lambda: (1, 2))
+    say("once")
+    assert progress_bar(range(2)).disable
+    assert "once" not in capsys.readouterr().out

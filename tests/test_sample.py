@@ -357,6 +357,7 @@ def test_colours_are_of_the_three_directions_in_which_codes_vary_most():
     np.testing.assert_allclose(np.abs(colours_V3 - 127.5), np.abs(contrast_V3), atol=1.01)   # of either sign
     few_V3 = code_colours(torch.tensor(codebook_VC[:, :2]))   # of two channels
     assert few_V3.shape == (64, 3) and few_V3[:, :2].any() and not few_V3[:, 2].any()
+    assert code_colours(torch.ones(1, 4)).tolist() == [[127, 0, 0]]   # of one code
 
 
 def test_the_shares_of_all_scales_stand_above_a_row(run, given):
@@ -1258,3 +1259,79 @@ def test_particles_try_the_classes_in_turn_where_none_is_told(
         image = row // len(tried)
         assert torch.equal(known[0].latent_BCSS[row], latents[image])
         assert torch.equal(known[0].own_tokens_BL[row], tokens[image])
+
+
+def test_the_cell_is_marked_in_red_on_grey_images_too(run, given, monkeypatch):
+    tokens = run.encode(given.images[:1])[1]
+    monkeypatch.setattr(Run, "encode", lambda run, images: (None, tokens))
+    (row,) = draw_attention(run, given.images[:1, :1], 3, (0, 3))
+    assert row.images[0].shape == (16, 16, 3) and row.images[0][0, 12].tolist() == [255, 0, 0]
+
+
+def test_attention_is_drawn_in_the_model_s_precision(run, given):
+    seen = []
+    half = replace(run, machine=Machine(torch.device("cpu"), torch.bfloat16))
+    note = lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    with run.model.blocks[0].attention.register_forward_pre_hook(note):
+        draw_attention(half, given.images, 3, None)
+    assert seen == [True]
+
+
+def test_small_images_are_means(run):
+    """Of all pixels: here each four by four are 0 together, though not in their middle."""
+    block = torch.full((4, 4), -0.25)
+    block[1:3, 1:3] = 0.75
+    large, _ = sample.from_small(block.repeat(4, 4).expand(1, 3, 16, 16), 4, run.tokenizer.config)
+    torch.testing.assert_close(large, torch.zeros_like(large))
+
+
+def test_the_largest_image_decides_how_much_a_grid_enlarges():
+    maps = [np.zeros((side, side, 1), np.uint8) for side in (1, 2, 48)]
+    assert grid([Row("", maps)]).height == 3 * 48 + GAP
+
+
+def test_images_made_smaller_are_means():
+    board = np.indices((8, 8)).sum(axis=0)[..., None].astype(np.uint8) % 2 * 255
+    shown = np.asarray(grid([Row("", [board])], 4))[2:6, -6:-2]
+    assert set(shown.ravel()) <= {127, 128}
+
+
+def test_a_film_that_would_be_too_high_is_refused(tmp_path):
+    black = np.zeros((8, 8, 1), np.uint8)
+    with pytest.raises(sample.UserError, match=r"film of \d+ x 700\d\d .* has at most 65535 a side"):
+        save_film(tmp_path / "a.gif", [Row("", [black], ["1x1"])] * 700, 1, 96)
+
+
+def test_so_many_at_a_time_are_one_or_more():
+    for wrong in (0, -3):
+        assert f"argument --batch: {wrong} must be" in refused("sample.py", f"--batch={wrong}")
+
+
+def test_evaluate_has_the_filters_that_images_are_drawn_with():
+    options = parse({}, ["evaluate", "8", "--top-k", "5", "--top-p", "1", "0.5"])
+    assert (options.top_k, options.top_p) == (5, (1, 0.5))
+
+
+def test_whatever_is_not_named_pt_is_a_published_model():
+    ways = asdict(sample.DEFAULTS), asdict(sample.PUBLISHED)
+    options = parse(ways[0], ["inpaint", "a.png", "--var", "var.safetensors"], ways[1])
+    assert (options.particles, options.cfg) == (0, sample.PUBLISHED.cfg)
+
+
+def test_a_number_of_an_image_is_written_in_ascii_digits(run):
+    for number in ("²", "1²", "٣x"):
+        with pytest.raises(sample.UserError, match="the held-out images are data:0 to data:"):
+            load_images(run, [f"data:{number}"])
+
+
+def test_held_out_images_of_other_channels_are_refused(judged, tmp_path):
+    images, labels = load_held_out(judged)[0].tensors
+    save_checkpoint(tmp_path / "held_out.pt", "set of held-out images", images=images[:, :1], labels=labels)
+    config = sample.load_tokenizer(judged / "tokenizer.pt").config
+    with pytest.raises(sample.UserError, match="its images are of another size"):
+        load_held_out(tmp_path, config)
+
+
+def test_a_name_with_an_accent_is_not_taken_for_a_number():
+    run = SimpleNamespace(classes=["cafe\u0301", "tea"], generate=lambda labels, seed: labels)
+    assert sample.drawn(run, ["caf\u00e9", "1"], 1, 0) == (["caf\u00e9", "1 tea"], [0, 1])
