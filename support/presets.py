@@ -210,7 +210,8 @@ def training_flags() -> Parser:
     add("--channels", type=int, choices=(1, 3),
         help="3 for colour or 1 for grey, of images in a folder (default: 3)")
     add("--white-level", type=number(int, 1, 65535), metavar="N",
-        help="the white of grey 16-bit files that use fewer bits, as 4095 for 12 (default: 65535)")
+        help="the white of grey 16-bit files that use fewer bits, as 4095 for 12 (default: 65535, "
+             "or a given tokenizer's)")
     add("--stream", action="store_true",
         help="read a folder's images as training goes (default: decode them once)")
     add("--perceptual", type=place, metavar="FILE",
