@@ -118,7 +118,8 @@ class Sampling:
     """How tokens are drawn."""
     cfg: float         # strength of classifier-free guidance at the last scale; 0 is none
     top_k: int         # draw from the k most likely tokens; 0 is no limit
-    top_p: float | tuple[float, float]   # ... that hold so much; or of the first and last scale
+    top_p: float | tuple[float, float]   # draw from the most likely tokens that hold so much; of
+                                         # the first and of the last scale, if they differ
     growth: float = 1.0   # guidance grows and top_p falls with this power of k / (K - 1)
     batch: int | None = None   # images at a time; None leaves it to Run.batch
 

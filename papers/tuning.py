@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 
 from papers import Trained
 from support.checkpoint import blaming, fingerprint, load_checkpoint
+from support.cli import UserError
 from support.data import Data
 from support.images import Row
 from train import Stage, VARStage, var_optimizers
@@ -56,7 +57,10 @@ class Tuning(VARStage):
 
 def kept_images(run: Trained) -> Data:
     """The images that the run was trained on, as train.py kept them; and those held out."""
-    kept = load_checkpoint(run.folder / "train_images.pt", "set of training images")
+    path = run.folder / "train_images.pt"
+    kept = load_checkpoint(path, "set of training images")
+    if run.data_set not in (None, kept["data_set"]):
+        raise UserError(f"{path} is of other images than the run was trained on")
     images = TensorDataset(kept["images"], kept["labels"])
     return Data(images, run.held_out, run.classes, kept["data_set"])
 

@@ -59,8 +59,8 @@ def load_held_out(folder: Path, config=None, data_set: str | None = None
                   ) -> tuple[TensorDataset | None, list[str] | None]:
     """The images that train.py kept in a run's folder, if any, and the names of their classes.
 
-    config: the tokenizer's. data_set: the digest of what the images should be of. Raises UserError
-    where they are others.
+    config: the tokenizer's. data_set: the digest of what the images should be of; others are left
+    out. Raises UserError for those of another size.
     """
     path = folder / "held_out.pt"
     if not path.exists():
@@ -71,8 +71,9 @@ def load_held_out(folder: Path, config=None, data_set: str | None = None
         if config and images.shape[1:] != (config.image_channels, *2 * [config.image_side]):
             raise ValueError("its images are of another size than the tokenizer's")
         if data_set not in (None, content.get("data_set", data_set)):
-            raise UserError(f"{path} is of other images than the transformer was trained on; "
-                            f"train.py --resume writes it anew")
+            print(f"note: {path} is of other images than the transformer was trained on, and is "
+                  f"left out; train.py --stage var --resume, with its --data, writes it anew")
+            return None, None
         return TensorDataset(images, content["labels"]), content.get("classes")
 
 
@@ -392,9 +393,10 @@ def fit_side(images: np.ndarray, labels: np.ndarray, side: int) -> TensorDataset
         pixels = F.pad(pixels, (before, after, before, after))
     else:
         mode = "area" if border < 0 else "bicubic"
-        resized = []
-        for some in pixels.split(1000):   # as floats, all take four times as much memory
-            values = F.interpolate(some.float(), size=(side, side), mode=mode)
-            resized.append(values.round().clamp(0, 255).byte())
-        pixels = torch.cat(resized)
+        resized = torch.empty(*pixels.shape[:2], side, side, dtype=torch.uint8)
+        for begin in range(0, len(pixels), 1000):   # as floats, all take four times as much memory
+            rows = slice(begin, begin + 1000)
+            values = F.interpolate(pixels[rows].float(), size=(side, side), mode=mode)
+            resized[rows] = values.round().clamp(0, 255)
+        pixels = resized
     return TensorDataset(pixels, torch.tensor(labels, dtype=torch.int64))

@@ -191,7 +191,7 @@ def kept_classifier(run) -> Classifier:
         shape = {"channels": images.shape[1], "side": content["side"], "classes": classes}
         if run.data_set not in (None, data_set):
             raise UserError(f"{images_path} is of other images than the transformer was trained "
-                            f"on; train.py --resume writes it anew, at its end")
+                            f"on; train.py --stage var --resume, with its --data, writes it anew")
     path = run.folder / "classifier.pt"
     if path.exists():
         with blaming(path):

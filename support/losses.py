@@ -47,10 +47,6 @@ class DetailLosses(nn.Module):
         if preset.perceptual_weight and lpips_weights:
             self.lpips = [load_lpips(lpips_weights)]
         elif preset.perceptual_weight:
-            if classes == 1:
-                raise UserError("the perceptual distance is that of a classifier, to which one "
-                                "class gives nothing to learn; --perceptual-weight 0 leaves it "
-                                "out, --perceptual takes LPIPS")
             self.shape = {"channels": image_channels, "side": preset.image_size, "classes": classes}
             self.classifier = Classifier(**self.shape).eval().requires_grad_(False)
 
@@ -63,7 +59,12 @@ class DetailLosses(nn.Module):
             weight_decay=0.0, fused=True)]
 
     def learn(self, images: Tensor, labels: Tensor) -> None:
-        """Train the classifier, on other draws than that by which sample.py judges the results."""
+        """Train the classifier, on other draws than that by which sample.py judges the results.
+        Raises UserError for a single class."""
+        if self.shape["classes"] == 1:
+            raise UserError("the perceptual distance is that of a classifier, to which one class "
+                            "gives nothing to learn; --perceptual-weight 0 leaves it out, "
+                            "--perceptual takes LPIPS")
         device = self.classifier.head.weight.device
         trained = train_classifier(images, labels, self.shape, 1, device)
         self.classifier.load_state_dict(trained.state_dict())

@@ -128,6 +128,9 @@ class Preset(VARPreset, TokenizerPreset):
         return replace(self, **own)
 
 
+VALUES = {"tokenizer": TokenizerPreset, "var": VARPreset}   # of each stage
+KINDS = {"tokenizer": "tokenizer", "var": "transformer"}    # of its checkpoint
+
 PRESETS = {
     "tiny": Preset(),
     "cifar": Preset(
@@ -303,29 +306,32 @@ def check_sizes(preset: Preset, stages: list[str], micro_batches: int) -> None:
 
 
 def white_level(options: Namespace) -> int | None:
-    """What is white in grey files of 16 bits: as told, else as in the training of a tokenizer that
-    is there. Raises UserError where the run's own had another."""
-    path = options.tokenizer or options.out / "tokenizer.pt"
-    if "tokenizer" in options.stages or path.suffix != ".pt":
-        return options.white_level
-    kept = load_checkpoint(path, "tokenizer").get("white")
-    if not options.tokenizer and options.white_level not in (None, kept):
-        raise UserError(f"--white-level {options.white_level} is not that of {path}, which was "
-                        f"trained with {kept or 'none'}")
-    return options.white_level or kept
+    """What is white in grey files of 16 bits: as told, else as in the training that goes on, else
+    as in that of the tokenizer that is there."""
+    first = options.stages[0]
+    tokenizer = options.tokenizer or options.out / "tokenizer.pt"
+    for path, kind in ((options.out / f"{first}.pt", KINDS[first]), (tokenizer, "tokenizer")):
+        if not options.white_level and path.suffix == ".pt" and path.exists():
+            return load_checkpoint(path, kind).get("white")
+    return options.white_level
 
 
 def check_begun(options: Namespace, preset: Preset) -> None:
     """Raises UserError where a training that is to go on began with other values: before the data
     is read, which for other values would be decoded anew."""
-    kinds = {"tokenizer": ("tokenizer", TokenizerPreset), "var": ("transformer", VARPreset)}
     for name in options.stages:
         path = options.out / f"{name}.pt"
-        kind, stage = kinds[name]
-        if path.exists():
-            with blaming(path):
-                made_with = {**preset.of(stage), "seed": options.seed}
-                check_made_with(path, load_checkpoint(path, kind), made_with)
+        if not path.exists():
+            continue
+        with blaming(path):
+            content = load_checkpoint(path, KINDS[name])
+            begun = {**content["made_with"], "white_level": content.get("white") or 65535,
+                     "channels": content["config"].get("image_channels", options.channels)}
+            now = {**preset.of(VALUES[name]), "seed": options.seed}
+            for told in ("white_level", "channels"):
+                if vars(options)[told]:
+                    now[told] = vars(options)[told]
+            check_made_with(path, {"made_with": begun}, now)
 
 
 def check_folder(data: str, out: Path, stages: list[str], resume: bool) -> None:

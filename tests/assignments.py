@@ -123,10 +123,18 @@ def main() -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place, then rename."""
+    """Write a file beside its place, then rename; what is no file, as /dev/stdout, is written to."""
+    path = path.resolve()   # a link stays one
+    whole = text.encode(errors="backslashreplace")
+    if path.exists() and not path.is_file():
+        path.write_bytes(whole)
+        return
     beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(whole)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def overview() -> str:

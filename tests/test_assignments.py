@@ -585,6 +585,12 @@ def test_names_that_are_no_utf_8_are_written(tmp_path):
     assignments.write_whole(path, "M\udcfcller,Müller\r\n")
     assert path.read_bytes() == "M\\udcfcller,Müller\r\n".encode()
     assert [*tmp_path.iterdir()] == [path]
+    link = tmp_path / "link.csv"
+    link.symlink_to(path)
+    assignments.write_whole(link, "new")
+    assert path.read_bytes() == b"new" and link.is_symlink()
+    assignments.write_whole(Path(os.devnull), "nothing")
+    assert not Path(os.devnull).is_file()
 
 
 def test_points_are_told_and_written(nursery, tmp_path, capsys, monkeypatch):

@@ -36,6 +36,7 @@ from program import (
 
 import sample
 import train
+from papers.tuning import kept_images
 from support import cli
 from support.checkpoint import (
     Log, check_made_with, download, load_checkpoint, read_log, read_tensors, save_checkpoint,
@@ -198,7 +199,7 @@ def test_resuming_with_other_values_is_refused_before_data_is_read(folder, finis
         "train.py", "--data", folder, "--out", finished, *TINY, *changed, "--resume", "--stage", stage)
 
 
-def test_what_was_white_for_the_tokenizer_is_white_for_the_transformer(tmp_path):
+def test_what_was_white_for_the_tokenizer_is_white_for_the_transformer(tmp_path, monkeypatch):
     root = tmp_path / "data"
     for name in "ab":
         (root / name).mkdir(parents=True)
@@ -206,9 +207,13 @@ def test_what_was_white_for_the_tokenizer_is_white_for_the_transformer(tmp_path)
             Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(root / name / f"{i}.tif")
     flags = ["--data", root, *TINY, "--tokenizer-steps", 1, "--var-steps", 1]
     ran("train.py", *flags, "--out", tmp_path / "run", "--stage", "tokenizer", "--white-level", 4095)
-    told = refused("train.py", *flags, "--out", tmp_path / "run", "--stage", "var", "--white-level", 255)
-    assert f"--white-level 255 is not that of {tmp_path / 'run' / 'tokenizer.pt'}, which was trained with 4095" in told
     ran("train.py", *flags, "--out", tmp_path / "run", "--stage", "var")
+    for stage in "all", "tokenizer", "var":   # which goes on with the same
+        ran("train.py", *flags, "--out", tmp_path / "run", "--stage", stage, "--resume")
+    monkeypatch.setattr(train, "load_data", pytest.fail)
+    for flag, told in (("--white-level", "--white-level 4095 and not 1"), ("--channels", "--channels 3 and not 1")):
+        assert told in refused("train.py", *flags, "--out", tmp_path / "run", "--resume", flag, 1)
+    monkeypatch.undo()
     ran("train.py", *flags, "--out", tmp_path / "other", "--tokenizer", tmp_path / "run" / "tokenizer.pt")
     for out in "run", "other":
         assert (load_held_out(tmp_path / out)[0].tensors[0] == 255).all()
@@ -216,18 +221,27 @@ def test_what_was_white_for_the_tokenizer_is_white_for_the_transformer(tmp_path)
     ran("train.py", *flags, "--out", tmp_path / "own", "--tokenizer", tmp_path / "run" / "tokenizer.pt",
         "--white-level", 8190)   # of other data
     assert (load_held_out(tmp_path / "own")[0].tensors[0] == 128).all()
+    ran("train.py", *flags, "--out", tmp_path / "own", "--stage", "var", "--resume")   # with its own white
 
 
-def test_images_of_another_data_set_are_not_taken_for_the_runs_own(folder, finished, tmp_path):
+def test_images_of_another_data_set_are_not_taken_for_the_runs_own(folder, finished, tmp_path, capsys):
     """As where a second stage on other data was stopped, or files were copied."""
     out = shutil.copytree(finished, tmp_path / "run")
-    for name in "held_out.pt", "train_images.pt":
+    names = "held_out.pt", "train_images.pt"
+    for name in names:
         content = torch.load(finished / name, weights_only=True)
         torch.save({**content, "data_set": "another"}, out / name)
-        told = f"{out / name} is of other images than the transformer was trained on; train.py --resume"
-        with pytest.raises(UserError, match=re.escape(told)):
-            kept_classifier(sample.load_run(out, choose_machine("cpu")))
-        ran("train.py", "--data", folder, "--out", out, *TINY, "--resume")   # which is good advice
+    run = sample.load_run(out, choose_machine("cpu"))
+    advice = "train.py --stage var --resume, with its --data, writes it anew"
+    told = "is of other images than the transformer was trained on"
+    assert f"note: {out / 'held_out.pt'} {told}, and is left out; {advice}\n" in capsys.readouterr().out
+    assert run.held_out is None
+    with pytest.raises(UserError, match=re.escape(f"{out / 'train_images.pt'} {told}; {advice}")):
+        kept_classifier(run)
+    with pytest.raises(UserError, match="train_images.pt is of other images than the run was trained on"):
+        kept_images(run)
+    ran("train.py", "--data", folder, "--out", out, *TINY, "--stage", "var", "--resume")   # which is good advice
+    for name in names:
         assert (out / name).read_bytes() == (finished / name).read_bytes()
     content = torch.load(finished / "held_out.pt", weights_only=True)
     torch.save({**content, "data_set": "another", "classes": ["horse", "pig"]}, out / "held_out.pt")
