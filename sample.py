@@ -292,7 +292,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
             raise UserError(f"{var_path} expects {name.replace('_', ' ')} {expected}, and "
                             f"{tokenizer_path} has {found}")
     held_out = None
-    if ours:
+    if ours:   # published models come without images
         held_out, _ = load_held_out(var_path.parent, tokenizer.config, data_set)
     tokenizer = placed(tokenizer, machine)
     model.to(machine.device).eval()

@@ -329,7 +329,7 @@ def load_decoded(out: Path, made_of: str) -> Folder | None:
         return None
     labels = [content["train_labels"], content["held_out_labels"]]
     fitting = all(len(images) == len(own) and images.shape[1:] == sets[1].shape[1:]
-                  for images, own in zip(sets, labels))
+                  for images, own in zip(sets, labels))   # else one is another run's
     if content["made_of"] != made_of or not fitting:
         return None
     with warnings.catch_warnings():   # the arrays cannot be written to, and nobody does

@@ -23,12 +23,13 @@ from support.cli import UserError, in_short
 from support.devices import progress_bar, say
 
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}   # known to Pillow, but not read by it
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # twice as large is an error
 SYSTEM_NAMES = {   # of folders, which may hold images
     "__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "#snapshot", "~snapshot", "lost+found",
     "$recycle.bin", "recycler", "system volume information", "network trash folder",
     "temporary items",
 }
+# Of over 89 megapixels, which a scan may have; twice as many are an error, and told.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 @functools.cache
