@@ -394,9 +394,9 @@ def fit_side(images: np.ndarray, labels: np.ndarray, side: int) -> TensorDataset
     else:
         mode = "area" if border < 0 else "bicubic"
         resized = torch.empty(*pixels.shape[:2], side, side, dtype=torch.uint8)
-        for begin in range(0, len(pixels), 1000):   # as floats, all take four times as much memory
-            rows = slice(begin, begin + 1000)
-            values = F.interpolate(pixels[rows].float(), size=(side, side), mode=mode)
-            resized[rows] = values.round().clamp(0, 255)
+        # As floats, all take four times as much memory.
+        for some, own in zip(pixels.split(1000), resized.split(1000)):
+            values = F.interpolate(some.float(), side, mode=mode)
+            own[:] = values.round().clamp(0, 255)
         pixels = resized
     return TensorDataset(pixels, torch.tensor(labels, dtype=torch.int64))
