@@ -30,11 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from support.asked import Given, asked_class, asked_classes, class_indices, load_images
 from support.checkpoint import (
     blaming, check_finite, fingerprint, read_tensors, restored, unfinished,
 )
-from support.cli import UserError, in_short, run_program
-from support.commands import TOKENIZER_ALONE, class_indices, parse
+from support.cli import UserError, run_program
+from support.commands import TOKENIZER_ALONE, parse
 from support.data import load_held_out
 from support.devices import Machine, check_memory, choose_machine, pack, say_once
 from support.evaluation import evaluate, psnr, say_evaluation
@@ -42,8 +43,8 @@ from support.explorer import explore
 from support.figures import draw_attention, draw_codes, draw_teaching, scale_names
 from support.holes import from_small, judge_completions, judge_of, known_pixels, say_completion
 from support.images import (
-    Row, at_a_time, batches, composed, grid, legible, read_images, rows_of_classes, rows_of_pairs,
-    save_film, save_npz, save_picture, save_told, to_bytes, to_float, to_one_array,
+    Row, at_a_time, batches, grid, rows_of_classes, rows_of_pairs, save_film, save_npz,
+    save_picture, save_told, to_bytes, to_one_array,
 )
 from support.published import class_names, published_pair
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig
@@ -51,9 +52,11 @@ from var import VAR, VARConfig
 
 
 def main() -> None:
-    options = parse(asdict(DEFAULTS), of_published=asdict(PUBLISHED))
+    options = parse(asdict(DEFAULTS), of_published=asdict(PUBLISHED),
+                    unsmoothed=asdict(UNSMOOTHED))
     machine = choose_machine(options.device, options.precision, options.compile)
-    sampling = Sampling(options.cfg, options.top_k, options.top_p, options.growth, options.batch)
+    sampling = Sampling(options.cfg, options.top_k, options.top_p, options.growth,
+                        options.smooth, options.batch)
     tokenizer = options.tokenizer
     var = options.var
     if options.published:
@@ -121,12 +124,15 @@ class Sampling:
     top_p: float | tuple[float, float]   # draw from the most likely tokens that hold so much; of
                                          # the first and of the last scale, if they differ
     growth: float = 1.0   # guidance grows and top_p falls with this power of k / (K - 1)
+    smooth: float = 0.0   # how much of a code makes way for the mean code, at the last scale
     batch: int | None = None   # images at a time; None leaves it to Run.batch
 
 
 # These trade variety for clean shapes, and do so at the fine scales, which only have to fit: the
-# coarse ones decide what is drawn. Published models are drawn from as their FID is measured.
-DEFAULTS = Sampling(cfg=1.0, top_k=900, top_p=(1.0, 0.1), growth=2.0)
+# coarse ones decide what is drawn. The second is for tokens that are codes and no more: images that
+# are completed, the explorer. Published models are drawn from as their FID is measured.
+DEFAULTS = Sampling(cfg=0.6, top_k=900, top_p=(1.0, 0.4), growth=3.5, smooth=1.0)
+UNSMOOTHED = Sampling(cfg=1.0, top_k=900, top_p=(1.0, 0.1), growth=2.0)
 PUBLISHED = Sampling(cfg=1.5, top_k=900, top_p=0.96)
 
 
@@ -157,10 +163,12 @@ class Run:
 
     @torch.no_grad()
     def generate(
-        self, labels: list[int], seed: int, known_of: Callable[[slice], Known] | None = None
+        self, labels: list[int], seed: int, known_of: Callable[[slice], Known] | None = None,
+        keep: Callable[[list[Tensor]], None] | None = None,
     ) -> Tensor:
         """Return tokens [N, L] of one image per label, on the CPU.
-        known_of: returns what is known of some of the N images."""
+        known_of: returns what is known of some of the N images. keep: for smooth images, takes the
+        latents [B, C, S, S] of B of them after each scale."""
         device = self.machine.device
         sampling = self.sampling
         generator = torch.Generator(device).manual_seed(seed)
@@ -175,12 +183,26 @@ class Run:
                 say_once("note: this model was trained without label dropout and never saw the "
                          "null class, which guidance (--cfg) and completing without a class use")
             known = None if known_of is None else known_of(rows)
+            latents = []
+            smooth = () if keep is None else (sampling.smooth, latents)
             with self.machine.autocast():
                 tokens_BL = self.model.generate(
                     self.tokenizer, labels_B, cfg, sampling.top_k, sampling.top_p, generator,
-                    known, sampling.growth)
+                    known, sampling.growth, *smooth)
             tokens.append(tokens_BL.cpu())
+            if keep is not None:
+                keep(latents)
         return torch.cat(tokens)
+
+    def draw(self, labels: list[int], seed: int) -> tuple[Tensor, Tensor]:
+        """Return tokens [N, L] of one image per label, and what `decode` makes the images of: them,
+        or latents [N, C, S, S] if these are smooth."""
+        if not self.sampling.smooth:
+            tokens_NL = self.generate(labels, seed)
+            return tokens_NL, tokens_NL
+        last = []
+        tokens_NL = self.generate(labels, seed, keep=lambda latents: last.append(latents[-1].cpu()))
+        return tokens_NL, torch.cat(last)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,28 +216,32 @@ class Run:
             tokens.append(self.tokenizer.quantizer.encode(f_BCSS).cpu())
         return torch.cat(latents), torch.cat(tokens)
 
-    def decode(self, tokens_NL: Tensor) -> Tensor:
-        """Return images of tokens of all scales, or of the first few, on the CPU."""
-        return torch.cat([images.cpu() for images in self.rendered(tokens_NL)])
+    def decode(self, drawn_N: Tensor) -> Tensor:
+        """Return images, on the CPU, of tokens [N, l] of all scales, or of the first few; or of
+        latents [N, C, S, S]."""
+        return torch.cat([images.cpu() for images in self.rendered(drawn_N)])
 
-    def decode_to_bytes(self, tokens_NL: Tensor) -> np.ndarray:
+    def decode_to_bytes(self, drawn_N: Tensor) -> np.ndarray:
         """Return them as bytes [N, side, side, channels], a quarter as much to copy from a GPU."""
-        return to_one_array(self.rendered(tokens_NL), len(tokens_NL))
+        return to_one_array(self.rendered(drawn_N), len(drawn_N))
 
-    def rendered(self, tokens_NL: Tensor) -> Iterator[Tensor]:
+    def rendered(self, drawn_N: Tensor) -> Iterator[Tensor]:
         """Yield images on the device, some at a time.
 
         Where convolutions are chosen or compiled for a shape, every pass has the same: some images
         of no use make the last one full.
         """
         machine = self.machine
-        size = min(len(tokens_NL), at_a_time(self.tokenizer.config.image_side))
-        for tokens_BL in tokens_NL.split(size):
-            B = len(tokens_BL)
+        size = min(len(drawn_N), at_a_time(self.tokenizer.config.image_side))
+        for drawn_B in drawn_N.split(size):
+            B = len(drawn_B)
             if machine.device.type == "cuda" or machine.compile:
-                tokens_BL = F.pad(tokens_BL, (0, 0, 0, size - B))
+                drawn_B = F.pad(drawn_B, (0, 0) * (drawn_B.ndim - 1) + (0, size - B))
+            drawn_B = drawn_B.to(machine.device)
             with machine.autocast():
-                images = self.tokenizer.decode(tokens_BL.to(machine.device))
+                if not drawn_B.is_floating_point():
+                    drawn_B = self.tokenizer.quantizer.decode(drawn_B)
+                images = self.tokenizer.render(drawn_B).clamp(-1, 1)
             yield images[:B]
 
     def after_each_scale(self, tokens_NL: Tensor) -> list[np.ndarray]:
@@ -340,36 +366,20 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
 
 def draw_samples(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
     """A row of images for each class; names: None for all, at most 20."""
-    labels, tokens_NL = drawn(run, names, per_class, seed)
-    return rows_of_classes(labels, run.decode_to_bytes(tokens_NL))
+    labels, wanted = asked_classes(run, names, per_class)
+    _, drawn_N = run.draw(wanted, seed)
+    return rows_of_classes(labels, run.decode_to_bytes(drawn_N))
 
 
 def draw_progress(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
     """A row for each image: what it looks like after each scale."""
-    labels, tokens_NL = drawn(run, names, per_class, seed)
-    frames_KN = run.after_each_scale(tokens_NL)
+    labels, wanted = asked_classes(run, names, per_class)
+    kept = []
+    run.generate(wanted, seed, keep=kept.append)
+    frames_KN = [run.decode_to_bytes(torch.cat(latents)) for latents in zip(*kept)]
     captions = scale_names(run.tokenizer.config.scales)
     rows = zip(np.repeat(labels, per_class), zip(*frames_KN))
     return [Row(label, frames_K, captions) for label, frames_K in rows]
-
-
-def drawn(run: Run, names: list[str] | None, per_class: int, seed: int
-          ) -> tuple[list[str], Tensor]:
-    """Return how to call each class in a picture, and the tokens [N, L] of its images."""
-    names = names or run.classes[:20]
-    chosen = class_indices(names, run.classes)
-    tokens_NL = run.generate(np.repeat(chosen, per_class).tolist(), seed)
-    # What was asked for by its number is called by its name, too.
-    labels = [name if composed(name) in map(composed, run.classes) else f"{name} {run.classes[i]}"
-              for name, i in zip(names, chosen)]
-    return list(map(legible, labels, chosen)), tokens_NL
-
-
-def asked_class(run: Run, name: str | None, own: int | None = None) -> int:
-    """Return the class of that name; else the image's own, or the null class if it is unknown."""
-    if name is not None:
-        return class_indices([name], run.classes)[0]
-    return run.model.config.classes if own is None else own
 
 
 def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
@@ -384,49 +394,15 @@ def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
     wanted = [len(range(label, count, classes)) for label in range(classes)]
     counts = [math.ceil(n / rejection) for n in wanted]
     labels = np.repeat(range(classes), counts).tolist()
-    tokens_NL = run.generate(labels, seed)
+    tokens_NL, drawn_N = run.draw(labels, seed)
     if rejection < 1:
         likelihood_N = run.log_likelihood(tokens_NL, labels)
         best = []
-        by_class = zip(tokens_NL.split(counts), likelihood_N.split(counts), wanted)
-        for tokens_nL, likelihood_n, count_of_class in by_class:
-            best.append(tokens_nL[likelihood_n.topk(count_of_class).indices])
-        tokens_NL = torch.cat(best)
-    return run.decode_to_bytes(tokens_NL)
-
-
-# --------------------------------------------------------------------------------------------------
-# Images of one's own
-
-
-@dataclass
-class Given:
-    """Images named on the command line, in [-1, 1] on the CPU; a label is None if it is unknown."""
-    images: Tensor
-    names: list[str]
-    labels: list[int | None]
-
-
-def load_images(run: Run, sources: list[str]) -> Given:
-    """Files, folders of them, and `data:17`, number 17 of the run's held-out images (from 0)."""
-    config = run.tokenizer.config
-    found = []
-    for source in sources:
-        row = source.removeprefix("data:")
-        if row == source:
-            own = read_images(
-                Path(source), config.image_side, config.image_channels, run.white)
-            found += [(*image, None) for image in own]
-            continue
-        last = len(run.held_out_images()) - 1
-        if not row.isdecimal() or len(row) > 9 or int(row) > last:
-            raise UserError(f"{in_short(source, 40)}: the held-out images are data:0 to "
-                            f"data:{last}")
-        image, label = run.held_out[int(row)]
-        found.append((image, f"{run.classes[label]} {int(row)}", int(label)))
-    pixels, names, labels = zip(*found)
-    names = list(map(legible, names, range(len(names))))
-    return Given(to_float(torch.stack(pixels)), names, list(labels))
+        by_class = zip(drawn_N.split(counts), likelihood_N.split(counts), wanted)
+        for drawn_n, likelihood_n, count_of_class in by_class:
+            best.append(drawn_n[likelihood_n.topk(count_of_class).indices])
+        drawn_N = torch.cat(best)
+    return run.decode_to_bytes(drawn_N)
 
 
 def reconstruct(run: Run, given: Given) -> list[Row]:

@@ -130,7 +130,11 @@ class Quantizer(nn.Module):
         return self.codebook_VC.new_zeros(batch, self.codebook_VC.shape[1], S, S)
 
     def accumulate(self, f_hat_BCSS: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
-        """Return f_hat with scale k, given by its tokens, added to it.
+        """Return f_hat with scale k, given by its tokens, added to it."""
+        return self.add(f_hat_BCSS, F.embedding(tokens_Bl, self.codebook_VC), k)
+
+    def add(self, f_hat_BCSS: Tensor, h_BlC: Tensor, k: int) -> Tensor:
+        """Return f_hat with scale k, given by the vectors of its places, added to it.
 
         It is computed in fp32 also under autocast, and without TF32: a sum of ever smaller
         corrections needs the digits, and codes would change.
@@ -139,7 +143,6 @@ class Quantizer(nn.Module):
         S = self.scales[-1]
         phi = self.phis[self.phi_of_scale[k]]
         with torch.autocast(f_hat_BCSS.device.type, enabled=False), fp32_convolutions():
-            h_BlC = F.embedding(tokens_Bl, self.codebook_VC)                # [B, l, C]
             h_BCss = h_BlC.transpose(1, 2).unflatten(2, (s, s))             # [B, C, s, s]
             h_BCSS = F.interpolate(h_BCss, size=(S, S), mode="bicubic")     # [B, C, S, S]
             return f_hat_BCSS + phi(h_BCSS)                                 # [B, C, S, S]

@@ -305,6 +305,8 @@ class VAR(nn.Module):
         generator: torch.Generator | None = None,
         known: Any = None,
         growth: float = 1.0,
+        smooth: float = 0.0,
+        latents: list[Tensor] | None = None,
     ) -> Tensor:
         """Return tokens [B, L] of new images, drawn one scale per pass (paper: eq. 6).
 
@@ -316,6 +318,10 @@ class VAR(nn.Module):
         known: what is known of the images that are only to be completed: any object with the `put`
             of `sample.Known`, which puts their own tokens in place of those drawn.
         growth: how late guidance grows and top_p falls, see `draw`; 1 is evenly, as published.
+        smooth: how much of a code makes way for the mean at the last scale, see `smoothed`; 0 is
+            nothing, as published. It is not for images of which anything is known.
+        latents: a list to which f_hat [B, C, S, S] after each scale is appended. Images are decoded
+            from the last; from the tokens alone they are not smooth.
         """
         quantizer = tokenizer.quantizer
         f_hat_BCSS = quantizer.empty(len(labels_B))                             # [B, C, S, S]
@@ -338,8 +344,15 @@ class VAR(nn.Module):
             if known is not None:
                 tokens_Bl = known.put(tokens_Bl, quantizer, f_hat_BCSS, k)      # [B, l]
             tokens.append(tokens_Bl)
-            if k + 1 < len(self.config.scales):
+            if smooth:
+                h_BlC = self.smoothed(
+                    tokens_Bl, logits_BlV, k, cfg, growth, smooth, quantizer.codebook_VC)
+                f_hat_BCSS = quantizer.add(f_hat_BCSS, h_BlC, k)                # [B, C, S, S]
+            else:
                 f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)     # [B, C, S, S]
+            if latents is not None:
+                latents.append(f_hat_BCSS)
+            if k + 1 < len(self.config.scales):
                 read_BlC = quantizer.read(f_hat_BCSS, k + 1)                    # [B, next l, C]
                 x_BlW = self.code_embedding(read_BlC)                           # [B, next l, W]
                 if cfg:
@@ -369,8 +382,7 @@ class VAR(nn.Module):
         fall from one number to another. A growth of 1, as published, changes both evenly; more
         leaves the coarse scales more to themselves.
         """
-        share = k / max(len(self.config.scales) - 1, 1)
-        progress = share ** growth   # 0 at the first scale, 1 at the last
+        progress = self.progress(k, growth)
         guidance = cfg * progress
         first, final = top_p if isinstance(top_p, tuple) else (top_p, top_p)
         cond_BlV = logits_BlV
@@ -381,6 +393,44 @@ class VAR(nn.Module):
         noise_BlV.exponential_(generator=generator)
         top_p = first + (final - first) * progress
         return sample_tokens(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
+
+    def smoothed(
+        self,
+        tokens_Bl: Tensor,
+        logits_BlV: Tensor,
+        k: int,
+        cfg: float,
+        growth: float,
+        smooth: float,
+        codebook_VC: Tensor,
+    ) -> Tensor:
+        """Return vectors [B, l, C] to be added in place of the codes of the tokens of scale k.
+
+        The tokens of a scale are drawn independently. Where an edge may run here or one place on,
+        each place chooses for itself, and the edge is ragged. What they agree on is the mean of all
+        codes, by their guided probability. But codes that disagree have a short mean, which would
+        be a blur; so it is stretched to their length (root mean square):
+
+            h = (1 - t) code + t mean |codes| / |mean|,    t = smooth (k / (K - 1))^growth
+
+        The coarse scales have to choose, so t grows as guidance does. (The published code has a
+        mean over codes, too, by Gumbel softmax, for demonstrations.)
+        """
+        progress = self.progress(k, growth)
+        if cfg:
+            cond_BlV, uncond_BlV = logits_BlV.chunk(2)
+            logits_BlV = torch.lerp(uncond_BlV, cond_BlV, 1 + cfg * progress)
+        p_BlV = logits_BlV.softmax(dim=-1)
+        squares_V1 = codebook_VC.square().sum(dim=1, keepdim=True)
+        with fp32_products(p_BlV.device.type):
+            lengths_Bl1 = (p_BlV @ squares_V1).sqrt()
+            means_BlC = F.normalize(p_BlV @ codebook_VC, dim=-1) * lengths_Bl1
+        codes_BlC = F.embedding(tokens_Bl, codebook_VC)
+        return torch.lerp(codes_BlC, means_BlC, smooth * progress)
+
+    def progress(self, k: int, growth: float) -> float:
+        """Return (k / (K - 1))^growth: 0 at the first scale, 1 at the last."""
+        return (k / max(len(self.config.scales) - 1, 1)) ** growth
 
     def new_caches(self) -> list[LayerCache]:
         """Return one for each layer, for one generation; they go when it ends or is interrupted."""

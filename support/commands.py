@@ -9,7 +9,6 @@ from typing import Any
 from support.cli import (
     COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output, output_as, place,
 )
-from support.images import composed
 from support.published import FOLDER as PUBLISHED_FOLDER
 
 COMMANDS = {
@@ -28,6 +27,7 @@ COMMANDS = {
     "export": "write samples for the field's evaluation programs",
 }
 CLASSES = "grid progress"
+SMOOTHED = f"{CLASSES} evaluate export"
 HOLES = "inpaint outpaint edit"
 COMPLETED = f"{HOLES} upscale"
 GENERATING = f"{CLASSES} explore {COMPLETED} evaluate export"
@@ -121,6 +121,10 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         type=number(float, 0.1, 10), help="guidance grows, and top-p falls, over the scales with "
         "this power of k / (K - 1): 1 is evenly, as published; above, the coarser scales are left "
         "more to themselves")),
+    (SMOOTHED, "--smooth", dict(
+        type=number(float, 0, 1), help="how far the finer scales, with that growth, go from a code "
+        "for each place to the mean of all codes by their probability: smoother edges, and less "
+        "texture; 0 is not at all")),
     (GENERATING, "--batch", dict(
         type=COUNT, help="images at a time; if not given as many as have a cache of 4 GB, at most "
         "100")),
@@ -146,10 +150,12 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
 
 
 def parse(defaults: dict[str, Any], arguments: list[str] | None = None,
-          of_published: dict[str, Any] | None = None) -> argparse.Namespace:
+          of_published: dict[str, Any] | None = None, unsmoothed: dict[str, Any] | None = None
+          ) -> argparse.Namespace:
     """What is asked for. defaults: of the flags that say how tokens are drawn; of_published: those
-    of them for published models."""
+    of them for published models; unsmoothed: for commands that have no --smooth."""
     of_published = of_published or defaults
+    unsmoothed = unsmoothed or defaults
     arguments = sys.argv[1:] if arguments is None else arguments
     first = arguments[0] if arguments else "--"
     if first.startswith("-") and first not in ("-h", "--help"):
@@ -157,15 +163,16 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None,
     parser = CommandParser(description="Draw with a trained VAR, and look into it.",
                            epilog="Each has its own flags: python sample.py grid --help")
     # For commands that are without these:
-    parser.set_defaults(**defaults, small=None, paste=False, particles=0, judge=False, gif=None)
+    parser.set_defaults(**dict.fromkeys(defaults), small=None, paste=False, particles=0, judge=False, gif=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
+        ours = defaults if command in SMOOTHED.split() else unsmoothed
         own = commands.add_parser(command, help=text, description=text.capitalize() + ".")
         either = own.add_mutually_exclusive_group() if command in HOLES.split() else own
         for whose, name, how in FLAGS:
             if command in whose.split():
                 value = name.removeprefix("--").replace("-", "_")
-                told = with_default_told(how, defaults.get(value), of_published.get(value))
+                told = with_default_told(how, ours.get(value), of_published.get(value))
                 group = either if name in ("--box", "--mask") else own
                 group.add_argument(name, **told)
         add_device_flags(own)
@@ -191,7 +198,8 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None,
     theirs = options.published or options.var and options.var.suffix != ".pt"
     if options.particles is None:
         options.particles = 0 if theirs else 32
-    for name, value in (of_published if theirs else defaults).items():
+    ours = defaults if options.command in SMOOTHED.split() else unsmoothed
+    for name, value in (of_published if theirs else ours).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
@@ -237,17 +245,3 @@ def check_outputs(options: argparse.Namespace) -> None:
     if options.command == "export" and options.reference:
         if options.reference.resolve() == options.file.resolve():
             raise UserError(f"{options.file.resolve()} is the name of two outputs")
-
-
-def class_indices(names: list[str], classes: list[str]) -> list[int]:
-    """The numbers of classes, named or numbered. é may be one letter or two, by keyboard and file
-    system."""
-    index = {str(i): i for i in range(len(classes))}
-    index |= {composed(name): i for i, name in enumerate(classes)}   # which come before numbers
-    chosen = [index.get(composed(name)) for name in names]
-    if None in chosen:
-        there = ", ".join(classes) if len(classes) <= 20 else f"{classes[0]} to {classes[-1]}"
-        lacking = names[chosen.index(None)]
-        how = ", and names stand with spaces between them" if "," in lacking else ""
-        raise UserError(f"there is no class {lacking}; there are {there}{how}")
-    return chosen

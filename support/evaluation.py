@@ -265,11 +265,11 @@ def evaluate(run, count: int, seeds: Sequence[int]) -> Evaluation:
     nats = -run.log_likelihood(tokens_NL, labels.tolist()).mean().item()
 
     def generated(run) -> list[Quality]:
-        drawn = (run.generate(labels.tolist(), seed) for seed in seeds)
-        return [judge(run.decode(tokens), labels) for tokens in drawn]
+        drawn = (run.draw(labels.tolist(), seed)[1] for seed in seeds)
+        return [judge(run.decode(drawn_N), labels) for drawn_N in drawn]
 
     # Without guidance and filters the model draws from its own distribution.
-    unfiltered = replace(run.sampling, cfg=0.0, top_k=0, top_p=1.0)
+    unfiltered = replace(run.sampling, cfg=0.0, top_k=0, top_p=1.0, smooth=0.0)
     return Evaluation(
         accuracy=(taken_for_N == all_labels_N).double().mean().item(),
         originals=judge(originals[other_half], labels[other_half]),
@@ -391,7 +391,7 @@ def fine_power(images: Tensor) -> float:
 def say_evaluation(found: Evaluation, count: int, seeds: Sequence[int], sampling) -> None:
     """Print it as two tables, of means over the seeds and their spread. sampling: the run's."""
     asked = (f"cfg {sampling.cfg:g}, top-k {sampling.top_k}, top-p {sampling.top_p}, "
-             f"growth {sampling.growth:g}")
+             f"growth {sampling.growth:g}, smooth {sampling.smooth:g}")
     sets = {
         "held-out, half against half": [found.originals],
         "reconstructions": [found.reconstructions],

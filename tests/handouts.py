@@ -38,14 +38,15 @@ LIST = [
     Assignment(
         number=1,
         title="A residual pyramid",
-        bodies=("tokenizer.Quantizer.accumulate", "tokenizer.Quantizer.read",
+        bodies=("tokenizer.Quantizer.add", "tokenizer.Quantizer.read",
                 "tokenizer.Quantizer.encode", "tokenizer.Quantizer.decode"),
         give_aways=("tokenizer.Quantizer.teacher_inputs", "tokenizer.Quantizer.forward",
                     "tokenizer.Quantizer.start_from", "var.VAR.generate", "sample.Known.tokens",
                     "tokenizer.averaged", "reference.running_latents", "reference.read"),
         forbidden=(),
-        quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.nearest",
-                "tokenizer.Quantizer.split", "devices.fp32_convolutions", "kernels.nearest_code"),
+        quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.accumulate",
+                "tokenizer.Quantizer.nearest", "tokenizer.Quantizer.split",
+                "devices.fp32_convolutions", "kernels.nearest_code"),
         points={
             TOKENIZER + "test_every_step_of_the_loop_is_numpys": 3,
             TOKENIZER + "test_every_pyramid_encodes_and_decodes": 1,
@@ -67,8 +68,8 @@ LIST = [
             The tokenizer writes an image as token maps, from 1 x 1 up to S x S, each of which
             corrects the sum of those before it. Everything in VAR that is a loop over scales is a
             loop over two steps: `accumulate` adds the codes of one scale to the running latent
-            f_hat, `read` looks at a latent at the size of one scale. You write the two steps and
-            the first two loops.
+            f_hat, by way of `add`; `read` looks at a latent at the size of one scale. You write
+            `add`, `read` and the first two loops.
 
             Hints. Print the shape after every line and hold it to the comment. Codes come as [B, l,
             C] and images are [B, C, s, s]: a `reshape` between the two compiles, runs, and is
@@ -76,7 +77,7 @@ LIST = [
             and which phi serves which scale stands in `phi_of_scale`. `decode` also takes the first
             few maps alone. Compute outside of autocast, in the dtype of what you are given (fp32 in
             the program, float64 in most tests). A sum is a new tensor: training fails if
-            `accumulate` changes f_hat in place, and gradients reach f_hat, codes and phi through
+            `add` changes f_hat in place, and gradients reach f_hat, codes and phi through
             it. Each vector is compared with the codes once, by `nearest`, and each map accumulated
             once.
 
@@ -112,9 +113,10 @@ LIST = [
                     "var.VAR.generate", "sample.Known.tokens", "reference.running_latents"),
         forbidden=(),
         quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.accumulate",
-                "tokenizer.Quantizer.read", "tokenizer.Quantizer.nearest",
-                "tokenizer.Quantizer.split", "tokenizer.Quantizer.update_hits",
-                "tokenizer.Quantizer.count", "tokenizer.COMMITMENT", "kernels.nearest_code"),
+                "tokenizer.Quantizer.add", "tokenizer.Quantizer.read",
+                "tokenizer.Quantizer.nearest", "tokenizer.Quantizer.split",
+                "tokenizer.Quantizer.update_hits", "tokenizer.Quantizer.count",
+                "tokenizer.COMMITMENT", "kernels.nearest_code"),
         points={
             TOKENIZER + "test_the_codebook_loss_and_its_gradients_are_numpys": 4,
             TOKENIZER + "test_gradients_pass_straight_through_to_the_encoder": 2,
@@ -163,9 +165,9 @@ LIST = [
                     "var.VAR.generate", "sample.Known.tokens"),
         forbidden=(),
         quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.accumulate",
-                "tokenizer.Quantizer.read", "tokenizer.Quantizer.split",
-                "tokenizer.Quantizer.count", "kernels.nearest_code", "tokenizer.HITS_DECAY",
-                "tokenizer.DEAD_BELOW"),
+                "tokenizer.Quantizer.add", "tokenizer.Quantizer.read",
+                "tokenizer.Quantizer.split", "tokenizer.Quantizer.count",
+                "kernels.nearest_code", "tokenizer.HITS_DECAY", "tokenizer.DEAD_BELOW"),
         points={
             TOKENIZER + "test_the_first_codes_are_residuals_of_every_scale_alike": 3,
             GRADED + "test_the_first_codes_are_of_any_images": 1,
@@ -218,7 +220,8 @@ LIST = [
                     "var.VAR.generate", "reference.running_latents"),
         forbidden=(),
         quoted=("tokenizer.Quantizer.empty", "tokenizer.Quantizer.accumulate",
-                "tokenizer.Quantizer.read", "tokenizer.Quantizer.split", "kernels.nearest_code"),
+                "tokenizer.Quantizer.add", "tokenizer.Quantizer.read",
+                "tokenizer.Quantizer.split", "kernels.nearest_code"),
         points={
             TOKENIZER + "test_teacher_inputs_read_the_running_latent_of_coarser_scales_only": 3,
             TOKENIZER + "test_every_step_of_the_loop_is_numpys": 2,
@@ -385,7 +388,8 @@ LIST = [
         quoted=("kernels.sample_tokens", "kernels.KeyRanges.rows", "var.VAR.forward",
                 "var.VAR.start", "var.VAR.places", "var.VAR.modulations", "var.VAR.through_layers",
                 "var.VAR.logits", "var.VAR.new_caches", "tokenizer.Quantizer.empty",
-                "tokenizer.Quantizer.accumulate", "tokenizer.Quantizer.read", "sample.Known.put",
+                "var.VAR.progress", "var.VAR.smoothed", "tokenizer.Quantizer.accumulate",
+                "tokenizer.Quantizer.add", "tokenizer.Quantizer.read", "sample.Known.put",
                 "var.VARConfig", "var.VARConfig.spans"),
         points={
             GRADED + "test_a_cache_takes_its_room_once_and_gives_what_is_there": 1,
@@ -402,6 +406,7 @@ LIST = [
             PARITY + "test_transformer": 1,
             GRADED + "test_each_token_passes_each_layer_once": 2,
             GRADED + "test_what_is_generated_is_where_the_labels_are": 1,
+            TRANSFORMER + "test_what_is_smoothed_is_read_and_is_the_latent": 1,
         },
         hours="5-8",
         after=(4, 6),
@@ -418,8 +423,10 @@ LIST = [
             computed twice. The guidance of scale k is cfg (k / (K - 1))^growth, and K may be 1;
             top_p goes from its first number to its second alike. Noise comes from the generator
             that was given. `known` may replace what was drawn (assignment 13): later scales read
-            the replacement. A cache takes its memory once. Each token passes each layer once, with
-            guidance twice: that is counted where it comes out of each `mlp`.
+            the replacement. Where `smooth` is not 0, what `smoothed` makes is added in place of
+            codes, and read; f_hat after each scale, the last too, goes to `latents`. A cache takes
+            its memory once. Each token passes each layer once, with guidance twice: that is counted
+            where it comes out of each `mlp`.
 
             ![Images after each scale](.github/images/progress.png)
         """,
@@ -768,8 +775,9 @@ LIST = [
                     "tokenizer.Quantizer.start_from"),
         forbidden=(),
         quoted=("tokenizer.Quantizer", "tokenizer.Quantizer.empty",
-                "tokenizer.Quantizer.accumulate", "tokenizer.Quantizer.read",
-                "tokenizer.Quantizer.nearest", "tokenizer.Quantizer.split"),
+                "tokenizer.Quantizer.accumulate", "tokenizer.Quantizer.add",
+                "tokenizer.Quantizer.read", "tokenizer.Quantizer.nearest",
+                "tokenizer.Quantizer.split"),
         points={
             TRANSFORMER + "test_which_tokens_are_known": 2,
             TRANSFORMER + "test_the_closed_loop_codes_what_is_missing_and_the_open_loop_the_images_"

@@ -5,7 +5,7 @@ test_assignments.py. A piece occurs once in its function.
 """
 PLANTED = {
     # 1 Residual pyramid
-    "tokenizer.Quantizer.accumulate": [
+    "tokenizer.Quantizer.add": [
         ("return f_hat_BCSS + phi(h_BCSS)", "return f_hat_BCSS + h_BCSS"),
         ("return f_hat_BCSS + phi(h_BCSS)", "return phi(f_hat_BCSS + h_BCSS)"),
         ("return f_hat_BCSS + phi(h_BCSS)", "return phi(h_BCSS)"),
@@ -271,6 +271,9 @@ PLANTED = {
          "f_hat_BCSS = quantizer.accumulate(quantizer.empty(len(tokens_Bl)), tokens_Bl, k)"),
         ("x_BlW.repeat(2, 1, 1)", "x_BlW.repeat_interleave(2, dim=0)"),
         ("tokens.append(tokens_Bl)", "tokens.insert(0, tokens_Bl)"),
+        ("quantizer.add(f_hat_BCSS, h_BlC, k)", "quantizer.add(f_hat_BCSS, h_BlC / 2, k)"),
+        ("            if smooth:", "            if smooth and not cfg:"),
+        ("latents.append(f_hat_BCSS)", "latents.insert(0, f_hat_BCSS)"),
         ("known.put(tokens_Bl, quantizer, f_hat_BCSS, k)",
          "known.put(tokens_Bl, quantizer, quantizer.empty(len(tokens_Bl)), k)"),
         ("        if cfg:   #", "        if True:   #"),
@@ -281,7 +284,7 @@ PLANTED = {
         ("cfg * progress", "cfg"),
         ("cfg * progress", "cfg * (k + 1) / len(self.config.scales)"),
         ("cfg * progress", "cfg * k / len(self.config.scales)"),
-        ("share = k / max(len(self.config.scales) - 1, 1)", "share = k / (len(self.config.scales) - 1)"),
+        ("self.progress(k, growth)", "self.progress(k, 1.0)"),
         ("cfg * progress", "cfg * (1 - progress)"),
         ("cond_BlV, uncond_BlV = logits_BlV.chunk(2)",
          "uncond_BlV, cond_BlV = logits_BlV.chunk(2)"),
@@ -289,7 +292,7 @@ PLANTED = {
         ("noise_BlV.exponential_(generator=generator)", "noise_BlV.exponential_()"),
         ("top_k, top_p, noise_BlV)", "0, 1.0, noise_BlV)"),
         ("top_p = first + (final - first) * progress", "top_p = first"),
-        ("share ** growth", "share"),
+        ("first + (final - first) * progress", "first + (final - first) * progress**2"),
     ],
     # 8 Sampling
     "kernels.sample_tokens_torch": [
@@ -491,21 +494,20 @@ EASY = "a demanded method is replaced by one that is right on easy data"
 
 KINDS = {
     1: [
-        (IN_PLACE, "tokenizer.Quantizer.accumulate",
+        (IN_PLACE, "tokenizer.Quantizer.add",
          ("return f_hat_BCSS + phi(h_BCSS)", "return f_hat_BCSS.add_(phi(h_BCSS))")),
         (IN_PLACE, "tokenizer.Quantizer.encode",
          ("self.read(f_BCSS - f_hat_BCSS, k)", "self.read(f_BCSS, k)"),
          ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)",
           "f_BCSS.sub_(self.accumulate(f_hat_BCSS, tokens_Bl, k))")),
-        (GRAPH, "tokenizer.Quantizer.accumulate",
-         ("F.embedding(tokens_Bl, self.codebook_VC)",
-          "F.embedding(tokens_Bl, self.codebook_VC.detach())")),
-        (GRAPH, "tokenizer.Quantizer.accumulate",
+        (GRAPH, "tokenizer.Quantizer.add",
+         ("h_BlC.transpose(1, 2)", "h_BlC.detach().transpose(1, 2)")),
+        (GRAPH, "tokenizer.Quantizer.add",
          ("return f_hat_BCSS + phi(h_BCSS)", "return f_hat_BCSS.detach() + phi(h_BCSS)")),
         (WHERE, "tokenizer.Quantizer.decode",
          ("self.empty(len(tokens_BL))",
           "torch.zeros(len(tokens_BL), self.codebook_VC.shape[1], *2 * self.scales[-1:])")),
-        (WHERE, "tokenizer.Quantizer.accumulate",
+        (WHERE, "tokenizer.Quantizer.add",
          ("return f_hat_BCSS + phi(h_BCSS)", "return (f_hat_BCSS + phi(h_BCSS)).float()")),
         (EDGE, "tokenizer.Quantizer.decode",
          ("for k, tokens_Bl in enumerate(self.split(tokens_BL)):",
@@ -642,7 +644,7 @@ KINDS = {
           "torch.full(labels_B.shape, self.config.classes)")),
         (EDGE, "var.VAR.generate", ("        if cfg:   #", "        if cfg > 1:   #")),
         (EDGE, "var.VAR.draw",
-         ("max(len(self.config.scales) - 1, 1)", "(len(self.config.scales) - 1)")),
+         ("self.progress(k, growth)", "self.progress(k, growth) or 1.0")),
         (EASY, "var.VAR.generate",      # every scale anew, without a cache
          ("x_BlW = self.start(class_BW) ", "x_BlW = read_BLW = self.start(class_BW) "),
          ("self.ranges.rows(span.start, span.stop)", "self.ranges.rows(0, span.stop)"),

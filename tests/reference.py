@@ -152,6 +152,16 @@ def running_latents(tokens, codebook_VC, phis, scales) -> list:
     return f_hats
 
 
+def smoothed(tokens_Bl, logits_BlV, codebook_VC, share: float):
+    """What is added in place of the codes: a share of it the mean code, as long as codes are."""
+    p_BlV = np.exp(logits_BlV - logits_BlV.max(-1, keepdims=True))
+    p_BlV = p_BlV / p_BlV.sum(-1, keepdims=True)
+    mean_BlC = np.einsum("blv,vc->blc", p_BlV, codebook_VC)
+    power_Bl = np.einsum("blv,vc->bl", p_BlV, codebook_VC ** 2)
+    stretch_Bl = np.sqrt(power_Bl / (mean_BlC ** 2).sum(-1))
+    return (1 - share) * codebook_VC[tokens_Bl] + share * stretch_Bl[..., None] * mean_BlC
+
+
 def read(f_BCSS, s: int):
     """[B, s*s, C]: averages over areas, of which the side must be a multiple of s here."""
     B, C, S, _ = f_BCSS.shape

@@ -228,7 +228,7 @@ def test_a_judge_compares_half_by_half():
 @pytest.fixture(scope="module")
 def opened(judged) -> Run:
     """Nobody changes it."""
-    return load_run(judged, CPU, Sampling(cfg=2.0, top_k=900, top_p=0.6))
+    return load_run(judged, CPU, Sampling(cfg=2.0, top_k=900, top_p=0.6, smooth=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -236,22 +236,22 @@ def evaluated(opened) -> tuple[Evaluation, list[tuple], list[list[int]]]:
     """What is found, how images were generated for it, and of which classes."""
     asked = []
     labels = []
-    generate = Run.generate
+    draw = Run.draw
 
     def noted(run, wanted, seed):
         sampling = run.sampling
-        asked.append((sampling.cfg, sampling.top_k, sampling.top_p, seed))
+        asked.append((sampling.cfg, sampling.top_k, sampling.top_p, sampling.smooth, seed))
         labels.append(wanted)
-        return generate(run, wanted, seed)
+        return draw(run, wanted, seed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "generate", noted)
+        patch.setattr(Run, "draw", noted)
         return evaluate(opened, COUNT, SEEDS), asked, labels
 
 
 def test_what_is_judged(opened, evaluated):
     _, asked, labels = evaluated
-    assert asked == [(2, 900, 0.6, 3), (2, 900, 0.6, 4), (0, 0, 1, 3), (0, 0, 1, 4)]
+    assert asked == [(2, 900, 0.6, 0.5, 3), (2, 900, 0.6, 0.5, 4), (0, 0, 1, 0, 3), (0, 0, 1, 0, 4)]
     originals, own_labels = evaluated_images(opened, COUNT)
     assert labels == [own_labels.tolist()] * 4
     counts = [own_labels[half::2].bincount(minlength=10) for half in (0, 1)]

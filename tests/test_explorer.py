@@ -22,7 +22,7 @@ from PIL import Image
 from program import of_three_codes, ran
 
 from kernels import sample_tokens
-from sample import DEFAULTS, Run, load_run
+from sample import UNSMOOTHED, Run, load_run
 from support import explorer
 from support.devices import Machine, choose_machine
 from support.figures import attention_weights, code_colours, evenly
@@ -38,7 +38,7 @@ LENGTH = 21
 
 @pytest.fixture(scope="module")
 def run(judged) -> Run:
-    return load_run(judged, choose_machine("cpu", "fp32"))
+    return load_run(judged, choose_machine("cpu", "fp32"), UNSMOOTHED)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def facts(run, page) -> list[SimpleNamespace]:
         inputs = run.tokenizer.teacher_inputs(tokens_1L)
         with torch.no_grad():
             cond_LV, null_LV = (run.model(torch.tensor([y]), inputs)[0] for y in (label, 10))
-        t_L1 = DEFAULTS.cfg * torch.tensor([0] + [0.25] * 4 + [1] * 16)[:, None]   # a growth of 2
+        t_L1 = UNSMOOTHED.cfg * torch.tensor([0] + [0.25] * 4 + [1] * 16)[:, None]   # a growth of 2
         found.append(SimpleNamespace(
             label=label, tokens_1L=tokens_1L, inputs=inputs, cond_LV=cond_LV, null_LV=null_LV,
             plain_LV=F.softmax(cond_LV, 1), guided_LV=F.softmax((1 + t_L1) * cond_LV - t_L1 * null_LV, 1),
@@ -144,7 +144,7 @@ def test_probabilities_are_the_model_s(run, page, facts):
 def test_guidance_and_filters_are_the_sampler_s(run, facts, sampling):
     """A code is left by the filters if it is drawn where the noise is all for it."""
     run = copy.copy(run)
-    run.sampling = explorer.replace(DEFAULTS, **sampling)
+    run.sampling = explorer.replace(UNSMOOTHED, **sampling)
     fact = facts[0]
     found = explorer.chances(run, torch.tensor([fact.label, 10]), fact.inputs, fact.tokens_1L[0])
     noise_VlV = torch.ones(32, 1, 32)
@@ -196,12 +196,12 @@ def test_settings_are_compared_with_the_same_noise(run, page, facts):
     bare = dict(cfg=0.0, top_k=0, top_p=1.0)
     for tile, way in zip(found, [bare, {**bare, "cfg": 1.0}, {}, dict(cfg=8.0), dict(top_k=1)]):
         other = copy.copy(run)
-        other.sampling = explorer.replace(DEFAULTS, **way)
+        other.sampling = explorer.replace(UNSMOOTHED, **way)
         assert np.array_equal(tile, run.decode_to_bytes(other.generate([label], SEED + label))[0])
     assert np.array_equal(found[2], facts[0].frames[-1])
-    none = SimpleNamespace(sampling=explorer.replace(DEFAULTS, top_k=0), model=run.model)
+    none = SimpleNamespace(sampling=explorer.replace(UNSMOOTHED, top_k=0), model=run.model)
     assert list(explorer.ways_to_draw(none)) == page["ways"]
-    few = SimpleNamespace(sampling=explorer.replace(DEFAULTS, top_k=5), model=run.model)
+    few = SimpleNamespace(sampling=explorer.replace(UNSMOOTHED, top_k=5), model=run.model)
     assert list(explorer.ways_to_draw(few))[2:4] == [
         "guidance 1, top-k 5", "guidance 1, top-k 5, top-p 1 to 0.1, as above"]
 
@@ -249,10 +249,10 @@ def test_beginnings_are_kept_and_the_rest_is_drawn(run, facts, page, monkeypatch
     np.testing.assert_allclose(page["images"][0]["spread"], 1e4 * spread_K, atol=0.6)
     assert found["spread"] == page["images"][0]["spread"]
     monkeypatch.setattr(explorer, "DRAWN", 8)   # which is the most that is shown
-    in_parts = explorer.replace(run, sampling=explorer.replace(DEFAULTS, batch=5))
+    in_parts = explorer.replace(run, sampling=explorer.replace(UNSMOOTHED, batch=5))
     found = explorer.continued(in_parts, facts[0].label, facts[0].tokens_1L, SEED)
     assert tiles(found["continued"], 24).shape[1] == 8
-    found = explorer.about(run, facts[0].label, facts[0].tokens_1L, [DEFAULTS], SEED)
+    found = explorer.about(run, facts[0].label, facts[0].tokens_1L, [UNSMOOTHED], SEED)
     assert tiles(found["compared"], 1).shape[1] == 8
     for given, tokens_8L in zip(STARTS, drawn[1].unflatten(0, (3, 8))):
         assert (tokens_8L[:, :given] == own_L[:given]).all()
@@ -547,7 +547,7 @@ def test_fewer_images_are_told_on_the_page(opened, run, tmp_path, monkeypatch):
 
 def test_of_few_codes_all_are_listed():
     tokenizer, model = of_three_codes()
-    run = Run(Path(), tokenizer.eval(), model.eval(), ["a", "b"], None, choose_machine("cpu", "fp32"), DEFAULTS)
+    run = Run(Path(), tokenizer.eval(), model.eval(), ["a", "b"], None, choose_machine("cpu", "fp32"), UNSMOOTHED)
     tokens_1L = torch.tensor([[0, 1, 2, 0, 1]])
     found = explorer.chances(run, torch.tensor([0, 2]), tokenizer.teacher_inputs(tokens_1L), tokens_1L[0])
     for codes in found["likely"][0], found["guided"][0]:
@@ -555,7 +555,7 @@ def test_of_few_codes_all_are_listed():
 
 
 def test_the_filters_of_a_way_are_those_of_its_name(run):
-    own = explorer.replace(DEFAULTS, top_k=5)
+    own = explorer.replace(UNSMOOTHED, top_k=5)
     ways = explorer.ways_to_draw(SimpleNamespace(sampling=own, model=run.model))
     assert ways["guidance 1, top-k 5"] == explorer.replace(own, top_p=1.0)
     assert ways["guidance 1"] == explorer.replace(own, top_k=0, top_p=1.0)
@@ -589,7 +589,7 @@ def test_without_a_filter_all_codes_are_kept_however_unlikely(run):
     class Model(SimpleNamespace):
         __call__ = lambda self, labels_2, inputs: torch.tensor([0.0, -60, -70]).expand(2, 1, 3)
     model = Model(config=SimpleNamespace(scales=(1,), vocabulary=3), level_L=torch.zeros(1))
-    bare = explorer.replace(DEFAULTS, cfg=0.0, top_k=0, top_p=1.0)
+    bare = explorer.replace(UNSMOOTHED, cfg=0.0, top_k=0, top_p=1.0)
     found = explorer.chances(SimpleNamespace(model=model, sampling=bare, machine=run.machine), None,
                              torch.zeros(1, 0, 4), torch.tensor([0]))
     assert found["kept"] == [3]

@@ -16,8 +16,8 @@ from golden import weights
 from PIL import Image
 from program import ran, refused
 
-from sample import class_indices, drawn
 from support import published
+from support.asked import asked_classes, class_indices
 from support.presets import PRESETS
 from support.published import PUBLISHED_SCALES, class_names, tokenizer_of, transformer_of
 from tokenizer import Tokenizer, TokenizerConfig
@@ -230,9 +230,9 @@ def test_classes_of_imagenet_have_names_where_torchvision_is(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     names = class_names(1000)
     assert class_indices(["kind 207", "980"], names) == [207, 980]
-    run = types.SimpleNamespace(classes=names, generate=lambda labels, seed: labels)
-    assert drawn(run, None, 1, seed=0) == (known[:20], [*range(20)])
-    assert drawn(run, ["207", "kind 3"], 2, seed=0) == (["207 kind 207", "kind 3"], [207, 207, 3, 3])
+    run = types.SimpleNamespace(classes=names)
+    assert asked_classes(run, None, 1) == (known[:20], [*range(20)])
+    assert asked_classes(run, ["207", "kind 3"], 2) == (["207 kind 207", "kind 3"], [207, 207, 3, 3])
     assert class_names(10) == list("0123456789")
     assert class_indices(["1", "2"], ["zero", "2", "1"]) == [2, 1]   # names come before numbers
 

@@ -22,6 +22,7 @@ import sample
 import train
 from sample import Known, Run, load_images, load_run
 from support import evaluation, holes
+from support.asked import asked_classes
 from support.checkpoint import save_checkpoint
 from support.commands import COMMANDS, GENERATING, HOLES, parse
 from support.data import load_data, load_held_out
@@ -288,8 +289,8 @@ def test_names_in_letters_of_any_script():
     assert sample.class_indices(["caf\u00e9", "cafe\u0300", "猫"], classes) == [0, 1, 2]
     with pytest.raises(sample.UserError, match="there is no class cat; there are .*, 猫$"):
         sample.class_indices(["猫", "cat"], classes)
-    run = SimpleNamespace(classes=["one", "two", "猫"], generate=lambda labels, seed: labels)
-    assert sample.drawn(run, ["猫"], 1, 0) == (["2 猫"], [2])   # numbered as classes are
+    run = SimpleNamespace(classes=["one", "two", "猫"])
+    assert asked_classes(run, ["猫"], 2) == (["2 猫"], [2, 2])   # numbered as classes are
     with pytest.raises(sample.UserError, match="there is no class cat; there are a0, .*, a19$"):
         sample.class_indices(["cat"], [f"a{i}" for i in range(20)])
     with pytest.raises(sample.UserError, match="there is no class cat; there are a0 to a20$"):
@@ -684,8 +685,33 @@ def test_likelihoods(run, given):
         torch.testing.assert_close(found_N[n], expected)
 
 
+def test_smooth_images_are_of_latents(judged, run, tmp_path):
+    """Those of the tokens, moved; progress shows them after each scale, and a grid after the last."""
+    assert run.sampling.smooth == 1
+    bare = replace(run, sampling=replace(run.sampling, smooth=0.0))
+    tokens_NL, latents_NCSS = run.draw([4, 1], 3)
+    assert torch.equal(tokens_NL, run.generate([4, 1], 3, keep=lambda latents: None))
+    assert latents_NCSS.shape == run.encode(run.decode(tokens_NL))[0].shape
+    tokens, drawn = bare.draw([4, 1], 3)
+    assert tokens is drawn and torch.equal(drawn, bare.generate([4, 1], 3))
+    images = run.decode(latents_NCSS)
+    assert images.abs().max() <= 1 and (images - run.decode(tokens_NL)).abs().mean() > 0.01
+    torch.testing.assert_close(images, run.tokenizer.render(latents_NCSS).clamp(-1, 1))
+    one = replace(run, sampling=replace(run.sampling, batch=1))
+    assert one.draw([4, 1], 3)[1].shape == latents_NCSS.shape   # of two batches
+    (row,) = sample.draw_samples(run, ["star"], 2, 3)
+    forming = sample.draw_progress(run, ["star"], 2, 3)
+    assert [len(each.images) for each in forming] == [3, 3]
+    assert np.array_equal(np.stack([each.images[-1] for each in forming]), np.stack(list(row.images)))
+    again = sample.draw_progress(run, ["star", "ring"], 1, 3)
+    chosen = run.after_each_scale(tokens_NL)[0]   # the first scale has to choose
+    assert np.array_equal(np.stack([each.images[0] for each in again]), chosen)
+
+
 def test_rejection_keeps_the_most_likely(run, monkeypatch):
     labels = [label for label in range(10) for _ in range(4)]
+    smooth_run = run
+    run = replace(run, sampling=sample.UNSMOOTHED)
     tokens_NL = run.generate(labels, 0)
     likelihoods = run.log_likelihood(tokens_NL, labels).view(10, 4)
     shown = []
@@ -702,6 +728,10 @@ def test_rejection_keeps_the_most_likely(run, monkeypatch):
     kept = run.log_likelihood(shown[0], [label for label in range(10) for _ in range(2)])
     best = likelihoods.topk(2, dim=1).values
     torch.testing.assert_close(kept.view(10, 2).sort(dim=1).values, best.sort(dim=1).values)
+    tokens_NL, latents_NCSS = smooth_run.draw(labels, 0)
+    best = smooth_run.log_likelihood(tokens_NL, labels).view(10, 4).topk(2, dim=1).indices
+    sample.draw_many(smooth_run, 20, seed=0, rejection=0.5)
+    assert torch.equal(shown.pop(), latents_NCSS[(best + 4 * torch.arange(10)[:, None]).flatten()])
     drawn = []
     monkeypatch.setattr(Run, "generate", lambda run, labels, seed: drawn.append(labels) or tokens_NL[labels])
     sample.draw_many(run, 13, seed=0, rejection=0.7)   # 2 of each of three classes and 1 of the others
@@ -1136,21 +1166,32 @@ def test_flags_of_drawing(judged, tmp_path, monkeypatch):
     monkeypatch.setattr(VAR, "cast_layers", lambda model, dtype: asked.append(dtype))
     flags = ["--run", judged, "--seed", 5, "--cfg", 2, "--top-k", 7, "--top-p", 0.9, "--growth", 3,
              "--batch", 6]
+    smooth = "--smooth", 0.5
     some = ["--classes", "star", "--per-class", 2, "--out", tmp_path / "a.png"]
-    ran("sample.py", *some, *flags)
-    ran("sample.py", "progress", *some, *flags)
-    ran("sample.py", "export", 9, tmp_path / "a.npz", "--rejection", 0.5, *flags)
+    ran("sample.py", *some, *flags, *smooth)
+    ran("sample.py", "progress", *some, *flags, *smooth)
+    ran("sample.py", "export", 9, tmp_path / "a.npz", "--rejection", 0.5, *flags, *smooth)
     ran("sample.py", "explore", *flags, "--precision", "bf16")
-    way = sample.Sampling(2.0, 7, 0.9, 3.0, 6)
+    bare = sample.Sampling(2.0, 7, 0.9, 3.0, 0.0, 6)
+    way = replace(bare, smooth=0.5)
     assert asked == [
         "packed", ("draw_samples", way, ["star"], 2, 5),
         "packed", ("draw_progress", way, ["star"], 2, 5), "packed", ("draw_many", way, 9, 5, 0.5),
-        torch.bfloat16, ("explore", way, judged / "explorer.html", None, 5)]
+        torch.bfloat16, ("explore", bare, judged / "explorer.html", None, 5)]
 
 
 def test_what_is_drawn_where_no_flag_says_so(tmp_path):
-    assert sample.DEFAULTS == sample.Sampling(1.0, 900, (1.0, 0.1), 2.0)
-    defaults = asdict(sample.DEFAULTS)
+    """Where images are completed, and in the explorer, tokens are what is drawn, without smoothing."""
+    assert sample.DEFAULTS == sample.Sampling(0.6, 900, (1.0, 0.4), 3.5, 1.0)
+    assert sample.UNSMOOTHED == sample.Sampling(1.0, 900, (1.0, 0.1), 2.0, 0.0)
+    defaults, unsmoothed = asdict(sample.DEFAULTS), asdict(sample.UNSMOOTHED)
+    for words, way in (("grid", defaults), ("progress", defaults), ("evaluate 8", defaults),
+                       (f"export 9 {tmp_path / 'a.npz'}", defaults), ("explore", unsmoothed),
+                       ("inpaint a.png", unsmoothed), ("outpaint a.png", unsmoothed),
+                       ("edit a.png --class b", unsmoothed),
+                       ("upscale a.png", {**unsmoothed, "top_p": (1.0, 0.6)})):
+        options = vars(parse(defaults, words.split(), asdict(sample.PUBLISHED), unsmoothed))
+        assert {name: options[name] for name in way} == way
     grid, inpaint, upscale = (parse(defaults, words) for words in (
         ["grid"], ["inpaint", "a.png"], ["upscale", "a.png"]))
     widest = parse(defaults, "grid --cell-size 2048 --top-k 0 --growth 0.1 --cfg 0".split())
@@ -1176,8 +1217,9 @@ def test_published_models_are_drawn_from_as_theirs_are():
     for name, value in dict(cfg=1.5, top_k=900, top_p=0.96, growth=1.0).items():
         assert own[name] == ways[1][name] == value
     said = " ".join(ran("sample.py", "grid", "--help").split())
-    for told in ("is none (default: 1.0, and 1.5 for published models)", "no limit (default: 900)",
-                 "last scale (default: 1.0 0.1, and 0.96 for published models)"):
+    for told in ("is none (default: 0.6, and 1.5 for published models)", "no limit (default: 900)",
+                 "last scale (default: 1.0 0.4, and 0.96 for published models)",
+                 "is not at all (default: 1.0, and 0.0 for published models)"):
         assert told in said
     assert "scale (default: 1.0 0.6)" in " ".join(ran("sample.py", "upscale", "--help").split())
     theirs = ["--tokenizer", "vae.pth", "--var", "var.pth"]
@@ -1333,5 +1375,5 @@ def test_held_out_images_of_other_channels_are_refused(judged, tmp_path):
 
 
 def test_a_name_with_an_accent_is_not_taken_for_a_number():
-    run = SimpleNamespace(classes=["cafe\u0301", "tea"], generate=lambda labels, seed: labels)
-    assert sample.drawn(run, ["caf\u00e9", "1"], 1, 0) == (["caf\u00e9", "1 tea"], [0, 1])
+    run = SimpleNamespace(classes=["cafe\u0301", "tea"])
+    assert asked_classes(run, ["caf\u00e9", "1"], 1) == (["caf\u00e9", "1 tea"], [0, 1])

@@ -8,6 +8,8 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from test_kernels import DEVICE, needs_triton
 from test_tokenizer import Operations, images, tokenizer
 
@@ -294,6 +296,61 @@ def test_top_p_falls_from_the_first_scale_to_the_last(monkeypatch):
     for top_p, growth in ((0.7, 2.0), ((1.0, 0.6), 1.0), ((1.0, 0.5), 2.0)):
         model.generate(tokenizer(scales=(1, 2, 3)), torch.tensor([0]), top_p=top_p, growth=growth)
     assert asked == [0.7] * 3 + [1.0, 0.8, 0.6] + [1.0, 0.875, 0.5]
+
+
+@torch.no_grad()
+@given(cfg=st.sampled_from([0.0, 0.7, 4.0]), growth=st.sampled_from([0.5, 1.0, 3.5]), k=st.integers(0, 3),
+       smooth=st.sampled_from([0.3, 1.0]), seed=st.integers(0, 99), half=st.booleans())
+def test_smoothed_codes_are_numpys(cfg, growth, k, smooth, seed, half):
+    """In fp32, under autocast too."""
+    torch.manual_seed(seed)
+    model = VAR(config()).eval()
+    logits_BlV = 2 * torch.randn(4 if cfg else 2, (k + 1)**2, 32)
+    tokens_Bl = torch.randint(32, (2, (k + 1)**2))
+    codebook_VC = torch.randn(32, 4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        found = model.smoothed(tokens_Bl, logits_BlV, k, cfg, growth, smooth, codebook_VC)
+    progress = (k / 3)**growth
+    guided = logits_BlV.double().numpy()
+    if cfg:
+        guided = (1 + cfg * progress) * guided[:2] - cfg * progress * guided[2:]
+    expected = reference.smoothed(tokens_Bl.numpy(), guided, codebook_VC.double().numpy(), smooth * progress)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cfg, smooth", [(0.0, 1.0), (1.5, 0.7)])
+def test_what_is_smoothed_is_read_and_is_the_latent(cfg, smooth):
+    """Teacher forcing on smoothed latents computes the logits that were drawn from."""
+    torch.manual_seed(0)
+    model, made, labels_B, latents = lively(VAR(config())), tokenizer(), torch.tensor([0, 2]), []
+    model.__class__, model.passes = Recorder, []
+    tokens_BL = model.generate(made, labels_B, cfg, generator=torch.Generator().manual_seed(0), growth=2.0,
+                               smooth=smooth, latents=latents)
+    f_hat_BCSS, inputs, rows = made.quantizer.empty(2), [], 2 if cfg else 1
+    for k, tokens_Bl in enumerate(made.quantizer.split(tokens_BL)):
+        h_BlC = model.smoothed(tokens_Bl, model.passes[k], k, cfg, 2.0, smooth, made.quantizer.codebook_VC)
+        f_hat_BCSS = made.quantizer.add(f_hat_BCSS, h_BlC, k)
+        torch.testing.assert_close(latents[k], f_hat_BCSS)
+        if k < 3:
+            inputs.append(made.quantizer.read(f_hat_BCSS, k + 1))
+    assert len(latents) == 4
+    assert (f_hat_BCSS - made.quantizer.decode(tokens_BL)).abs().max() > 1e-2
+    labels_B = torch.cat([labels_B, torch.full((2,), 3)])[:2 * rows]
+    expected = model(labels_B, torch.cat(inputs, dim=1).repeat(rows, 1, 1))
+    torch.testing.assert_close(torch.cat(model.passes, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_latents_that_are_not_smoothed_are_those_of_the_tokens():
+    model, made, latents = lively(VAR(config())), tokenizer(), []
+    tokens_BL = model.generate(made, torch.tensor([0, 2]), latents=latents)
+    for end, f_hat_BCSS in zip(ENDS[1:], latents, strict=True):
+        assert torch.equal(f_hat_BCSS, made.quantizer.decode(tokens_BL[:, :end]))
+    one, latents = tokenizer(scales=(1,)), []   # a single scale, the first, has to choose
+    tokens_BL = lively(VAR(config(scales=(1,)))).generate(one, torch.tensor([0, 1]), smooth=1.0, latents=latents)
+    torch.testing.assert_close(latents, [one.quantizer.decode(tokens_BL)])
 
 
 @torch.no_grad()
