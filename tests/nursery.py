@@ -221,7 +221,7 @@ class Outcomes:
 
 
 CARING = {"start_from", "update_hits", "revive", "slots"}     # what these are methods of, they change
-TO_FILL = ("kv_slots", "written", "cache")                    # arguments that are to be written to
+TO_FILL = ("kv_slots", "written", "cache", "latents")         # arguments that are to be written to
 
 
 def watched(function, what: str):
