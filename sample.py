@@ -38,13 +38,13 @@ from support.cli import UserError, run_program
 from support.commands import TOKENIZER_ALONE, parse
 from support.data import load_held_out
 from support.devices import Machine, check_memory, choose_machine, pack, say_once
-from support.evaluation import evaluate, psnr, say_evaluation
+from support.evaluation import evaluate, say_evaluation
 from support.explorer import explore
-from support.figures import draw_attention, draw_codes, draw_teaching, scale_names
+from support.figures import draw_attention, draw_codes, draw_teaching, reconstruct, scale_names
 from support.holes import from_small, judge_completions, judge_of, known_pixels, say_completion
 from support.images import (
-    Row, at_a_time, batches, grid, rows_of_classes, rows_of_pairs, save_film, save_npz,
-    save_picture, save_told, to_bytes, to_one_array,
+    Row, at_a_time, batches, grid, rows_of_classes, save_film, save_npz, save_picture, save_told,
+    to_bytes, to_one_array,
 )
 from support.published import class_names, published_pair
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig
@@ -403,17 +403,6 @@ def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
             best.append(drawn_n[likelihood_n.topk(count_of_class).indices])
         drawn_N = torch.cat(best)
     return run.decode_to_bytes(drawn_N)
-
-
-def reconstruct(run: Run, given: Given) -> list[Row]:
-    """Return images above what is left of them after encoding and decoding."""
-    results = run.decode(run.encode(given.images)[1])
-    errors_N = (results - given.images).square().mean(dim=(1, 2, 3))
-    captions = []
-    for name, error in zip(given.names, errors_N.tolist()):
-        print(f"{name}: PSNR {psnr(error):.2f} dB")
-        captions.append(f"{name}\n{psnr(error):.1f} dB")
-    return rows_of_pairs(given.images, results, captions)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -345,8 +345,9 @@ class VAR(nn.Module):
                 tokens_Bl = known.put(tokens_Bl, quantizer, f_hat_BCSS, k)      # [B, l]
             tokens.append(tokens_Bl)
             if smooth:
-                h_BlC = self.smoothed(
-                    tokens_Bl, logits_BlV, k, cfg, growth, smooth, quantizer.codebook_VC)
+                progress = self.progress(k, growth)
+                h_BlC = self.smoothed(tokens_Bl, logits_BlV, cfg * progress, smooth * progress,
+                                      quantizer.codebook_VC)                    # [B, l, C]
                 f_hat_BCSS = quantizer.add(f_hat_BCSS, h_BlC, k)                # [B, C, S, S]
             else:
                 f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)     # [B, C, S, S]
@@ -394,39 +395,31 @@ class VAR(nn.Module):
         top_p = first + (final - first) * progress
         return sample_tokens(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
 
-    def smoothed(
-        self,
-        tokens_Bl: Tensor,
-        logits_BlV: Tensor,
-        k: int,
-        cfg: float,
-        growth: float,
-        smooth: float,
-        codebook_VC: Tensor,
-    ) -> Tensor:
-        """Return vectors [B, l, C] to be added in place of the codes of the tokens of scale k.
+    @staticmethod
+    def smoothed(tokens_Bl: Tensor, logits_BlV: Tensor, guidance: float, share: float,
+                 codebook_VC: Tensor) -> Tensor:
+        """Return vectors [B, l, C] to be added in place of the codes of a scale's tokens.
 
         The tokens of a scale are drawn independently. Where an edge may run here or one place on,
         each place chooses for itself, and the edge is ragged. What they agree on is the mean of all
         codes, by their guided probability. But codes that disagree have a short mean, which would
         be a blur; so it is stretched to their length (root mean square):
 
-            h = (1 - t) code + t mean |codes| / |mean|,    t = smooth (k / (K - 1))^growth
+            h = (1 - share) code + share mean |codes| / |mean|
 
-        The coarse scales have to choose, so t grows as guidance does. (The published code has a
-        mean over codes, too, by Gumbel softmax, for demonstrations.)
+        The coarse scales have to choose, so the share grows as guidance does. (The published code
+        has a mean over codes, too, by Gumbel softmax, for demonstrations.)
         """
-        progress = self.progress(k, growth)
-        if cfg:
+        if len(logits_BlV) > len(tokens_Bl):   # with guidance, as in `draw`
             cond_BlV, uncond_BlV = logits_BlV.chunk(2)
-            logits_BlV = torch.lerp(uncond_BlV, cond_BlV, 1 + cfg * progress)
+            logits_BlV = torch.lerp(uncond_BlV, cond_BlV, 1 + guidance)
         p_BlV = logits_BlV.softmax(dim=-1)
         squares_V1 = codebook_VC.square().sum(dim=1, keepdim=True)
         with fp32_products(p_BlV.device.type):
             lengths_Bl1 = (p_BlV @ squares_V1).sqrt()
             means_BlC = F.normalize(p_BlV @ codebook_VC, dim=-1) * lengths_Bl1
         codes_BlC = F.embedding(tokens_Bl, codebook_VC)
-        return torch.lerp(codes_BlC, means_BlC, smooth * progress)
+        return torch.lerp(codes_BlC, means_BlC, share)
 
     def progress(self, k: int, growth: float) -> float:
         """Return (k / (K - 1))^growth: 0 at the first scale, 1 at the last."""

@@ -1,4 +1,4 @@
-"""The pictures that explain: codes, teacher forcing, attention, and a training's curves.
+"""The pictures that explain: reconstructions, codes, teacher forcing, attention, and curves.
 
 Of a run (a sample.Run) and of `given` images (a sample.Given).
 """
@@ -14,7 +14,19 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from support.cli import UserError
-from support.images import Row, in_colour, to_bytes
+from support.evaluation import psnr
+from support.images import Row, in_colour, rows_of_pairs, to_bytes
+
+
+def reconstruct(run, given) -> list[Row]:
+    """Return images above what is left of them after encoding and decoding."""
+    results = run.decode(run.encode(given.images)[1])
+    errors_N = (results - given.images).square().mean(dim=(1, 2, 3))
+    captions = []
+    for name, error in zip(given.names, errors_N.tolist()):
+        print(f"{name}: PSNR {psnr(error):.2f} dB")
+        captions.append(f"{name}\n{psnr(error):.1f} dB")
+    return rows_of_pairs(given.images, results, captions)
 
 
 def draw_codes(run, given) -> list[Row]:

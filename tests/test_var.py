@@ -299,22 +299,20 @@ def test_top_p_falls_from_the_first_scale_to_the_last(monkeypatch):
 
 
 @torch.no_grad()
-@given(cfg=st.sampled_from([0.0, 0.7, 4.0]), growth=st.sampled_from([0.5, 1.0, 3.5]), k=st.integers(0, 3),
-       smooth=st.sampled_from([0.3, 1.0]), seed=st.integers(0, 99), half=st.booleans())
-def test_smoothed_codes_are_numpys(cfg, growth, k, smooth, seed, half):
+@given(cfg=st.sampled_from([None, 0.0, 0.7, 4.0]), share=st.sampled_from([0.0, 0.3, 1.0]), s=st.integers(1, 4),
+       seed=st.integers(0, 99), half=st.booleans())
+def test_smoothed_codes_are_numpys(cfg, share, s, seed, half):
     """In fp32, under autocast too."""
     torch.manual_seed(seed)
-    model = VAR(config()).eval()
-    logits_BlV = 2 * torch.randn(4 if cfg else 2, (k + 1)**2, 32)
-    tokens_Bl = torch.randint(32, (2, (k + 1)**2))
+    logits_BlV = 2 * torch.randn(2 if cfg is None else 4, s * s, 32)
+    tokens_Bl = torch.randint(32, (2, s * s))
     codebook_VC = torch.randn(32, 4)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        found = model.smoothed(tokens_Bl, logits_BlV, k, cfg, growth, smooth, codebook_VC)
-    progress = (k / 3)**growth
+        found = VAR.smoothed(tokens_Bl, logits_BlV, cfg or 0.0, share, codebook_VC)
     guided = logits_BlV.double().numpy()
-    if cfg:
-        guided = (1 + cfg * progress) * guided[:2] - cfg * progress * guided[2:]
-    expected = reference.smoothed(tokens_Bl.numpy(), guided, codebook_VC.double().numpy(), smooth * progress)
+    if cfg is not None:
+        guided = (1 + cfg) * guided[:2] - cfg * guided[2:]
+    expected = reference.smoothed(tokens_Bl.numpy(), guided, codebook_VC.double().numpy(), share)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
 
@@ -330,7 +328,8 @@ def test_what_is_smoothed_is_read_and_is_the_latent(cfg, smooth):
                                smooth=smooth, latents=latents)
     f_hat_BCSS, inputs, rows = made.quantizer.empty(2), [], 2 if cfg else 1
     for k, tokens_Bl in enumerate(made.quantizer.split(tokens_BL)):
-        h_BlC = model.smoothed(tokens_Bl, model.passes[k], k, cfg, 2.0, smooth, made.quantizer.codebook_VC)
+        grown = (k / 3)**2
+        h_BlC = model.smoothed(tokens_Bl, model.passes[k], cfg * grown, smooth * grown, made.quantizer.codebook_VC)
         f_hat_BCSS = made.quantizer.add(f_hat_BCSS, h_BlC, k)
         torch.testing.assert_close(latents[k], f_hat_BCSS)
         if k < 3:
