@@ -306,6 +306,8 @@ def test_the_figures_are_those_of_the_images(opened, evaluated):
     assert found.originals.precision == found.originals.recall == pytest.approx(np.mean(shares))
     assert found.reconstructions.frechet > 0 and found.reconstructions.detail < 1
     assert len(found.generated) == len(found.unfiltered) == 2
+    smooth = run.decode(run.draw(labels.tolist(), SEEDS[0])[1])
+    assert found.generated[0] == Judge(classifier, originals, run.classes)(smooth, labels)
     assert found.generated[0] != found.generated[1]
 
 
@@ -316,7 +318,7 @@ def test_the_table(opened, evaluated, capsys):
     lines = said.splitlines()
     assert f"recognises {found.accuracy:.1%} of all held-out images" in lines[0]
     for line, name, (quality, *more) in zip(
-            lines[2:6], ("held-out", "reconstructions", "generated, cfg 2, top-k 900, top-p 0.6",
+            lines[2:6], ("held-out", "reconstructions", "generated, cfg 2, top-k 900, top-p 0.6, growth 1, smooth 0.5 ",
                          "generated, no guidance"),
             ([found.originals], [found.reconstructions], found.generated, found.unfiltered)):
         assert line.startswith(name)

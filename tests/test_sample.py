@@ -275,6 +275,7 @@ def test_held_out_images_are_numbered_from_0_to_the_last(run):
     given = load_images(run, ["data:0", f"data:{len(images) - 1}"])
     torch.testing.assert_close(given.images, images[[0, -1]] / 127.5 - 1)
     assert given.labels == labels[[0, -1]].tolist()
+    assert [name.rpartition(" ")[2] for name in given.names] == ["0", str(len(images) - 1)]
     for number in (len(images), "-1"):
         with pytest.raises(sample.UserError, match=f"are data:0 to data:{len(images) - 1}$"):
             load_images(run, [f"data:{number}"])
@@ -779,10 +780,10 @@ def test_every_pass_of_a_compiled_decoder_has_the_same_shape(run, given, monkeyp
         lambda _, given: passes.append(len(given[0])))
     for compiled in (False, True):
         own = replace(run, machine=replace(CPU, compile=compiled))
-        for images, few in ((own.decode(tokens_NL), 40), (own.decode(tokens_NL[:3]), 3)):
-            torch.testing.assert_close(images, whole[:few])
+        for drawn_N in (tokens_NL, tokens_NL[:3], run.tokenizer.quantizer.decode(tokens_NL)):
+            torch.testing.assert_close(own.decode(drawn_N), whole[:len(drawn_N)])
     hook.remove()
-    assert passes == [16, 16, 8, 3] + [16, 16, 16, 3]
+    assert passes == [16, 16, 8, 3, 16, 16, 8] + [16, 16, 16, 3, 16, 16, 16]
 
 
 class HalfMachine(Machine):
@@ -1194,8 +1195,9 @@ def test_what_is_drawn_where_no_flag_says_so(tmp_path):
         assert {name: options[name] for name in way} == way
     grid, inpaint, upscale = (parse(defaults, words) for words in (
         ["grid"], ["inpaint", "a.png"], ["upscale", "a.png"]))
-    widest = parse(defaults, "grid --cell-size 2048 --top-k 0 --growth 0.1 --cfg 0".split())
-    assert (widest.cell_size, widest.top_k, widest.growth, widest.cfg) == (2048, 0, 0.1, 0)
+    widest = parse(defaults, "grid --cell-size 2048 --top-k 0 --growth 0.1 --cfg 0 --smooth 0".split())
+    assert (widest.cell_size, widest.top_k, widest.growth, widest.cfg, widest.smooth) == (2048, 0, 0.1, 0, 0)
+    assert widest.run == Path("out/shapes")
     assert (grid.per_class, grid.seed, grid.top_p) == (8, 0, sample.DEFAULTS.top_p)
     assert (inpaint.box, inpaint.top_p) == ((0.25, 0.25, 0.75, 0.75), sample.DEFAULTS.top_p)
     assert upscale.top_p == (1.0, 0.6)
@@ -1222,6 +1224,8 @@ def test_published_models_are_drawn_from_as_theirs_are():
                  "is not at all (default: 1.0, and 0.0 for published models)"):
         assert told in said
     assert "scale (default: 1.0 0.6)" in " ".join(ran("sample.py", "upscale", "--help").split())
+    said = " ".join(ran("sample.py", "inpaint", "--help").split())   # without smoothing, others
+    assert "last scale (default: 1.0 0.1, and 0.96 for published models)" in said
     theirs = ["--tokenizer", "vae.pth", "--var", "var.pth"]
     for flags, way in ([], 0), (["--var", "var.pt"], 0), (["--published", "d16"], 1), (theirs, 1):
         options = vars(parse(ways[0], ["grid", *flags], ways[1]))
