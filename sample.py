@@ -123,14 +123,15 @@ class Sampling:
     top_k: int         # draw from the k most likely tokens; 0 is no limit
     top_p: float | tuple[float, float]   # draw from the most likely tokens that hold so much; of
                                          # the first and of the last scale, if they differ
-    growth: float = 1.0   # guidance grows and top_p falls with this power of k / (K - 1)
+    growth: float = 1.0   # guidance and smoothing grow, and top_p falls, with this power of
+                          # k / (K - 1)
     smooth: float = 0.0   # how much of a code makes way for the mean code, at the last scale
     batch: int | None = None   # images at a time; None leaves it to Run.batch
 
 
 # These trade variety for clean shapes, and do so at the fine scales, which only have to fit: the
-# coarse ones decide what is drawn. The second is for tokens that are codes and no more: images that
-# are completed, the explorer. Published models are drawn from as their FID is measured.
+# coarse ones decide what is drawn. Completing images and the explorer need codes, and have filters
+# chosen without smoothing. Published models are drawn from as their FID is measured.
 DEFAULTS = Sampling(cfg=0.6, top_k=900, top_p=(1.0, 0.4), growth=3.5, smooth=1.0)
 UNSMOOTHED = Sampling(cfg=1.0, top_k=900, top_p=(1.0, 0.1), growth=2.0)
 PUBLISHED = Sampling(cfg=1.5, top_k=900, top_p=0.96)
@@ -167,10 +168,11 @@ class Run:
         keep: Callable[[list[Tensor]], None] | None = None,
     ) -> Tensor:
         """Return tokens [N, L] of one image per label, on the CPU.
-        known_of: returns what is known of some of the N images. keep: for smooth images, takes the
-        latents [B, C, S, S] of B of them after each scale."""
+        known_of: returns what is known of some of the N images, which then are not smoothed. keep:
+        takes the latents [B, C, S, S] of B of them after each scale, if they are."""
         device = self.machine.device
         sampling = self.sampling
+        smooth = 0.0 if known_of else sampling.smooth
         generator = torch.Generator(device).manual_seed(seed)
         labels_N = torch.tensor(labels)
         tokens = []
@@ -184,14 +186,14 @@ class Run:
                          "null class, which guidance (--cfg) and completing without a class use")
             known = None if known_of is None else known_of(rows)
             latents = []
-            smooth = () if keep is None else (sampling.smooth, latents)
+            more = dict(smooth=smooth, latents=latents) if smooth else {}
             with self.machine.autocast():
                 tokens_BL = self.model.generate(
                     self.tokenizer, labels_B, cfg, sampling.top_k, sampling.top_p, generator,
-                    known, sampling.growth, *smooth)
+                    known, sampling.growth, **more)
             tokens.append(tokens_BL.cpu())
-            if keep is not None:
-                keep(latents)
+            if keep:
+                keep([f_hat_BCSS.cpu() for f_hat_BCSS in latents])
         return torch.cat(tokens)
 
     def draw(self, labels: list[int], seed: int) -> tuple[Tensor, Tensor]:
@@ -201,7 +203,7 @@ class Run:
             tokens_NL = self.generate(labels, seed)
             return tokens_NL, tokens_NL
         last = []
-        tokens_NL = self.generate(labels, seed, keep=lambda latents: last.append(latents[-1].cpu()))
+        tokens_NL = self.generate(labels, seed, keep=lambda latents: last.append(latents[-1]))
         return tokens_NL, torch.cat(last)
 
     @torch.no_grad()
@@ -238,7 +240,7 @@ class Run:
             if machine.device.type == "cuda" or machine.compile:
                 drawn_B = F.pad(drawn_B, (0, 0) * (drawn_B.ndim - 1) + (0, size - B))
             drawn_B = drawn_B.to(machine.device)
-            with machine.autocast():
+            with torch.no_grad(), machine.autocast():
                 if not drawn_B.is_floating_point():
                     drawn_B = self.tokenizer.quantizer.decode(drawn_B)
                 images = self.tokenizer.render(drawn_B).clamp(-1, 1)
@@ -374,9 +376,12 @@ def draw_samples(run: Run, names: list[str] | None, per_class: int, seed: int) -
 def draw_progress(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
     """A row for each image: what it looks like after each scale."""
     labels, wanted = asked_classes(run, names, per_class)
-    kept = []
-    run.generate(wanted, seed, keep=kept.append)
-    frames_KN = [run.decode_to_bytes(torch.cat(latents)) for latents in zip(*kept)]
+    if run.sampling.smooth:
+        kept = []
+        run.generate(wanted, seed, keep=kept.append)
+        frames_KN = [run.decode_to_bytes(torch.cat(latents)) for latents in zip(*kept)]
+    else:
+        frames_KN = run.after_each_scale(run.generate(wanted, seed))
     captions = scale_names(run.tokenizer.config.scales)
     rows = zip(np.repeat(labels, per_class), zip(*frames_KN))
     return [Row(label, frames_K, captions) for label, frames_K in rows]
@@ -389,10 +394,12 @@ def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
     likely under the transformer without guidance. (The paper's best were chosen by a classifier.)
     """
     side = run.tokenizer.config.image_side
-    check_memory(6 * count * side**2, f"{count} samples, and a copy in another order,")
     classes = len(run.classes)
     wanted = [len(range(label, count, classes)) for label in range(classes)]
     counts = [math.ceil(n / rejection) for n in wanted]
+    latent = 4 * run.tokenizer.quantizer.empty(1).numel() if run.sampling.smooth else 0   # bytes
+    check_memory(6 * count * side**2 + 2 * sum(counts) * latent,
+                 f"{count} samples, and a copy in another order,")
     labels = np.repeat(range(classes), counts).tolist()
     tokens_NL, drawn_N = run.draw(labels, seed)
     if rejection < 1:

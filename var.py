@@ -319,7 +319,7 @@ class VAR(nn.Module):
             of `sample.Known`, which puts their own tokens in place of those drawn.
         growth: how late guidance grows and top_p falls, see `draw`; 1 is evenly, as published.
         smooth: how much of a code makes way for the mean at the last scale, see `smoothed`; 0 is
-            nothing, as published. It is not for images of which anything is known.
+            nothing, as published, and where anything is known.
         latents: a list to which f_hat [B, C, S, S] after each scale is appended. Images are decoded
             from the last; from the tokens alone they are not smooth.
         """
@@ -342,10 +342,11 @@ class VAR(nn.Module):
             tokens_Bl = self.draw(
                 logits_BlV, k, cfg, top_k, top_p, generator, growth)            # [B, l]
             if known is not None:
+                assert not smooth, "what is known is codes"
                 tokens_Bl = known.put(tokens_Bl, quantizer, f_hat_BCSS, k)      # [B, l]
             tokens.append(tokens_Bl)
             if smooth:
-                progress = self.progress(k, growth)
+                progress = self.fineness(k, growth)
                 h_BlC = self.smoothed(tokens_Bl, logits_BlV, cfg * progress, smooth * progress,
                                       quantizer.codebook_VC)                    # [B, l, C]
                 f_hat_BCSS = quantizer.add(f_hat_BCSS, h_BlC, k)                # [B, C, S, S]
@@ -383,7 +384,7 @@ class VAR(nn.Module):
         fall from one number to another. A growth of 1, as published, changes both evenly; more
         leaves the coarse scales more to themselves.
         """
-        progress = self.progress(k, growth)
+        progress = self.fineness(k, growth)
         guidance = cfg * progress
         first, final = top_p if isinstance(top_p, tuple) else (top_p, top_p)
         cond_BlV = logits_BlV
@@ -401,14 +402,16 @@ class VAR(nn.Module):
         """Return vectors [B, l, C] to be added in place of the codes of a scale's tokens.
 
         The tokens of a scale are drawn independently. Where an edge may run here or one place on,
-        each place chooses for itself, and the edge is ragged. What they agree on is the mean of all
-        codes, by their guided probability. But codes that disagree have a short mean, which would
-        be a blur; so it is stretched to their length (root mean square):
+        each place throws its own dice, and the edge is ragged. The mean of all codes, by their
+        guided probability, takes no dice: places that expect the like get the like. But it is
+        shorter than codes are, the more so the less they agree, and would blur; so it is stretched
+        to their length (root mean square):
 
             h = (1 - share) code + share mean |codes| / |mean|
 
-        The coarse scales have to choose, so the share grows as guidance does. (The published code
-        has a mean over codes, too, by Gumbel softmax, for demonstrations.)
+        The coarse scales have to choose, so the share grows as guidance does. At 1 what was drawn
+        is not seen. Filters do not touch the mean. (The published code has a mean over codes, too,
+        by Gumbel softmax, for demonstrations.)
         """
         if len(logits_BlV) > len(tokens_Bl):   # with guidance, as in `draw`
             cond_BlV, uncond_BlV = logits_BlV.chunk(2)
@@ -421,7 +424,7 @@ class VAR(nn.Module):
         codes_BlC = F.embedding(tokens_Bl, codebook_VC)
         return torch.lerp(codes_BlC, means_BlC, share)
 
-    def progress(self, k: int, growth: float) -> float:
+    def fineness(self, k: int, growth: float) -> float:
         """Return (k / (K - 1))^growth: 0 at the first scale, 1 at the last."""
         return (k / max(len(self.config.scales) - 1, 1)) ** growth
 

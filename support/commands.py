@@ -118,13 +118,13 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     # Where only the fine scales are drawn, results are to differ in them.
     ("upscale", "--top-p", {**TOP_P, "default": (1.0, 0.6)}),
     (GENERATING, "--growth", dict(
-        type=number(float, 0.1, 10), help="guidance grows, and top-p falls, over the scales with "
-        "this power of k / (K - 1): 1 is evenly, as published; above, the coarser scales are left "
-        "more to themselves")),
+        type=number(float, 0.1, 10), help="guidance and smoothing grow, and top-p falls, over the "
+        "scales with this power of k / (K - 1): 1 is evenly, as published; above, the coarser "
+        "scales are left more to themselves")),
     (SMOOTHED, "--smooth", dict(
-        type=number(float, 0, 1), help="how far the finer scales, with that growth, go from a code "
-        "for each place to the mean of all codes by their probability: smoother edges, and less "
-        "texture; 0 is not at all")),
+        type=number(float, 0, 1), help="how far the finer scales go from the code that was drawn "
+        "for a place to the mean of all codes by their probability: smoother edges, and less "
+        "variety; 0 is not at all, as for published figures")),
     (GENERATING, "--batch", dict(
         type=COUNT, help="images at a time; if not given as many as have a cache of 4 GB, at most "
         "100")),
@@ -163,7 +163,8 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None,
     parser = CommandParser(description="Draw with a trained VAR, and look into it.",
                            epilog="Each has its own flags: python sample.py grid --help")
     # For commands that are without these:
-    parser.set_defaults(**dict.fromkeys(defaults), small=None, paste=False, particles=0, judge=False, gif=None)
+    parser.set_defaults(**dict.fromkeys(defaults), small=None, paste=False, particles=0,
+                        judge=False, gif=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
         ours = defaults if command in SMOOTHED.split() else unsmoothed

@@ -245,7 +245,7 @@ class Evaluation:
     psnr: float                   # of the reconstructions, in dB
     nats_per_image: float         # -log p(tokens | class) of the held-out images: exact, and
     nats_per_token: float         # without guidance
-    generated: list[Quality]      # for each seed, with the guidance and the filters of the run
+    generated: list[Quality]      # for each seed, with guidance, filters and smoothing of the run
     unfiltered: list[Quality]     # for each seed, without any
 
 

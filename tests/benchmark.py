@@ -563,7 +563,7 @@ def random_run(geometry: Geometry, machine: Machine) -> Run:
         tokenizer.decoder.compile(dynamic=False)
         model.compile_layers()
     classes = [str(label) for label in range(model.config.classes)]
-    return Run(Path(), tokenizer, model, classes, None, machine, Sampling(1.5, 900, 0.96, 100))
+    return Run(Path(), tokenizer, model, classes, None, machine, Sampling(1.5, 900, 0.96, batch=100))
 
 
 def draw(run: Run, batch: int) -> None:

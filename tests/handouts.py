@@ -388,7 +388,7 @@ LIST = [
         quoted=("kernels.sample_tokens", "kernels.KeyRanges.rows", "var.VAR.forward",
                 "var.VAR.start", "var.VAR.places", "var.VAR.modulations", "var.VAR.through_layers",
                 "var.VAR.logits", "var.VAR.new_caches", "tokenizer.Quantizer.empty",
-                "var.VAR.progress", "var.VAR.smoothed", "tokenizer.Quantizer.accumulate",
+                "var.VAR.fineness", "var.VAR.smoothed", "tokenizer.Quantizer.accumulate",
                 "tokenizer.Quantizer.add", "tokenizer.Quantizer.read", "sample.Known.put",
                 "var.VARConfig", "var.VARConfig.spans"),
         points={

@@ -284,7 +284,7 @@ PLANTED = {
         ("cfg * progress", "cfg"),
         ("cfg * progress", "cfg * (k + 1) / len(self.config.scales)"),
         ("cfg * progress", "cfg * k / len(self.config.scales)"),
-        ("self.progress(k, growth)", "self.progress(k, 1.0)"),
+        ("self.fineness(k, growth)", "self.fineness(k, 1.0)"),
         ("cfg * progress", "cfg * (1 - progress)"),
         ("cond_BlV, uncond_BlV = logits_BlV.chunk(2)",
          "uncond_BlV, cond_BlV = logits_BlV.chunk(2)"),
@@ -644,7 +644,7 @@ KINDS = {
           "torch.full(labels_B.shape, self.config.classes)")),
         (EDGE, "var.VAR.generate", ("        if cfg:   #", "        if cfg > 1:   #")),
         (EDGE, "var.VAR.draw",
-         ("self.progress(k, growth)", "self.progress(k, growth) or 1.0")),
+         ("self.fineness(k, growth)", "self.fineness(k, growth) or 1.0")),
         (EASY, "var.VAR.generate",      # every scale anew, without a cache
          ("x_BlW = self.start(class_BW) ", "x_BlW = read_BLW = self.start(class_BW) "),
          ("self.ranges.rows(span.start, span.stop)", "self.ranges.rows(0, span.stop)"),

@@ -153,7 +153,9 @@ def test_nothing_known_is_plain_generation(run, given):
     latents, _ = run.encode(given.images[:2])
     nowhere = torch.zeros(1, 1, 4, 4)
     made = run.generate([6, 2], 4, lambda rows: Known(latents[rows], nowhere, 3))
-    assert torch.equal(made, run.generate([6, 2], 4))
+    assert run.sampling.smooth and not torch.equal(made, run.generate([6, 2], 4))   # which is smooth
+    bare = replace(run, sampling=replace(run.sampling, smooth=0.0))
+    assert torch.equal(made, bare.generate([6, 2], 4))
 
 
 def test_the_open_loop_puts_the_image_s_own_tokens(run, given, monkeypatch):
@@ -691,19 +693,26 @@ def test_smooth_images_are_of_latents(judged, run, tmp_path):
     assert run.sampling.smooth == 1
     bare = replace(run, sampling=replace(run.sampling, smooth=0.0))
     tokens_NL, latents_NCSS = run.draw([4, 1], 3)
-    assert torch.equal(tokens_NL, run.generate([4, 1], 3, keep=lambda latents: None))
+    assert torch.equal(tokens_NL, run.generate([4, 1], 3))
+    assert not torch.equal(tokens_NL, bare.generate([4, 1], 3))   # another map was read
     assert latents_NCSS.shape == run.encode(run.decode(tokens_NL))[0].shape
     tokens, drawn = bare.draw([4, 1], 3)
     assert tokens is drawn and torch.equal(drawn, bare.generate([4, 1], 3))
     images = run.decode(latents_NCSS)
+    assert not images.requires_grad and not run.decode(tokens_NL).requires_grad   # else no memory is freed
     assert images.abs().max() <= 1 and (images - run.decode(tokens_NL)).abs().mean() > 0.01
     torch.testing.assert_close(images, run.tokenizer.render(latents_NCSS).clamp(-1, 1))
     one = replace(run, sampling=replace(run.sampling, batch=1))
-    assert one.draw([4, 1], 3)[1].shape == latents_NCSS.shape   # of two batches
+    two_batches = one.decode_to_bytes(one.draw([4, 1], 3)[1])
+    forming = sample.draw_progress(one, ["star", "ring"], 1, 3)
+    assert np.array_equal(np.stack([each.images[-1] for each in forming]), two_batches)
     (row,) = sample.draw_samples(run, ["star"], 2, 3)
     forming = sample.draw_progress(run, ["star"], 2, 3)
     assert [len(each.images) for each in forming] == [3, 3]
     assert np.array_equal(np.stack([each.images[-1] for each in forming]), np.stack(list(row.images)))
+    codes = sample.draw_progress(bare, ["star"], 2, 3)
+    expected = bare.after_each_scale(bare.generate([4, 4], 3))
+    assert np.array_equal(np.stack([each.images for each in codes], axis=1), np.stack(expected))
     again = sample.draw_progress(run, ["star", "ring"], 1, 3)
     chosen = run.after_each_scale(tokens_NL)[0]   # the first scale has to choose
     assert np.array_equal(np.stack([each.images[0] for each in again]), chosen)
@@ -732,6 +741,7 @@ def test_rejection_keeps_the_most_likely(run, monkeypatch):
     tokens_NL, latents_NCSS = smooth_run.draw(labels, 0)
     best = smooth_run.log_likelihood(tokens_NL, labels).view(10, 4).topk(2, dim=1).indices
     sample.draw_many(smooth_run, 20, seed=0, rejection=0.5)
+    assert asked.pop()[0] == 2 * 20 * 16 * 16 * 3 + 2 * 40 * latents_NCSS[0].nbytes
     assert torch.equal(shown.pop(), latents_NCSS[(best + 4 * torch.arange(10)[:, None]).flatten()])
     drawn = []
     monkeypatch.setattr(Run, "generate", lambda run, labels, seed: drawn.append(labels) or tokens_NL[labels])
@@ -1221,7 +1231,7 @@ def test_published_models_are_drawn_from_as_theirs_are():
     said = " ".join(ran("sample.py", "grid", "--help").split())
     for told in ("is none (default: 0.6, and 1.5 for published models)", "no limit (default: 900)",
                  "last scale (default: 1.0 0.4, and 0.96 for published models)",
-                 "is not at all (default: 1.0, and 0.0 for published models)"):
+                 "published figures (default: 1.0, and 0.0 for published models)"):
         assert told in said
     assert "scale (default: 1.0 0.6)" in " ".join(ran("sample.py", "upscale", "--help").split())
     said = " ".join(ran("sample.py", "inpaint", "--help").split())   # without smoothing, others
