@@ -688,7 +688,7 @@ def test_likelihoods(run, given):
         torch.testing.assert_close(found_N[n], expected)
 
 
-def test_smooth_images_are_of_latents(judged, run, tmp_path):
+def test_smooth_images_are_of_latents(run, monkeypatch):
     """Those of the tokens, moved; progress shows them after each scale, and a grid after the last."""
     assert run.sampling.smooth == 1
     bare = replace(run, sampling=replace(run.sampling, smooth=0.0))
@@ -701,7 +701,7 @@ def test_smooth_images_are_of_latents(judged, run, tmp_path):
     images = run.decode(latents_NCSS)
     assert not images.requires_grad and not run.decode(tokens_NL).requires_grad   # else no memory is freed
     assert images.abs().max() <= 1 and (images - run.decode(tokens_NL)).abs().mean() > 0.01
-    torch.testing.assert_close(images, run.tokenizer.render(latents_NCSS).clamp(-1, 1))
+    torch.testing.assert_close(images, run.tokenizer.render(latents_NCSS).detach().clamp(-1, 1))
     one = replace(run, sampling=replace(run.sampling, batch=1))
     two_batches = one.decode_to_bytes(one.draw([4, 1], 3)[1])
     forming = sample.draw_progress(one, ["star", "ring"], 1, 3)
@@ -716,6 +716,9 @@ def test_smooth_images_are_of_latents(judged, run, tmp_path):
     again = sample.draw_progress(run, ["star", "ring"], 1, 3)
     chosen = run.after_each_scale(tokens_NL)[0]   # the first scale has to choose
     assert np.array_equal(np.stack([each.images[0] for each in again]), chosen)
+    with monkeypatch.context() as patch:   # what a decoder may do
+        patch.setattr(run.tokenizer, "render", lambda f_BCSS: torch.full((len(f_BCSS), 3, 2, 2), -9.0))
+        assert (run.decode(latents_NCSS) == -1).all()
 
 
 def test_rejection_keeps_the_most_likely(run, monkeypatch):
@@ -743,6 +746,8 @@ def test_rejection_keeps_the_most_likely(run, monkeypatch):
     sample.draw_many(smooth_run, 20, seed=0, rejection=0.5)
     assert asked.pop()[0] == 2 * 20 * 16 * 16 * 3 + 2 * 40 * latents_NCSS[0].nbytes
     assert torch.equal(shown.pop(), latents_NCSS[(best + 4 * torch.arange(10)[:, None]).flatten()])
+    sample.draw_many(run, 20, seed=3, rejection=1)
+    assert torch.equal(shown.pop(), run.generate([label for label in range(10) for _ in range(2)], 3))
     drawn = []
     monkeypatch.setattr(Run, "generate", lambda run, labels, seed: drawn.append(labels) or tokens_NL[labels])
     sample.draw_many(run, 13, seed=0, rejection=0.7)   # 2 of each of three classes and 1 of the others
