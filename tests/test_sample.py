@@ -1385,6 +1385,14 @@ def test_a_number_of_an_image_is_written_in_ascii_digits(run):
             load_images(run, [f"data:{number}"])
 
 
+def test_a_tokenizer_that_does_not_say_its_scales_has_the_transformer_s(judged, monkeypatch):
+    asked = []
+    load = sample.load_tokenizer
+    monkeypatch.setattr(sample, "load_tokenizer", lambda *how: asked.append(how) or load(*how))
+    run = load_run(judged, CPU)
+    assert asked == [(judged / "tokenizer.pt", run.model.config.scales)]
+
+
 def test_held_out_images_of_other_channels_are_refused(judged, tmp_path):
     images, labels = load_held_out(judged)[0].tensors
     save_checkpoint(tmp_path / "held_out.pt", "set of held-out images", images=images[:, :1], labels=labels)
