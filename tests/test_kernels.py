@@ -721,14 +721,6 @@ def test_the_edge_of_top_p_is_rounded_alike(backend):
     assert last_kept(backend, [0.0, -8.57], 0, 0.9998103380203247) == 0
 
 
-def test_logits_in_half_precision_are_drawn_from_in_fp32():
-    torch.manual_seed(0)
-    cond = torch.randn(2, 500, 64).bfloat16()
-    noise = torch.empty(2, 500, 64).exponential_()
-    drawn = kernels.sample_tokens_torch(cond, None, 0.0, 0, 0.9, noise)
-    assert torch.equal(drawn, kernels.sample_tokens_torch(cond.float(), None, 0.0, 0, 0.9, noise))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rank, kept", [(400, True), (600, False)])
 def test_rare_tokens_count_for_top_p(backend, rank, kept):
