@@ -92,6 +92,7 @@ def test_a_run_writes_what_it_promises(finished):
         assert losses[-1] < losses[0]
     health = next(line for line in log if line["split"] == "health")
     assert len(health["psnr_per_scale"]) == 3 and 0 < health["codes_used"] <= 1
+    assert health["step"] == max(line["step"] for line in log if line["stage"] == "tokenizer")
     first = next(line for line in log if line["stage"] == "var" and line["split"] == "train")
     assert abs(first["loss"] - np.log(32)) < 0.1
 
@@ -1000,6 +1001,21 @@ def test_channels_that_are_not_the_tokenizer_s(folder, finished, tmp_path):
              finished / "tokenizer.pt", "--channels", 1)
     assert "--channels 1 is not that of the tokenizer, which has 3" in refused(*flags)
     assert training_flags().parse_args([]).channels is None   # what the data have
+
+
+def test_images_have_the_channels_of_the_tokenizer(finished, tmp_path, monkeypatch):
+    asked = []
+
+    def noted(name, side, channels, *_):
+        asked.append((side, channels))
+        raise train.UserError("that is enough")
+
+    config = sample.load_tokenizer(finished / "tokenizer.pt").config
+    grey = Tokenizer(replace(config, image_channels=1))
+    monkeypatch.setattr(train, "finished_tokenizer", lambda *_: grey)
+    monkeypatch.setattr(train, "load_data", noted)
+    assert "that is enough" in refused("train.py", "--stage", "var", "--out", tmp_path / "a")
+    assert asked == [(config.image_side, 1)]
 
 
 def test_more_memory_than_there_is_is_told_before_it_is_taken(monkeypatch, tmp_path):
