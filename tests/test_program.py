@@ -1003,6 +1003,35 @@ def test_channels_that_are_not_the_tokenizer_s(folder, finished, tmp_path):
     assert training_flags().parse_args([]).channels is None   # what the data have
 
 
+def test_a_bar_shows_the_loss_that_is_logged(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append((bar.n, text)))
+    ran("train.py", "--stage", "tokenizer", "--out", tmp_path, *TINY)
+    logged = [line for line in read_log(tmp_path / "log.jsonl") if line["split"] == "train"]
+    for line in logged:
+        (text,) = [text for step, text in shown if step == line["step"]]
+        assert text.startswith(f"loss {line['loss']:.4f}, ")
+    assert len(logged) == 2
+
+
+def test_losses_for_detail_are_told_the_scale_of_the_loss(tmp_path, monkeypatch):
+    stage = tokenizer_stage(tmp_path)
+    asked = []
+
+    class Helpers(torch.nn.Module):
+        def forward(self, originals, reconstructions, likeness, last_layer, adversarial, scale):
+            asked.append((last_layer is stage.model.decoder.conv_out.weight, adversarial, scale))
+            return 2 * likeness, {}
+
+    stage.helpers = Helpers()
+    stage.adversarial_from = 3
+    monkeypatch.setattr(stage.loss_scale, "factor", lambda: 64.0)
+    batch = stage.rows[[0, 1]]
+    for stage.step in (2, 3):
+        stage.loss(stage.model, *batch)
+    assert asked == [(True, False, 64.0), (True, True, 64.0)]
+
+
 def test_images_have_the_channels_of_the_tokenizer(finished, tmp_path, monkeypatch):
     asked = []
 
