@@ -10,11 +10,11 @@
     python sample.py export 50000 samples.npz        for the field's evaluation programs
     python sample.py --published d16 --classes 207 980
 
-train.py writes a run's folder, out/shapes for one; a published pair of checkpoints does as well.
-`python sample.py --help` names all commands, and each has a --help of its own.
+train.py writes a run's folder, out/shapes for one; a published pair does as well.
+`python sample.py --help` names all commands.
 
 Read `main`, then `Run`, then `Known`: in-painting, out-painting, editing and upscaling are one
-mechanism. What measures and explains is in support/evaluation.py and support/figures.py.
+mechanism. What measures and explains is in support/.
 """
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class Run:
     ) -> Tensor:
         """Return tokens [N, L] of one image per label, on the CPU.
         known_of: returns what is known of some of the N images, which then are not smoothed. keep:
-        takes the latents [B, C, S, S] of B of them after each scale, if they are."""
+        takes the latents [B, C, S, S] of B of them after each scale."""
         device = self.machine.device
         sampling = self.sampling
         smooth = 0.0 if known_of else sampling.smooth
@@ -186,7 +186,7 @@ class Run:
                          "null class, which guidance (--cfg) and completing without a class use")
             known = None if known_of is None else known_of(rows)
             latents = []
-            more = dict(smooth=smooth, latents=latents) if smooth else {}
+            more = dict(smooth=smooth, latents=latents) if smooth or keep else {}
             with self.machine.autocast():
                 tokens_BL = self.model.generate(
                     self.tokenizer, labels_B, cfg, sampling.top_k, sampling.top_p, generator,
@@ -376,12 +376,9 @@ def draw_samples(run: Run, names: list[str] | None, per_class: int, seed: int) -
 def draw_progress(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
     """A row for each image: what it looks like after each scale."""
     labels, wanted = asked_classes(run, names, per_class)
-    if run.sampling.smooth:
-        kept = []
-        run.generate(wanted, seed, keep=kept.append)
-        frames_KN = [run.decode_to_bytes(torch.cat(latents)) for latents in zip(*kept)]
-    else:
-        frames_KN = run.after_each_scale(run.generate(wanted, seed))
+    kept = []
+    run.generate(wanted, seed, keep=kept.append)
+    frames_KN = [run.decode_to_bytes(torch.cat(latents)) for latents in zip(*kept)]
     captions = scale_names(run.tokenizer.config.scales)
     rows = zip(np.repeat(labels, per_class), zip(*frames_KN))
     return [Row(label, frames_K, captions) for label, frames_K in rows]
@@ -397,8 +394,8 @@ def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
     classes = len(run.classes)
     wanted = [len(range(label, count, classes)) for label in range(classes)]
     counts = [math.ceil(n / rejection) for n in wanted]
-    latent = 4 * run.tokenizer.quantizer.empty(1).numel() if run.sampling.smooth else 0   # bytes
-    check_memory(6 * count * side**2 + 2 * sum(counts) * latent,
+    latent = run.tokenizer.quantizer.empty(1).nbytes * bool(run.sampling.smooth)
+    check_memory(6 * count * side**2 + 2 * latent * sum(counts),
                  f"{count} samples, and a copy in another order,")
     labels = np.repeat(range(classes), counts).tolist()
     tokens_NL, drawn_N = run.draw(labels, seed)

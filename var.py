@@ -320,8 +320,8 @@ class VAR(nn.Module):
         growth: how late guidance grows and top_p falls, see `draw`; 1 is evenly, as published.
         smooth: how much of a code makes way for the mean at the last scale, see `smoothed`; 0 is
             nothing, as published, and where anything is known.
-        latents: a list to which f_hat [B, C, S, S] after each scale is appended. Images are decoded
-            from the last; from the tokens alone they are not smooth.
+        latents: a list to which f_hat [B, C, S, S] after each scale is appended; smooth images are
+            decoded from the last.
         """
         quantizer = tokenizer.quantizer
         f_hat_BCSS = quantizer.empty(len(labels_B))                             # [B, C, S, S]
@@ -409,18 +409,17 @@ class VAR(nn.Module):
 
             h = (1 - share) code + share mean |codes| / |mean|
 
-        The coarse scales have to choose, so the share grows as guidance does. At 1 what was drawn
-        is not seen. Filters do not touch the mean. (The published code has a mean over codes, too,
-        by Gumbel softmax, for demonstrations.)
+        The coarse scales have to choose, so the share grows as guidance does. At 1 neither draw nor
+        filters are seen. (For demonstrations the published code averages, too, by Gumbel softmax.)
         """
         if len(logits_BlV) > len(tokens_Bl):   # with guidance, as in `draw`
             cond_BlV, uncond_BlV = logits_BlV.chunk(2)
             logits_BlV = torch.lerp(uncond_BlV, cond_BlV, 1 + guidance)
         p_BlV = logits_BlV.softmax(dim=-1)
-        squares_V1 = codebook_VC.square().sum(dim=1, keepdim=True)
         with fp32_products(p_BlV.device.type):
-            lengths_Bl1 = (p_BlV @ squares_V1).sqrt()
-            means_BlC = F.normalize(p_BlV @ codebook_VC, dim=-1) * lengths_Bl1
+            means_BlC = p_BlV @ codebook_VC
+            lengths_Bl1 = (p_BlV @ codebook_VC.square()).sum(dim=-1, keepdim=True).sqrt()
+        means_BlC = F.normalize(means_BlC, dim=-1) * lengths_Bl1
         codes_BlC = F.embedding(tokens_Bl, codebook_VC)
         return torch.lerp(codes_BlC, means_BlC, share)
 
