@@ -14,7 +14,7 @@ train.py writes a run's folder, out/shapes for one; a published pair does as wel
 `python sample.py --help` names all commands.
 
 Read `main`, then `Run`, then `Known`: in-painting, out-painting, editing and upscaling are one
-mechanism. What measures and explains is in support/.
+mechanism.
 """
 from __future__ import annotations
 
