@@ -1032,6 +1032,25 @@ def test_losses_for_detail_are_told_the_scale_of_the_loss(tmp_path, monkeypatch)
     assert asked == [(True, False, 64.0), (True, True, 64.0)]
 
 
+def test_a_resumed_training_knows_what_is_saved(tmp_path):
+    stage = tokenizer_stage(tmp_path)
+    stage.step = 3
+    stage.save(finished=False)
+    again = tokenizer_stage(tmp_path)
+    again.resume()
+    assert again.step == 3
+    with pytest.raises(UserError, match="the last good checkpoint, of step 3, is .*tokenizer.pt"):
+        again.check(math.nan, 1.0)
+
+
+def test_samples_of_a_training_are_drawn_as_sample_draws_them(finished, tmp_path, monkeypatch):
+    ways = []
+    monkeypatch.setattr(train, "draw_samples", lambda run, *how: ways.append(run.sampling) or [
+        Row("", [np.zeros((8, 8, 3), np.uint8)])])
+    ran("train.py", "--stage", "var", "--tokenizer", finished / "tokenizer.pt", "--out", tmp_path, *TINY)
+    assert {*ways} == {sample.DEFAULTS}
+
+
 def test_images_have_the_channels_of_the_tokenizer(finished, tmp_path, monkeypatch):
     asked = []
 
