@@ -1051,6 +1051,21 @@ def test_samples_of_a_training_are_drawn_as_sample_draws_them(finished, tmp_path
     assert {*ways} == {sample.DEFAULTS}
 
 
+def test_a_few_held_out_images_of_each_class_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MEASURED", 6)
+    stage = var_stage(tmp_path)
+    tokens_NL, labels_N = stage.held_out_rows.tensors
+    order_N = labels_N.argsort(stable=True)   # as a folder's images are
+    stage.held_out_rows = TensorDataset(tokens_NL[order_N], labels_N[order_N])
+    seen = []
+    loss = stage.loss
+    monkeypatch.setattr(stage, "loss", lambda model, *batch: seen.append(batch) or loss(model, *batch))
+    stage.validate()
+    labels = torch.cat([batch[1] for batch in seen]).tolist()
+    there = labels_N.unique().tolist()
+    assert labels == [there[i % len(there)] for i in range(6)]
+
+
 def test_images_have_the_channels_of_the_tokenizer(finished, tmp_path, monkeypatch):
     asked = []
 
