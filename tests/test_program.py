@@ -23,7 +23,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import ROOT, TINY, ran, refused, run, run_as_two, same_run, tokenizer_stage
+from program import (
+    ROOT, TINY, ran, refused, run, run_as_two, same_run, tiny_settings, tokenizer_stage,
+)
 from torch import nn
 from torch._functorch import config as functorch_config
 from torch.utils.data import TensorDataset
@@ -1065,6 +1067,30 @@ def test_a_few_held_out_images_of_each_class_are_measured(tmp_path, monkeypatch)
     labels = torch.cat([batch[1] for batch in seen]).tolist()
     there = labels_N.unique().tolist()
     assert labels == [there[i % len(there)] for i in range(6)]
+
+
+def test_a_tokenizer_is_measured_on_held_out_images_of_each_class(tmp_path, monkeypatch):
+    """Those of a folder lie in the order of their classes."""
+    monkeypatch.setattr(train, "HELD_OUT", 4)
+    images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).repeat(1, 3, 8, 8)
+    sets = [TensorDataset(images, torch.arange(12) // 6) for _ in range(2)]
+    stage = train.TokenizerStage(data_of(*sets, ["cat", "dog"]), tiny_settings(tmp_path))
+    assert ((stage.images[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [0, 6, 1, 7]
+
+
+def test_models_begin_as_the_seed_says(tmp_path):
+    """And not as what was drawn until then."""
+    first = tokenizer_stage(tmp_path)
+    begun = {"tokenizer": [], "var": []}
+    for before, seed in enumerate((3, 3, 4)):
+        settings = replace(first.settings, seed=seed)
+        for make in (partial(train.TokenizerStage, first.data),
+                     partial(train.VARStage, first.model.eval(), first.data)):
+            torch.manual_seed(100 + before)
+            stage = make(settings)
+            begun[stage.name].append(torch.cat([p.detach().flatten() for p in stage.model.parameters()]))
+    for one, same, other in begun.values():
+        assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_images_have_the_channels_of_the_tokenizer(finished, tmp_path, monkeypatch):

@@ -283,6 +283,13 @@ def test_held_out_images_are_numbered_from_0_to_the_last(run):
             load_images(run, [f"data:{number}"])
 
 
+def test_files_are_read_in_the_channels_of_the_tokenizer(run, tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    grey = SimpleNamespace(config=replace(run.tokenizer.config, image_channels=1))
+    given = load_images(replace(run, tokenizer=grey), [str(tmp_path / "a.png")])
+    assert given.images.shape == (1, 1, 16, 16)
+
+
 def test_names_in_letters_of_any_script():
     assert legible("Ελλάδα", 3) == "Ελλάδα"
     assert legible("cafe\u0301", 3) == "caf\u00e9"
