@@ -1,6 +1,6 @@
 """The pictures that explain: reconstructions, codes, teacher forcing, attention, and curves.
 
-Of a run (a sample.Run) and of `given` images (a sample.Given).
+Of a run (a sample.Run) and of `given` images (an asked.Given).
 """
 from __future__ import annotations
 

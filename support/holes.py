@@ -77,7 +77,7 @@ def seam(images: Tensor, known_HW: Tensor) -> float:
 
 
 def judge_of(run, given) -> Judge:
-    """What measures completions of held-out images. run: a sample.Run; given: a sample.Given.
+    """What measures completions of held-out images. run: a sample.Run; given: an asked.Given.
 
     Raises UserError for few images, and for others, whose classes nobody knows.
     """
