@@ -168,7 +168,7 @@ class FolderImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        found = [self.first_readable((*range(row, len(self)), *range(row))) for row in rows]
+        found = [self.first_readable(chain(range(row, len(self)), range(row))) for row in rows]
         if None in found:
             raise UserError(f"none of the {len(self)} images can be read")
         images = np.stack([image for _, image, _ in found])
