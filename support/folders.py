@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice, zip_longest
+from itertools import accumulate, chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -264,7 +264,7 @@ def hold_out(
 
     From every `step`-th on the next that can be read is taken.
     """
-    ends = np.cumsum([len(own) for own in files]).tolist()
+    ends = accumulate(map(len, files))
     places = [[range(row, end) for row in range(end - len(own), end, step)]
               for own, end in zip(files, ends)]
     rounds = filter(None, chain.from_iterable(zip_longest(*places)))
