@@ -66,8 +66,10 @@ def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
     images = page["images"]
     room = MOST_BYTES - len(template.encode()) - len(as_json(page))
     for name, label, row in progress_bar(wanted, "explore", unit="image"):
-        tokens_1L = tokens_of(run, label, row, seed + label)
-        image = {"name": name, **about(run, label, tokens_1L, ways.values(), seed + label)}
+        own_seed = seed + label
+        tokens_1L = tokens_of(run, label, row, own_seed)
+        sections = about(run, label, tokens_1L, ways.values(), own_seed)
+        image = {"name": name, **sections}
         room -= len(as_json(image)) + 1
         if room < 0 and images:   # at least one
             break
@@ -81,13 +83,16 @@ def explore(run, path: Path, labels: Sequence[int] | None, seed: int) -> None:
 
 def as_json(value) -> str:
     """ASCII, and nothing in it that HTML would take for the end of a script."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(value, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
 
 
 def chosen(run, labels: Sequence[int]) -> list[tuple[str, int, int | None]]:
     """Name, class and held-out number of images: generated ones, which have none, and after each of
     the first few a held-out one of its class, so that there are both where room is short."""
-    known = [] if run.held_out is None else run.held_out.tensors[1].tolist()
+    known = []
+    if run.held_out is not None:
+        known = run.held_out.tensors[1].tolist()
     found = []
     for i, label in enumerate(labels):
         found.append((run.classes[label], label, None))
@@ -107,16 +112,20 @@ def tokens_of(run, label: int, row: int | None, seed: int) -> Tensor:
 def about(run, label: int, tokens_1L: Tensor, ways: Sequence, seed: int) -> dict:
     """All that the page shows of an image: an entry, or a few, for each of its five sections."""
     frames = np.concatenate(run.after_each_scale(tokens_1L))
-    labels_2 = torch.tensor([label, run.model.config.classes], device=run.machine.device)
-    inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.machine.device))
+    device = run.machine.device
+    labels_2 = torch.tensor([label, run.model.config.classes], device=device)
+    inputs = run.tokenizer.teacher_inputs(tokens_1L.to(device))
     found = chances(run, labels_2, inputs, tokens_1L[0])
-    compared = [replace(run, sampling=way).generate([label], seed) for way in ways]
+    compared = []
+    for way in ways:
+        compared.append(replace(run, sampling=way).generate([label], seed))
+    compared = run.decode_to_bytes(torch.cat(compared))
     return found | continued(run, label, tokens_1L, seed) | {
         "tokens": tokens_1L[0].tolist(),
         "frames": as_picture(frames),
         "replaced": replaced(run, tokens_1L, found["instead"], frames[-1]),
         "attention": attention(run, labels_2[:1], inputs),
-        "compared": as_picture(run.decode_to_bytes(torch.cat(compared)), DRAWN),
+        "compared": as_picture(compared, DRAWN),
     }
 
 
@@ -141,9 +150,11 @@ def chances(run, labels_2: Tensor, inputs: Tensor, tokens_L: Tensor) -> dict:
         logits_2LV = run.model(labels_2, inputs.expand(2, -1, -1))
     cond_LV, null_LV = logits_2LV.cpu().double()   # Apple's GPU has no fp64
     level_L1 = run.model.level_L.cpu()[:, None]
-    progress_L1 = (level_L1 / max(len(config.scales) - 1, 1)) ** sampling.growth   # as in VAR.draw
+    last_level = max(len(config.scales) - 1, 1)
+    progress_L1 = (level_L1 / last_level) ** sampling.growth   # as in VAR.draw
     plain_LV = cond_LV.softmax(dim=1)
-    guided_LV = (cond_LV + sampling.cfg * progress_L1 * (cond_LV - null_LV)).softmax(dim=1)
+    guidance_L1 = sampling.cfg * progress_L1
+    guided_LV = (cond_LV + guidance_L1 * (cond_LV - null_LV)).softmax(dim=1)
     own_L1 = plain_LV.gather(1, tokens_L[:, None])
     likely_LX = plain_LV.topk(min(LISTED, config.vocabulary))
     ranked_LV, codes_LV = guided_LV.sort(descending=True, stable=True)
@@ -155,11 +166,14 @@ def chances(run, labels_2: Tensor, inputs: Tensor, tokens_L: Tensor) -> dict:
     target_L1 = within_LV.sum(dim=1, keepdim=True) * top_p_L1
     kept_LV = (before_LV < target_L1) | (top_p_L1 == 1)   # as in sample_tokens: 1 keeps all,
     kept_LV[:, 0] = True                                  # and 0 the likeliest
+    rank_L = (plain_LV > own_L1).sum(dim=1) + 1
+    entropy_L = torch.special.entr(plain_LV).sum(dim=1)
+    others_LV = plain_LV.scatter(1, tokens_L[:, None], -1)
     return {
         "own": shares(own_L1[:, 0]),
-        "rank": ((plain_LV > own_L1).sum(dim=1) + 1).tolist(),
-        "entropy": (100 * torch.special.entr(plain_LV).sum(dim=1)).round().int().tolist(),
-        "instead": plain_LV.scatter(1, tokens_L[:, None], -1).argmax(dim=1).tolist(),
+        "rank": rank_L.tolist(),
+        "entropy": (100 * entropy_L).round().int().tolist(),
+        "instead": others_LV.argmax(dim=1).tolist(),
         "likely": [likely_LX.indices.tolist(), shares(likely_LX.values)],
         "guided": [codes_LX.tolist(), shares(plain_LV.gather(1, codes_LX)),
                    shares(ranked_LV[:, :LISTED])],
@@ -181,7 +195,8 @@ def replaced(run, tokens_1L: Tensor, instead: list[int], image: np.ndarray) -> s
     side = len(image)
     while L * side**2 > MOST_PIXELS:
         side //= 2
-    changes = 128 + (run.decode_to_bytes(tokens_LL) - image.astype(np.float32)) / 2
+    images = run.decode_to_bytes(tokens_LL)
+    changes = 128 + (images - image.astype(np.float32)) / 2
     return as_picture(np.concatenate([changes, image[None]]), side)
 
 
@@ -229,7 +244,8 @@ def attention(run, labels_1: Tensor, inputs: Tensor) -> str:
     if heads == 1:
         maps = [weights_HLL.mean(dim=0, keepdim=True) for weights_HLL in maps]
     maps_NLL = torch.cat(maps)
-    maps_NLL = (maps_NLL / maps_NLL.amax(dim=-1, keepdim=True)).sqrt()
+    largest_NL1 = maps_NLL.amax(dim=-1, keepdim=True)
+    maps_NLL = (maps_NLL / largest_NL1).sqrt()
     return as_picture(LEVELS * maps_NLL[..., None].numpy())
 
 
@@ -244,14 +260,16 @@ class Beginning:
     scales_B1: Tensor   # how many
 
     def put(self, drawn_Bl: Tensor, quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
-        return torch.where(k < self.scales_B1, quantizer.split(self.tokens_1L)[k], drawn_Bl)
+        own_1l = quantizer.split(self.tokens_1L)[k]
+        return torch.where(k < self.scales_B1, own_1l, drawn_Bl)
 
 
 def continued(run, label: int, tokens_1L: Tensor, seed: int) -> dict:
     """Draws that begin with the image's first 0, 1, ... K-1 scales; and their spread, the standard
     deviation of a pixel over them, of black to white."""
     K = len(run.model.config.scales)
-    scales_N1 = torch.arange(K, device=run.machine.device).repeat_interleave(DRAWS)[:, None]
+    scales_K = torch.arange(K, device=run.machine.device)
+    scales_N1 = scales_K.repeat_interleave(DRAWS)[:, None]
     tokens_1L = tokens_1L.to(run.machine.device)
     tokens_NL = run.generate([label] * len(scales_N1), seed,
                              lambda rows: Beginning(tokens_1L, scales_N1[rows]))
@@ -266,10 +284,14 @@ def as_picture(tiles: np.ndarray, most: int | None = None) -> str:
     it. most: the side to which larger tiles are averaged down."""
     tiles = torch.from_numpy(tiles).float().permute(0, 3, 1, 2)
     side = min(tiles.shape[-1], most or tiles.shape[-1])
-    tiles = F.interpolate(tiles, size=(side, side), mode="area").round().clamp(0, 255).byte()
-    tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, -len(tiles) % COLUMNS))
-    rows = [torch.cat([*row], dim=2) for row in tiles.split(COLUMNS)]
-    pixels = torch.cat(rows, dim=1).permute(1, 2, 0).squeeze(-1).numpy()
+    tiles = F.interpolate(tiles, size=(side, side), mode="area")
+    tiles = tiles.round().clamp(0, 255).byte()
+    lacking = -len(tiles) % COLUMNS
+    tiles = F.pad(tiles, (0, 0, 0, 0, 0, 0, 0, lacking))
+    tiles = tiles.unflatten(0, (-1, COLUMNS))            # [rows, COLUMNS, channels, side, side]
+    pixels = tiles.permute(0, 3, 1, 4, 2)                # [rows, side, COLUMNS, side, channels]
+    pixels = pixels.flatten(2, 3).flatten(0, 1)
+    pixels = pixels.squeeze(-1).numpy()
     file = io.BytesIO()
     lossless = side <= LOSSLESS or pixels.ndim == 2
     Image.fromarray(pixels).save(file, "WEBP", lossless=lossless, quality=85)

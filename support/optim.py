@@ -14,19 +14,28 @@ MUON_MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)   # Keller Jordan's a, b, c: see `orthogonal`
 
 
-def adamw_and_muon(model: nn.Module, layers: nn.Module, lr: float, weight_decay: float, muon: bool,
-                   dtype: torch.dtype) -> list[Optimizer]:
+def adamw_and_muon(
+    model: nn.Module,
+    layers: nn.Module,
+    lr: float,
+    weight_decay: float,
+    muon: bool,
+    dtype: torch.dtype,
+) -> list[Optimizer]:
     """AdamW takes all parameters; or, with Muon, all but the weights inside the layers.
 
     Biases, embeddings and scales have no weight decay. layers: whose weights are Muon's.
     """
     decayed = multiplying_weights(model)
     for_muon = multiplying_weights(layers) if muon else []
+    matrices = [p for p in decayed if p not in set(for_muon)]
+    others = [p for p in model.parameters() if p not in set(decayed)]
     groups = [
-        {"params": [p for p in decayed if p not in set(for_muon)], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p not in set(decayed)], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
-    optimizers: list[Optimizer] = [AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
+    adamw = AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
+    optimizers: list[Optimizer] = [adamw]
     if muon:
         optimizers.append(Muon(for_muon, lr, weight_decay, dtype))
     return optimizers
@@ -52,8 +61,13 @@ class Muon(Optimizer):
     as long as fp32.)
     """
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float,
-                 dtype: torch.dtype):
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+    ):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
 
@@ -117,7 +131,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     averages = ema.state_dict()
     values = model.state_dict()
     real = [name for name in averages if averages[name].is_floating_point()]
-    torch._foreach_lerp_(   # one launch on a GPU, not one a tensor
-        [averages[name] for name in real], [values[name] for name in real], 1 - decay)
+    real_averages = [averages[name] for name in real]
+    real_values = [values[name] for name in real]
+    torch._foreach_lerp_(real_averages, real_values, 1 - decay)   # one launch on a GPU
     for name in averages.keys() - real:
         averages[name].copy_(values[name])
