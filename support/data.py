@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import math
 import tarfile
 import zlib
@@ -159,16 +160,16 @@ def classifier_images(data: Data, workers: int) -> tuple[Tensor, Tensor]:
 def shuffled(count: int, batch: int, seed: int, begin: int, end: int) -> Iterator[list[int]]:
     """The rows of train steps begin .. end-1: each pass over the data in a new order, fixed by the
     seed."""
-    epoch = -1
-    for step in range(begin, end):
-        rows = []
-        for place in range(step * batch, (step + 1) * batch):
-            if place // count != epoch:
-                epoch = place // count
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                order = torch.randperm(count, generator=generator)
-            rows.append(int(order[place % count]))
-        yield rows
+    def order(epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        return torch.randperm(count, generator=generator).tolist()
+
+    epoch, done = divmod(begin * batch, count)
+    passes = map(order, itertools.count(epoch))
+    rows = itertools.chain.from_iterable(passes)
+    rows = itertools.islice(rows, done, None)
+    for _ in range(begin, end):
+        yield list(itertools.islice(rows, batch))
 
 
 def read_batches(
@@ -261,13 +262,8 @@ def draw_shape(
     return np.asarray(canvas.reduce(4))
 
 
-def spikes(count: int, inner: float) -> np.ndarray:
-    radius = np.array([1.0, inner] * count)
-    return -1j * radius * np.exp(1j * np.pi / count * np.arange(2 * count))
-
-
-def heart(points: int) -> np.ndarray:
-    t = np.linspace(0, 2 * np.pi, points)
+def heart() -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, 60)
     x = 16 * np.sin(t) ** 3
     y = 13 * np.cos(t) - 5 * np.cos(2 * t)
     y = y - 2 * np.cos(3 * t) - np.cos(4 * t)
@@ -280,14 +276,14 @@ OUTLINES = {   # x + 1j y, from -1 to 1, y down
         0.8 + 0.8j, -0.8 + 0.8j,
     ],
     "triangle": [-1j, 0.95 + 0.75j, -0.95 + 0.75j],
-    "star": spikes(5, 0.48),
+    "star": -1j * np.tile([1.0, 0.48], 5) * np.exp(1j * np.pi / 5 * np.arange(10)),
     "cross": [
         -0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j,
         1 - 0.3j, 1 + 0.3j, 0.3 + 0.3j,
         0.3 + 1j, -0.3 + 1j, -0.3 + 0.3j,
         -1 + 0.3j, -1 - 0.3j, -0.3 - 0.3j,
     ],
-    "heart": heart(60),
+    "heart": heart(),
     "arrow": [
         -1j, 0.85 - 0.05j, 0.32 - 0.05j, 0.32 + 1j,
         -0.32 + 1j, -0.32 - 0.05j, -0.85 - 0.05j,

@@ -20,7 +20,8 @@ from support.images import Row, in_colour, rows_of_pairs, to_bytes
 
 def reconstruct(run, given) -> list[Row]:
     """Return images above what is left of them after encoding and decoding."""
-    results = run.decode(run.encode(given.images)[1])
+    _, tokens_NL = run.encode(given.images)
+    results = run.decode(tokens_NL)
     errors_N = (results - given.images).square().mean(dim=(1, 2, 3))
     captions = []
     for name, error in zip(given.names, errors_N.tolist()):
@@ -39,16 +40,19 @@ def draw_codes(run, given) -> list[Row]:
     scales = quantizer.scales
     f_NCSS, tokens_NL = run.encode(given.images)
     f_NCSS = f_NCSS.to(run.machine.device)
+    by_scale = quantizer.split(tokens_NL.to(run.machine.device))
     left = []
     f_hat_NCSS = quantizer.empty(len(f_NCSS))
-    for k, tokens_Nl in enumerate(quantizer.split(tokens_NL.to(run.machine.device))):
-        left.append(quantizer.read(f_NCSS - f_hat_NCSS, k).norm(dim=-1))
+    for k, tokens_Nl in enumerate(by_scale):
+        residual_NlC = quantizer.read(f_NCSS - f_hat_NCSS, k)
+        left.append(residual_NlC.norm(dim=-1))
         f_hat_NCSS = quantizer.accumulate(f_hat_NCSS, tokens_Nl, k)
     left_NL1 = heat(torch.cat(left, dim=1))
     codes_NL3 = code_colours(quantizer.codebook_VC)[tokens_NL]
     frames_NK = zip(*run.after_each_scale(tokens_NL))
+    shown = zip(given.names, left_NL1, codes_NL3, frames_NK)
     rows = []
-    for name, left_L1, codes_L3, frames_K in zip(given.names, left_NL1, codes_NL3, frames_NK):
+    for name, left_L1, codes_L3, frames_K in shown:
         rows += [
             Row(f"{name}: left over (black: nothing)", as_maps(left_L1, scales),
                 scale_names(scales)),
@@ -64,9 +68,11 @@ def draw_teaching(run, given) -> list[Row]:
     inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.machine.device))
     size_L = inputs[0].norm(dim=-1)
     # The first scale reads the class; there may be no other.
-    size_L = F.pad(size_L, (1, 0), value=size_L.max() if len(size_L) else 1)
+    brightest = size_L.max() if len(size_L) else 1
+    size_L = F.pad(size_L, (1, 0), value=brightest)
     codes_L3 = code_colours(run.tokenizer.quantizer.codebook_VC)[tokens_1L[0]]
-    read = ["the class", *(f"after {name}" for name in scale_names(scales[:-1]))]
+    after = [f"after {name}" for name in scale_names(scales[:-1])]
+    read = ["the class", *after]
     return [Row("reads (black: zero)", as_maps(heat(size_L), scales), read),
             Row("has to predict", as_maps(codes_L3, scales), scale_names(scales))]
 
@@ -84,22 +90,25 @@ def as_maps(x_L: Tensor, scales: tuple[int, ...]) -> list[Tensor]:
 def heat(x: Tensor) -> Tensor:
     """Sizes as shades of grey, black for none: bytes [..., 1]."""
     largest = x.amax().clamp(min=1e-6)
-    return (255 * x / largest).byte().cpu()[..., None]
+    shades = (255 * x / largest).byte()
+    return shades.cpu()[..., None]
 
 
 def code_colours(codebook_VC: Tensor) -> Tensor:
     """A colour for every code, bytes [V, 3]."""
     codes_VC = codebook_VC.detach().cpu()
     centred_VC = codes_VC - codes_VC.mean(dim=0)
-    directions_C3 = torch.linalg.svd(centred_VC, full_matrices=False).Vh[:3].T
-    place_V3 = centred_VC @ directions_C3
+    directions = torch.linalg.svd(centred_VC, full_matrices=False).Vh
+    place_V3 = centred_VC @ directions[:3].T
     spread_3 = place_V3.std(dim=0, correction=min(1, len(place_V3) - 1)).clamp(min=1e-12)
     place_V3 = (place_V3 / spread_3 / 2).clamp(-1, 1)
     colours_V3 = ((place_V3 + 1) * 127.5).byte()
     return F.pad(colours_V3, (0, 3 - colours_V3.shape[1]))   # codes of one or two channels
 
 
-def draw_attention(run, images: Tensor, label: int, cell: tuple[int, int] | None) -> list[Row]:
+def draw_attention(
+    run, images: Tensor, label: int, cell: tuple[int, int] | None
+) -> list[Row]:
     """What a cell of the last scale attends to: a row per layer, over heads, a column per scale.
 
     Brightness is the root of a weight, of all scales alike; the share that each scale gets stands
@@ -118,15 +127,19 @@ def draw_attention(run, images: Tensor, label: int, cell: tuple[int, int] | None
     with run.machine.autocast():
         weights = attention_weights(
             run.model, labels_B, inputs, layers, slice(query, query + 1))
-    marked = Image.fromarray(in_colour(to_bytes(images[:1])[0]))
+    (image,) = to_bytes(images[:1])
+    marked = Image.fromarray(in_colour(image))
     size = run.tokenizer.config.downsampling
-    corners = (x * size, y * size, x * size + size - 1, y * size + size - 1)
+    left = x * size
+    upper = y * size
+    corners = (left, upper, left + size - 1, upper + size - 1)
     ImageDraw.Draw(marked).rectangle(corners, outline="red")
     rows = []
     for layer, weights_H1L in zip(layers, weights):
         weights_L = weights_H1L.mean(dim=(0, 1))
+        maps = as_maps(weights_L, config.scales)
         captions = [f"cell {y} {x}"]
-        for name, weights_ss in zip(scale_names(config.scales), as_maps(weights_L, config.scales)):
+        for name, weights_ss in zip(scale_names(config.scales), maps):
             captions.append(f"{name}: {weights_ss.sum():.0%}")
         bright = as_maps(heat(weights_L.sqrt()), config.scales)
         rows.append(Row(f"layer {layer + 1}", [np.asarray(marked), *bright], captions))
@@ -135,7 +148,8 @@ def draw_attention(run, images: Tensor, label: int, cell: tuple[int, int] | None
 
 def evenly(count: int, most: int) -> list[int]:
     """0 .. count-1, or so many of them."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+    places = np.linspace(0, count - 1, min(count, most))
+    return places.round().astype(int).tolist()
 
 
 @torch.no_grad()
@@ -152,10 +166,13 @@ def attention_weights(
 
     def note(attention: nn.Module, arguments: tuple) -> None:
         q_BHLD, k_BHLD, _, scale = attention.project(arguments[0])
-        scores_HlL = scale * (q_BHLD[0, :, queries] @ k_BHLD[0].mT).float()
-        weights.append(scores_HlL.masked_fill(~visible_lL, -torch.inf).softmax(dim=-1).cpu())
+        products_HlL = q_BHLD[0, :, queries] @ k_BHLD[0].mT
+        scores_HlL = scale * products_HlL.float()
+        scores_HlL = scores_HlL.masked_fill(~visible_lL, -torch.inf)
+        weights.append(scores_HlL.softmax(dim=-1).cpu())
 
-    hooks = [model.blocks[layer].attention.register_forward_pre_hook(note) for layer in layers]
+    layers = [model.blocks[layer].attention for layer in layers]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     model(labels_B, inputs)
     for hook in hooks:
         hook.remove()
@@ -193,16 +210,18 @@ def draw_curves(log: list[dict], scales: tuple[int, ...]):
         for split, name, label in curves:
             lines = [line for line in log
                      if (line["stage"], line["split"]) == (stage, split) and name in line]
+            x = [line["step"] for line in lines]
+            y = [line[name] for line in lines]
             if lines:
-                x = [line["step"] for line in lines]
-                logged.append((split, x, [line[name] for line in lines], label))
+                logged.append((split, x, y, label))
         if logged:
             panels.append((title, yscale, logged))
 
     high = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(15, 3.5 * high), layout="constrained")
     for i, (title, yscale, logged) in enumerate(panels):
-        axis = figure.add_subplot(high, 3, i + 1, title=title, xlabel="step", yscale=yscale)
+        axis = figure.add_subplot(high, 3, i + 1)
+        axis.set(title=title, xlabel="step", yscale=yscale)
         for split, x, y, label in logged:
             if split == "health":   # which is measured once
                 axis.plot(scale_names(scales), y[-1], ".-", label=label)

@@ -14,7 +14,9 @@ from support.evaluation import Judge, kept_classifier, say_qualities
 from support.images import read_mask
 
 
-def known_pixels(hole: Path | Sequence[float], side: int, outside: bool = True) -> Tensor:
+def known_pixels(
+    hole: Path | Sequence[float], side: int, outside: bool = True
+) -> Tensor:
     """1 where an image is known and 0 where it is not: float [side, side].
 
     hole: the file of a mask, in which it is painted, or a box (y0, x0, y1, x1) in fractions of the
@@ -26,7 +28,8 @@ def known_pixels(hole: Path | Sequence[float], side: int, outside: bool = True) 
         known_HW = torch.from_numpy(~read_mask(hole, side)).float()
     else:
         name = f"--box {' '.join(map(str, hole))}"
-        y0, x0, y1, x1 = (round(fraction * side) for fraction in hole)
+        edges = [round(fraction * side) for fraction in hole]
+        y0, x0, y1, x1 = edges
         if y0 >= y1 or x0 >= x1:
             raise UserError(f"{name} holds no pixel: Y0 X0 are its upper left corner, and Y1 X1 "
                             f"its lower right one")
@@ -38,7 +41,9 @@ def known_pixels(hole: Path | Sequence[float], side: int, outside: bool = True) 
     return known_HW
 
 
-def from_small(images: Tensor, small_side: int | None, config) -> tuple[Tensor, int]:
+def from_small(
+    images: Tensor, small_side: int | None, config
+) -> tuple[Tensor, int]:
     """What upscaling starts from: small images, enlarged; and how many scales they are.
 
     small_side: half of the images', if it is None. config: a TokenizerConfig.
@@ -56,7 +61,8 @@ def from_small(images: Tensor, small_side: int | None, config) -> tuple[Tensor, 
 def say_completion(results: list[Tensor], images: Tensor, known_HW: Tensor) -> None:
     """Print how far the known part drifted and the hole strays, and whether its border shows."""
     results = torch.stack(results)   # [seeds, N, channels, side, side]
-    error_HW = ((results - images) / 2).square().mean(dim=(0, 1, 2))
+    errors = (results - images) / 2
+    error_HW = errors.square().mean(dim=(0, 1, 2))
     drift = error_HW[known_HW > 0].mean().item()
     strays = error_HW[known_HW == 0].mean().item()
     own = seam(images, known_HW)
@@ -71,7 +77,8 @@ def seam(images: Tensor, known_HW: Tensor) -> float:
     steps = []
     for axis in (-1, -2):
         across_HW = known_HW.diff(dim=axis) != 0
-        steps.append((images.diff(dim=axis)[..., across_HW] / 2).abs().flatten())
+        differences = images.diff(dim=axis)[..., across_HW] / 2
+        steps.append(differences.abs().flatten())
     steps = torch.cat(steps)
     return steps.mean().item() if len(steps) else 0.0
 
@@ -92,5 +99,7 @@ def judge_completions(judge: Judge, own: list[int], asked: int, results: list[Te
     own: the images' classes. asked: the class to complete them towards; the null class is each
     image's own.
     """
-    labels = torch.tensor(own if asked == len(judge.classes) else [asked] * len(own))
+    labels = torch.tensor(own)
+    if asked < len(judge.classes):
+        labels = torch.full_like(labels, asked)
     say_qualities({"completions": [judge(images, labels) for images in results]})

@@ -65,7 +65,8 @@ class Walk:
     def look(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """The sub-folders of a folder and the images in it, both by name."""
         found = {"folder": [], "image": []}
-        for path in sorted(folder.iterdir(), key=lambda path: composed(path.name)):
+        paths = sorted(folder.iterdir(), key=lambda path: composed(path.name))
+        for path in paths:
             kind = self.kind(path)
             if kind in found:
                 found[kind].append(path)
@@ -188,7 +189,8 @@ def read_mask(path: Path, side: int) -> np.ndarray:
     painted_HW = read_image(path, side, 3).max(axis=0) >= 128
     with Image.open(path) as image:
         alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
-    opaque_HW = np.asarray(ImageOps.fit(alpha, (side, side), Image.Resampling.LANCZOS)) >= 128
+    alpha = ImageOps.fit(alpha, (side, side), Image.Resampling.LANCZOS)
+    opaque_HW = np.asarray(alpha) >= 128
     return painted_HW if opaque_HW.all() else opaque_HW
 
 
@@ -199,16 +201,16 @@ def read_images(
 
     Files of a folder that cannot be read are named and left out. Raises UserError if none is left.
     """
+    if not source.is_dir():
+        pixels = read_image(source, side, channels, white)
+        return [(torch.from_numpy(pixels), source.stem)]
     found = []
-    for path in image_paths(source) if source.is_dir() else [source]:
+    for path in image_paths(source):
         try:
             pixels = read_image(path, side, channels, white)
-        except UserError as error:
-            if path == source:
-                raise
-            print(f"left out: {error}")
-        else:
             found.append((torch.from_numpy(pixels), path.stem))
+        except UserError as error:
+            print(f"left out: {error}")
     if not found:
         raise UserError(f"{source} holds no image that can be read")
     return found
@@ -222,7 +224,7 @@ def to_float(images: Tensor) -> Tensor:
 def to_bytes(images: Tensor) -> np.ndarray:
     """[-1, 1] to bytes [N, side, side, channels], on the CPU."""
     pixels = (images.float() + 1) * 127.5
-    pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+    pixels = pixels.round().clamp(0, 255).byte()
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -246,8 +248,11 @@ def at_a_time(side: int) -> int:
 
 def batches(count: int, size: int, what: str | None = None) -> Iterable[slice]:
     """Rows 0 .. count-1, `size` at a time; behind a progress bar if what is done has a name."""
-    some = [slice(begin, begin + size) for begin in range(0, count, size)]
-    return progress_bar(some, desc=what, unit="batch") if what and len(some) > 1 else some
+    begins = range(0, count, size)
+    some = [slice(begin, begin + size) for begin in begins]
+    if what and len(some) > 1:
+        return progress_bar(some, desc=what, unit="batch")
+    return some
 
 
 class Row(NamedTuple):
@@ -286,7 +291,9 @@ def save_film(path: Path, rows: list[Row], per_class: int, cell: int | None = No
         file, "GIF", save_all=True, append_images=frames, duration=times, loop=0))
 
 
-def save_told(path: Path, write: Callable[[BinaryIO], None], what: str = "") -> None:
+def save_told(
+    path: Path, write: Callable[[BinaryIO], None], what: str = ""
+) -> None:
     """Save a file the user asked for, and say so, and whether an older one has made way for it."""
     replaced = ", in place of an older one" if path.exists() else ""
     save_whole(path, write)
@@ -300,8 +307,8 @@ def save_npz(path: Path, images: np.ndarray) -> None:
     and averages, so each must hold all classes.
     """
     order_N = np.random.default_rng(0).permutation(len(images))
-    save_told(path, lambda file: np.savez(file, arr_0=in_colour(images[order_N])),
-              f"{len(images)} images to ")
+    pixels = in_colour(images[order_N])
+    save_told(path, lambda file: np.savez(file, arr_0=pixels), f"{len(images)} images to ")
 
 
 GAP = 4        # pixels between images: a frame around each, and white
@@ -323,26 +330,32 @@ def grid(rows: list[Row], cell: int | None = None, note: str = "") -> Image.Imag
     labels = [wrapped(row.label, font, 200, height // LINE) for row in rows]
     lines = "\n".join(labels).split("\n")
     margin = 8 + math.ceil(max(map(font.getlength, lines)))
-    width = max(margin + columns * step, 8 + math.ceil(font.getlength(note)))
+    note_width = 8 + math.ceil(font.getlength(note))
+    width = max(margin + columns * step, note_width)
 
-    strips = [Image.new("RGB", (width, LINE + 4 if note else 0), "white")]
-    ImageDraw.Draw(strips[0]).text((4, 4), note, "black", font)
+    above = LINE + 4 if note else 0
+    strip = Image.new("RGB", (width, above), "white")
+    ImageDraw.Draw(strip).text((4, 4), note, "black", font)
+    strips = [strip]
     written = ()
     for row, label in zip(rows, labels):
         captions = row.captions if row.captions != written else ()
         captions = [wrapped(text, font, cell, 2) for text in captions]
         written = row.captions
-        above = LINE * max((text.count("\n") + 1 for text in captions), default=0)
+        heights = [text.count("\n") + 1 for text in captions]
+        above = LINE * max(heights, default=0)
         strip = Image.new("RGB", (width, above + height), "white")
         draw = ImageDraw.Draw(strip)
         draw.text((4, above + height // 2), label, "black", font, "lm")
         for i, text in enumerate(captions):
-            draw.text((margin + i * step + step // 2, above), text, "black", font, "md",
-                      align="center")
+            middle = margin + i * step + step // 2
+            draw.text((middle, above), text, "black", font, "md", align="center")
         for i, pixels in enumerate(row.images):
+            left = margin + i * step + 1
             image = Image.fromarray(in_colour(np.asarray(pixels)))
             image = image.resize((cell, cell), Image.Resampling.BOX)   # enlarged, pixels stay sharp
-            strip.paste(ImageOps.expand(image, 1, "silver"), (margin + i * step + 1, above + 1))
+            image = ImageOps.expand(image, 1, "silver")
+            strip.paste(image, (left, above + 1))
         strips.append(strip)
     return Image.fromarray(np.concatenate(strips))
 
@@ -350,7 +363,9 @@ def grid(rows: list[Row], cell: int | None = None, note: str = "") -> Image.Imag
 def cell_size(side: int, count: int) -> int:
     """A multiple of the images' side, so that all their pixels are as large: the largest up to 160
     at which so many are up to 900, as on a screen; but at least 96."""
-    return side * max(min(160, 900 // count) // side, math.ceil(96 / side))
+    largest = min(160, 900 // count) // side
+    least = math.ceil(96 / side)
+    return side * max(largest, least)
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, pixels: int, lines: int) -> str:
@@ -386,10 +401,13 @@ def in_colour(images: np.ndarray) -> np.ndarray:
 
 def rows_of_classes(names: list[str], images: np.ndarray) -> list[Row]:
     """A row per class of images that are sorted by class, as many of each."""
-    return list(map(Row, names, np.split(images, len(names))))
+    by_class = np.split(images, len(names))
+    return list(map(Row, names, by_class))
 
 
-def rows_of_pairs(originals: Tensor, results: Tensor, captions: Sequence[str] = ()) -> list[Row]:
+def rows_of_pairs(
+    originals: Tensor, results: Tensor, captions: Sequence[str] = ()
+) -> list[Row]:
     """Originals above what became of them, eight in a row. captions: of each pair, if any."""
     rows = []
     for some in batches(len(originals), 8):

@@ -93,7 +93,8 @@ class DetailLosses(nn.Module):
 
     def distance(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         if self.lpips:
-            return self.lpips[0].to(originals.device)(originals, reconstructions).mean()
+            lpips = self.lpips[0].to(originals.device)
+            return lpips(originals, reconstructions).mean()
         maps = self.classifier.maps
         return perceptual_distance(maps(originals), maps(reconstructions))
 
@@ -114,7 +115,8 @@ def perceptual_distance(maps_x: list[Tensor], maps_y: list[Tensor]) -> Tensor:
     """
     total = 0.0
     for x_BCHW, y_BCHW in zip(maps_x, maps_y):
-        x_BCHW, y_BCHW = (F.normalize(z.float(), dim=1, eps=1e-3) for z in (x_BCHW, y_BCHW))
+        x_BCHW = F.normalize(x_BCHW.float(), dim=1, eps=1e-3)
+        y_BCHW = F.normalize(y_BCHW.float(), dim=1, eps=1e-3)
         total = total + (x_BCHW - y_BCHW).square().sum(dim=1).mean()
     return total
 
@@ -166,7 +168,9 @@ class Discriminator(nn.Module):
         return loss
 
 
-def balance(likeness: Tensor, adversarial: Tensor, last_layer: Tensor, scale: Tensor) -> Tensor:
+def balance(
+    likeness: Tensor, adversarial: Tensor, last_layer: Tensor, scale: Tensor
+) -> Tensor:
     """The adversarial loss's weight, so that at the decoder's last layer it pulls as much as the
     other losses do (VQGAN, arXiv 2012.09841, Eq. 7). It is a tensor: nobody waits for its value.
 
@@ -197,7 +201,8 @@ def load_lpips(path: Path) -> nn.Module:
                         f"({in_short(error)})")
     if not path.exists():
         download(VGG_URL, path)
-    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(VGG_SHA256):
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(VGG_SHA256):
         raise UserError(f"{path} is not torchvision's vgg16-{VGG_SHA256}.pth: its SHA-256 is "
                         f"another")
     with blaming(path), torch.no_grad():
