@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 from program import TINY, ran, run  # noqa: E402
 
+import kernels  # noqa: E402
 from sample import load_run  # noqa: E402
 from support.data import draw_shapes  # noqa: E402
 from support.devices import choose_machine  # noqa: E402
@@ -34,6 +35,22 @@ def pytest_collection_finish():
     """What is imported by now is no garbage, and looking for it there takes a while each time."""
     gc.freeze()
     gc.set_threshold(50_000)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def a_language_that_stays_replaced():
+    """Triton's interpreter looks through its whole language for what to replace, at every launch
+    and at every call inside of it, and puts it back: that takes half the time of small kernels."""
+    if not kernels.HAS_TRITON or torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime import interpreter
+    tl = kernels.tl
+    replaced = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda _: SimpleNamespace(restore=lambda: None))
+        yield
+    replaced.restore()
 
 
 def no_curves(*_) -> Image.Image:
