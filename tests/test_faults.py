@@ -210,10 +210,11 @@ def test_what_was_white_for_the_tokenizer_is_white_for_the_transformer(tmp_path,
     ran("train.py", *flags, "--out", tmp_path / "run", "--stage", "var")
     for stage in "all", "tokenizer", "var":   # which goes on with the same
         ran("train.py", *flags, "--out", tmp_path / "run", "--stage", stage, "--resume")
-    monkeypatch.setattr(train, "load_data", pytest.fail)
-    for flag, told in (("--white-level", "--white-level 4095 and not 1"), ("--channels", "--channels 3 and not 1")):
-        assert told in refused("train.py", *flags, "--out", tmp_path / "run", "--resume", flag, 1)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_data", pytest.fail)
+        for flag, told in (("--white-level", "4095 and not 1"), ("--channels", "3 and not 1")):
+            said = refused("train.py", *flags, "--out", tmp_path / "run", "--resume", flag, 1)
+            assert f"{flag} {told}" in said
     ran("train.py", *flags, "--out", tmp_path / "other", "--tokenizer", tmp_path / "run" / "tokenizer.pt")
     for out in "run", "other":
         assert (load_held_out(tmp_path / out)[0].tensors[0] == 255).all()

@@ -724,7 +724,7 @@ def test_processes_change_the_codebook_alike_and_drop_labels_of_their_own(tmp_pa
 
 def test_nothing_of_stage_one_is_in_memory_in_stage_two(folder, tmp_path, monkeypatch):
     """Layers whose activations are not kept refer to themselves."""
-    monkeypatch.undo()   # train.gc, which conftest.py replaces
+    monkeypatch.setattr(train, "gc", gc)   # which conftest.py replaces
     models = []
 
     class Watched(train.TokenizerStage):
