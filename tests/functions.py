@@ -28,6 +28,11 @@ def tree_of(source: str) -> ast.Module:
     return ast.parse(source)
 
 
+@cache
+def nodes_of(source: str) -> list[ast.AST]:
+    return [*ast.walk(tree_of(source))]
+
+
 def find(source: str, name: str) -> Function | None:
     """The definition of a function or method in the text of its file."""
     scope = tree_of(source)

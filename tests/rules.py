@@ -4,8 +4,9 @@ from __future__ import annotations
 import ast
 import builtins
 import symtable
+from functools import cache
 
-from functions import Function, alone, find, is_kernel, parsed, text_of, tree_of
+from functions import Function, alone, find, is_kernel, nodes_of, parsed, text_of, tree_of
 
 PLAIN = set("""
     abs all any bool dict divmod enumerate filter float int isinstance len list map max min pow
@@ -47,12 +48,12 @@ class Reader(ast.NodeVisitor):
         self.compiled = is_kernel(find(source, name))
         self.plain = PLAIN & COMPILED if self.compiled else PLAIN
         self.set = {x.attr for x in inside if stored_attribute(x)} | {     # and buffers
-            x.args[0].value for x in ast.walk(tree_of(source)) if isinstance(x, ast.Call)
+            x.args[0].value for x in nodes_of(source) if isinstance(x, ast.Call)
             and dotted(x.func) == "self.register_buffer"}
         self.filled = {dotted(x.value) for x in inside
                        if isinstance(x, ast.Subscript) and isinstance(x.ctx, ast.Store)}
         self.attributes = {x.attr for x in inside if isinstance(x, ast.Attribute)} | {
-            x.attr for x in ast.walk(tree_of(source)) if stored_attribute(x)} | {
+            x.attr for x in nodes_of(source) if stored_attribute(x)} | {
             x.name for owner in tree_of(source).body if isinstance(owner, ast.ClassDef)
             for x in owner.body if isinstance(x, Function)}
         self.outside = {*dir(builtins), *self.imports, *self.forbidden} | {
@@ -157,10 +158,11 @@ def dotted(node: ast.AST) -> str:
     return ""
 
 
+@cache
 def imports_of(source: str) -> dict[str, str]:
     """{name: where from} of everything that a file imports."""
     names = {}
-    for node in ast.walk(tree_of(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 names[alias.asname or alias.name.partition(".")[0]] = alias.name
