@@ -923,6 +923,8 @@ def test_mistakes_in_training(folder, tmp_path, monkeypatch):
     for device in ("nonsense", "meta", "hpu"):
         assert "cannot be used" in refusal("--device", device)
     assert "would be taken for data" in refusal(out=folder / "out")
+    monkeypatch.setattr("support.data.draw_shapes",
+                        lambda count, side, seed: draw_shapes(count // 100, side, seed))
     assert "shapes has images of 3 channels, and 1 are asked" in refusal("--channels", 1,
                                                                          data="shapes")
     assert not (tmp_path / "out" / "tokenizer.pt").exists()
@@ -1005,10 +1007,10 @@ def test_channels_that_are_not_the_tokenizer_s(folder, finished, tmp_path):
     assert training_flags().parse_args([]).channels is None   # what the data have
 
 
-def test_a_bar_shows_the_loss_that_is_logged(tmp_path, monkeypatch):
+def test_a_bar_shows_the_loss_that_is_logged(folder, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text, refresh: shown.append((bar.n, text)))
-    ran("train.py", "--stage", "tokenizer", "--out", tmp_path, *TINY)
+    ran("train.py", "--stage", "tokenizer", "--data", folder, "--out", tmp_path, *TINY)
     logged = [line for line in read_log(tmp_path / "log.jsonl") if line["split"] == "train"]
     for line in logged:
         (text,) = [text for step, text in shown if step == line["step"]]
@@ -1045,11 +1047,12 @@ def test_a_resumed_training_knows_what_is_saved(tmp_path):
         again.check(math.nan, 1.0)
 
 
-def test_samples_of_a_training_are_drawn_as_sample_draws_them(finished, tmp_path, monkeypatch):
+def test_samples_of_a_training_are_drawn_as_sample_draws_them(folder, finished, tmp_path, monkeypatch):
     ways = []
     monkeypatch.setattr(train, "draw_samples", lambda run, *how: ways.append(run.sampling) or [
         Row("", [np.zeros((8, 8, 3), np.uint8)])])
-    ran("train.py", "--stage", "var", "--tokenizer", finished / "tokenizer.pt", "--out", tmp_path, *TINY)
+    ran("train.py", "--stage", "var", "--tokenizer", finished / "tokenizer.pt", "--data", folder,
+        "--out", tmp_path, *TINY)
     assert {*ways} == {sample.DEFAULTS}
 
 
