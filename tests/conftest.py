@@ -53,6 +53,15 @@ def a_language_that_stays_replaced():
     replaced.restore()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def seeds_of_the_cpu_alone():
+    """Of every seed PyTorch keeps a traceback for each kind of device that might still be used."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in () if torch.cuda.is_available() else ("cuda", "xpu", "mtia"):
+            patch.setattr(f"torch.{name}.manual_seed_all", lambda seed: None)
+        yield
+
+
 def no_curves(*_) -> Image.Image:
     return Image.new("L", (1, 1))
 
