@@ -314,28 +314,45 @@ def browser():
         yield started
 
 
-@pytest.fixture
-def opened(browser, written):
-    """Opens the page. At the end nothing was asked for but the page, nothing was on the console."""
-    contexts, said, asked = [], [], []
+@pytest.fixture(scope="module")
+def shared(browser):
+    """A page that tests share: to load another document there takes less than to make a page."""
+    return browser.new_page()
 
-    def open_page(width=1000, height=800, path=written, **how):
-        context = browser.new_context(viewport={"width": width, "height": height}, **how)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("request", lambda request: asked.append(request.url))
+
+@pytest.fixture
+def opened(browser, shared, written):
+    """Opens the page. At the end nothing was asked for but the page, nothing was on the console."""
+    contexts, tabs, said, asked = [], [], [], []
+    listeners = {"console": lambda message: said.append(message.text),
+                 "pageerror": lambda error: said.append(str(error)),
+                 "request": lambda request: asked.append(request.url)}
+
+    def open_page(width=1000, height=800, scheme="light", path=written, **own):
+        """own: what a context of its own is to have."""
+        tab = shared
+        if own:
+            contexts.append(browser.new_context(**own))
+            tab = contexts[-1].new_page()
+        tabs.append(tab)
+        tab.mouse.move(0, 0)
+        tab.set_viewport_size({"width": width, "height": height})
+        tab.emulate_media(color_scheme=scheme)
+        for event, listener in listeners.items():
+            tab.on(event, listener)
         tab.goto(path.as_uri())
         tab.wait_for_selector("body[data-ready]")
         return tab
 
     yield open_page
+    for tab in tabs:
+        for event, listener in listeners.items():
+            tab.remove_listener(event, listener)
     for context in contexts:
         context.close()
     assert said == []
     assert all(url.startswith(("file:", "data:")) for url in asked)
-    assert len([url for url in asked if url.startswith("file:")]) == len(contexts)
+    assert len([url for url in asked if url.startswith("file:")]) == len(tabs)
 
 
 def pixels(tab, selector: str) -> np.ndarray:
@@ -488,7 +505,7 @@ def test_cells_are_chosen_by_finger(opened):
 
 
 def test_the_film_plays_to_the_end_and_who_acts_stops_it(opened):
-    tab = opened()
+    tab = opened(offline=True)   # for the clock, which stays in a context, one of its own
     tab.clock.install()
     tab.locator("#play").click()
     for name in ("1 × 1", "2 × 2", "4 × 4", "4 × 4"):
@@ -503,7 +520,7 @@ def test_the_film_plays_to_the_end_and_who_acts_stops_it(opened):
 @pytest.mark.parametrize("width, scheme", [(360, "light"), (360, "dark"), (1600, "light"), (1600, "dark")])
 def test_it_is_read_at_every_width_by_day_and_night(opened, width, scheme):
     """Nothing is wider than the window, words stand out from the ground, pictures have words."""
-    tab = opened(width, 900, color_scheme=scheme)
+    tab = opened(width, 900, scheme)
     assert tab.evaluate("document.documentElement.scrollWidth") == width
     outside = tab.evaluate("""[...document.querySelectorAll("main *")].filter(node => node.getBoundingClientRect().right
         > innerWidth + 1).map(node => node.outerHTML.slice(0, 80))""")
