@@ -61,12 +61,11 @@ def open_runs(options: Namespace) -> list[Trained]:
     run, for one with too little in it to be judged by, and for runs that do not make a spread."""
     machine = choose_machine(options.device, options.precision)
     runs = [open_run(folder, machine, options.resume) for folder in options.run]
-    recipes = [recipe(run.folder) for run in runs]
     for i, run in enumerate(runs):
         evaluated_images(run, options.count)   # are there so many?
-        for j, other in enumerate(runs[:i]):
+        for other in runs[:i]:
             both = f"{run.folder} and {other.folder}"
-            if recipes[i] != recipes[j]:
+            if recipe(run.folder) != recipe(other.folder):
                 raise UserError(f"{both} differ in more than their seed")
             if run.settings.seed == other.settings.seed:
                 raise UserError(f"{both} have the same seed, {run.settings.seed}")
