@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+gc.disable()   # until all is imported, as nothing of it is garbage
 sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -35,6 +36,7 @@ def pytest_collection_finish():
     """What is imported by now is no garbage, and looking for it there takes a while each time."""
     gc.freeze()
     gc.set_threshold(50_000)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
