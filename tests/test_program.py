@@ -345,7 +345,7 @@ def test_every_step_has_a_smaller_image(tmp_path, scales, multipliers, weight, e
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_two_processes_have_the_losses_of_one(folder, tmp_path):
     """With the adversarial loss at last, in three steps: its weight is a micro-batch's."""
-    same = ["--data", folder, *TINY, *COMPARED, "--tokenizer-steps", 24, "--var-steps", 6,
+    same = ["--data", folder, *TINY, *COMPARED, "--tokenizer-steps", 24, "--var-steps", 2,
             "--adversarial-weight", 0.4, "--discriminator-width", 8, "--adversarial-from", 0.9,
             "--grad-accumulation", 2]
     ran("train.py", "--out", tmp_path / "one", *same)
