@@ -24,7 +24,8 @@ import pytest
 import torch
 from assignments import Nursery, carry, grade, repository
 from functions import (
-    ROOT, body_lines, find, first_line, lines_of, nodes_of, path_of, text_of, with_body, without_body,
+    ROOT, body_lines, find, first_line, lines_of, nodes_of, path_of, text_of, with_body,
+    without_body,
 )
 from handouts import ASSIGNMENTS, Assignment
 from mutations import EASY, EDGE, IN_PLACE, KINDS, PLANTED

@@ -1047,7 +1047,8 @@ def test_a_resumed_training_knows_what_is_saved(tmp_path):
         again.check(math.nan, 1.0)
 
 
-def test_samples_of_a_training_are_drawn_as_sample_draws_them(folder, finished, tmp_path, monkeypatch):
+def test_samples_of_a_training_are_drawn_as_sample_draws_them(
+        folder, finished, tmp_path, monkeypatch):
     ways = []
     monkeypatch.setattr(train, "draw_samples", lambda run, *how: ways.append(run.sampling) or [
         Row("", [np.zeros((8, 8, 3), np.uint8)])])
