@@ -35,7 +35,7 @@ settings.load_profile("same")
 def pytest_collection_finish():
     """What is imported by now is no garbage, and looking for it there takes a while each time."""
     gc.freeze()
-    gc.set_threshold(200_000)
+    gc.set_threshold(50_000)
     gc.enable()
 
 
