@@ -59,7 +59,7 @@ class TokenizerPreset(BothPreset):
     unquantized: float = option(
         0.1, BELOW_1, "share of the tokenizer's steps, at first, without quantization")
     edge_weight: float = option(
-        2.5, WEIGHT, "weight, in the tokenizer's loss, of how much less steep edges are than they "
+        3.0, WEIGHT, "weight, in the tokenizer's loss, of how much less steep edges are than they "
         "should be, or more")
     smaller_weight: float = option(
         0.5, WEIGHT, "weight, in the tokenizer's loss, of smaller images, which latents averaged "
@@ -86,7 +86,7 @@ class VARPreset(BothPreset):
     drop_path: float = option(0.0, BELOW_1, "stochastic depth of the last layer; of the first, 0")
     last_scales: int | None = option(
         None, COUNT, "how many scales a token sees, its own among them (default: all so far)")
-    var_steps: int = option(2600, COUNT, "train steps of the transformer")
+    var_steps: int = option(2700, COUNT, "train steps of the transformer")
     var_batch: int = option(16, SIZE, "images per train step of the transformer")
     var_lr: float = option(1.5e-2, RATE, "peak learning rate of the transformer")
     weight_decay: float = option(0.05, WEIGHT, "of the transformer's matrices")

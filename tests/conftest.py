@@ -52,7 +52,8 @@ def a_language_that_stays_replaced():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", lambda _: SimpleNamespace(restore=lambda: None))
         yield
-    replaced.restore()
+    if replaced:   # Triton 3.5 leaves its language replaced
+        replaced.restore()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -60,7 +61,7 @@ def seeds_of_the_cpu_alone():
     """Of every seed PyTorch keeps a traceback for each kind of device that might still be used."""
     with pytest.MonkeyPatch.context() as patch:
         for name in () if torch.cuda.is_available() else ("cuda", "xpu", "mtia"):
-            patch.setattr(f"torch.{name}.manual_seed_all", lambda seed: None)
+            patch.setattr(f"torch.{name}.manual_seed_all", lambda seed: None, raising=False)
         yield
 
 
