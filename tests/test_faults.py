@@ -218,7 +218,8 @@ def test_what_was_white_for_the_tokenizer_is_white_for_the_transformer(tmp_path,
     ran("train.py", *flags, "--out", tmp_path / "other", "--tokenizer", tmp_path / "run" / "tokenizer.pt")
     for out in "run", "other":
         assert (load_held_out(tmp_path / out)[0].tensors[0] == 255).all()
-        assert load_checkpoint(tmp_path / out / "var.pt", "transformer")["white"] == 4095
+        for name, kind in (("var", "transformer"), ("tokenizer", "tokenizer")):
+            assert load_checkpoint(tmp_path / out / f"{name}.pt", kind)["white"] == 4095
     ran("train.py", *flags, "--out", tmp_path / "own", "--tokenizer", tmp_path / "run" / "tokenizer.pt",
         "--white-level", 8190)   # of other data
     assert (load_held_out(tmp_path / "own")[0].tensors[0] == 128).all()
