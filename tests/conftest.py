@@ -17,6 +17,9 @@ gc.disable()   # until all is imported, as nothing of it is garbage
 sys.path.insert(0, str(Path(__file__).parent.parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# For tensors this small more threads only wait for each other; and sums are rounded by how many.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # of the programs that tests start
 
 from program import TINY, ran, run  # noqa: E402
 
