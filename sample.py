@@ -41,7 +41,9 @@ from support.devices import Machine, check_memory, choose_machine, pack, say_onc
 from support.evaluation import evaluate, say_evaluation
 from support.explorer import explore
 from support.figures import draw_attention, draw_codes, draw_teaching, reconstruct, scale_names
-from support.holes import from_small, judge_completions, judge_of, known_pixels, say_completion
+from support.holes import (
+    from_small, judge_completions, judge_of, known_pixels, say_completion, share_of_known,
+)
 from support.images import (
     Row, at_a_time, batches, grid, rows_of_classes, save_film, save_npz, save_picture, save_told,
     to_bytes, to_one_array,
@@ -99,9 +101,9 @@ def main() -> None:
         case _:   # images are completed
             known_HW = None
             if options.command != "upscale":
-                side = run.tokenizer.config.image_side
-                known_HW = known_pixels(options.mask or options.box, side,
-                                        outside=options.command != "outpaint")
+                config = run.tokenizer.config
+                known_HW = known_pixels(options.mask or options.box, config.image_side,
+                                        options.command != "outpaint", config.scales[-1])
             label = asked_class(run, options.class_name)
             picture = complete(
                 run, load_images(run, options.images), known_HW, label, options.seeds,
@@ -273,7 +275,8 @@ class Run:
 
     def held_out_images(self) -> Tensor:
         if self.held_out is None:
-            raise UserError(f"{self.folder} has no held_out.pt, so no data:0; files may be named")
+            raise UserError(f"{self.folder} has no held_out.pt, whose first image is data:0; "
+                            f"train.py --resume, with its --data, writes it anew")
         return self.held_out.tensors[0]
 
 
@@ -510,19 +513,13 @@ def complete(
     if label == classes and classes <= particles:   # the null class
         labels = [i % classes for i in range(particles)] * len(images)
 
-    # Of a known middle each cell of the 2x2 map has a quarter; if half were asked, no coarse map
-    # would tell its colours. Of known edges a quarter would tell that the middle is like them.
-    surrounded = known_HW[1:-1, 1:-1].sum() == known_HW.sum()
-    free = 0.25 if surrounded else 0.5
-    if particles and surrounded and known_HW.mean() < free and not paste:
-        print("note: on the coarsest maps so small a part does not count as known, and may drift; "
-              "--paste puts it back")
+    free = share_of_known(known_HW, paste) if particles else 0.0
 
     def known_of(rows: slice) -> Known:
         image_B = image_N[rows]
         own_tokens_BL = tokens_NL[image_B].to(device) if open_loop else None
-        return Known(latent_NCSS[image_B].to(device), where_11SS, scales, own_tokens_BL,
-                     free=free if particles else 0.0)
+        latent_BCSS = latent_NCSS[image_B].to(device)
+        return Known(latent_BCSS, where_11SS, scales, own_tokens_BL, free)
 
     results = []
     for seed in seeds:
@@ -550,9 +547,9 @@ def most_likely(
     tokens are drawn before the finer ones of the known part are looked at. But the model tells how
     likely these are after what was drawn. So many particles each draw what is in the hole from
     p(tokens | coarser ones), and are weighed by what the drawing did not look at, the product of
-    p(known token | coarser ones). (Importance sampling draws one by these weights; the heaviest is
-    better than that. It is as good as the best that was drawn: the more is known of the coarse
-    maps, the fewer particles will do.)
+    p(known token | coarser ones). (Importance sampling would undo guidance and filters in the
+    weights, and draw one by them; the heaviest is better than that. It is as good as the best that
+    was drawn: the more is known of the coarse maps, the fewer particles will do.)
 
     Where no class is asked for, particles try the classes in turn, if there are enough of them, and
     the weights tell which the known part is of, too.

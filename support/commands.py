@@ -75,7 +75,8 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     ("export", "--reference", dict(
         type=output_as(".npz"), help="where to write the held-out images, too")),
     ("export", "--rejection", dict(
-        type=SHARE, default=1.0, help="keep this share of what is drawn, the most likely")),
+        type=SHARE, default=1.0, help="keep this share of what is drawn, the most likely; it takes "
+        "--smooth 0, as tokens are what is likely")),
     (f"{CLASSES} explore", "--classes", dict(
         nargs="+", metavar="NAME", help="names of classes, or their numbers (a published model's "
         "names need torchvision); all, at most 20, if not given")),
@@ -124,7 +125,8 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (SMOOTHED, "--smooth", dict(
         type=number(float, 0, 1), help="how far the finer scales go from the code that was drawn "
         "for a place to the mean of all codes by their probability: smoother edges, and less "
-        "variety; 0 is not at all, as for published figures")),
+        "variety; at 1 the last map is such means alone, so no filter acts there; 0 is not at all, "
+        "as for published figures")),
     (GENERATING, "--batch", dict(
         type=COUNT, help="images at a time; if not given as many as have a cache of 4 GB, at most "
         "100")),
@@ -203,6 +205,9 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None,
     for name, value in (of_published if theirs else ours).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.command == "export" and options.rejection < 1 and options.smooth:
+        raise UserError("--rejection ranks images by their tokens, and smooth ones are made of "
+                        "means, too: it takes --smooth 0")
     return options
 
 

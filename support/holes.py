@@ -1,7 +1,6 @@
 """What is known of images of which the rest is to be generated, and how good the rest becomes."""
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,13 +14,13 @@ from support.images import read_mask
 
 
 def known_pixels(
-    hole: Path | Sequence[float], side: int, outside: bool = True
+    hole: Path | Sequence[float], side: int, outside: bool = True, cells: int = 1
 ) -> Tensor:
     """1 where an image is known and 0 where it is not: float [side, side].
 
     hole: the file of a mask, in which it is painted, or a box (y0, x0, y1, x1) in fractions of the
-    side. outside: whether what is outside the box is known, or what is inside. Raises UserError
-    where there is no hole, and where there is nothing else.
+    side. outside: whether what is outside the box is known, or what is inside. cells: the side of
+    the last map. Raises UserError where there is no hole, and where there is nothing else.
     """
     if isinstance(hole, Path):
         name = hole
@@ -38,7 +37,26 @@ def known_pixels(
     if known_HW.min() == known_HW.max():
         lacks = "a hole" if known_HW.max() else "anything that is known"
         raise UserError(f"{name} leaves {side} x {side} pixels without {lacks}")
+    shares_1ss = F.adaptive_avg_pool2d(known_HW[None], cells)
+    if cells > 1 and shares_1ss.min() >= 0.5:   # see `Known.places`
+        raise UserError(f"{name} is a hole too small to be drawn: of no cell of the last map, "
+                        f"{side // cells} x {side // cells} pixels, it has more than half")
     return known_HW
+
+
+def share_of_known(known_HW: Tensor, paste: bool) -> float:
+    """How much of a cell has to be known if it is to count as known on coarse maps that are drawn
+    in the hole, too.
+
+    Of a known middle each cell of the 2x2 map has a quarter; if half were asked, no coarse map
+    would tell its colours. Of known edges a quarter would tell that the middle is like them.
+    """
+    surrounded = known_HW[1:-1, 1:-1].sum() == known_HW.sum()
+    share = 0.25 if surrounded else 0.5
+    if F.adaptive_avg_pool2d(known_HW[None], 2).max() < share and not paste:
+        print("note: on the coarsest maps so small a part does not count as known, and may drift; "
+              "--paste puts it back")
+    return share
 
 
 def from_small(
@@ -67,8 +85,9 @@ def say_completion(results: list[Tensor], images: Tensor, known_HW: Tensor) -> N
     strays = error_HW[known_HW == 0].mean().item()
     own = seam(images, known_HW)
     seen = seam(results.flatten(0, 1), known_HW)
+    share = f", {seen / own:.2f} of the image's own" if own else ""
     print(f"mean squared error (pixels in [0, 1]): known part {drift:.5f}, hole {strays:.5f}; "
-          f"border: mean step {seen:.4f}, {seen / own if own else math.nan:.2f} of the image's own")
+          f"mean step of pixels across the border {seen:.4f}{share}")
 
 
 def seam(images: Tensor, known_HW: Tensor) -> float:

@@ -348,4 +348,5 @@ def check_folder(data: str, out: Path, stages: list[str], resume: bool) -> None:
         raise UserError(f"{there[0]} is there already: --resume goes on with it, --out names "
                         f"another folder")
     if resume and not there:
-        print(f"nothing in {out} to go on from: a new training begins")
+        names = " or ".join(f"{name}.pt" for name in stages)
+        print(f"note: there is no {names} in {out} to go on from")

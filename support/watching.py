@@ -95,5 +95,6 @@ def say_what_next(out: Path, stages: list[str]) -> None:
     """The last line of a training: what to look at, and what to try."""
     pictures = ", ".join(PICTURES[stage] for stage in stages)
     command = "progress" if "var" in stages else "codes data:0"
-    say(f"{out} is complete; look at {pictures} and curves.png in it, then try "
+    done = out if "var" in stages else out / "tokenizer.pt"
+    say(f"{done} is complete; look at {pictures} and curves.png in it, then try "
         f"python sample.py {command} --run {shlex.quote(str(out))}")

@@ -222,7 +222,9 @@ def test_tensorboard_gets_the_numbers_and_pictures(folder, tmp_path, monkeypatch
 def test_what_is_told_of_a_run_can_be_typed(capsys):
     watching.say_what_next(Path("my run"), ["var"])
     said = capsys.readouterr().out
-    assert "look at samples.png and curves.png" in said and "--run 'my run'" in said
+    assert "my run is complete; look at samples.png and curves.png" in said and "--run 'my run'" in said
+    watching.say_what_next(Path("my run"), ["tokenizer"])
+    assert f"{Path('my run/tokenizer.pt')} is complete; look at rec" in capsys.readouterr().out
 
 
 def test_the_first_process_alone_draws(tmp_path, monkeypatch):
@@ -291,7 +293,7 @@ def test_a_finished_run_is_left_as_it_is(folder, finished, tmp_path):
     assert said.count("is finished") == 2 and same_run(out, finished)
     said = ran("train.py", "--data", folder, "--out", tmp_path / "mistyped", *TINY, "--resume",
                "--tokenizer-steps", 1, "--var-steps", 1)
-    assert f"nothing in {tmp_path / 'mistyped'} to go on from" in said
+    assert f"there is no tokenizer.pt or var.pt in {tmp_path / 'mistyped'} to go on from" in said
 
 
 COMPARED = ["--label-dropout", 0, "--tokenizer-steps", 20, "--var-steps", 12,

@@ -203,9 +203,9 @@ def test_the_report_on_a_completion(capsys, turned):
     sample.say_completion([result, images], images, known_HW)
     said = capsys.readouterr().out
     assert f"known part {0.2**2 / 8 / 2:.5f}, hole {0.25**2 / 2:.5f};" in said
-    assert "mean step 0.3750, 1.50 of the image's own" in said
+    assert "across the border 0.3750, 1.50 of the image's own" in said
     sample.say_completion([result], 0 * images, known_HW)   # which has no step there
-    assert "nan of the image's own" in capsys.readouterr().out
+    assert "of the image's own" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode, ground, paint", [
@@ -657,7 +657,7 @@ def test_attention_weights_are_what_the_layer_computes(run, given, normalise_qk)
 
 
 def test_samples_for_evaluation(judged, tmp_path):
-    for flags in (["--reference", tmp_path / "b.npz"], ["--rejection", 0.5]):
+    for flags in (["--reference", tmp_path / "b.npz"], ["--rejection", 0.5, "--smooth", 0]):
         said = ran("sample.py", "export", 23, tmp_path / "a.npz", "--run", judged, *flags)
         assert f"wrote 23 images to {tmp_path / 'a.npz'}" in said
         images = np.load(tmp_path / "a.npz")["arr_0"]
@@ -996,6 +996,8 @@ def test_mistakes(judged, tmp_path):
                                 "cross, heart, crescent, arrow, bar, and names stand with spaces between them",
         "--per-class 1001": "must be a whole number, from 1 to 1000",
         "inpaint data:3 --mask m.png --box 0 0 1 .5": "not allowed with argument --mask",
+        "inpaint data:3 --box .375 .375 .5 .5": "of no cell of the last map, 4 x 4 pixels, it has more",
+        f"export 9 {tmp_path}/a.npz --rejection .5": "it takes --smooth 0",
         f"inpaint data:3 --mask {tmp_path}/missing.png": "cannot be read",
         "upscale data:3 --small 20": "--small 20 must be less than the side of the images, 16",
         "upscale data:3 --small 16": "--small 16 must be less than the side of the images, 16",
@@ -1157,7 +1159,8 @@ def test_a_part_too_small_for_coarse_maps_is_noted(judged, tmp_path):
     flags = "outpaint data:1 --seeds 0 --particles 2".split()
     for box, noted in (("0.25 0.25 0.75 0.75", False), ("0.375 0.375 0.625 0.625", True),
                        ("0.375 0.375 0.625 0.625 --paste", False),
-                       ("0.375 0.375 0.625 0.625 --particles 0", False)):
+                       ("0.375 0.375 0.625 0.625 --particles 0", False),
+                       ("0 0 0.25 0.25", True), ("0 0 1 0.5", False)):
         said = ran("sample.py", *flags, "--box", *box.split(), "--run", judged,
                    "--out", tmp_path / "a.png")
         assert ("may drift; --paste" in said) == noted
@@ -1193,13 +1196,15 @@ def test_flags_of_drawing(judged, tmp_path, monkeypatch):
     some = ["--classes", "star", "--per-class", 2, "--out", tmp_path / "a.png"]
     ran("sample.py", *some, *flags, *smooth)
     ran("sample.py", "progress", *some, *flags, *smooth)
-    ran("sample.py", "export", 9, tmp_path / "a.npz", "--rejection", 0.5, *flags, *smooth)
+    ran("sample.py", "export", 9, tmp_path / "a.npz", *flags, *smooth)
+    ran("sample.py", "export", 9, tmp_path / "a.npz", "--rejection", 0.5, *flags, "--smooth", 0)
     ran("sample.py", "explore", *flags, "--precision", "bf16")
     bare = sample.Sampling(2.0, 7, 0.9, 3.0, 0.0, 6)
     way = replace(bare, smooth=0.5)
     assert asked == [
         "packed", ("draw_samples", way, ["star"], 2, 5),
-        "packed", ("draw_progress", way, ["star"], 2, 5), "packed", ("draw_many", way, 9, 5, 0.5),
+        "packed", ("draw_progress", way, ["star"], 2, 5), "packed", ("draw_many", way, 9, 5, 1.0),
+        "packed", ("draw_many", bare, 9, 5, 0.5),
         torch.bfloat16, ("explore", bare, judged / "explorer.html", None, 5)]
 
 
