@@ -8,7 +8,7 @@ A run is a folder. It ends up holding
 
     tokenizer.pt  var.pt     weights, and what they are of: configuration, classes, preset
     held_out.pt              images that training does not see, for measuring and for sample.py
-    train_images.pt          some that it sees, for the classifier by which sample.py judges
+    train_images.pt          some that it sees: on them sample.py trains classifier.pt, which judges
     tokens.pt                all images as tokens, for the next training in this folder
     train.npy  held_out.npy  a folder's images, decoded once
     decoded.pt               of which files, so that they are not decoded again

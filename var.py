@@ -323,6 +323,7 @@ class VAR(nn.Module):
         latents: a list to which f_hat [B, C, S, S] after each scale is appended; smooth images are
             decoded from the last.
         """
+        assert known is None or not smooth, "what is known is codes"
         quantizer = tokenizer.quantizer
         f_hat_BCSS = quantizer.empty(len(labels_B))                             # [B, C, S, S]
         if cfg:   # each image is computed twice, for its class and for the null class
@@ -342,7 +343,6 @@ class VAR(nn.Module):
             tokens_Bl = self.draw(
                 logits_BlV, k, cfg, top_k, top_p, generator, growth)            # [B, l]
             if known is not None:
-                assert not smooth, "what is known is codes"
                 tokens_Bl = known.put(tokens_Bl, quantizer, f_hat_BCSS, k)      # [B, l]
             tokens.append(tokens_Bl)
             if smooth:
@@ -480,7 +480,7 @@ class VAR(nn.Module):
     def compile_layers(self) -> None:
         """Compile for drawing: every scale has a graph of the first layer, whose residual stream
         is still the same for all images, and one of all others, whatever the depth."""
-        torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # 2 K a batch size, x 4
+        torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # 2 K a batch size, of 4 sizes
         for span in self.config.spans:   # tables of the mask are there before torch.compile looks
             self.ranges.rows(span.start, span.stop).prepare(self.level_L.device)
         for block in self.blocks:

@@ -1160,7 +1160,7 @@ def test_a_part_too_small_for_coarse_maps_is_noted(judged, tmp_path):
     for box, noted in (("0.25 0.25 0.75 0.75", False), ("0.375 0.375 0.625 0.625", True),
                        ("0.375 0.375 0.625 0.625 --paste", False),
                        ("0.375 0.375 0.625 0.625 --particles 0", False),
-                       ("0 0 0.25 0.25", True), ("0 0 1 0.5", False)):
+                       ("0 0 0.25 0.25", True), ("0 0 1 0.5", False), ("0 0 0.5 0.5", False)):
         said = ran("sample.py", *flags, "--box", *box.split(), "--run", judged,
                    "--out", tmp_path / "a.png")
         assert ("may drift; --paste" in said) == noted
