@@ -480,7 +480,8 @@ class VAR(nn.Module):
     def compile_layers(self) -> None:
         """Compile for drawing: every scale has a graph of the first layer, whose residual stream
         is still the same for all images, and one of all others, whatever the depth."""
-        torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)   # 2 K a batch size, of 4 sizes
+        # Two graphs a scale for a batch size, and four of these.
+        torch._dynamo.config.recompile_limit = 8 * len(self.config.scales)
         for span in self.config.spans:   # tables of the mask are there before torch.compile looks
             self.ranges.rows(span.start, span.stop).prepare(self.level_L.device)
         for block in self.blocks:
