@@ -997,6 +997,7 @@ def test_mistakes(judged, tmp_path):
         "--per-class 1001": "must be a whole number, from 1 to 1000",
         "inpaint data:3 --mask m.png --box 0 0 1 .5": "not allowed with argument --mask",
         "inpaint data:3 --box .375 .375 .5 .5": "of no cell of the last map, 4 x 4 pixels, it has more",
+        "inpaint data:3 --box .25 .25 .375 .5": "of no cell of the last map",   # just half of one
         f"export 9 {tmp_path}/a.npz --rejection .5": "it takes --smooth 0",
         f"inpaint data:3 --mask {tmp_path}/missing.png": "cannot be read",
         "upscale data:3 --small 20": "--small 20 must be less than the side of the images, 16",
