@@ -189,6 +189,10 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None,
         own.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.published and (options.run or options.tokenizer or options.var):
         raise UserError("--published names both models; --run, --tokenizer and --var name others")
+    alone = options.command in TOKENIZER_ALONE and not options.var
+    if alone and options.run and options.tokenizer:
+        raise UserError(f"{options.command} looks at a tokenizer alone, and images beside it: name "
+                        f"it by --run or by --tokenizer, not both")
     options.run = options.run or Path("out/shapes")
     if options.run.is_file():
         raise UserError(f"--run {options.run} is a file; the run is its folder, "

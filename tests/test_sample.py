@@ -571,9 +571,12 @@ def test_a_tokenizer_alone_can_be_looked_at(judged, tmp_path):
         assert np.array_equal(whole, alone) and "note" not in said.replace("note: one thread", "")
     assert "there is no transformer at" in refused(
         "sample.py", "teaching", "data:1", "--run", tmp_path)
-    (tmp_path / "codes.png").mkdir()   # a picture lies beside the tokenizer, whatever --run says
+    own = "--tokenizer", tmp_path / "tokenizer.pt"
+    assert "by --run or by --tokenizer, not both" in refused(
+        "sample.py", "codes", "data:1", "--run", judged, *own)
+    (tmp_path / "codes.png").mkdir()   # a picture lies beside the tokenizer
     assert "codes.png is there and is no file; --out names another place" in refused(
-        "sample.py", "codes", "data:1", "--run", judged, "--tokenizer", tmp_path / "tokenizer.pt")
+        "sample.py", "codes", "data:1", *own)
     (tmp_path / "codes.png").rmdir()
     (tmp_path / "explorer.html").mkdir()
     assert "explorer.html is there and is no file" in refused("sample.py", "explore", "--run", tmp_path)
