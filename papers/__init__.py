@@ -61,11 +61,12 @@ def open_runs(options: Namespace) -> list[Trained]:
     run, for one with too little in it to be judged by, and for runs that do not make a spread."""
     machine = choose_machine(options.device, options.precision)
     runs = [open_run(folder, machine, options.resume) for folder in options.run]
+    recipes = [recipe(run.folder) for run in runs if len(runs) > 1]   # of one, nobody asks
     for i, run in enumerate(runs):
         evaluated_images(run, options.count)   # are there so many?
-        for other in runs[:i]:
+        for j, other in enumerate(runs[:i]):
             both = f"{run.folder} and {other.folder}"
-            if recipe(run.folder) != recipe(other.folder):
+            if recipes[i] != recipes[j]:
                 raise UserError(f"{both} differ in more than their seed")
             if run.settings.seed == other.settings.seed:
                 raise UserError(f"{both} have the same seed, {run.settings.seed}")

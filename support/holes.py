@@ -14,13 +14,14 @@ from support.images import read_mask
 
 
 def known_pixels(
-    hole: Path | Sequence[float], side: int, outside: bool = True, cells: int = 1
+    hole: Path | Sequence[float], side: int, outside: bool = True, cells: int | None = None
 ) -> Tensor:
     """1 where an image is known and 0 where it is not: float [side, side].
 
     hole: the file of a mask, in which it is painted, or a box (y0, x0, y1, x1) in fractions of the
     side. outside: whether what is outside the box is known, or what is inside. cells: the side of
-    the last map. Raises UserError where there is no hole, and where there is nothing else.
+    the last map, as many as pixels if it is None. Raises UserError where there is no hole, or none
+    that would be drawn, and where there is nothing else.
     """
     if isinstance(hole, Path):
         name = hole
@@ -37,8 +38,8 @@ def known_pixels(
     if known_HW.min() == known_HW.max():
         lacks = "a hole" if known_HW.max() else "anything that is known"
         raise UserError(f"{name} leaves {side} x {side} pixels without {lacks}")
-    shares_1ss = F.adaptive_avg_pool2d(known_HW[None], cells)
-    if cells > 1 and shares_1ss.min() >= 0.5:   # see `Known.places`
+    shares_1ss = F.adaptive_avg_pool2d(known_HW[None], cells or side)
+    if shares_1ss.min() >= 0.5:   # see `Known.places`
         raise UserError(f"{name} is a hole too small to be drawn: of no cell of the last map, "
                         f"{side // cells} x {side // cells} pixels, it has more than half")
     return known_HW
