@@ -28,9 +28,9 @@ Five words that Triton needs:
                  next two need into shared memory, which the threads of a program have in common.
 
 Axes: B batch, H heads, L queries, S keys, D head width, W model width, V vocabulary, C channels
-of a code, N vectors, l tokens of one scale. Inside the kernels each letter is a tile of its axis,
-and T one of rows: of queries in q_TD, of keys in k_TD. Where the two meet, T is queries and S keys:
-scores_TS is [queries, keys], scores_ST [keys, queries].
+of a code, N vectors, l tokens of one scale, P programs. Inside the kernels each letter is a tile of
+its axis, and T one of rows: of queries in q_TD, of keys in k_TD. Where the two meet, T is queries
+and S keys: scores_TS is [queries, keys], scores_ST [keys, queries].
 
 Without a GPU the kernels run in Triton's interpreter, slowly, and print() and pdb work in them.
 With TRITON_INTERPRET=1 in the environment of `python`:
@@ -72,8 +72,8 @@ BACKEND = None   # "triton" or "torch" for the whole program; None: by where the
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """On NVIDIA's GPUs from sm_80 on: on older ones PyTorch has tensor cores and Triton has none;
-    for AMD's nobody tuned the kernels."""
+    """Return whether Triton computes: on NVIDIA's GPUs from sm_80 on. On older ones PyTorch has
+    tensor cores and Triton has none; for AMD's nobody tuned the kernels."""
     if BACKEND is not None:
         assert HAS_TRITON or BACKEND == "torch", "BACKEND needs Triton 3.6 or later"
         return BACKEND == "triton"
@@ -296,7 +296,7 @@ def load_tile(x_NC, rows_T, N, columns_T, C, CUT: tl.constexpr = True):
 
 @triton.jit
 def product(a_MK, b_KN):
-    """a b, summed in fp32. "ieee": the usual TF32 has 10 bits and would change codes."""
+    """Return a b, summed in fp32. "ieee": the usual TF32 has 10 bits and would change codes."""
     return tl.dot(a_MK, b_KN, input_precision="ieee")
 
 
@@ -313,15 +313,15 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
     best_TV = tl.full([TILE_N, TILE_V], float("inf"), tl.float32)
     tile_TV = tl.zeros([TILE_N, TILE_V], tl.int32)
     for tile in range(0, V, TILE_V):
-        codes_T = tile + tl.arange(0, TILE_V)
+        codes_V = tile + tl.arange(0, TILE_V)
         dots_TV = tl.zeros([TILE_N, TILE_V], tl.float32)
         for channel in range(0, C, TILE_C):
-            channels_T = channel + tl.arange(0, TILE_C)
-            x_TC = load_tile(x_NC, rows_T, N, channels_T, C)
-            e_TC = load_tile(e_VC, codes_T, V, channels_T, C)
-            dots_TV += product(x_TC, e_TC.T)
-        squares_T = tl.load(squares_V + codes_T, mask=codes_T < V, other=float("inf"))
-        distance_TV = squares_T[None, :] - 2 * dots_TV
+            channels_C = channel + tl.arange(0, TILE_C)
+            x_TC = load_tile(x_NC, rows_T, N, channels_C, C)
+            codes_VC = load_tile(e_VC, codes_V, V, channels_C, C)
+            dots_TV += product(x_TC, codes_VC.T)
+        own_V = tl.load(squares_V + codes_V, mask=codes_V < V, other=float("inf"))
+        distance_TV = own_V[None, :] - 2 * dots_TV
         closer_TV = distance_TV < best_TV   # not <=: of equal distances the lower index stays
         best_TV = tl.where(closer_TV, distance_TV, best_TV)
         tile_TV = tl.where(closer_TV, tile, tile_TV)
@@ -471,11 +471,11 @@ def split_heads_forward(xq_BHLD, xk_BHLD, xv_BHLD, q_bias_BH1D, v_bias_BH1D, log
 @triton.jit
 def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL1, k_inverse_BHL1, log_scale_H,
                          dq_BHLD, dk_BHLD, dv_BHLD, dxq_BHLD, dxk_BHLD, dxv_BHLD,
-                         dq_bias_BHPD, dv_bias_BHPD, dlog_scale_BHPD, largest, L, tiles,
+                         dq_bias_BHPD, dv_bias_BHPD, dlog_scale_BHPD, largest, L, P,
                          NORMALISED: tl.constexpr, D: tl.constexpr, TILE_L: tl.constexpr):
     """A tile of tokens of one head a program -> the product's gradient, and the tile's sums.
 
-    These are [B, H, P, D] in fp32, P the tiles, and are added up afterwards.
+    These are [B, H, P, D] in fp32, and are added up afterwards.
     """
     tile_1 = tl.program_id(0) + tl.arange(0, 1)   # as [1], a row for store_head
     rows_T = tile_1 * TILE_L + tl.arange(0, TILE_L)
@@ -487,7 +487,7 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL1, k_inverse_BHL1, log_sca
         q_TD = load_head(q_BHLD, rows_T, L, D).to(tl.float32)
         k_TD = load_head(k_BHLD, rows_T, L, D).to(tl.float32)
         dlog_scale_1D = tl.sum(q_TD * dq_TD, 0, keep_dims=True)
-        store_head(dlog_scale_BHPD, tile_1, tiles, D, dlog_scale_1D)
+        store_head(dlog_scale_BHPD, tile_1, P, D, dlog_scale_1D)
         q_inverse_T1 = load_head(q_inverse_BHL1, rows_T, L, 1)
         k_inverse_T1 = load_head(k_inverse_BHL1, rows_T, L, 1)
         dq_TD = unit_backward(q_TD / factor, dq_TD * factor, q_inverse_T1)
@@ -495,8 +495,8 @@ def split_heads_backward(q_BHLD, k_BHLD, q_inverse_BHL1, k_inverse_BHL1, log_sca
     store_head(dxq_BHLD, rows_T, L, D, dq_TD)
     store_head(dxk_BHLD, rows_T, L, D, dk_TD)
     store_head(dxv_BHLD, rows_T, L, D, dv_TD)
-    store_head(dq_bias_BHPD, tile_1, tiles, D, tl.sum(dq_TD, 0, keep_dims=True))
-    store_head(dv_bias_BHPD, tile_1, tiles, D, tl.sum(dv_TD, 0, keep_dims=True))
+    store_head(dq_bias_BHPD, tile_1, P, D, tl.sum(dq_TD, 0, keep_dims=True))
+    store_head(dv_bias_BHPD, tile_1, P, D, tl.sum(dv_TD, 0, keep_dims=True))
 
 
 def rows_first(x_BHLD: Tensor) -> Tensor:
@@ -555,15 +555,15 @@ class SplitHeads(torch.autograd.Function):
         normalised = log_scale_H is not None
         scales = log_scale_H.contiguous() if normalised else inverse_BHL21   # not read then
         B, H, L, D = q_BHLD.shape
-        sizes = heads_tiles(L, D)
-        tiles = math.ceil(L / sizes["TILE_L"])
+        tiles = heads_tiles(L, D)
+        P = math.ceil(L / tiles["TILE_L"])
         gradients = [rows_first(x) for x in (dq_BHLD, dk_BHLD, dv_BHLD)]
         dproduct_BLX = q_BHLD.new_empty(B, L, 3 * H * D)
-        sums_BHP3D = q_BHLD.new_empty(B, H, tiles, 3, D, dtype=torch.float32)
-        launch(split_heads_backward, (tiles, H, B),
+        sums_BHP3D = q_BHLD.new_empty(B, H, P, 3, D, dtype=torch.float32)
+        launch(split_heads_backward, (P, H, B),
                [q_BHLD, k_BHLD, *inverse_BHL21.unbind(3), scales, *gradients],
-               [*three_heads(dproduct_BLX, H), *sums_BHP3D.unbind(3)], LARGEST_LOG_SCALE, L, tiles,
-               NORMALISED=normalised, **sizes)
+               [*three_heads(dproduct_BLX, H), *sums_BHP3D.unbind(3)], LARGEST_LOG_SCALE, L, P,
+               NORMALISED=normalised, **tiles)
         dq_bias_HD, dv_bias_HD, dlog_scale_HD = sums_BHP3D.sum(dim=(0, 2)).unbind(1)
         dlog_scale_H = None
         if normalised:
@@ -733,13 +733,13 @@ def table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
 
 # A tile of keys is whole if every query of the tile of queries sees all of it, and cut if a range
 # ends or begins in it, or the array does. Only cut tiles need masks: of the tiles visited 16 of 50
-# at L 680, 3 % at L 9451. So the kernels have two loops, written as one:
+# at L 680 (256 pixels), 3 % at L 9451 (1024). So the kernels have two loops, written as one:
 #
 #     for CUT in tl.static_range(2):
 #         for n in range(cut if CUT else whole):
 #
 # static_range is unrolled before it is compiled, with CUT a constant 0 and then 1: in the first
-# copy nothing is left of `if CUT:`, no mask, no comparison, no table.
+# copy nothing is left of `if CUT:`, no mask of rows, no comparison of ranges, no table.
 
 
 @triton.jit
@@ -905,8 +905,8 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
             queries_T = tile_partners(n, start, before, whole, CUT, TILE_L)
             q_TD = load_head(q_BHLD, queries_T, L, D, CUT)
             do_TD = load_head(do_BHLD, queries_T, L, D, CUT)
-            log2sum_T1 = load_head(log2sum_BHL1, queries_T, L, 1)
-            delta_T1 = load_head(delta_BHL1, queries_T, L, 1)
+            log2sum_T1 = load_head(log2sum_BHL1, queries_T, L, 1, CUT)
+            delta_T1 = load_head(delta_BHL1, queries_T, L, 1, CUT)
             scores_ST = product(k_TD, q_TD.T) * scale
             weights_ST = tl.exp2(scores_ST - log2sum_T1.T)
             if CUT:
@@ -973,12 +973,12 @@ class BlockAttention(torch.autograd.Function):
         S = k_BHSD.shape[2]
         o_BHLD = new_heads(q_BHLD)
         log2sum_BHL1 = q_BHLD.new_empty(B, H, L, 1, dtype=torch.float32)
-        ctx.sizes = scale / math.log(2), L, S
+        ctx.numbers = scale / math.log(2), L, S
         tiles = attention_tiles("forward", q_BHLD)
         launch(attention_forward, (math.ceil(L / tiles["TILE_L"]), H, B),
                [*qkv, *ranges.cached(table, q_BHLD.device)],
                [o_BHLD, log2sum_BHL1],
-               *ctx.sizes, **tiles)
+               *ctx.numbers, **tiles)
         ctx.ranges = ranges
         ctx.save_for_backward(*qkv, o_BHLD, log2sum_BHL1)
         return o_BHLD
@@ -998,12 +998,12 @@ class BlockAttention(torch.autograd.Function):
         launch(attention_backward_q, (math.ceil(L / tiles["TILE_L"]), H, B),
                [*qkv, *by_query, o_BHLD, do_BHLD, log2sum_BHL1],
                [delta_BHL1, dq_BHLD],
-               *ctx.sizes, **tiles)
+               *ctx.numbers, **tiles)
         tiles = attention_tiles("backward_kv", do_BHLD)
         launch(attention_backward_kv, (math.ceil(S / tiles["TILE_S"]), H, B),
                [*qkv, *by_key, do_BHLD, log2sum_BHL1, delta_BHL1],
                [dk_BHSD, dv_BHSD],
-               *ctx.sizes, **tiles)
+               *ctx.numbers, **tiles)
         return dq_BHLD, dk_BHSD, dv_BHSD, None, None
 
 

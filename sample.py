@@ -220,32 +220,33 @@ class Run:
             tokens.append(self.tokenizer.quantizer.encode(f_BCSS).cpu())
         return torch.cat(latents), torch.cat(tokens)
 
-    def decode(self, drawn_N: Tensor) -> Tensor:
+    def decode(self, drawn: Tensor) -> Tensor:
         """Return images, on the CPU, of tokens [N, l] of all scales, or of the first few; or of
         latents [N, C, S, S]."""
-        return torch.cat([images.cpu() for images in self.rendered(drawn_N)])
+        return torch.cat([images.cpu() for images in self.rendered(drawn)])
 
-    def decode_to_bytes(self, drawn_N: Tensor) -> np.ndarray:
-        """Return them as bytes [N, side, side, channels], a quarter as much to copy from a GPU."""
-        return to_one_array(self.rendered(drawn_N), len(drawn_N))
+    def decode_to_bytes(self, drawn: Tensor) -> np.ndarray:
+        """Return the images of `decode` as bytes [N, side, side, channels], which are a quarter as
+        much to copy from a GPU."""
+        return to_one_array(self.rendered(drawn), len(drawn))
 
-    def rendered(self, drawn_N: Tensor) -> Iterator[Tensor]:
+    def rendered(self, drawn: Tensor) -> Iterator[Tensor]:
         """Yield images on the device, some at a time.
 
         Where convolutions are chosen or compiled for a shape, every pass has the same: some images
         of no use make the last one full.
         """
         machine = self.machine
-        size = min(len(drawn_N), at_a_time(self.tokenizer.config.image_side))
-        for drawn_B in drawn_N.split(size):
-            B = len(drawn_B)
+        size = min(len(drawn), at_a_time(self.tokenizer.config.image_side))
+        for some in drawn.split(size):
+            B = len(some)
             if machine.device.type == "cuda" or machine.compile:
-                drawn_B = F.pad(drawn_B, (0, 0) * (drawn_B.ndim - 1) + (0, size - B))
-            drawn_B = drawn_B.to(machine.device)
+                some = F.pad(some, (0, 0) * (some.ndim - 1) + (0, size - B))
+            some = some.to(machine.device)
             with torch.no_grad(), machine.autocast():
-                if not drawn_B.is_floating_point():
-                    drawn_B = self.tokenizer.quantizer.decode(drawn_B)
-                images = self.tokenizer.render(drawn_B).clamp(-1, 1)
+                if not some.is_floating_point():
+                    some = self.tokenizer.quantizer.decode(some)
+                images = self.tokenizer.render(some).clamp(-1, 1)
             yield images[:B]
 
     def after_each_scale(self, tokens_NL: Tensor) -> list[np.ndarray]:
@@ -372,8 +373,8 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
 def draw_samples(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
     """A row of images for each class; names: None for all, at most 20."""
     labels, wanted = asked_classes(run, names, per_class)
-    _, drawn_N = run.draw(wanted, seed)
-    return rows_of_classes(labels, run.decode_to_bytes(drawn_N))
+    _, drawn = run.draw(wanted, seed)
+    return rows_of_classes(labels, run.decode_to_bytes(drawn))
 
 
 def draw_progress(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
@@ -397,19 +398,19 @@ def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
     classes = len(run.classes)
     wanted = [len(range(label, count, classes)) for label in range(classes)]
     counts = [math.ceil(n / rejection) for n in wanted]
-    latent = run.tokenizer.quantizer.empty(1).nbytes * bool(run.sampling.smooth)
-    check_memory(6 * count * side**2 + 2 * latent * sum(counts),
+    latent_bytes = run.tokenizer.quantizer.empty(1).nbytes * bool(run.sampling.smooth)
+    check_memory(6 * count * side**2 + 2 * latent_bytes * sum(counts),
                  f"{count} samples, and a copy in another order,")
     labels = np.repeat(range(classes), counts).tolist()
-    tokens_NL, drawn_N = run.draw(labels, seed)
+    tokens_NL, drawn = run.draw(labels, seed)
     if rejection < 1:
         likelihood_N = run.log_likelihood(tokens_NL, labels)
         best = []
-        by_class = zip(drawn_N.split(counts), likelihood_N.split(counts), wanted)
+        by_class = zip(drawn.split(counts), likelihood_N.split(counts), wanted)
         for drawn_n, likelihood_n, count_of_class in by_class:
             best.append(drawn_n[likelihood_n.topk(count_of_class).indices])
-        drawn_N = torch.cat(best)
-    return run.decode_to_bytes(drawn_N)
+        drawn = torch.cat(best)
+    return run.decode_to_bytes(drawn)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -425,7 +426,7 @@ class Known:
 
     latent_BCSS: the latent of the images, with something plausible in the holes.
     where_B1SS: the share of each place that is known.
-    scales: at how many of the scales, from the coarsest, anything is known.
+    known_scales: at how many of the scales, from the coarsest, anything is known.
     own_tokens_BL: if given, the images' tokens, computed beforehand, are put as they are: the open
         loop, as the authors do.
     free: if not 0, coarse maps are drawn in the holes, too (see `most_likely`): in cells of which
@@ -433,14 +434,12 @@ class Known:
     """
     latent_BCSS: Tensor
     where_B1SS: Tensor
-    scales: int
+    known_scales: int
     own_tokens_BL: Tensor | None = None
     free: float = 0.0
 
     def put(self, drawn_Bl: Tensor, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
-        """Return tokens [B, l] of scale k: as drawn, but if k < `scales` its own where known."""
-        if k >= self.scales:
-            return drawn_Bl
+        """Return tokens [B, l] of scale k: the images' own where known, else those drawn."""
         own_Bl = self.tokens(quantizer, f_hat_BCSS, k)
         return torch.where(self.places(quantizer, k), own_Bl, drawn_Bl)
 
@@ -469,6 +468,8 @@ class Known:
         s = quantizer.scales[k]
         S = quantizer.scales[-1]
         share_Bl = quantizer.read(self.where_B1SS, k).squeeze(-1)
+        if k >= self.known_scales:
+            return torch.zeros_like(share_Bl, dtype=torch.bool)
         if s == S:
             return share_Bl >= 0.5
         if self.free:
@@ -496,12 +497,12 @@ def complete(
     device = run.machine.device
     judges = judge and judge_of(run, given)   # before anything is drawn
     if known_HW is None:
-        filled, scales = from_small(images, small_side, run.tokenizer.config)
+        filled, known_scales = from_small(images, small_side, run.tokenizer.config)
         known_HW = torch.ones(images.shape[2:])
         shown = filled
     else:
         filled = fill_holes(images, known_HW)
-        scales = len(run.tokenizer.config.scales)
+        known_scales = len(run.tokenizer.config.scales)
         shown = images * known_HW
     latent_NCSS, tokens_NL = run.encode(filled)
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
@@ -509,9 +510,9 @@ def complete(
 
     image_N = torch.arange(len(images)).repeat_interleave(max(1, particles))
     labels = [label] * len(image_N)
-    classes = len(run.classes)
-    if label == classes and classes <= particles:   # the null class
-        labels = [i % classes for i in range(particles)] * len(images)
+    null_class = run.model.config.classes
+    if label == null_class and null_class <= particles:   # the classes in turn
+        labels = [i % null_class for i in range(particles)] * len(images)
 
     free = share_of_known(known_HW, paste) if particles else 0.0
 
@@ -519,14 +520,14 @@ def complete(
         image_B = image_N[rows]
         own_tokens_BL = tokens_NL[image_B].to(device) if open_loop else None
         latent_BCSS = latent_NCSS[image_B].to(device)
-        return Known(latent_BCSS, where_11SS, scales, own_tokens_BL, free)
+        return Known(latent_BCSS, where_11SS, known_scales, own_tokens_BL, free)
 
     results = []
     for seed in seeds:
-        drawn_NL = run.generate(labels, seed, known_of)
+        drawnL = run.generate(labels, seed, known_of)
         if particles:
-            drawn_NL = most_likely(run, drawn_NL, labels, known_of(slice(0, 1)), particles)
-        results.append(run.decode(drawn_NL))
+            drawnL = most_likely(run, drawnL, labels, known_of(slice(0, 1)), particles)
+        results.append(run.decode(drawnL))
     if paste:
         results = [torch.where(known_HW > 0, images, result) for result in results]
     if not known_HW.all():
@@ -572,7 +573,6 @@ def fill_holes(images: Tensor, known_HW: Tensor) -> Tensor:
         grown = F.avg_pool2d(filled, 3, 1, 1) / near.clamp(min=1e-6)
         filled = torch.where(known > 0, filled, grown)
         known = (near > 0).float()
-        filled = filled * known
     return filled
 
 

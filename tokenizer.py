@@ -235,9 +235,9 @@ class Quantizer(nn.Module):
                 residual_BlC = self.read(f_BCSS - f_hat_BCSS, k)            # [B, l, C]
                 tokens_Bl = self.nearest(residual_BlC)                      # [B, l]
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)          # [B, C, S, S]
-            to_latent = F.mse_loss(f_hat_BCSS, f_BCSS.detach())
-            to_codes = F.mse_loss(f_hat_BCSS.detach(), f_BCSS)
-            loss = loss + to_latent + COMMITMENT * to_codes
+            codes_loss = F.mse_loss(f_hat_BCSS, f_BCSS.detach())
+            commitment = F.mse_loss(f_hat_BCSS.detach(), f_BCSS)
+            loss = loss + codes_loss + COMMITMENT * commitment
             residuals.append(residual_BlC)
             tokens.append(tokens_Bl)
         if self.training:
@@ -266,11 +266,11 @@ class Quantizer(nn.Module):
         for k in range(K):
             begin = math.ceil(V * k / K)
             end = math.ceil(V * (k + 1) / K)
-            residual_NC = self.read(f_BCSS - f_hat_BCSS, k).flatten(0, 1)
-            chosen = torch.randint(len(residual_NC), (end - begin,))
-            self.codebook_VC[begin:end] = residual_NC[chosen]
-            tokens_N = nearest_code(residual_NC, self.codebook_VC[:end])
-            f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_N.view(len(f_BCSS), -1), k)
+            residual_MC = self.read(f_BCSS - f_hat_BCSS, k).flatten(0, 1)
+            chosen = torch.randint(len(residual_MC), (end - begin,))
+            self.codebook_VC[begin:end] = residual_MC[chosen]
+            tokens_M = nearest_code(residual_MC, self.codebook_VC[:end])
+            f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_M.view(len(f_BCSS), -1), k)
 
     def count(self, tokens: Tensor) -> Tensor:
         """Count how often each code occurs among tokens of any shape: int64 [V]."""

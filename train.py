@@ -56,8 +56,8 @@ from support.images import Row, at_a_time, rows_of_pairs, to_float
 from support.losses import DetailLosses, edge_loss
 from support.optim import adamw_and_muon, learning_rate, update_ema
 from support.presets import (
-    Preset, TokenizerPreset, VARPreset, check_begun, check_sizes, chosen_preset, training_options,
-    white_level,
+    KINDS, Preset, TokenizerPreset, VARPreset, check_begun, check_sizes, chosen_preset,
+    training_options, white_level,
 )
 from support.watching import WatchedLog, say_what_next
 from tokenizer import (
@@ -138,7 +138,6 @@ class Stage:
     noise of single steps (at decay 0, the tokenizer's, a copy). It is measured, shown and kept.
 
     name            of the stage: in flags, in the log, in the file's name
-    kind            what its checkpoint is called
     some_unused     whether some steps leave parameters without a gradient
     loss(model, *tensors)    what to minimise for a micro-batch of the data; and a function, called
                     if it is logged, that returns a dictionary of tensors
@@ -147,7 +146,6 @@ class Stage:
     picture(few)    what to show of the EMA model; few: fewer images, as training goes on
     """
     name: str
-    kind: str
     some_unused = False
 
     def __init__(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], rows: Dataset,
@@ -171,6 +169,7 @@ class Stage:
         self.loss_scale = LossScale(settings.machine)
         self.made_with = {**made_with, "seed": settings.seed, "data set": data.digest}
         self.path = settings.out / f"{self.name}.pt"
+        self.kind = KINDS[self.name]
         self.step = self.saved_step = 0
         self.speed = Speed(settings.machine, batch, self.ema, self.example())
         wrap_layers(model, settings)   # the EMA model, which takes batches of any size, stays
@@ -200,7 +199,7 @@ class Stage:
         rank, _ = rank_and_world()
         resuming = settings.resume and self.path.exists()
         finished = resuming and self.resume()
-        if rank == 0:   # not before: a checkpoint of other images is refused, and changes nothing
+        if rank == 0:   # only now: where `resume` refuses other images, those kept stay
             self.data.keep_held_out(settings.out)
         if finished:
             say(f"{self.path} is finished")
@@ -253,6 +252,7 @@ class Stage:
                         optimizer.step()
                 torch.manual_seed(seed)
                 self.after_step()
+                # The first step replaces the random start.
                 update_ema(self.ema, self.model, self.decay if self.step else 0.0)
                 logged = None
                 if self.step % 10 == 0:
@@ -368,7 +368,6 @@ class TokenizerStage(Stage):
     At first encoder and decoder train alone; then codes are taken from real residuals. Presets for
     larger images add a perceptual distance, and later a discriminator (support/losses.py)."""
     name = "tokenizer"
-    kind = "tokenizer"
     some_unused = True   # no codes at first
 
     def __init__(self, data: Data, settings: Settings, lpips_weights: Path | None = None):
@@ -408,10 +407,10 @@ class TokenizerStage(Stage):
             with self.settings.machine.autocast():
                 latents.append(self.ema.latent(to_float(images.to(self.settings.machine.device))))
         self.model.quantizer.start_from(torch.cat(latents))
-        copy_from_first(self.model.quantizer.codebook_VC.data)   # other GPUs round otherwise
+        copy_from_first(self.model.quantizer.codebook_VC.data)   # each GPU may round otherwise
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Callable]:
-        """Return |x - y|^2 + 0.2 |x - y|_1 + L_vq + the weighted edges, small images and detail."""
+        """Return |x - y|^2, the weighted errors beside it and L_vq, as a sum; and all, to log."""
         quantize = self.step >= self.quantized_from
         originals = to_float(images.to(self.settings.machine.device, non_blocking=True))
         preset = self.settings.preset
@@ -499,7 +498,6 @@ def keep_copy(tokenizer: Tokenizer, source: Path, own: Path, data: Data) -> None
 class VARStage(Stage):
     """Minimises the cross entropy between logits and tokens, all scales at once."""
     name = "var"
-    kind = "transformer"
 
     def __init__(self, tokenizer: Tokenizer, data: Data, settings: Settings):
         preset = settings.preset
@@ -514,7 +512,7 @@ class VARStage(Stage):
 
     def loss(self, model: nn.Module, tokens_BL: Tensor, labels_B: Tensor
              ) -> tuple[Tensor, Callable]:
-        """Return nats per token; to log are accuracy, and the means of both for each scale."""
+        """Return nats per token; and, to log, the accuracy and the means of both for each scale."""
         device = self.settings.machine.device
         tokens_BL = tokens_BL.to(device, non_blocking=True).long()
         labels_B = labels_B.to(device, non_blocking=True)
@@ -577,7 +575,7 @@ def tokens_of(tokenizer: Tokenizer, data: Data, settings: Settings
     made_with = {"tokenizer": fingerprint(tokenizer), "data set": data.digest}
     if settings.resume and begun.exists():   # with the tokens it began with, in whatever dtype
         with blaming(begun):
-            content = load_checkpoint(begun, "transformer")
+            content = load_checkpoint(begun, KINDS["var"])
             check_made_with(begun, content, made_with)
     else:
         made_with["dtype"] = str(settings.machine.dtype)

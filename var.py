@@ -15,12 +15,12 @@ the token that corrects it; and the tokens of a scale are drawn independently, g
 
 `VAR.forward` teaches all scales at once: the maps of a real image are known, and so is what should
 be read (teacher forcing). What a token may see is the block-causal mask, a table of key ranges in
-kernels.py. `VAR.generate` makes one scale after the other, reading what it drew. Read these two
-first, then `Block` and `Attention`.
+kernels.py. `VAR.generate` makes one scale after the other, reading what it drew. Read `forward`
+first, then `Block` and `Attention`, then `generate`.
 
-Axes: B batch, L tokens of all scales (coarse to fine), l tokens of one scale (in `forward` of all
-but the first), H heads, D width of a head, W = H * D model width, C code channels, V codebook size,
-K number of scales, k one of them; S side of the latent, in `Attention` number of keys; X = 3 W.
+Axes: B batch, L tokens of all scales (coarse to fine), l tokens of one scale, H heads, D width of
+a head, W = H * D model width, C code channels, V codebook size, K number of scales, k one of them;
+S side of the latent, in `Attention` number of keys; X = 3 W.
 """
 from __future__ import annotations
 
@@ -75,32 +75,6 @@ class VARConfig:
 
 # -------------------------------------------------------------------------------------------------
 # A layer of the transformer
-
-
-class LayerCache:
-    """It keeps one layer's keys and values in one generation, for all later scales to see.
-
-    Room for all L tokens is taken at the first scale.
-    """
-
-    def __init__(self, length: int):
-        self.length = length
-        self.filled = 0
-
-    def slots(self, product_BlX: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """Return where the keys and values of the next scale, made of this product, go."""
-        B, l, X = product_BlX.shape
-        if self.filled == 0:
-            shape = B, heads, self.length, X // 3 // heads
-            self.k_BHLD = product_BlX.new_empty(shape)
-            self.v_BHLD = product_BlX.new_empty(shape)
-        begin = self.filled
-        self.filled += l
-        return self.k_BHLD[:, :, begin:self.filled], self.v_BHLD[:, :, begin:self.filled]
-
-    def so_far(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, H, filled, D] of all scales up to the one just written."""
-        return self.k_BHLD[:, :, :self.filled], self.v_BHLD[:, :, :self.filled]
 
 
 class Attention(nn.Module):
@@ -197,6 +171,32 @@ class Block(nn.Module):
         return gate_BW * survives_B1 / self.survival
 
 
+class LayerCache:
+    """It keeps one layer's keys and values in one generation, for all later scales to see.
+
+    Room for all L tokens is taken at the first scale.
+    """
+
+    def __init__(self, length: int):
+        self.length = length
+        self.filled = 0
+
+    def slots(self, product_BlX: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Return where the keys and values of the next scale, made of this product, go."""
+        B, l, X = product_BlX.shape
+        if self.filled == 0:
+            shape = B, heads, self.length, X // 3 // heads
+            self.k_BHLD = product_BlX.new_empty(shape)
+            self.v_BHLD = product_BlX.new_empty(shape)
+        begin = self.filled
+        self.filled += l
+        return self.k_BHLD[:, :, begin:self.filled], self.v_BHLD[:, :, begin:self.filled]
+
+    def so_far(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, H, filled, D] of all scales up to the one just written."""
+        return self.k_BHLD[:, :, :self.filled], self.v_BHLD[:, :, :self.filled]
+
+
 # -------------------------------------------------------------------------------------------------
 # The transformer
 
@@ -236,8 +236,8 @@ class VAR(nn.Module):
         labels_B = self.drop_labels(labels_B)                               # [B]
         class_BW = self.class_embedding(labels_B)                           # [B, W]
         modulations, head_B2W = self.modulations(class_BW)                  # depth x [B, 6, W]
-        read_BlW = self.code_embedding(inputs)                              # [B, L-1, W]
-        x_BLW = torch.cat([self.start(class_BW), read_BlW], dim=1)          # [B, L, W]
+        read = self.code_embedding(inputs)                                  # [B, L-1, W]
+        x_BLW = torch.cat([self.start(class_BW), read], dim=1)              # [B, L, W]
         stream = self.through_layers(x_BLW, self.places(), modulations, self.ranges, None)
         return self.logits(stream, head_B2W)                                # [B, L, V]
 
@@ -346,8 +346,8 @@ class VAR(nn.Module):
                 tokens_Bl = known.put(tokens_Bl, quantizer, f_hat_BCSS, k)      # [B, l]
             tokens.append(tokens_Bl)
             if smooth:
-                progress = self.fineness(k, growth)
-                h_BlC = self.smoothed(tokens_Bl, logits_BlV, cfg * progress, smooth * progress,
+                fineness = self.fineness(k, growth)
+                h_BlC = self.smoothed(tokens_Bl, logits_BlV, cfg * fineness, smooth * fineness,
                                       quantizer.codebook_VC)                    # [B, l, C]
                 f_hat_BCSS = quantizer.add(f_hat_BCSS, h_BlC, k)                # [B, C, S, S]
             else:
@@ -384,17 +384,17 @@ class VAR(nn.Module):
         fall from one number to another. A growth of 1, as published, changes both evenly; more
         leaves the coarse scales more to themselves.
         """
-        progress = self.fineness(k, growth)
-        guidance = cfg * progress
-        first, final = top_p if isinstance(top_p, tuple) else (top_p, top_p)
+        fineness = self.fineness(k, growth)
+        guidance = cfg * fineness
+        first, last = top_p if isinstance(top_p, tuple) else (top_p, top_p)
         cond_BlV = logits_BlV
         uncond_BlV = None
         if cfg:
             cond_BlV, uncond_BlV = logits_BlV.chunk(2)
         noise_BlV = torch.empty(cond_BlV.shape, device=cond_BlV.device)
         noise_BlV.exponential_(generator=generator)
-        top_p = first + (final - first) * progress
-        return sample_tokens(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV)
+        own_top_p = first + (last - first) * fineness
+        return sample_tokens(cond_BlV, uncond_BlV, guidance, top_k, own_top_p, noise_BlV)
 
     @staticmethod
     def smoothed(tokens_Bl: Tensor, logits_BlV: Tensor, guidance: float, share: float,
@@ -416,7 +416,7 @@ class VAR(nn.Module):
             cond_BlV, uncond_BlV = logits_BlV.chunk(2)
             logits_BlV = torch.lerp(uncond_BlV, cond_BlV, 1 + guidance)
         p_BlV = logits_BlV.softmax(dim=-1)
-        with fp32_products(p_BlV.device.type):
+        with fp32_products(p_BlV.device.type):   # as for `logits`
             means_BlC = p_BlV @ codebook_VC
             lengths_Bl1 = (p_BlV @ codebook_VC.square()).sum(dim=-1, keepdim=True).sqrt()
         means_BlC = F.normalize(means_BlC, dim=-1) * lengths_Bl1
@@ -441,7 +441,7 @@ class VAR(nn.Module):
     def initialise(self) -> None:
         """Draw all weights at std sqrt(1 / 3W), and those that add to the residual stream smaller.
 
-        This is as published.
+        This is the published program's default; its d16 and d20 start gates at 1e-3.
 
         Gates start near zero, so every block starts near the identity (less near where layers share
         their AdaLN); the head starts near zero, so the first loss is ln V.

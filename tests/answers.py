@@ -20,7 +20,7 @@ from handouts import Assignment
 
 COMMANDS = re.compile(r"^(python |T=|for .*; do$)", re.MULTILINE)     # a block's, of the shell
 CHANGED = {     # where a hand-out says "# changed": the function's name, and what for what
-    2: ("tokenizer.Quantizer.forward", ("loss = loss + to_latent", "loss = to_latent"),
+    2: ("tokenizer.Quantizer.forward", ("loss = loss + codes_loss", "loss = codes_loss"),
         ("loss / len(self.scales)", "loss")),
     4: ("tokenizer.Quantizer.teacher_inputs",
         ("self.accumulate(f_hat_BCSS, tokens_Bl, k)",

@@ -451,7 +451,7 @@ def known_left(made: Tokenizer, columns: int, **how) -> Known:
     where_B1SS[..., :columns] = 1
     with torch.no_grad():
         latent_BCSS = made.latent(images(made, 2))
-    return Known(latent_BCSS, where_B1SS, **{**dict(scales=len(made.config.scales)), **how})
+    return Known(latent_BCSS, where_B1SS, **{**dict(known_scales=len(made.config.scales)), **how})
 
 
 def test_which_tokens_are_known():
@@ -478,7 +478,7 @@ def test_which_tokens_are_known():
     drawn_Bl, f_hat_BCSS = torch.full((2, 64), -1), made.quantizer.empty(2)
     put_Bl = known.put(drawn_Bl, made.quantizer, f_hat_BCSS, 3).view(2, 8, 8)
     assert (put_Bl[..., :3] >= 0).all() and (put_Bl[..., 3:] == -1).all()
-    known.scales = 3   # finer ones are drawn
+    known.known_scales = 3   # finer ones are drawn
     assert torch.equal(known.put(drawn_Bl, made.quantizer, f_hat_BCSS, 3), drawn_Bl)
     assert (known.put(torch.full((2, 16), -1), made.quantizer, f_hat_BCSS, 2).view(2, 4, 4)[..., :2] >= 0).all()
 
