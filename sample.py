@@ -276,8 +276,8 @@ class Run:
 
     def held_out_images(self) -> Tensor:
         if self.held_out is None:
-            raise UserError(f"{self.folder} has no held_out.pt, whose first image is data:0; "
-                            f"train.py --resume, with its --data, writes it anew")
+            raise UserError(f"{self.folder} has no held_out.pt of its data, whose first image is "
+                            f"data:0; train.py --resume, with its --data, writes it anew")
         return self.held_out.tensors[0]
 
 

@@ -37,9 +37,9 @@ UNFILTERED = Sampling(cfg=0.0, top_k=0, top_p=1.0)   # the model's own distribut
 FILTERED = Sampling(cfg=2.0, top_k=900, top_p=0.6)   # sample.py's defaults when all was measured
 
 
-def parser_of(page: str, text: str) -> Parser:
+def parser_of(page: str, text: str | None) -> Parser:
     """With the flags that all pages have. text: the page's docstring."""
-    parser = Parser(prog=f"python -m papers.{page}", description=text.partition("\n\n")[0])
+    parser = Parser(prog=f"python -m papers.{page}", description=(text or "").partition("\n\n")[0])
     add = parser.add_argument
     add("--run", nargs="+", type=Path, default=[Path("out/shapes")], metavar="FOLDER",
         help="finished runs of train.py with different seeds (default: out/shapes)")

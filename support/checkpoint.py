@@ -145,7 +145,7 @@ def verified(path: Path) -> BinaryIO:
         if len(set(names)) < len(names):
             raise ValueError("an entry is there twice")
         for name in names:
-            target.writestr(name, archive.read(name))
+            target.writestr(zipfile.ZipInfo(name), archive.read(name))   # not now: of no clock
     copy.seek(0)
     return copy
 

@@ -94,9 +94,9 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         type=place, help="instead of a box, an image in which what is to be generated is painted: "
         "in white on black, or in any colour on a transparent layer")),
     (HOLES, "--particles", dict(
-        type=number(int, 0), help="choose each result from so many, drawn from the coarsest scale "
-        "on, by how well they fit what is known (default: 32, and 0 for a published model, which "
-        "takes long); 0: one, whose coarse scales are the border's")),
+        type=number(int, 0, 2**16), help="choose each result from so many, drawn from the coarsest "
+        "scale on, by how well they fit what is known (default: 32, and 0 for a published model, "
+        "which takes long); 0: one, whose coarse scales are the border's")),
     (HOLES, "--judge", dict(
         action="store_true", help="print what evaluate prints, of completed held-out images")),
     (HOLES, "--paste", dict(action="store_true", help="put the known pixels over the results")),

@@ -254,7 +254,11 @@ def read_folder(
         out / DECODED, "decoded folder", made_of=made_of, digest=digest.hexdigest(),
         train_labels=train_labels, held_out_labels=labels,
         unreadable=images.names_of_unreadable() + train.names_of_unreadable())
-    return load_decoded(out, made_of)
+    folder = load_decoded(out, made_of)
+    if folder is None:
+        raise UserError(f"what was decoded to {out} cannot be read again; --stream reads the images "
+                        f"as training goes instead")
+    return folder
 
 
 def hold_out(

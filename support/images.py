@@ -171,11 +171,12 @@ def transparency_in_eight_bits(image: Image.Image) -> None:
 
 def in_eight_bits(image: Image.Image, white: int | None) -> Image.Image:
     """Grey of 16 bits, or of real numbers up to 1 or 255, which Pillow would clip at 255."""
-    values_HW = np.nan_to_num(np.asarray(image, np.float64))
+    values_HW = np.asarray(image, np.float64)
     if white is None:
-        of_one = image.mode == "F" and values_HW.max() <= 1
+        brightest = values_HW[np.isfinite(values_HW)].max(initial=0)
+        of_one = image.mode == "F" and brightest <= 2   # resizing leaves some a little over 1
         white = 1 if of_one else 255 if image.mode == "F" else 65535
-    grey_HW = (values_HW * 255 / white).round().clip(0, 255)
+    grey_HW = np.nan_to_num(values_HW * 255 / white).round().clip(0, 255)
     opaque_HW = 255 * (values_HW != image.info.get("transparency"))
     return Image.fromarray(np.dstack([grey_HW, opaque_HW]).astype(np.uint8))
 

@@ -38,7 +38,7 @@ def experiment(assignment: Assignment, folder: Path) -> str:
         script = block[:begin.start()] if begin else block
         named = re.match(r"# (\w+\.py)\n", script)
         if named:
-            (folder / named[1]).write_text(script)
+            (folder / named[1]).write_text(script, "utf-8")
         if begin:
             shell += block[begin.start():].splitlines()
         elif named:
@@ -46,10 +46,10 @@ def experiment(assignment: Assignment, folder: Path) -> str:
     if assignment.number in CHANGED:
         name, *pieces = CHANGED[assignment.number]
         file = folder / path_of(name)
-        body = text_of(file.read_text(), name)
+        body = text_of(file.read_text("utf-8"), name)
         for old, new in pieces:
             body = body.replace(old, new)
-        file.with_suffix(".changed").write_text(with_body(file.read_text(), name, body))
+        file.with_suffix(".changed").write_text(with_body(file.read_text("utf-8"), name, body), "utf-8")
         change = f"cp {file.with_suffix('.changed')} {file}"
         shell = [line for each in shell for line in [change] * ("# changed" in each) + [each]]
     python = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}'
@@ -63,7 +63,7 @@ def experiment(assignment: Assignment, folder: Path) -> str:
 
 def last_line(log: Path) -> str:
     """What a training logged last of held-out images."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     last = [line for line in lines if line["split"] == "held_out"][-1]
     values = {name: [round(x, 3) for x in value] if isinstance(value, list) else round(value, 3)
               for name, value in last.items() if name not in ("stage", "step", "split")}

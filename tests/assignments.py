@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import types
 import zlib
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ class Mistake(Exception):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command")
     for name, what in (("handout", "print the text a student gets"),
                        ("cut", "make a student's folder"),
@@ -105,6 +106,8 @@ def main() -> None:
                     raise Mistake(f"{path} cannot be written: there is no such folder")
                 if path.is_dir():
                     raise Mistake(f"{path} cannot be written: it is a folder")
+                if not os.access(path.resolve().parent, os.W_OK):
+                    raise Mistake(f"{path} cannot be written: nothing can, in its folder")
             results = grade_all(assignment, options.folders, max(1, options.jobs))
             if options.json:
                 scores = {name: gradescope(result) for name, result in results.items()}
@@ -178,21 +181,22 @@ def cut(assignment: Assignment, folder: Path, run: Path | None = None) -> None:
     left_out = {}
     for file, names in by_file(assignment.give_aways).items():
         module = names[0].split(".")[0]
-        source = (ROOT / file).read_text()
+        source = (ROOT / file).read_text("utf-8")
         left_out[module] = code_of(source, names)
         for name in names:
             source = without_body(source, name, "in compiled.bin")
         restore = f'import compiled  # noqa: E402\ncompiled.restore("{module}", globals())\n'
         before, main, after = source.partition('\n\nif __name__ == "__main__":')
-        (folder / file).write_text(f"{before}\n\n{restore}{main}{after}")
+        (folder / file).write_text(f"{before}\n\n{restore}{main}{after}", "utf-8")
     for name in assignment.bodies:
         path = folder / path_of(name)
-        path.write_text(without_body(path.read_text(), name, f"assignment {assignment.number}"))
+        stub = without_body(path.read_text("utf-8"), name, f"assignment {assignment.number}")
+        path.write_text(stub, "utf-8")
     if left_out:
         content = compiled.PYTHON.encode() + b"\n" + marshal.dumps(left_out)
         (folder / "compiled.bin").write_bytes(content)
         shutil.move(folder / "tests" / "compiled.py", folder / "compiled.py")
-    (folder / "HANDOUT.md").write_text(handout(assignment) + "\n")
+    (folder / "HANDOUT.md").write_text(handout(assignment) + "\n", "utf-8")
 
 
 def code_of(source: str, names: list[str]) -> tuple[dict, dict]:
@@ -227,7 +231,7 @@ def handout(assignment: Assignment) -> str:
         "The bodies of these functions. Signatures stay.",
     ]
     for file, names in by_file(assignment.bodies).items():
-        source = (ROOT / file).read_text()
+        source = (ROOT / file).read_text("utf-8")
         parts.append(f"From `{file}`:")
         parts += dict.fromkeys(fenced(section_of(source, name)) for name in names)
         parts += [fenced(shown(source, name)) for name in names]
@@ -270,7 +274,7 @@ def allowed(assignment: Assignment) -> str:
             "yours, such as an attribute of another object than `self`; and giving another "
             "meaning to a name of the file or of a built-in: no variable called `max`, or as a "
             "function there is.")
-    if any(is_kernel(find((ROOT / path_of(x)).read_text(), x)) for x in assignment.bodies):
+    if any(is_kernel(find((ROOT / path_of(x)).read_text("utf-8"), x)) for x in assignment.bodies):
         said += (" In a kernel also what Triton does not compile: comprehensions, inner "
                  "functions, `try`, `with`, f-strings.")
     if forbidden(assignment):
@@ -323,7 +327,7 @@ def class_text(source: str, name: str) -> str:
 
 def quoted(name: str) -> str:
     """What a body or a graded test uses: a function without its body, a class, a line."""
-    source = (ROOT / path_of(name)).read_text()
+    source = (ROOT / path_of(name)).read_text("utf-8")
     if find(source, name):
         text = shown(source, name)
     elif any(getattr(x, "name", None) == name.split(".")[1] for x in tree_of(source).body):
@@ -336,7 +340,7 @@ def quoted(name: str) -> str:
 def test_of(test: str) -> Function:
     """The function that pytest calls so."""
     file, _, function = test.partition("::")
-    return find((ROOT / file).read_text(), f"x.{function.partition('[')[0]}")
+    return find((ROOT / file).read_text("utf-8"), f"x.{function.partition('[')[0]}")
 
 
 def shown(source: str, name: str) -> str:
@@ -366,12 +370,15 @@ class Nursery:
 
     def __enter__(self) -> Nursery:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
-                       "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}     # GPU or not
-        for name in ("PYTEST_ADDOPTS", "HYPOTHESIS_PROFILE", "PYTHONPATH"):
+                       "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",     # GPU or not
+                       "PYTHONUTF8": "1"}
+        for name in ("PYTEST_ADDOPTS", "HYPOTHESIS_PROFILE", "PYTHONPATH", "PYTHONOPTIMIZE"):
             environment.pop(name, None)
+        # Ctrl-C is for this process; a closed stderr would be taken by the first file opened.
         self.process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("nursery.py")], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env=environment)
+            stdout=subprocess.PIPE, stderr=None if sys.stderr else subprocess.DEVNULL, text=True,
+            env=environment, start_new_session=True)
         return self
 
     def __exit__(self, *_) -> None:
@@ -442,7 +449,7 @@ def solution(assignment: Assignment, folder: Path,
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             refused.append(f"{file} cannot be read: {' '.join(str(error).split())}")
             continue
-        ours = (ROOT / file).read_text()
+        ours = (ROOT / file).read_text("utf-8")
         for name in names:
             node = find(source, name)
             if node is None or signature(node) != signature(find(ours, name)):
@@ -471,7 +478,7 @@ def carry(bodies: dict[str, str], folder: Path) -> None:
     """Put bodies into a copy of the repository."""
     for name, text in bodies.items():
         path = folder / path_of(name)
-        path.write_text(with_body(path.read_text(), name, text))
+        path.write_text(with_body(path.read_text("utf-8"), name, text), "utf-8")
 
 
 def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[str, dict]:
@@ -482,15 +489,21 @@ def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[st
     folders = [inner for folder in folders for inner in students_folders(folder)]
     pairs = list(zip(names_of(folders), map(submission, folders)))
 
+    running: set[Nursery] = set()
+    stopped = threading.Event()
+
     def some(pairs: list[tuple[str, Path]]) -> list[tuple[str, dict]]:
         """One process runs the tests of many folders; after a crash the next gets a new one."""
         graded = []
-        while len(graded) < len(pairs):
+        while len(graded) < len(pairs) and not stopped.is_set():
             with Nursery() as nursery:
+                running.add(nursery)
                 for name, folder in pairs[len(graded):]:
                     try:
                         result = grade(assignment, folder, nursery)
                     except Exception as error:      # the others are to be graded all the same
+                        if stopped.is_set():
+                            return graded
                         why = f"could not be graded: {type(error).__name__}: {error}"
                         result = none(assignment, why)
                     print(f"{name}\n{textwrap.indent(told(result), '    ')}", flush=True)
@@ -500,10 +513,17 @@ def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[st
         return graded
 
     with ThreadPoolExecutor(jobs) as pool:
-        shares = pool.map(some, (pairs[i::jobs] for i in range(jobs)))
-        results = dict(sorted(sum(shares, [])))
-    first: dict[str, str] = {normal({body: text_of((ROOT / path_of(body)).read_text(), body)
-                                     for body in assignment.bodies}): "the original"}
+        try:
+            shares = pool.map(some, (pairs[i::jobs] for i in range(jobs)))
+            results = dict(sorted(sum(shares, [])))
+        except KeyboardInterrupt:   # nobody waits for what runs
+            stopped.set()
+            for nursery in running:
+                nursery.process.kill()
+            raise
+    ours = {body: text_of((ROOT / path_of(body)).read_text("utf-8"), body)
+            for body in assignment.bodies}
+    first: dict[str, str] = {normal(ours): "the original"}
     for name, result in results.items():
         text = normal(result["bodies"]) if result["bodies"] else None
         result["identical"] = first.get(text, "")

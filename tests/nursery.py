@@ -238,8 +238,8 @@ def watched(function, what: str):
         copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in before]
         result = function(*given, **named)
         after = held([*arguments.values()])
-        assert len(after) == len(before) and all(map(alike, after, before, copies)), \
-            f"{what} changes what it is given"
+        if len(after) != len(before) or not all(map(alike, after, before, copies)):
+            raise AssertionError(f"{what} changes what it is given")
         return result
 
     return call

@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 import textwrap
+import threading
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -585,6 +586,42 @@ def test_whose_folders_are_graded(tmp_path, monkeypatch, capsys):
         assignments.grade_all(FEW, [tmp_path / "__MACOSX"], 1)
 
 
+def test_ctrl_c_ends_grading_and_gives_nobody_points(tmp_path, monkeypatch, capsys):
+    for name in ("anna", "bert", "chris"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "var.py").touch()
+    killed = threading.Event()
+    monkeypatch.setattr(Nursery, "__enter__", lambda self: self)
+    monkeypatch.setattr(Nursery, "__exit__", lambda *_: None)
+    monkeypatch.setattr(Nursery, "process", SimpleNamespace(
+        poll=lambda: None, kill=killed.set), raising=False)
+
+    def graded(assignment, folder, nursery):
+        if folder.name == "anna":
+            raise KeyboardInterrupt   # as in the thread that waits
+        assert killed.wait(60)
+        raise assignments.Mistake("crashed")
+
+    monkeypatch.setattr(assignments, "grade", graded)
+    with pytest.raises(KeyboardInterrupt):
+        assignments.grade_all(FEW, [tmp_path], 2)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_runs_tests_is_started_alike_however_the_grader_was(monkeypatch):
+    """Its asserts count, its files are UTF-8, Ctrl-C does not reach it, and stderr is open."""
+    started = []
+    monkeypatch.setattr(assignments.subprocess, "Popen", lambda _, **how: started.append(how))
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    Nursery().__enter__()
+    monkeypatch.setattr(sys, "stderr", None)
+    Nursery().__enter__()
+    for how in started:
+        assert "PYTHONOPTIMIZE" not in how["env"] and how["env"]["PYTHONUTF8"] == "1"
+        assert how["start_new_session"]
+    assert [how["stderr"] for how in started] == [None, assignments.subprocess.DEVNULL]
+
+
 @pytest.mark.parametrize("flag", ["--csv", "--json"])
 def test_where_points_cannot_be_written_nothing_is_graded(tmp_path, monkeypatch, capsys, flag):
     monkeypatch.setattr(assignments, "grade_all", None)
@@ -594,6 +631,12 @@ def test_where_points_cannot_be_written_nothing_is_graded(tmp_path, monkeypatch,
         with pytest.raises(SystemExit) as ended:
             assignments.main()
         assert ended.value.code == 2 and told in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(sys, "argv", [
+        "assignments.py", "grade", "4", str(tmp_path), flag, str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as ended:
+        assignments.main()
+    assert ended.value.code == 2 and "nothing can, in its folder" in capsys.readouterr().err
 
 
 def test_names_that_are_no_utf_8_are_written(tmp_path):

@@ -304,6 +304,13 @@ def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
         assert all(map(torch.equal, everything(load(tmp_path / "moved", out)), whole))
 
 
+def test_what_cannot_be_read_again_is_told(tmp_path, monkeypatch):
+    root = draw_folder(tmp_path / "data", {"a": 4, "b": 3})
+    monkeypatch.setattr("support.folders.load_decoded", lambda *_: None)   # as where none is mapped
+    with pytest.raises(UserError, match="out cannot be read again; --stream"):
+        load(root, tmp_path / "out")
+
+
 def test_identity_is_names_sizes_and_content(tmp_path):
     """Data that were copied anew, to another disk or node, are the same data."""
     root = draw_folder(tmp_path / "data", {"a": 4, "b": 3})
@@ -801,6 +808,15 @@ def test_damaged_images(files, tmp_path_factory, name, data):
 def test_real_numbers_up_to_exactly_1_are_of_1(tmp_path):
     Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "real.tif")
     assert read_image(tmp_path / "real.tif", 8, 1).max() == 255
+
+
+@pytest.mark.parametrize("brightest", [1.01, 2, np.inf])
+def test_a_single_number_over_1_does_not_darken_the_others(tmp_path, brightest):
+    values = np.full((8, 8), 0.5, np.float32)
+    values[2, 3] = brightest
+    Image.fromarray(values).save(tmp_path / "real.tif")
+    pixels = read_image(tmp_path / "real.tif", 8, 1)[0]
+    assert pixels[2, 3] == 255 and sorted(pixels.ravel())[:-1] == [128] * 63
 
 
 def test_what_is_over_white_is_white(tmp_path):

@@ -827,6 +827,14 @@ def test_an_archive_in_which_an_entry_is_there_twice_is_refused(tmp_path):
         loads(path)
 
 
+def test_a_checkpoint_is_read_where_no_clock_runs(tmp_path, monkeypatch):
+    """An archive cannot be of a time before 1980, which a board without a clock begins at."""
+    path = tmp_path / "var.pt"
+    save_checkpoint(path, "transformer", config={"depth": 2})
+    monkeypatch.setattr(zipfile.time, "time", lambda: 1000.0)
+    assert loads(path)["config"] == {"depth": 2}
+
+
 def test_a_download_that_stands_still_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file",
                         lambda *_: limits.append(socket.getdefaulttimeout()))

@@ -1132,6 +1132,7 @@ def test_streams_that_are_closed(monkeypatch):
         monkeypatch.setattr(sys, "stderr", stream)
         run_program(lambda: list(progress_bar(range(3))))
         assert sys.stderr.name == os.devnull
+        print("a name that is no UTF-8: \udce9", file=sys.stderr)
 
 
 @pytest.mark.parametrize("watched, seconds", [(True, 0.5), (False, 60)])

@@ -1241,6 +1241,8 @@ def test_holes_are_completed_by_particles_unless_a_published_model_takes_long():
                              (theirs, 0), (["--particles", "5"], 5)):
         assert parse({}, ["inpaint", "a.png", *flags]).particles == particles
     assert parse({}, ["upscale", "a.png"]).particles == 0
+    with pytest.raises(SystemExit):
+        parse({}, ["inpaint", "a.png", "--particles", str(2**63)])
 
 
 def test_published_models_are_drawn_from_as_theirs_are():
