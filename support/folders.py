@@ -256,8 +256,8 @@ def read_folder(
         unreadable=images.names_of_unreadable() + train.names_of_unreadable())
     folder = load_decoded(out, made_of)
     if folder is None:
-        raise UserError(f"what was decoded to {out} cannot be read again; --stream reads the images "
-                        f"as training goes instead")
+        raise UserError(f"what was decoded to {out} cannot be read again; --stream reads the "
+                        f"images as training goes instead")
     return folder
 
 
