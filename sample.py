@@ -510,8 +510,8 @@ def complete(
 
     image_N = torch.arange(len(images)).repeat_interleave(max(1, particles))
     labels = [label] * len(image_N)
-    null_class = run.model.config.classes
-    if label == null_class and null_class <= particles:   # the classes in turn
+    null_class = len(run.classes)
+    if label == null_class and null_class <= particles:   # try the classes in turn
         labels = [i % null_class for i in range(particles)] * len(images)
 
     free = share_of_known(known_HW, paste) if particles else 0.0

@@ -108,7 +108,7 @@ class MaskedVAR(VAR):
             read_BlC = quantizer.read(f_hat_BCSS, k)                          # [B, l, C]
             tokens_Bl = read_BlC.new_zeros(read_BlC.shape[:2], dtype=torch.long)
             kept_Bl = tokens_Bl > 0                                           # none
-            if known is not None and k < known.scales:
+            if known is not None and k < known.known_scales:
                 tokens_Bl = known.tokens(quantizer, f_hat_BCSS, k)
                 kept_Bl = known.places(quantizer, k)
             for left in reversed(range(self.passes[k])):

@@ -290,7 +290,7 @@ PLANTED = {
          "uncond_BlV, cond_BlV = logits_BlV.chunk(2)"),
         ("noise_BlV.exponential_(generator=generator)", "noise_BlV.uniform_(generator=generator)"),
         ("noise_BlV.exponential_(generator=generator)", "noise_BlV.exponential_()"),
-        ("top_k, top_p, noise_BlV)", "0, 1.0, noise_BlV)"),
+        ("top_k, own_top_p, noise_BlV)", "0, 1.0, noise_BlV)"),
         ("own_top_p = first + (last - first) * fineness", "own_top_p = first"),
         ("first + (last - first) * fineness", "first + (last - first) * fineness**2"),
     ],
@@ -439,6 +439,7 @@ PLANTED = {
     "sample.Known.put": [
         ("torch.where(self.places(quantizer, k), own_Bl, drawn_Bl)",
          "torch.where(self.places(quantizer, k), drawn_Bl, own_Bl)"),
+        ("self.places(quantizer, k)", "self.places(quantizer, 0)"),
         ("torch.where(self.places(quantizer, k), own_Bl, drawn_Bl)", "own_Bl"),
         ("torch.where(self.places(quantizer, k), own_Bl, drawn_Bl)", "drawn_Bl"),
         ("self.tokens(quantizer, f_hat_BCSS, k)",

@@ -150,7 +150,7 @@ def test_one_pass_draws_what_var_draws(run, told, sampling):
     completed = drawn_with(run, run.model, sampling, known)
     assert torch.equal(drawn_with(run, untuned, sampling, known), completed)
     assert not torch.equal(drawn_with(run, model, sampling, known), completed)   # it heeds them
-    two_scales = lambda rows: replace(known(rows), scales=2)   # noqa: E731
+    two_scales = lambda rows: replace(known(rows), known_scales=2)   # noqa: E731
     assert torch.equal(drawn_with(run, untuned, sampling, two_scales),
                        drawn_with(run, run.model, sampling, two_scales))
 
@@ -427,7 +427,7 @@ def test_halves_are_completed(run, folder):
     changed[..., 8:] = 0   # the right half tells nothing
     again = hmar_passes.left_halves(run, changed)[1](range(1, 3))
     given = known(range(1, 3))
-    assert torch.equal(given.latent_BCSS, again.latent_BCSS) and given.scales == 3
+    assert torch.equal(given.latent_BCSS, again.latent_BCSS) and given.known_scales == 3
     assert given.where_B1SS[:, 0].tolist() == [[[1.0, 1.0, 0.0, 0.0]] * 4] * 2
     assert torch.equal(given.latent_BCSS, known(range(4)).latent_BCSS[1:3])
 

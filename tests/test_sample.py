@@ -24,6 +24,7 @@ from sample import Known, Run, load_images, load_run
 from support import evaluation, holes
 from support.asked import asked_classes
 from support.checkpoint import save_checkpoint
+from support.cli import UserError
 from support.commands import COMMANDS, GENERATING, HOLES, parse
 from support.data import load_data, load_held_out
 from support.devices import Machine, PackedLinear, choose_machine, pack
@@ -1241,7 +1242,7 @@ def test_holes_are_completed_by_particles_unless_a_published_model_takes_long():
                              (theirs, 0), (["--particles", "5"], 5)):
         assert parse({}, ["inpaint", "a.png", *flags]).particles == particles
     assert parse({}, ["upscale", "a.png"]).particles == 0
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="from 0 to 65536"):
         parse({}, ["inpaint", "a.png", "--particles", str(2**63)])
 
 
