@@ -524,10 +524,10 @@ def complete(
 
     results = []
     for seed in seeds:
-        drawnL = run.generate(labels, seed, known_of)
+        drawn_NL = run.generate(labels, seed, known_of)
         if particles:
-            drawnL = most_likely(run, drawnL, labels, known_of(slice(0, 1)), particles)
-        results.append(run.decode(drawnL))
+            drawn_NL = most_likely(run, drawn_NL, labels, known_of(slice(0, 1)), particles)
+        results.append(run.decode(drawn_NL))
     if paste:
         results = [torch.where(known_HW > 0, images, result) for result in results]
     if not known_HW.all():

@@ -416,7 +416,7 @@ class VAR(nn.Module):
             cond_BlV, uncond_BlV = logits_BlV.chunk(2)
             logits_BlV = torch.lerp(uncond_BlV, cond_BlV, 1 + guidance)
         p_BlV = logits_BlV.softmax(dim=-1)
-        with fp32_products(p_BlV.device.type):   # as for `logits`
+        with fp32_products(p_BlV.device.type):   # see `logits`
             means_BlC = p_BlV @ codebook_VC
             lengths_Bl1 = (p_BlV @ codebook_VC.square()).sum(dim=-1, keepdim=True).sqrt()
         means_BlC = F.normalize(means_BlC, dim=-1) * lengths_Bl1

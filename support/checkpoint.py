@@ -145,7 +145,7 @@ def verified(path: Path) -> BinaryIO:
         if len(set(names)) < len(names):
             raise ValueError("an entry is there twice")
         for name in names:
-            target.writestr(zipfile.ZipInfo(name), archive.read(name))   # not now: of no clock
+            target.writestr(zipfile.ZipInfo(name), archive.read(name))   # of 1980: a clock may be wrong
     copy.seek(0)
     return copy
 

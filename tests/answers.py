@@ -49,7 +49,8 @@ def experiment(assignment: Assignment, folder: Path) -> str:
         body = text_of(file.read_text("utf-8"), name)
         for old, new in pieces:
             body = body.replace(old, new)
-        file.with_suffix(".changed").write_text(with_body(file.read_text("utf-8"), name, body), "utf-8")
+        changed = with_body(file.read_text("utf-8"), name, body)
+        file.with_suffix(".changed").write_text(changed, "utf-8")
         change = f"cp {file.with_suffix('.changed')} {file}"
         shell = [line for each in shell for line in [change] * ("# changed" in each) + [each]]
     python = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}'

@@ -489,16 +489,18 @@ def grade_all(assignment: Assignment, folders: list[Path], jobs: int) -> dict[st
     folders = [inner for folder in folders for inner in students_folders(folder)]
     pairs = list(zip(names_of(folders), map(submission, folders)))
 
-    running: set[Nursery] = set()
+    running: list[Nursery] = []
     stopped = threading.Event()
 
     def some(pairs: list[tuple[str, Path]]) -> list[tuple[str, dict]]:
         """One process runs the tests of many folders; after a crash the next gets a new one."""
         graded = []
-        while len(graded) < len(pairs) and not stopped.is_set():
+        while len(graded) < len(pairs):
             with Nursery() as nursery:
-                running.add(nursery)
+                running.append(nursery)     # then look: who stops all kills what is here
                 for name, folder in pairs[len(graded):]:
+                    if stopped.is_set():
+                        return graded
                     try:
                         result = grade(assignment, folder, nursery)
                     except Exception as error:      # the others are to be graded all the same
