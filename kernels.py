@@ -121,8 +121,8 @@ def load_token(x_BLW, token, columns_W, W):
     pointer, strides = x_BLW
     image = tl.program_id(1).to(tl.int64)   # in 64 bits: there may be over 2^31 numbers
     begin = image * strides[0] + token * strides[1]
-    places_W = pointer + begin + columns_W * strides[2]
-    return tl.load(places_W, mask=columns_W < W, other=0.0).to(tl.float32)
+    pointers_W = pointer + begin + columns_W * strides[2]
+    return tl.load(pointers_W, mask=columns_W < W, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -131,8 +131,8 @@ def store_token(x_BLW, token, columns_W, W, x_W):
     pointer, strides = x_BLW
     image = tl.program_id(1).to(tl.int64)
     begin = image * strides[0] + token * strides[1]
-    places_W = pointer + begin + columns_W * strides[2]
-    tl.store(places_W, x_W.to(pointer.dtype.element_ty), mask=columns_W < W)
+    pointers_W = pointer + begin + columns_W * strides[2]
+    tl.store(pointers_W, x_W.to(pointer.dtype.element_ty), mask=columns_W < W)
 
 
 @triton.jit
@@ -195,7 +195,8 @@ def adaln_backward(sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW, dx_BLW
 
 
 def adaln_tiles(W: int) -> dict[str, int]:
-    """A token in registers; from W 65 to 2048 4 numbers a thread, in fp32 moved by one load."""
+    """Return tiles that hold a token in registers; for W from 65 to 2048 that is 4 numbers a
+    thread, which in fp32 one load moves."""
     TILE_W = next_power_of_2(W)
     warps = max(1, TILE_W // 128)
     return dict(TILE_W=TILE_W, num_warps=min(16, warps))
@@ -287,11 +288,11 @@ def load_tile(x_NC, rows_T, N, columns_T, C, CUT: tl.constexpr = True):
     pointer, strides = x_NC
     rows_T1 = rows_T[:, None]
     columns_1T = columns_T[None, :]
-    places_TT = rows_T1 * strides[0] + columns_1T * strides[1]
+    offsets_TT = rows_T1 * strides[0] + columns_1T * strides[1]
     inside_TT = columns_1T < C
     if CUT:
         inside_TT &= rows_T1 < N
-    return tl.load(pointer + places_TT, mask=inside_TT, other=0.0)
+    return tl.load(pointer + offsets_TT, mask=inside_TT, other=0.0)
 
 
 @triton.jit
@@ -416,9 +417,9 @@ def store_head(x_BHLD, rows_T, L, D: tl.constexpr, x_TD):
     pointer, strides = x_LD
     rows_T1 = rows_T[:, None]
     columns_1D = columns_D[None, :]
-    places_TD = pointer + rows_T1 * strides[0] + columns_1D
+    offsets_TD = pointer + rows_T1 * strides[0] + columns_1D
     inside_TD = (rows_T1 < L) & (columns_1D < D)
-    tl.store(places_TD, x_TD.to(pointer.dtype.element_ty), mask=inside_TD)
+    tl.store(offsets_TD, x_TD.to(pointer.dtype.element_ty), mask=inside_TD)
 
 
 @triton.jit
@@ -947,8 +948,8 @@ ATTENTION_TILES = {
 
 
 def attention_tiles(name: str, q_BHLD: Tensor) -> dict[str, int]:
-    """As in the table, but smaller for the first scales of a generation: of a tile of 128 queries
-    most would be padding."""
+    """Return the tiles of the table, but smaller ones for the first scales of a generation: of a
+    tile of 128 queries most would be padding."""
     L, D = q_BHLD.shape[2:]
     in_fp32 = q_BHLD.dtype == torch.float32
     tiles = ATTENTION_TILES[name][2 * in_fp32 + (D > 64)]
@@ -1008,9 +1009,6 @@ class BlockAttention(torch.autograd.Function):
 
 
 def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
-    D = q_BHLD.shape[3]
-    if not 16 <= D <= 128:
-        raise ValueError(f"the Triton kernel takes a head width of 16 to 128: it is {D}")
     # Keys after those in sight may hold anything, as in a cache that is not yet full.
     seen = ranges.last[-1]
     k_BHSD = k_BHSD[:, :, :seen]
@@ -1069,7 +1067,7 @@ def block_attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, ranges: KeyR
 # all bits of negative ones.
 #
 # Probabilities are counted in whole units of 2^-40 of the largest: integer sums are the same in
-# every order, so that both backends draw the same token.
+# every order, so the backends draw the same token unless they round exp or log otherwise.
 
 
 @triton.jit
@@ -1131,7 +1129,7 @@ def sample_tokens_triton(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV
 
 
 def sample_tokens_torch(cond_BlV, uncond_BlV, guidance, top_k, top_p, noise_BlV):
-    """Sorts the k highest logits; the last of those that stay is the threshold."""
+    """Sort the k highest logits; the last of those that stay is the threshold."""
     logits_BlV = cond_BlV.float()
     V = cond_BlV.shape[-1]
     if uncond_BlV is not None:

@@ -46,7 +46,7 @@ from support.holes import (
 )
 from support.images import (
     Row, at_a_time, batches, grid, rows_of_classes, save_film, save_npz, save_picture, save_told,
-    to_bytes, to_one_array,
+    to_bytes,
 )
 from support.published import class_names, published_pair
 from tokenizer import Quantizer, Tokenizer, TokenizerConfig
@@ -156,8 +156,8 @@ class Run:
 
     @property
     def batch(self) -> int:
-        """Return how many images to draw at a time: as told, or as many as have keys and values of
-        4 GB together, half of what small GPUs have, and at most 100."""
+        """Return how many images to draw at a time: as told; else as many as keep their keys and
+        values within 4 GB, half of a small GPU, and at most 100."""
         config = self.model.config
         numbers = 2 * config.depth * config.length * config.width
         copies = 2 if self.sampling.cfg else 1
@@ -188,6 +188,7 @@ class Run:
                          "null class, which guidance (--cfg) and completing without a class use")
             known = None if known_of is None else known_of(rows)
             latents = []
+            # A `generate` of one's own may take neither.
             more = dict(smooth=smooth, latents=latents) if smooth or keep else {}
             with self.machine.autocast():
                 tokens_BL = self.model.generate(
@@ -228,7 +229,7 @@ class Run:
     def decode_to_bytes(self, drawn: Tensor) -> np.ndarray:
         """Return the images of `decode` as bytes [N, side, side, channels], which are a quarter as
         much to copy from a GPU."""
-        return to_one_array(self.rendered(drawn), len(drawn))
+        return np.concatenate([to_bytes(images) for images in self.rendered(drawn)])
 
     def rendered(self, drawn: Tensor) -> Iterator[Tensor]:
         """Yield images on the device, some at a time.
@@ -335,7 +336,7 @@ def load_run(folder: Path, machine: Machine, sampling: Sampling = DEFAULTS,
 
 
 def load_alone(path: Path, machine: Machine, sampling: Sampling) -> Run:
-    """A tokenizer without a transformer, and the held-out images beside it."""
+    """Load a tokenizer without a transformer, and the held-out images beside it."""
     if path.suffix != ".pt":
         tokenizer = placed(load_tokenizer(path), machine)
         return Run(path.parent, tokenizer, None, [], None, machine, sampling)
@@ -356,7 +357,7 @@ def placed(tokenizer: Tokenizer, machine: Machine) -> Tokenizer:
 
 
 def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokenizer:
-    """A tokenizer of ours, or a published one, whose scales the caller may name."""
+    """Load a tokenizer of ours, or a published one, whose scales the caller may name."""
     if path.suffix == ".pt":
         return restored(path, "tokenizer", Tokenizer, TokenizerConfig)[0].eval()
     with blaming(path):
@@ -371,14 +372,14 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
 
 
 def draw_samples(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
-    """A row of images for each class; names: None for all, at most 20."""
+    """Return a row of images for each class; names: None is all, at most 20."""
     labels, wanted = asked_classes(run, names, per_class)
     _, drawn = run.draw(wanted, seed)
     return rows_of_classes(labels, run.decode_to_bytes(drawn))
 
 
 def draw_progress(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
-    """A row for each image: what it looks like after each scale."""
+    """Return a row for each image: what it looks like after each scale."""
     labels, wanted = asked_classes(run, names, per_class)
     kept = []
     run.generate(wanted, seed, keep=kept.append)
@@ -429,19 +430,19 @@ class Known:
     known_scales: at how many of the scales, from the coarsest, anything is known.
     own_tokens_BL: if given, the images' tokens, computed beforehand, are put as they are: the open
         loop, as the authors do.
-    free: if not 0, coarse maps are drawn in the holes, too (see `most_likely`): in cells of which
-        less than this share is known.
+    known_from: the share from which a cell of a coarse map counts as known; the others are drawn,
+        see `most_likely`. 0 is the quarter rule of `mask`.
     """
     latent_BCSS: Tensor
     where_B1SS: Tensor
     known_scales: int
     own_tokens_BL: Tensor | None = None
-    free: float = 0.0
+    known_from: float = 0.0
 
     def put(self, drawn_Bl: Tensor, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
         """Return tokens [B, l] of scale k: the images' own where known, else those drawn."""
         own_Bl = self.tokens(quantizer, f_hat_BCSS, k)
-        return torch.where(self.places(quantizer, k), own_Bl, drawn_Bl)
+        return torch.where(self.mask(quantizer, k), own_Bl, drawn_Bl)
 
     def tokens(self, quantizer: Quantizer, f_hat_BCSS: Tensor, k: int) -> Tensor:
         """Return the images' own tokens of scale k: [B, l].
@@ -454,7 +455,7 @@ class Known:
             return quantizer.split(self.own_tokens_BL)[k]
         return quantizer.nearest(quantizer.read(self.latent_BCSS - f_hat_BCSS, k))
 
-    def places(self, quantizer: Quantizer, k: int) -> Tensor:
+    def mask(self, quantizer: Quantizer, k: int) -> Tensor:
         """Return which tokens of scale k are known: bool [B or 1, l].
 
         The tokens of a scale are drawn independently, so a generated one learns only from coarser
@@ -462,8 +463,8 @@ class Known:
         finest side, where a cell covers 4 x 4 of the finest or more, all cells are known, in the
         holes too (if anything is). They say how large forms and colours go on there, and leave to
         the finer maps what is seen in them. On those, cells of which any part is known; and on the
-        finest, those of which half is, so that a hole ends where it was asked to. If coarse maps
-        are free, one share makes cells known on all maps but the finest.
+        finest, those of which half is, so that a hole ends where it was asked to. With `known_from`
+        one share makes cells known on all maps but the finest.
         """
         s = quantizer.scales[k]
         S = quantizer.scales[-1]
@@ -472,8 +473,8 @@ class Known:
             return torch.zeros_like(share_Bl, dtype=torch.bool)
         if s == S:
             return share_Bl >= 0.5
-        if self.free:
-            return share_Bl >= self.free
+        if self.known_from:
+            return share_Bl >= self.known_from
         if 4 * s <= S:
             share_Bl = share_Bl.amax(dim=1, keepdim=True).expand_as(share_Bl)
         return share_Bl > 0
@@ -484,13 +485,13 @@ def complete(
     small_side: int | None = None, open_loop: bool = False, paste: bool = False,
     particles: int = 0, judge: bool = False,
 ) -> list[Row]:
-    """In-painting and its kin: a row for each image, what is known of it, and a result per seed.
+    """Return a row for each image: the original, what is known of it, and a result per seed.
 
     known_HW: 1 where images are known and 0 where they are generated; None: everywhere, but the
         coarse scales alone, of images averaged down to `small_side`.
     open_loop: see `Known`. paste: put the known pixels over the results.
-    particles: how many results to choose each from, see `most_likely`; 0 is one, whose coarse
-        maps are those of the border (the authors' is the 1x1 map alone).
+    particles: how many results to choose each from, see `most_likely`; 0 is a single one, whose
+        coarse maps are those of the filled image. (The authors take only its 1x1 map.)
     judge: print how good they are, too, as `evaluate` does.
     """
     images = given.images
@@ -514,13 +515,13 @@ def complete(
     if label == null_class and null_class <= particles:   # try the classes in turn
         labels = [i % null_class for i in range(particles)] * len(images)
 
-    free = share_of_known(known_HW, paste) if particles else 0.0
+    known_from = share_of_known(known_HW, paste) if particles else 0.0
 
     def known_of(rows: slice) -> Known:
         image_B = image_N[rows]
         own_tokens_BL = tokens_NL[image_B].to(device) if open_loop else None
         latent_BCSS = latent_NCSS[image_B].to(device)
-        return Known(latent_BCSS, where_11SS, known_scales, own_tokens_BL, free)
+        return Known(latent_BCSS, where_11SS, known_scales, own_tokens_BL, known_from)
 
     results = []
     for seed in seeds:
@@ -556,8 +557,8 @@ def most_likely(
     the weights tell which the known part is of, too.
     """
     quantizer = run.tokenizer.quantizer
-    places = [known.places(quantizer, k) for k in range(len(quantizer.scales))]
-    known_1L = torch.cat(places, dim=1).cpu()
+    masks = [known.mask(quantizer, k) for k in range(len(quantizer.scales))]
+    known_1L = torch.cat(masks, dim=1).cpu()
     log_weights_NL = run.log_likelihoods(tokens_NL, labels) * known_1L
     log_weights_Nn = log_weights_NL.sum(dim=1).view(-1, particles)
     best_N = log_weights_Nn.argmax(dim=1)

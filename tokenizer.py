@@ -90,7 +90,7 @@ class TokenizerConfig:
 class Phi(nn.Conv2d):
     """It repairs an upsampled map: phi(h) = h / 2 + conv(h) / 2, as in the published code.
 
-    The half that goes around the convolution keeps any phi, however trained, near what it got.
+    Half goes around the convolution, which has only a correction to learn.
     """
 
     def __init__(self, channels: int):
@@ -102,7 +102,7 @@ class Phi(nn.Conv2d):
 
 
 class Quantizer(nn.Module):
-    """It writes a latent as a sum of K upsampled token maps (paper: Algorithms 1 and 2).
+    """It approximates a latent by a sum of K upsampled token maps (paper: Algorithms 1 and 2).
 
         accumulate: f_hat_k = f_hat_{k-1} + phi_k(upsample(codebook[tokens_k]))
         read:       average down to s_k x s_k: the residual, when encoding; f_hat, when predicting
@@ -327,16 +327,16 @@ def averaged(x_BCSS: Tensor, s: int) -> Tensor:
 
 
 def choose_phis(K: int, phis: int) -> list[int]:
-    """Return which phi serves each scale: that whose place in [0, 1] is nearest to k / (K-1).
+    """Return which phi serves each scale: that whose tick in [0, 1] is nearest to k / (K-1).
 
     As published, with another margin for four phis than for others; and in float64, since
     published checkpoints fall on ties that rounding decides.
     """
     margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
-    places = np.linspace(margin, 1 - margin, phis)
+    ticks = np.linspace(margin, 1 - margin, phis)
     chosen = []
     for k in range(K):
-        distances = np.abs(places - k / max(K - 1, 1))
+        distances = np.abs(ticks - k / max(K - 1, 1))
         chosen.append(int(distances.argmin()))
     return chosen
 
@@ -563,11 +563,11 @@ class Tokenizer(nn.Module):
         """Return what the transformer reads for scales 1 to K-1 in training: [B, L-1, C]."""
         return self.quantizer.teacher_inputs(tokens_BL)
 
-    def forward(self, images: Tensor, quantize: bool = True, small_side: int | None = None
+    def forward(self, images: Tensor, quantize: bool = True, small_s: int | None = None
                 ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return reconstructions, and the losses by name, which the stage adds up.
 
-        quantize: False trains the encoder and decoder alone. small_side: the side s of
+        quantize: False trains the encoder and decoder alone. small_s: the side s of
         `smaller_loss`; None is without it.
         """
         f_BCSS = self.latent(images)                                # [B, C, S, S]
@@ -581,16 +581,16 @@ class Tokenizer(nn.Module):
             "l1": F.l1_loss(reconstruction, images),
             "codebook": codebook_loss,
         }
-        if small_side is not None:
-            losses["smaller"] = self.smaller_loss(f_BCSS, images, small_side)
+        if small_s is not None:
+            losses["smaller"] = self.smaller_loss(f_BCSS, images, small_s)
         return reconstruction, losses
 
     def smaller_loss(self, f_BCSS: Tensor, images: Tensor, s: int) -> Tensor:
         """Compare what latents averaged down to s x s decode to with images averaged down as much.
 
         A coarse map is made of such averages. If they are what a small image would be encoded to,
-        the map shows that image, and the transformer finds less to guess in it: 7 % fewer nats for
-        0.4 dB. (EQ-VAE, arXiv 2502.09509, asks the same of the latents of diffusion models.)
+        the map shows that image, and is easier to predict: README, Results, has what that gives.
+        (EQ-VAE, arXiv 2502.09509, asks the same of the latents of diffusion models.)
         """
         features = self.from_latent(averaged(f_BCSS, s))
         # Not self.decoder(features): --compile would compile that anew for every side.

@@ -385,7 +385,7 @@ class TokenizerStage(Stage):
         optimizers = adamw_and_muon(
             model, layers, preset.tokenizer_lr, 0.0, preset.muon, machine.dtype)
         made_with = {**preset.of(TokenizerPreset), "LPIPS": bool(lpips_weights)}
-        self.hits_V = torch.zeros_like(model.quantizer.hits_V, dtype=torch.int64)
+        self.counts_V = torch.zeros_like(model.quantizer.hits_V, dtype=torch.int64)
         super().__init__(
             model, optimizers + detail.optimizers(), data.train, preset.tokenizer_steps,
             preset.tokenizer_batch, 0.0, made_with, data, settings, detail)
@@ -415,26 +415,26 @@ class TokenizerStage(Stage):
         originals = to_float(images.to(self.settings.machine.device, non_blocking=True))
         preset = self.settings.preset
         sides = range(2, self.model.config.scales[-1])
-        small_side = sides[self.step % len(sides)] if preset.smaller_weight and sides else None
-        reconstructions, losses = model(originals, quantize, small_side)
+        small_s = sides[self.step % len(sides)] if preset.smaller_weight and sides else None
+        reconstructions, losses = model(originals, quantize, small_s)
         if quantize:
-            self.hits_V += self.model.quantizer.count(self.model.quantizer.last_tokens_BL)
+            self.counts_V += self.model.quantizer.count(self.model.quantizer.last_tokens_BL)
         losses["edges"] = edge_loss(originals, reconstructions)
-        likeness = losses["mse"] + L1_WEIGHT * losses["l1"] + preset.edge_weight * losses["edges"]
-        likeness = likeness + preset.smaller_weight * losses.get("smaller", 0.0)
-        likeness, for_detail = self.helpers(
-            originals, reconstructions, likeness, self.model.decoder.conv_out.weight,
+        loss = losses["mse"] + L1_WEIGHT * losses["l1"] + preset.edge_weight * losses["edges"]
+        loss = loss + preset.smaller_weight * losses.get("smaller", 0.0)
+        loss, for_detail = self.helpers(   # see DetailLosses
+            originals, reconstructions, loss, self.model.decoder.conv_out.weight,
             adversarial=self.step >= self.adversarial_from, scale=self.loss_scale.factor())
-        return likeness + losses["codebook"], lambda: losses | for_detail
+        return loss + losses["codebook"], lambda: losses | for_detail
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Take the step's hits into their EMA; in every twentieth, up to 90 %, move dead codes."""
+        """Take the hits into their EMA; every twentieth step, up to 90 %, move dead codes."""
         if self.step < self.quantized_from:
             return
         quantizer = self.model.quantizer
-        quantizer.update_hits(sum_over_processes(self.hits_V))
-        self.hits_V.zero_()
+        quantizer.update_hits(sum_over_processes(self.counts_V))
+        self.counts_V.zero_()
         ending = self.step >= 0.9 * self.steps
         if self.quantized_from < self.step and self.step % 20 == 0 and not ending:
             residuals = [gather_over_processes(x_BlC) for x_BlC in quantizer.last_residuals]
@@ -453,9 +453,10 @@ class TokenizerStage(Stage):
             with self.settings.machine.autocast():
                 reconstructions, losses = self.ema(originals)
                 losses |= self.helpers.held_out(originals, reconstructions)
+            losses["clamped"] = F.mse_loss(reconstructions.clamp(-1, 1), originals)
             share = len(originals) / count
             means.update({name: share * loss.item() for name, loss in losses.items()})
-        return {**means, "psnr": psnr(means["mse"])}
+        return {"psnr": psnr(means.pop("clamped")), **means}
 
     def example(self) -> tuple[Tensor, ...]:
         return (self.images[:1].to(self.settings.machine.device),)

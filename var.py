@@ -238,7 +238,7 @@ class VAR(nn.Module):
         modulations, head_B2W = self.modulations(class_BW)                  # depth x [B, 6, W]
         read = self.code_embedding(inputs)                                  # [B, L-1, W]
         x_BLW = torch.cat([self.start(class_BW), read], dim=1)              # [B, L, W]
-        stream = self.through_layers(x_BLW, self.places(), modulations, self.ranges, None)
+        stream = self.through_layers(x_BLW, self.positions(), modulations, self.ranges, None)
         return self.logits(stream, head_B2W)                                # [B, L, V]
 
     def drop_labels(self, labels_B: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ class VAR(nn.Module):
         """Return what the first scale, a single token, reads: [B, 1, W]."""
         return class_BW[:, None] + self.start_position_11W
 
-    def places(self) -> Tensor:
+    def positions(self) -> Tensor:
         """Return where each token is, in its map and among the scales: [1, L, W]."""
         return self.position_1LW + self.level_embedding(self.level_L)
 
@@ -270,13 +270,13 @@ class VAR(nn.Module):
             layers = [block.modulation(c_BW).unflatten(1, (6, W)) for block in self.blocks]
         return layers, head_B2W
 
-    def through_layers(self, x_BLW: Tensor, places_1LW: Tensor, modulations: list[Tensor],
+    def through_layers(self, x_BLW: Tensor, positions_1LW: Tensor, modulations: list[Tensor],
                        ranges: KeyRanges, caches: list[LayerCache] | None) -> Stream:
         """Pass what is read through all layers. caches: one for each, or none."""
         # The residual stream starts with the places. What is read is the first branch, added by the
         # first AdaLN with a gate of 1.
         gate_BW = torch.ones_like(x_BLW[:, 0])
-        stream = places_1LW.expand_as(x_BLW), x_BLW, gate_BW
+        stream = positions_1LW.expand_as(x_BLW), x_BLW, gate_BW
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             stream = block(stream, modulations[i], ranges, cache)
@@ -319,7 +319,7 @@ class VAR(nn.Module):
             of `sample.Known`, which puts their own tokens in place of those drawn.
         growth: how late guidance grows and top_p falls, see `draw`; 1 is evenly, as published.
         smooth: how much of a code makes way for the mean at the last scale, see `smoothed`; 0 is
-            nothing, as published, and where anything is known.
+            nothing, as published; with `known` it has to be 0.
         latents: a list to which f_hat [B, C, S, S] after each scale is appended; smooth images are
             decoded from the last.
         """
@@ -332,13 +332,13 @@ class VAR(nn.Module):
         class_BW = self.class_embedding(labels_B)                               # [B or 2 B, W]
         modulations, head_B2W = self.modulations(class_BW)                      # as in `forward`
         caches = self.new_caches()
-        places_1LW = self.places()                                              # [1, L, W]
+        positions_1LW = self.positions()                                              # [1, L, W]
         x_BlW = self.start(class_BW)                                            # [B or 2 B, 1, W]
         tokens = []
         for k, span in enumerate(self.config.spans):
             ranges = self.ranges.rows(span.start, span.stop)
             stream = self.through_layers(
-                x_BlW, places_1LW[:, span], modulations, ranges, caches)
+                x_BlW, positions_1LW[:, span], modulations, ranges, caches)
             logits_BlV = self.logits(stream, head_B2W)                          # [B or 2 B, l, V]
             tokens_Bl = self.draw(
                 logits_BlV, k, cfg, top_k, top_p, generator, growth)            # [B, l]

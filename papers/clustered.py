@@ -98,7 +98,7 @@ class ClusteredVAR(VAR):
             span = self.config.spans[k]
             ranges = self.ranges.rows(span.start, span.stop)
             stream = self.through_layers(
-                x_BlW, self.places()[:, span], modulations, ranges, caches[second])
+                x_BlW, self.positions()[:, span], modulations, ranges, caches[second])
             return self.logits(stream, head_B2W)                            # [B or 2 B, l, V]
 
         for k in range(len(self.config.scales)):

@@ -61,10 +61,10 @@ class Controlled(VAR):
             self.edges_BLX = self.edges_BLX * (labels_B < self.config.classes)[:, None, None]
         return labels_B
 
-    def places(self) -> Tensor:
+    def positions(self) -> Tensor:
         """What is added to what is read: [1, L, W], and with edges [B, L, W]."""
         added = 0 if self.edges_BLX is None else self.control(self.edges_BLX)
-        return super().places() + added
+        return super().positions() + added
 
 
 class Steering(Tuning):

@@ -42,9 +42,9 @@ def left_out(run: Trained, k: int) -> Trained:
     """A run of VAR, weights and all, without one of its scales."""
     config = run.model.config
     rest = [i for i in range(len(config.scales)) if i != k]
-    places_1LW = torch.cat([run.model.places()[:, config.spans[i]] for i in rest], dim=1)
+    positions_1LW = torch.cat([run.model.positions()[:, config.spans[i]] for i in rest], dim=1)
     part = of(run, tuple(config.scales[i] for i in rest))
-    part.model.places = lambda: places_1LW
+    part.model.positions = lambda: positions_1LW
     quantizer = part.tokenizer.quantizer
     quantizer.areas_XS = torch.cat([quantizer.areas_XS.split(config.scales)[i] for i in rest])
     quantizer.phi_of_scale = [quantizer.phi_of_scale[i] for i in rest]
@@ -114,13 +114,13 @@ class FlexVAR(VAR):
 
     def __init__(self, plain: VAR):
         super().__init__(plain.config)
-        finest_1lW = plain.places()[:, plain.config.spans[-1]].detach()
+        finest_1lW = plain.positions()[:, plain.config.spans[-1]].detach()
         del self.position_1LW, self.level_embedding
         self.load_state_dict(plain.state_dict(), strict=False)
         self.position_1WSS = nn.Parameter(finest_1lW.mT.unflatten(2, 2 * plain.config.scales[-1:]))
         self.to(finest_1lW.device)
 
-    def places(self) -> Tensor:
+    def positions(self) -> Tensor:
         maps = [resized(self.position_1WSS, s).flatten(2).mT for s in self.config.scales]
         return torch.cat(maps, dim=1)                                       # [1, L, W]
 

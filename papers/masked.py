@@ -104,13 +104,13 @@ class MaskedVAR(VAR):
         tokens = []
         for k, span in enumerate(self.config.spans):
             ranges = self.ranges.rows(span.start, span.stop)
-            places_1lW = self.places()[:, span]
+            positions_1lW = self.positions()[:, span]
             read_BlC = quantizer.read(f_hat_BCSS, k)                          # [B, l, C]
             tokens_Bl = read_BlC.new_zeros(read_BlC.shape[:2], dtype=torch.long)
             kept_Bl = tokens_Bl > 0                                           # none
             if known is not None and k < known.known_scales:
                 tokens_Bl = known.tokens(quantizer, f_hat_BCSS, k)
-                kept_Bl = known.places(quantizer, k)
+                kept_Bl = known.mask(quantizer, k)
             for left in reversed(range(self.passes[k])):
                 hint_BlX = self.hint(quantizer, tokens_Bl, kept_Bl, k)        # [B, l, C + 1]
                 x_BlW = self.start(class_BW)
@@ -120,7 +120,7 @@ class MaskedVAR(VAR):
                     x_BlW = x_BlW.repeat(len(labels_B) // B, 1, 1)
                 for cache in caches:
                     cache.filled = span.start   # finer scales see the last pass
-                stream = self.through_layers(x_BlW, places_1lW, modulations, ranges, caches)
+                stream = self.through_layers(x_BlW, positions_1lW, modulations, ranges, caches)
                 logits_BlV = self.logits(stream, head_B2W)                    # [B or 2 B, l, V]
                 drawn_Bl = self.draw(logits_BlV, k, cfg, top_k, top_p, generator, growth)
                 tokens_Bl = torch.where(kept_Bl, tokens_Bl, drawn_Bl)         # [B, l]

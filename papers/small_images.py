@@ -93,11 +93,11 @@ class Looking(VAR):
         read = [self.read(f_BCSS, k) for k in range(len(self.config.scales))]
         self.shown_BLC = torch.cat(read, dim=1)
 
-    def places(self) -> Tensor:
+    def positions(self) -> Tensor:
         """What is added to what is read: [1, L, W], and with a latent [B, L, W]."""
         if self.shown_BLC is None:
-            return super().places()
-        return super().places() + self.look(self.shown_BLC)
+            return super().positions()
+        return super().positions() + self.look(self.shown_BLC)
 
 
 def scales_of_small(run: Run) -> int:

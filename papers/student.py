@@ -92,7 +92,7 @@ class Student(VAR):
         class_BW = self.class_embedding(labels_B)
         modulations, head_B2W = self.modulations(class_BW)
         x_BLW = self.read(class_BW, read_BLC, noise_BLX, True)
-        stream = self.through_layers(x_BLW, self.places(), modulations, self.ranges, None)
+        stream = self.through_layers(x_BLW, self.positions(), modulations, self.ranges, None)
         return self.logits(stream, head_B2W)
 
     @torch.no_grad()
@@ -111,8 +111,8 @@ class Student(VAR):
             read_BlC = torch.cat([quantizer.read(f_hat_BCSS, k) for k in range(begin, end)], dim=1)
             x_BlW = self.read(class_BW, read_BlC, noise_BlX, not begin)
             ranges = self.ranges.rows(span.start, span.stop)
-            stream = self.through_layers(x_BlW, self.places()[:, span], modulations, ranges, caches)
-            logits.append(self.logits(stream, head_B2W))
+            logits.append(self.logits(self.through_layers(
+                x_BlW, self.positions()[:, span], modulations, ranges, caches), head_B2W))
             tokens_BL[:, span] = self.by_noise(logits[-1], noise_BlX)
             for k in range(begin, end):
                 f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_BL[:, spans[k]], k)

@@ -145,7 +145,8 @@ def verified(path: Path) -> BinaryIO:
         if len(set(names)) < len(names):
             raise ValueError("an entry is there twice")
         for name in names:
-            target.writestr(zipfile.ZipInfo(name), archive.read(name))   # of 1980: a clock may be wrong
+            entry = zipfile.ZipInfo(name)   # of 1980: a clock may be wrong
+            target.writestr(entry, archive.read(name))
     copy.seek(0)
     return copy
 

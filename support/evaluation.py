@@ -5,8 +5,9 @@ held-out ones of the same classes. A small classifier, trained on the run's own 
 them: the class it takes an image for is compared, and the features from which it concludes it.
 
 How far apart two sets seem depends on how many images they hold, so equally many are compared. And
-held-out images are compared with themselves, half with half: no others can be nearer to them. Read
-`Quality`, then `evaluate`.
+held-out images are compared with themselves, half with half, which is as near as other images can
+be expected to come. (Reconstructions are compared with their own originals, and may come nearer.)
+Read `Quality`, then `evaluate`.
 """
 from __future__ import annotations
 
@@ -338,17 +339,13 @@ def frechet_distance(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
 
         |mean_a - mean_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2))        S: the covariances
 
-    S_a S_b has the eigenvalues of R S_b R, which is symmetric, with R^2 = S_a; and the trace of a
-    root is the sum of the roots of the eigenvalues.
+    With S_a = A^T A and S_b = B^T B the trace of the root is the sum of A B^T's singular values.
     """
     between_D = a_ND.mean(axis=0) - b_MD.mean(axis=0)
-    a_DD = np.cov(a_ND, rowvar=False)
-    b_DD = np.cov(b_MD, rowvar=False)
-    values_D, vectors_DD = np.linalg.eigh(a_DD)
-    root_DD = vectors_DD * np.sqrt(values_D.clip(0)) @ vectors_DD.T   # rounding may leave -1e-17
-    shared_D = np.linalg.eigvalsh(root_DD @ b_DD @ root_DD).clip(0)
-    return float(between_D @ between_D + np.trace(a_DD) + np.trace(b_DD)
-                 - 2 * np.sqrt(shared_D).sum())
+    A_DD, B_DD = (np.linalg.qr((x - x.mean(axis=0)) / math.sqrt(len(x) - 1), mode="r")
+                  for x in (a_ND, b_MD))
+    shared = np.linalg.norm(A_DD @ B_DD.T, "nuc")
+    return float(between_D @ between_D + (A_DD**2).sum() + (B_DD**2).sum() - 2 * shared)
 
 
 NEIGHBOURS = 3   # as in the paper

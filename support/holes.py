@@ -39,7 +39,7 @@ def known_pixels(
         lacks = "a hole" if known_HW.max() else "anything that is known"
         raise UserError(f"{name} leaves {side} x {side} pixels without {lacks}")
     shares_1ss = F.adaptive_avg_pool2d(known_HW[None], cells or side)
-    if shares_1ss.min() >= 0.5:   # see `Known.places`
+    if shares_1ss.min() >= 0.5:   # see `Known.mask`
         raise UserError(f"{name} is a hole too small to be drawn: of no cell of the last map, "
                         f"{side // cells} x {side // cells} pixels, it has more than half")
     return known_HW

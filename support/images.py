@@ -9,7 +9,6 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -227,19 +226,6 @@ def to_bytes(images: Tensor) -> np.ndarray:
     pixels = (images.float() + 1) * 127.5
     pixels = pixels.round().clamp(0, 255).byte()
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def to_one_array(images: Iterator[Tensor], count: int) -> np.ndarray:
-    """Batches of [-1, 1], of `count` images, to bytes [count, side, side, channels], which are not
-    in memory twice."""
-    first = to_bytes(next(images))
-    pixels = np.empty((count, *first.shape[1:]), np.uint8)
-    end = 0
-    for batch in chain([first], map(to_bytes, images)):
-        begin = end
-        end += len(batch)
-        pixels[begin:end] = batch
-    return pixels
 
 
 def at_a_time(side: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from support.checkpoint import blaming, download
 from support.cli import UserError, in_short
-from support.devices import average_over_processes
+from support.devices import average_over_processes, copy_from_first
 from support.evaluation import Classifier, train_classifier
 from support.presets import TokenizerPreset
 
@@ -68,11 +68,13 @@ class DetailLosses(nn.Module):
         device = self.classifier.head.weight.device
         trained = train_classifier(images, labels, self.shape, 1, device)
         self.classifier.load_state_dict(trained.state_dict())
+        for value in self.classifier.state_dict().values():   # each GPU may round otherwise
+            copy_from_first(value)
 
-    def forward(self, originals: Tensor, reconstructions: Tensor, likeness: Tensor,
+    def forward(self, originals: Tensor, reconstructions: Tensor, reconstruction_loss: Tensor,
                 last_layer: Tensor, adversarial: bool, scale: Tensor
                 ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What to minimise in place of `likeness`, the pixels' loss, and the losses by name.
+        """What to minimise in place of the pixels' reconstruction loss, and the losses by name.
 
         last_layer: the decoder's weight. adversarial: whether the discriminator takes part yet.
         scale: what the loss is multiplied by before its gradient is taken, see `LossScale`.
@@ -80,16 +82,18 @@ class DetailLosses(nn.Module):
         losses = {}
         if self.preset.perceptual_weight:
             losses["perceptual"] = self.distance(originals, reconstructions)
-            likeness = likeness + self.preset.perceptual_weight * losses["perceptual"]
+            weighted = self.preset.perceptual_weight * losses["perceptual"]
+            reconstruction_loss = reconstruction_loss + weighted
         if not self.preset.adversarial_weight or not adversarial:
-            return likeness, losses
-        reward = self.discriminator.reward(reconstructions)
-        weight = self.preset.adversarial_weight * balance(likeness, reward, last_layer, scale)
+            return reconstruction_loss, losses
+        adversarial_loss = self.discriminator.adversarial_loss(reconstructions)
+        weight = self.preset.adversarial_weight * balance(
+            reconstruction_loss, adversarial_loss, last_layer, scale)
         own_loss, right = self.discriminator.loss(originals, reconstructions)
-        losses |= {"adversarial": reward, "balance": weight, "discriminator": own_loss,
+        losses |= {"adversarial": adversarial_loss, "balance": weight, "discriminator": own_loss,
                    "discriminator_right": right}
         # One backward pass for both: neither loss has a gradient for the other's weights.
-        return likeness + weight * reward + own_loss, losses
+        return reconstruction_loss + weight * adversarial_loss + own_loss, losses
 
     def distance(self, originals: Tensor, reconstructions: Tensor) -> Tensor:
         if self.lpips:
@@ -160,8 +164,8 @@ class Discriminator(nn.Module):
         right_y = (logits_y <= 0).float().mean()
         return (loss_x + loss_y) / 2, (right_x + right_y) / 2
 
-    def reward(self, reconstructions: Tensor) -> Tensor:
-        """The tokenizer's adversarial loss, -D(y). It leaves the discriminator alone."""
+    def adversarial_loss(self, reconstructions: Tensor) -> Tensor:
+        """The tokenizer's loss, -D(y). It leaves the discriminator alone."""
         self.requires_grad_(False)
         loss = -self(reconstructions).mean()
         self.requires_grad_(True)
@@ -169,19 +173,19 @@ class Discriminator(nn.Module):
 
 
 def balance(
-    likeness: Tensor, adversarial: Tensor, last_layer: Tensor, scale: Tensor
+    reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, scale: Tensor
 ) -> Tensor:
     """The adversarial loss's weight, so that at the decoder's last layer it pulls as much as the
     other losses do (VQGAN, arXiv 2012.09841, Eq. 7). It is a tensor: nobody waits for its value.
 
-        |gradient of likeness| / (|gradient of adversarial| + 1e-6)
+        |gradient of reconstruction_loss| / (|gradient of adversarial_loss| + 1e-6)
 
     At most 10,000, since a discriminator that is sure has small gradients. These are of all
     processes, and of one micro-batch. Where one overflows, so that the step is to be left out, the
     weight is no number.
     """
     norms = []
-    for loss in (likeness, adversarial):
+    for loss in (reconstruction_loss, adversarial_loss):
         (gradient,) = torch.autograd.grad(loss * scale, last_layer, retain_graph=True)
         norms.append(average_over_processes(gradient).norm() / scale)
     weight = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)

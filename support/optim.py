@@ -127,12 +127,8 @@ def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema = decay ema + (1 - decay) model, buffers among it; whole numbers are copied."""
-    averages = ema.state_dict()
-    values = model.state_dict()
-    real = [name for name in averages if averages[name].is_floating_point()]
-    real_averages = [averages[name] for name in real]
-    real_values = [values[name] for name in real]
-    torch._foreach_lerp_(real_averages, real_values, 1 - decay)   # one launch on a GPU
-    for name in averages.keys() - real:
-        averages[name].copy_(values[name])
+    """ema = decay ema + (1 - decay) model, of the weights; buffers are copied."""
+    # One launch on a GPU for all:
+    torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - decay)
+    for copied, value in zip(ema.buffers(), model.buffers(), strict=True):
+        copied.copy_(value)

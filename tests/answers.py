@@ -80,7 +80,7 @@ ANSWERS = {number: textwrap.dedent(text).strip() for number, text in {
         the rows before. A code of a coarse map covers many places, and phi may sharpen what
         interpolation made of it; the scales after it need not correct that. One training of each
         shows an effect only where it is larger than between two seeds, and the same steps for all
-        do not show who would win in the end. With strength 1 nothing holds a phi near what it got,
+        do not show who would win in the end. With strength 1 nothing goes around the convolution,
         so it may also be worse.
     """,
     2: """

@@ -386,7 +386,7 @@ LIST = [
         give_aways=("tokenizer.Quantizer.teacher_inputs",),
         forbidden=("forward",),
         quoted=("kernels.sample_tokens", "kernels.KeyRanges.rows", "var.VAR.forward",
-                "var.VAR.start", "var.VAR.places", "var.VAR.modulations", "var.VAR.through_layers",
+                "var.VAR.start", "var.VAR.positions", "var.VAR.modulations", "var.VAR.through_layers",
                 "var.VAR.logits", "var.VAR.new_caches", "tokenizer.Quantizer.empty",
                 "var.VAR.fineness", "var.VAR.smoothed", "tokenizer.Quantizer.accumulate",
                 "tokenizer.Quantizer.add", "tokenizer.Quantizer.read", "sample.Known.put",
@@ -769,7 +769,7 @@ LIST = [
     Assignment(
         number=13,
         title="In-painting",
-        bodies=("sample.Known.put", "sample.Known.tokens", "sample.Known.places",
+        bodies=("sample.Known.put", "sample.Known.tokens", "sample.Known.mask",
                 "sample.fill_holes"),
         give_aways=("tokenizer.Quantizer.encode", "tokenizer.Quantizer.forward",
                     "tokenizer.Quantizer.start_from"),
@@ -798,7 +798,7 @@ LIST = [
             those are, where they are put, and how the hole is filled before the image is encoded,
             for the encoder must not see what was there.
 
-            Hints. The docstring of `Known.places` states the rule; sizes are compared with a
+            Hints. The docstring of `Known.mask` states the rule; sizes are compared with a
             quarter of the finest side. The loop is closed: once some coarser tokens were generated,
             the image's own tokens, computed beforehand, no longer fit; ask what the image has more
             than what was made so far. The open loop stays available for comparison. `fill_holes`

@@ -62,7 +62,7 @@ def of_tokenizer(preset: Preset, classes: int) -> Needs:
     stage = train.TokenizerStage(Data(rows, rows, names, ""), settings)
     stage.step = stage.steps - 1
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    stage.hits_V = mode.from_tensor(stage.hits_V)
+    stage.counts_V = mode.from_tensor(stage.counts_V)
     for model in (stage.model, stage.helpers):
         without_numbers(model, mode)
     # The counter follows calls of modules, and stumbles where one is handed a weight.

@@ -18,7 +18,7 @@ from support.checkpoint import read_log, save_checkpoint
 from support.cli import UserError
 from support.data import Data
 from support.devices import Machine
-from support.evaluation import kept_classifier, train_classifier
+from support.evaluation import Classifier, kept_classifier, train_classifier
 from support.figures import draw_curves
 from support.images import to_float
 from support.losses import (
@@ -55,6 +55,14 @@ def detailed_stage(out: Path, machine: Machine = FP32, lpips_weights: Path | Non
 def test_one_class_gives_a_classifier_nothing_to_learn():
     with pytest.raises(UserError, match="one class gives nothing to learn; --perceptual-weight 0"):
         DetailLosses(DETAILED, 3, 1).learn(torch.zeros(1, 3, 8, 8), torch.zeros(1))
+
+
+def test_all_processes_have_the_classifier_of_the_first(monkeypatch):
+    losses = DetailLosses(DETAILED, 3, 2)
+    monkeypatch.setattr("support.losses.train_classifier", lambda *_: Classifier(**losses.shape))
+    monkeypatch.setattr("support.losses.copy_from_first", lambda x: x.fill_(5))
+    losses.learn(torch.zeros(2, 3, 8, 8), torch.arange(2))
+    assert all((value == 5).all() for value in losses.classifier.state_dict().values())
 
 
 def batch(stage: train.TokenizerStage) -> list[torch.Tensor]:
@@ -114,7 +122,7 @@ def test_the_hinge(logit, loss, right):
     y = torch.randn(2, 1, 16, 16, requires_grad=True)
     found, share = discriminator.loss(x, y)
     assert found.item() == pytest.approx(loss) and share == right
-    assert discriminator.reward(y).item() == pytest.approx(-logit)
+    assert discriminator.adversarial_loss(y).item() == pytest.approx(-logit)
 
 
 def test_a_discriminator_is_numpys():
@@ -152,13 +160,13 @@ def test_a_discriminator_learns_which_are_originals():
         optimizer.step()
     assert loss < 0.2 and right == 1
     assert (discriminator(x) > 0).all() and (discriminator(y) < 0).all()
-    assert discriminator.reward(x) < discriminator.reward(y)   # what it takes for originals
+    assert discriminator.adversarial_loss(x) < discriminator.adversarial_loss(y)   # what it takes for originals
 
 
 def test_neither_loss_moves_the_other_s_weights():
     discriminator = Discriminator(1, 4)
     y = torch.randn(2, 1, 16, 16, requires_grad=True)
-    discriminator.reward(y).backward()
+    discriminator.adversarial_loss(y).backward()
     assert y.grad.abs().max() > 0
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
     y.grad = None

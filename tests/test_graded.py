@@ -457,7 +457,7 @@ def test_what_is_put_is_where_the_drawn_tokens_are():
     known = known_left(made, 2)
     with elsewhere():
         found = [known.put(torch.zeros(2, 9, dtype=torch.int64, device="cpu"), made.quantizer,
-                           made.quantizer.empty(2), 2), known.places(made.quantizer, 2),
+                           made.quantizer.empty(2), 2), known.mask(made.quantizer, 2),
                  sample.fill_holes(known.where_B1SS, known.where_B1SS[0, 0])]
     assert [x.dtype for x in found] == [torch.int64, torch.bool, torch.float32]
     assert {x.device.type for x in found} == {"cpu"}
@@ -467,7 +467,7 @@ def test_free_coarse_maps_are_known_where_that_share_is():
     made = tokenizer(scales=(1, 2, 4, 8))   # of which three columns of eight are known
     for share, twos, fours in ((0.5, [True, False], [True, True, False, False]),
                                (0.8, [False, False], [True, False, False, False])):
-        known = known_left(made, 3, free=share)
+        known = known_left(made, 3, known_from=share)
         for k, columns in enumerate(([False], twos, fours, 3 * [True] + 5 * [False])):
-            places_Bl = known.places(made.quantizer, k)
+            places_Bl = known.mask(made.quantizer, k)
             assert places_Bl[0].view(len(columns), -1)[0].tolist() == columns

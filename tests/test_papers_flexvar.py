@@ -216,15 +216,15 @@ def test_a_training_anew_begins_as_no_run(opened):
 
 def test_positions_are_one_map(flex, opened):
     """Averaged down to each side; at first those of the run's finest map."""
-    places = of(flex, (1, 3, 4)).model.places()
+    places = of(flex, (1, 3, 4)).model.positions()
     for s, own in zip((1, 3, 4), places.split((1, 9, 16), dim=1)):
         expected = F.adaptive_avg_pool2d(flex.model.position_1WSS, s).flatten(2).mT
         assert torch.allclose(own, expected, atol=1e-6)
-    larger = of(flex, (1, 6)).model.places()[:, 1:]
+    larger = of(flex, (1, 6)).model.positions()[:, 1:]
     expected = F.interpolate(flex.model.position_1WSS, size=6, mode="bicubic").flatten(2).mT
     assert torch.allclose(larger, expected, atol=1e-6)
     first = FlexVAR(opened.model)
-    assert torch.allclose(first.places()[:, -16:], opened.model.places()[:, -16:], atol=1e-6)
+    assert torch.allclose(first.positions()[:, -16:], opened.model.positions()[:, -16:], atol=1e-6)
     names = {name for name, _ in first.named_parameters()}
     for name, weight in first.named_parameters():
         if name != "position_1WSS":
@@ -304,7 +304,7 @@ def test_var_with_a_scale_left_out(opened):
     """Its places, positions and phi are those that the others have in the run."""
     part = flexvar.left_out(opened, 1)
     assert part.model.config.scales == part.tokenizer.config.scales == (1, 4)
-    assert torch.equal(part.model.places(), opened.model.places()[:, [0, *range(5, 21)]])
+    assert torch.equal(part.model.positions(), opened.model.positions()[:, [0, *range(5, 21)]])
     tokens = part.generate([0, 3], 0)
     assert tokens.shape == (2, 17)
     quantizer = opened.tokenizer.quantizer

@@ -179,7 +179,7 @@ def test_each_scale_is_shown_its_own_view(run, real):
     for k, (span, s) in enumerate(zip(model.config.spans, model.config.scales)):
         area = F.interpolate(latent, size=(s, s), mode="area").flatten(2).mT
         assert torch.allclose(model.shown_BLC[:, span], area, atol=1e-5)
-        added = model.places()[:, span] - run.model.places()[:, span]
+        added = model.positions()[:, span] - run.model.positions()[:, span]
         assert torch.allclose(added, area @ model.look.weight.T, atol=1e-4)
 
 

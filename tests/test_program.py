@@ -330,9 +330,9 @@ def test_every_step_has_a_smaller_image(tmp_path, scales, multipliers, weight, e
         "--edge-weight", 0)
     asked = []
 
-    def model(images, quantize, small_side):
-        asked.append(small_side)
-        return stage.model(images, quantize, small_side)
+    def model(images, quantize, small_s):
+        asked.append(small_s)
+        return stage.model(images, quantize, small_s)
 
     for stage.step in range(6):
         images, labels = stage.rows[list(range(4))]
@@ -483,17 +483,17 @@ def test_learning_rate():
 
 
 def test_the_ema_of_the_weights():
-    """Floating buffers are averaged like weights; whole numbers are copied."""
+    """Weights are averaged; buffers are copied."""
     model, ema = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     expected = None
     for step in range(4):
-        for values in (model.weight.data, model.running_mean):
-            values.fill_(2.0**step)
+        model.weight.data.fill_(2.0**step)
+        model.running_mean.fill_(2.0**step)
         model.num_batches_tracked.fill_(step)
         update_ema(ema, model, 0.75 if step else 0.0)
         expected = 1.0 if step == 0 else 0.75 * expected + 0.25 * 2.0**step
-        for values in (ema.weight, ema.running_mean):
-            assert values.tolist() == pytest.approx([expected] * 2)
+        assert ema.weight.tolist() == pytest.approx([expected] * 2)
+        assert ema.running_mean.tolist() == [2.0**step] * 2
         assert ema.num_batches_tracked == step
     update_ema(ema, model, 0.0)
     assert torch.equal(ema.weight, model.weight)
@@ -645,14 +645,14 @@ def test_codes_are_revived_now_and_then_until_the_end_is_near(
     quantizer = stage.model.quantizer
     quantizer.last_residuals = [torch.ones(1, 1, 4)]
     counted, found = [], []
-    monkeypatch.setattr(quantizer, "update_hits", lambda hits_V: counted.append(hits_V.clone()))
+    monkeypatch.setattr(quantizer, "update_hits", lambda counts_V: counted.append(counts_V.clone()))
     monkeypatch.setattr(quantizer, "revive", lambda residuals, optimizer: found.append(stage.step))
     for stage.step in range(stage.steps):
-        stage.hits_V += 1
+        stage.counts_V += 1
         stage.after_step()
     assert found == revived
     assert len(counted) == stage.steps - stage.quantized_from
-    assert all(hits_V.max() == 1 for hits_V in counted[1:])   # of the step alone
+    assert all(counts_V.max() == 1 for counts_V in counted[1:])   # of the step alone
 
 
 def test_hits_are_those_of_a_step_in_however_many_micro_batches(tmp_path):
@@ -665,7 +665,7 @@ def test_hits_are_those_of_a_step_in_however_many_micro_batches(tmp_path):
         images, labels = stage.rows[:8]
         for some in images.chunk(count):
             stage.loss(stage.model.train(), some, labels)
-        counts.append(stage.hits_V)
+        counts.append(stage.counts_V)
     assert counts[0].sum() == 8 * 21 and torch.equal(counts[0], counts[1])
     assert torch.equal(counts[0], counts[2])
 
@@ -692,12 +692,12 @@ def test_codes_are_revived_by_what_all_processes_saw(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "gather_over_processes", lambda x: torch.cat([x, x + 1]))
     monkeypatch.setattr(train, "sum_over_processes", lambda x: x.mul_(3))
     counted, found = [], []
-    monkeypatch.setattr(quantizer, "update_hits", lambda hits_V: counted.append(hits_V.tolist()))
+    monkeypatch.setattr(quantizer, "update_hits", lambda counts_V: counted.append(counts_V.tolist()))
     monkeypatch.setattr(quantizer, "revive", lambda residuals, optimizer: found.append(residuals))
-    stage.hits_V += torch.arange(32)
+    stage.counts_V += torch.arange(32)
     stage.step = 20
     stage.after_step()
-    assert counted == [list(range(0, 96, 3))] and not stage.hits_V.any()
+    assert counted == [list(range(0, 96, 3))] and not stage.counts_V.any()
     for all_BlC, own_BlC in zip(*found, quantizer.last_residuals, strict=True):
         assert torch.equal(all_BlC[:2], own_BlC) and torch.equal(all_BlC[2:], own_BlC + 1)
 

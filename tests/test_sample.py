@@ -1115,8 +1115,8 @@ def test_of_many_particles_the_one_whose_known_part_is_likely_is_kept(judged, mo
     where_11SS = torch.zeros(1, 1, 4, 4)
     where_11SS[..., :2] = 1   # the left half
     known = Known(torch.zeros(1, quantizer.codebook_VC.shape[1], 4, 4), where_11SS, 3,
-                  free=0.5)
-    places = [known.places(quantizer, k)[0].tolist() for k in range(3)]
+                  known_from=0.5)
+    places = [known.mask(quantizer, k)[0].tolist() for k in range(3)]
     assert places == [[True], [True, False] * 2, [True, True, False, False] * 4]
     nats_NL = -torch.rand(6, 21)
     nats_NL[0, -1] = nats_NL[4, -1] = -100.0   # where nothing is known: no matter
@@ -1149,7 +1149,7 @@ def test_in_a_hole_all_around_a_quarter_makes_a_coarse_cell_known(
 
     def generate(self, labels, seed, known_of):
         known = known_of(slice(0, 1))
-        found.append(known.free)
+        found.append(known.known_from)
         assert torch.equal(known.where_B1SS[0, 0], known_HW.view(4, 4, 4, 4).mean(dim=(1, 3)))
         return torch.zeros(len(labels), 21, dtype=torch.int64)
 

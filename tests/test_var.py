@@ -457,7 +457,7 @@ def known_left(made: Tokenizer, columns: int, **how) -> Known:
 def test_which_tokens_are_known():
     """All of the maps up to a quarter of the side; then cells with any known part; of the finest, with half of it."""
     made = tokenizer(scales=(1, 2, 4, 8))
-    row = lambda known, k: known.places(made.quantizer, k)[0].view(made.config.scales[k], -1)[0].tolist()
+    row = lambda known, k: known.mask(made.quantizer, k)[0].view(made.config.scales[k], -1)[0].tolist()
     known = known_left(made, 3)
     assert row(known, 0) == [True] and row(known, 1) == [True, True]
     assert row(known, 2) == [True, True, False, False]
@@ -466,11 +466,11 @@ def test_which_tokens_are_known():
     assert row(known, 3) == [True] * 4 + [False] * 4
     known.where_B1SS[..., 3] = 0.49
     assert row(known, 3) == [True] * 3 + [False] * 5
-    assert not known_left(made, 0).places(made.quantizer, 0).any()
-    known = known_left(made, 3, free=0.5)   # of coarse maps, too, what is known enough
+    assert not known_left(made, 0).mask(made.quantizer, 0).any()
+    known = known_left(made, 3, known_from=0.5)   # of coarse maps, too, what is known enough
     assert row(known, 0) == [False] and row(known, 1) == [True, False]
     assert row(known, 2) == [True, True, False, False]
-    known.free = 0.375
+    known.known_from = 0.375
     assert row(known, 0) == [True] and row(known, 1) == [True, False]
     known.where_B1SS[..., 3] = 0.49
     assert row(known, 3) == [True] * 3 + [False] * 5
