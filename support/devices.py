@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -264,7 +265,8 @@ def peak_flops(machine: Machine) -> float | None:
     if machine.device.type != "cuda" or machine.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(machine.device)
-    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+    return next((1e12 * peak for known, peak in PEAK_TFLOPS.items()
+                 if re.search(rf"{known}(?! Ti| Laptop|\w)", name)), None)   # no RTX A1000
 
 
 class Speed:

@@ -458,6 +458,9 @@ def test_model_flops():
 def test_speed(monkeypatch):
     gpu = Machine(torch.device("cuda"), torch.bfloat16)
     for card, peak in (("NVIDIA GeForce GTX 1080", None), ("NVIDIA H100 NVL", 835e12),
+                       ("NVIDIA RTX A1000 Laptop GPU", None), ("NVIDIA A100-SXM4-80GB", 312e12),
+                       ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GH200 480GB", 989e12),
+                       ("NVIDIA GeForce RTX 3060 Ti", None), ("NVIDIA GeForce RTX 3060", 25e12),
                        ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
         assert peak_flops(gpu) == peak
