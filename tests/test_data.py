@@ -23,12 +23,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import rgb_to_hsv
 from PIL import Image
 from program import damaged, draws, read_or_refused
 
 from support.cli import UserError
 from support.data import (
     PUBLISHED,
+    SHAPES,
     Data,
     balanced_subset,
     classifier_images,
@@ -861,3 +863,95 @@ def test_published_files_of_the_system_are_found(mnist, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "system" / "mnist", ignore=lambda *_: ["system"])
     monkeypatch.setattr("support.data.SYSTEM_DATA", tmp_path / "system")
     assert len(load_known("mnist", tmp_path / "nothing here", 32).train) == 6
+
+
+def test_a_background_runs_from_one_colour_to_the_other_and_not_beyond():
+    """Both are of the dark ones, up to 0.52 of white, or of the light ones, up to 0.95."""
+    images, _ = draw_shapes(400, 32, 0).tensors
+    corners = images[..., ::31, ::31].amax(dim=1).flatten()   # none is a shape's
+    assert ((corners <= 133) | (corners >= 150) & (corners <= 243)).all()
+
+
+def test_shapes_stand_upright():
+    """A heart's and a triangle's points, below and above; a crescent is open to the right."""
+    wide = {name: (draw_shape(name, 0.4, 0.0, 0.5, 0.5, 64) > 127).sum(axis=1) for name in
+            ("heart", "triangle", "arrow", "star")}
+    ends = {name: tuple(width[width > 0][[2, -3]]) for name, width in wide.items()}   # above and below
+    assert ends["heart"][0] > 2 * ends["heart"][1]
+    for name in ("triangle", "arrow", "star"):
+        assert ends[name][1] > 2 * ends[name][0], name
+    cover = draw_shape("crescent", 0.4, 0.0, 0.5, 0.5, 64)
+    assert cover[:, :32].mean() > 2 * cover[:, 32:].mean()
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3, -0.2])
+def test_shapes_are_turned(angle):
+    """Clockwise, as y goes down: the direction in which a bar is long."""
+    cover = draw_shape("bar", 0.4, angle, 0.5, 0.5, 128).astype(float)
+    rows, columns = np.indices(cover.shape) - 63.5
+    xx, yy, xy = ((cover * product).sum() for product in (columns**2, rows**2, columns * rows))
+    assert math.atan2(2 * xy, xx - yy) / 2 == pytest.approx(angle, abs=0.01)
+
+
+def test_shapes_lie_everywhere_within_the_image(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("support.data.draw_shape", lambda name, *where: drawn.append(where[:4]) or draw_shape(name, *where))
+    draw_shapes(400, 8, 0)
+    size_N, angle_N, *places = np.transpose(drawn)
+    assert size_N.min() >= 0.28 and size_N.max() <= 0.42
+    assert -0.35 <= angle_N.min() < -0.3 and 0.3 < angle_N.max() <= 0.35
+    for place_N in places:
+        assert (place_N - size_N).min() > 0.019 and (place_N + size_N).max() < 0.981
+        assert abs(place_N.mean() - 0.5) < 0.03 and place_N.min() < 0.35 and place_N.max() > 0.65
+
+
+def test_a_shape_and_its_background_are_of_any_two_colours():
+    """And the background runs from one colour to another in any direction."""
+    images, labels = draw_shapes(1000, 32, 0).tensors
+    circles = images[labels == SHAPES.index("circle")].permute(0, 2, 3, 1).numpy() / 255
+    apart = np.abs(rgb_to_hsv(circles[:, 16, 16])[:, 0] - rgb_to_hsv(circles[:, 0, 0])[:, 0])
+    assert 0.3 < (np.minimum(apart, 1 - apart) > 0.25).mean() < 0.7
+    first, right, below = (images[:, 0, y, x].int() for y, x in ((0, 0), (0, 31), (31, 0)))
+    alike = (right - first) * (below - first)
+    assert 0.3 < (alike > 0).float().mean() < 0.7
+
+
+def test_classes_of_published_sets_are_in_their_order():
+    names = {"mnist": "0 1 2 3 4 5 6 7 8 9",
+             "fashion-mnist": "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot",
+             "cifar10": "airplane automobile bird cat deer dog frog horse ship truck"}
+    assert {name: " ".join(known.classes) for name, known in PUBLISHED.items()} == names
+
+
+def test_of_many_images_all_are_resized():
+    pixels = fit_side(np.full((1100, 1, 8, 8), 9, np.uint8), np.zeros(1100), 16).tensors[0]
+    assert pixels.shape == (1100, 1, 16, 16) and (pixels == 9).all()
+
+
+def test_how_many_images_there_are_is_told(tmp_path, capsys):
+    load(draw_folder(tmp_path / "data", {"a": 4, "b": 3}), stream=True)
+    assert "data: 5 training and 2 held-out images, 2 classes: a, b\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation", "test"])
+def test_what_lies_beside_train_is_held_out(tmp_path, name):
+    draw_folder(tmp_path / "train", {"a": 3, "b": 3})
+    draw_folder(tmp_path / name, {"a": 2, "b": 1})
+    data = load(tmp_path, stream=True)
+    assert len(data.train) == 6 and data.held_out.tensors[1].tolist() == [0, 1, 0]
+
+
+SYSTEMS = ("#recycle", "@tmp", "#snapshot", "~snapshot", "lost+found", "RECYCLER", "System Volume Information",
+           "Network Trash Folder", "Temporary Items", "__pycache__", "@eaDir", "$RECYCLE.BIN", "__MACOSX")
+
+
+def test_folders_of_every_system_are_no_data(tmp_path, capsys):
+    root = draw_folder(tmp_path / "data", {"a": 2, **{f"a/{name}": 1 for name in SYSTEMS}})
+    data = load(root, stream=True)
+    assert len(data.train) + len(data.held_out) == 2
+    assert f"hidden or the system's: {len(SYSTEMS)}" in capsys.readouterr().out
+
+
+def test_an_image_in_which_nothing_was_measured_is_black(tmp_path):
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "real.tif")
+    assert not read_image(tmp_path / "real.tif", 8, 1).any()

@@ -516,3 +516,12 @@ def test_lpips_is_without_its_dropout(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", Stub("lpips"))
     monkeypatch.setattr("support.losses.VGG_SHA256", "")
     assert not load_lpips(tmp_path / "vgg.pth").training
+
+
+def test_curves_lie_above_their_steps_and_are_called_what_they_are():
+    log = [dict(stage="tokenizer", split="train", step=step, mse=0.1, discriminator=0.5 + step, discriminator_right=0.75,
+                balance=2.0) for step in (1, 11, 31)]
+    lines = {line.get_label(): line for axis in draw_curves(log, (1, 2)).axes for line in axis.lines}
+    for name, values in (("squared error", [0.1] * 3), ("its loss", [1.5, 11.5, 31.5]),
+                         ("share of patches right", [0.75] * 3), ("weight", [2.0] * 3)):
+        assert lines[name].get_xdata().tolist() == [1, 11, 31] and lines[name].get_ydata().tolist() == values

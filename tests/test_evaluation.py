@@ -10,7 +10,7 @@ import torch
 from program import ran, refused
 from torch.utils.data import TensorDataset
 
-from sample import Run, Sampling, load_run
+from sample import DEFAULTS, Run, Sampling, load_run
 from support.checkpoint import load_checkpoint
 from support.cli import UserError
 from support.data import classifier_images, data_of
@@ -456,3 +456,51 @@ def test_of_many_classes_the_twenty_worst_are_listed(capsys):
 def test_images_without_detail_have_none_to_be_compared_with():
     judge = Judge(Looks(), torch.full((40, 3, 16, 16), 0.3), ["dark", "bright"])
     assert np.isnan(judge(noise(), torch.ones(40, dtype=torch.int64)).detail)
+
+
+def test_every_figure_stands_in_its_column(capsys):
+    """Of sets that are unlike, so that none can be taken for another."""
+    def quality(n: int) -> Quality:
+        return Quality(0.11 * n, {"cat": 0.1 * n, "dog": 0.4 * (n % 2)}, 1.5 * n, 0.12 * n, 0.13 * n, 1.25 * n)
+
+    say_evaluation(Evaluation(0.8, quality(1), quality(2), 21.5, 40.0, 2.5, [quality(3)], [quality(4)]),
+                   500, (7,), DEFAULTS)
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert lines[1].split() == ["recognised", "Fréchet", "precision", "recall", "fine", "detail"]
+    for n, line in enumerate(lines[2:6], 1):
+        assert line.split()[-8:] == [f"{11 * n:.1f}", "%", f"{1.5 * n:.2f}", f"{12 * n:.1f}", "%",
+                                     f"{13 * n:.1f}", "%", f"{1.25 * n:.2f}"]
+    assert "held-out images take 40.00 nats each, 2.500 per token" in said
+    assert [line.split() for line in lines[7:10]] == [
+        ["recognised", "held-out", "reconstructed", "generated", "unfiltered"],
+        ["cat", "10.0%", "20.0%", "30.0%", "40.0%"], ["dog", "40.0%", "0.0%", "40.0%", "0.0%"]]
+    assert "±" not in said   # of a single seed
+
+
+def test_a_classifier_begins_as_its_seed_says(monkeypatch):
+    """And not as what was drawn until then."""
+    monkeypatch.setattr("support.evaluation.CLASSIFIER_STEPS", 1)
+    images = torch.randint(0, 256, (8, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    heads = []
+    for before, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(100 + before)
+        shape = {"channels": 1, "side": 8, "classes": 2}
+        heads.append(train_classifier(images, torch.arange(8) % 2, shape, seed, torch.device("cpu")).head.weight)
+    one, same, other = heads
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_a_step_of_the_classifier_has_the_gradient_of_its_own_batch(monkeypatch):
+    """Here the same in all of them, as nothing moves."""
+    seen = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer, *_: seen.append(
+        optimizer.param_groups[0]["params"][-1].grad.clone()))
+    monkeypatch.setattr("support.evaluation.CLASSIFIER_STEPS", 3)
+    shape = {"channels": 1, "side": 8, "classes": 2}
+    train_classifier(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), shape, 0,
+                     torch.device("cpu"))
+    first, *others = seen
+    assert len(others) == 2 and first.any()
+    for other in others:
+        torch.testing.assert_close(other, first)

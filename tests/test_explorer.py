@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from support import explorer
 from support.devices import Machine, choose_machine
 from support.figures import attention_weights, code_colours, evenly
 from support.images import to_float
+from var import VAR
 
 NAMES = ["star", "heart"]
 IMAGES = ["star", "star, held-out", "heart", "heart, held-out"]
@@ -144,7 +146,7 @@ def test_probabilities_are_the_model_s(run, page, facts):
 def test_guidance_and_filters_are_the_sampler_s(run, facts, sampling):
     """A code is left by the filters if it is drawn where the noise is all for it."""
     run = copy.copy(run)
-    run.sampling = explorer.replace(UNSMOOTHED, **sampling)
+    run.sampling = replace(UNSMOOTHED, **sampling)
     fact = facts[0]
     found = explorer.chances(run, torch.tensor([fact.label, 10]), fact.inputs, fact.tokens_1L[0])
     noise_VlV = torch.ones(32, 1, 32)
@@ -196,12 +198,12 @@ def test_settings_are_compared_with_the_same_noise(run, page, facts):
     bare = dict(cfg=0.0, top_k=0, top_p=1.0)
     for tile, way in zip(found, [bare, {**bare, "cfg": 1.0}, {}, dict(cfg=8.0), dict(top_k=1)]):
         other = copy.copy(run)
-        other.sampling = explorer.replace(UNSMOOTHED, **way)
+        other.sampling = replace(UNSMOOTHED, **way)
         assert np.array_equal(tile, run.decode_to_bytes(other.generate([label], SEED + label))[0])
     assert np.array_equal(found[2], facts[0].frames[-1])
-    none = SimpleNamespace(sampling=explorer.replace(UNSMOOTHED, top_k=0), model=run.model)
+    none = SimpleNamespace(sampling=replace(UNSMOOTHED, top_k=0), model=run.model)
     assert list(explorer.ways_to_draw(none)) == page["ways"]
-    few = SimpleNamespace(sampling=explorer.replace(UNSMOOTHED, top_k=5), model=run.model)
+    few = SimpleNamespace(sampling=replace(UNSMOOTHED, top_k=5), model=run.model)
     assert list(explorer.ways_to_draw(few))[2:4] == [
         "guidance 1, top-k 5", "guidance 1, top-k 5, top-p 1 to 0.1, as above"]
 
@@ -249,7 +251,7 @@ def test_beginnings_are_kept_and_the_rest_is_drawn(run, facts, page, monkeypatch
     np.testing.assert_allclose(page["images"][0]["spread"], 1e4 * spread_K, atol=0.6)
     assert found["spread"] == page["images"][0]["spread"]
     monkeypatch.setattr(explorer, "DRAWN", 8)   # which is the most that is shown
-    in_parts = explorer.replace(run, sampling=explorer.replace(UNSMOOTHED, batch=5))
+    in_parts = replace(run, sampling=replace(UNSMOOTHED, batch=5))
     found = explorer.continued(in_parts, facts[0].label, facts[0].tokens_1L, SEED)
     assert tiles(found["continued"], 24).shape[1] == 8
     found = explorer.about(run, facts[0].label, facts[0].tokens_1L, [UNSMOOTHED], SEED)
@@ -572,10 +574,10 @@ def test_of_few_codes_all_are_listed():
 
 
 def test_the_filters_of_a_way_are_those_of_its_name(run):
-    own = explorer.replace(UNSMOOTHED, top_k=5)
+    own = replace(UNSMOOTHED, top_k=5)
     ways = explorer.ways_to_draw(SimpleNamespace(sampling=own, model=run.model))
-    assert ways["guidance 1, top-k 5"] == explorer.replace(own, top_p=1.0)
-    assert ways["guidance 1"] == explorer.replace(own, top_k=0, top_p=1.0)
+    assert ways["guidance 1, top-k 5"] == replace(own, top_p=1.0)
+    assert ways["guidance 1"] == replace(own, top_k=0, top_p=1.0)
 
 
 def test_heads_of_all_layers_together_decide_whether_their_mean_is_shown():
@@ -586,14 +588,14 @@ def test_heads_of_all_layers_together_decide_whether_their_mean_is_shown():
 def test_unless_classes_are_named_those_shown_lie_evenly_among_all(run, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(explorer, "chosen", lambda run, labels: asked.extend(labels) or [])
-    model = SimpleNamespace(config=explorer.replace(run.model.config, classes=1000))
-    explorer.explore(explorer.replace(run, model=model), tmp_path / "x.html", None, 0)
+    model = SimpleNamespace(config=replace(run.model.config, classes=1000))
+    explorer.explore(replace(run, model=model), tmp_path / "x.html", None, 0)
     assert asked == evenly(1000, 20) and asked[-1] == 999
 
 
 def test_the_model_is_asked_in_its_precision(run, facts):
     seen = []
-    half = explorer.replace(run, machine=Machine(torch.device("cpu"), torch.bfloat16))
+    half = replace(run, machine=Machine(torch.device("cpu"), torch.bfloat16))
     note = lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
     with run.model.blocks[0].attention.register_forward_pre_hook(note):
         explorer.chances(half, torch.tensor([facts[0].label, 10]), facts[0].inputs, facts[0].tokens_1L[0])
@@ -606,7 +608,154 @@ def test_without_a_filter_all_codes_are_kept_however_unlikely(run):
     class Model(SimpleNamespace):
         __call__ = lambda self, labels_2, inputs: torch.tensor([0.0, -60, -70]).expand(2, 1, 3)
     model = Model(config=SimpleNamespace(scales=(1,), vocabulary=3), level_L=torch.zeros(1))
-    bare = explorer.replace(UNSMOOTHED, cfg=0.0, top_k=0, top_p=1.0)
+    bare = replace(UNSMOOTHED, cfg=0.0, top_k=0, top_p=1.0)
     found = explorer.chances(SimpleNamespace(model=model, sampling=bare, machine=run.machine), None,
                              torch.zeros(1, 0, 4), torch.tensor([0]))
     assert found["kept"] == [3]
+
+
+VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]
+
+
+def heat(share) -> np.ndarray:
+    """Colours [..., 3] of shares of the largest."""
+    return np.stack([np.interp(share, np.linspace(0, 1, 5), channel) for channel in zip(*VIRIDIS)], axis=-1)
+
+
+def numbers_in(text: str) -> list[float]:
+    return [float(x) for x in re.findall(r"[\d.]+", text)]
+
+
+def test_maps_of_tokens_show_codes_and_their_entropy(opened, page):
+    """In numbers and colours, and in words; the brightest is where all codes are equally likely."""
+    tab = opened()
+    choose(tab, 1, 2, 0, 0)
+    image = page["images"][1]
+    for picker in (0, 1):
+        cells = tab.locator(".picker").nth(picker).locator("button").evaluate_all(
+            "cells => cells.map(cell => [cell.textContent, cell.ariaLabel, ...['backgroundColor', 'color'].map("
+            "name => getComputedStyle(cell)[name])])")
+        assert len(cells) == 16
+        for i, (text, label, ground, ink) in enumerate(cells):
+            code, nats = image["tokens"][5 + i], image["entropy"][5 + i] / 100
+            assert label == f"row {i // 4 + 1}, column {i % 4 + 1}: code {code}, entropy {nats:g}"
+            assert abs(float(text) - (nats if picker else code)) <= (0.051 if picker else 0)
+            colour = heat(nats / np.log(32)) if picker else page["colours"][code]
+            assert np.abs(np.array(numbers_in(ground)[:3]) - colour).max() <= 1
+            low, high = sorted((luminance(ink), luminance(ground)))
+            assert (high + 0.05) / (low + 0.05) > 3
+    assert tab.inner_text("#most-entropy") == f"{np.log(32):.1f}"
+
+
+def test_the_chosen_cell_is_framed_in_all_pictures(opened):
+    tab = opened()
+    choose(tab, 0, 2, 1, 3)
+    frames = tab.evaluate("""[...document.querySelectorAll(".marker")].map(marker => {
+        const [own, whole] = [marker, marker.parentNode].map(node => node.getBoundingClientRect());
+        return [own.left - whole.left, own.top - whole.top, own.width, own.height].map(x => x / whole.width)})""")
+    assert len(frames) == 4
+    np.testing.assert_allclose(frames, [[3 / 4, 1 / 4, 1 / 4, 1 / 4]] * 4, atol=0.02)
+
+
+def test_what_the_first_scale_adds_is_added_to_grey(opened, facts):
+    tab = opened()
+    for k, count in ((2, 21), (0, 1)):
+        choose(tab, 0, k, 0, 0)
+        assert tab.inner_text("#so-far-text") == f"The image so far: {k + 1} of 3 scales, {count} tokens"
+    added = 128 + (facts[0].frames[0].astype(float) - 128) / 2
+    assert np.abs(pixels(tab, "#added") - added).max() <= 0.5
+
+
+def test_images_to_choose_from_are_shown_whole(opened, facts):
+    tab = opened()
+    for i, fact in enumerate(facts):
+        assert np.array_equal(pixels(tab, f"#strip label:nth-child({i + 1}) canvas"), fact.frames[-1])
+
+
+def maps_of(image: dict, count: int) -> np.ndarray:
+    """The weights [maps, L, L] that are embedded."""
+    maps_NLL = tiles(image["attention"], count)[..., 0].astype(float)**2
+    return maps_NLL / maps_NLL.sum(axis=-1, keepdims=True)
+
+
+def check_maps(tab, weights_L: np.ndarray, k: int) -> None:
+    """Of each scale up to this one a map, bright where most of it goes, and its share."""
+    said = tab.locator("#maps canvas").evaluate_all("all => all.map(canvas => canvas.ariaLabel)")
+    assert len(said) == k + 1
+    for j, (label, s) in enumerate(zip(said, SCALES)):
+        own_ss = weights_L[STARTS[j]:STARTS[j] + s * s].reshape(s, s)
+        share, y, x = map(int, re.fullmatch(
+            rf"Attention to {s} × {s}: (\d+) %, most to row (\d+), column (\d+)", label).groups())
+        assert abs(share - 100 * own_ss.sum()) <= 0.51
+        assert own_ss[y - 1, x - 1] == pytest.approx(own_ss.max())
+        shown = pixels(tab, f"#maps figure:nth-child({j + 1}) canvas")
+        assert np.abs(shown - heat(own_ss / own_ss.max())).max() <= 1
+
+
+def test_maps_of_attention_are_of_the_layer_and_the_head(opened, run, tmp_path):
+    torch.manual_seed(0)
+    model = VAR(replace(run.model.config, depth=3)).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    explorer.explore(replace(run, model=model), tmp_path / "x.html", [4], SEED)
+    image = embedded(tmp_path / "x.html")["images"][0]
+    maps_NLL = maps_of(image, 6)
+    tab = opened(path=tmp_path / "x.html")
+    choose(tab, 0, 2, 1, 3)
+    query = STARTS[2] + 1 * 4 + 3
+    check_maps(tab, maps_NLL[:, query].mean(axis=0), 2)
+    tab.select_option("#head", label="2")
+    check_maps(tab, maps_NLL[1::2, query].mean(axis=0), 2)
+    tab.select_option("#layer", label="3")
+    check_maps(tab, maps_NLL[5, query], 2)
+    tab.select_option("#head", label="all, averaged")
+    check_maps(tab, maps_NLL[4:, query].mean(axis=0), 2)
+
+
+def test_bars_are_as_long_as_what_they_show(opened, page):
+    tab = opened()
+    choose(tab, 2, 1, 1, 0)
+    image, i = page["images"][2], STARTS[1] + 2
+    widths = "bars => bars.map(bar => parseFloat(bar.style.width))"
+    codes, p = (rows[i] for rows in image["likely"])
+    np.testing.assert_allclose(tab.locator("#likely i").evaluate_all(widths), 75 * np.array(p) / p[0], atol=0.01)
+    _, plain, guided = (np.array(rows[i]) for rows in image["guided"])
+    left = np.where(np.arange(10) < image["kept"][i], 1e4 * guided / image["held"][i], 0)
+    bars = np.stack([plain, guided, left], axis=1)
+    np.testing.assert_allclose(tab.locator("#guided i").evaluate_all(widths), 75 * bars.ravel() / bars.max(), atol=0.01)
+    spread = np.array(image["spread"])
+    np.testing.assert_allclose(tab.locator("#beginnings i").evaluate_all(widths), 75 * spread / max(*spread, 1), atol=0.01)
+
+
+def test_of_two_images_chosen_at_once_the_second_is_shown(opened):
+    """Though what the first needs is there later."""
+    tab = opened()
+    tab.evaluate("""() => {
+        const decode = Image.prototype.decode;
+        let calls = 0;
+        Image.prototype.decode = async function () {
+            if (!calls++) await new Promise(done => setTimeout(done, 300));
+            return decode.call(this);
+        };
+        document.querySelectorAll("#strip input")[1].click();
+        document.querySelectorAll("#strip input")[2].click();
+        setTimeout(() => document.body.dataset.later = "yes", 800);
+    }""")
+    tab.wait_for_selector("body[data-later]")
+    assert tab.get_attribute("#so-far", "aria-label").startswith(f"{IMAGES[2]} after")
+
+
+def test_a_cell_is_chosen_where_the_pointer_moves_and_not_where_the_page_does(opened):
+    tab = opened()
+    choose(tab, 0, 2, 0, 0)
+    for place, moved, chosen in ((5, {}, (1, 1)), (5, {"movementX": 2}, (2, 2)), (6, {"movementY": -1}, (2, 3))):
+        tab.locator(".picker").first.locator("button").nth(place).evaluate(
+            "(cell, moved) => cell.dispatchEvent(new PointerEvent('pointermove', moved))", moved)
+        assert tab.inner_text("#token-text").startswith(f"Scale 4 × 4, row {chosen[0]}, column {chosen[1]} ")
+
+
+def test_draws_are_numbered_from_one(opened):
+    tab = opened()
+    said = tab.locator("#beginnings canvas").evaluate_all("all => all.map(canvas => canvas.ariaLabel)")
+    assert said == [f"Draw {i}, {given}" for given in ("nothing given", "given up to 1 × 1", "given up to 2 × 2")
+                    for i in range(1, 9)]

@@ -39,14 +39,15 @@ import train
 from papers.tuning import kept_images
 from support import cli
 from support.checkpoint import (
-    Log, check_made_with, download, load_checkpoint, read_log, read_tensors, save_checkpoint,
-    save_whole,
+    Log, check_made_with, download, fingerprint, load_checkpoint, read_log, read_tensors,
+    save_checkpoint, save_whole,
 )
 from support.cli import Interrupt, UserError
 from support.data import load_held_out
 from support.devices import choose_machine
 from support.evaluation import kept_classifier
-from tokenizer import Tokenizer
+from support.presets import VARPreset, check_begun, check_folder, chosen_preset, training_options
+from tokenizer import Tokenizer, TokenizerConfig
 
 
 @pytest.fixture(autouse=True)
@@ -890,3 +891,50 @@ def test_safetensors_are_read_by_their_own_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace(torch=module))
     monkeypatch.setitem(sys.modules, "safetensors.torch", module)
     assert read_tensors(path, "published checkpoint") == {"a": path}
+
+
+def test_training_goes_on_with_the_same_perceptual_distance_and_images():
+    for name, before, now in ("LPIPS", False, True), ("tokenizer", 64 * "a", 64 * "b"):
+        with pytest.raises(UserError, match=f"a.pt was made with another {name},"):
+            check_made_with(Path("a.pt"), {"made_with": {name: before}}, {name: now})
+
+
+def test_a_tokenizer_of_other_scales_is_another():
+    """Though it has the same weights: as where a published one is opened with other --scales."""
+    shape = dict(vocabulary=8, code_channels=4, image_channels=1, width=4, multipliers=(1,), blocks=1, phis=1, norm_groups=1)
+    one, other = (Tokenizer(TokenizerConfig(scales=scales, **shape)) for scales in ((1, 2, 4), (1, 3, 4)))
+    other.load_state_dict(one.state_dict())
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_a_tokenizer_whose_transformer_is_still_to_be_trained_is_not_overwritten(tmp_path):
+    (tmp_path / "tokenizer.pt").touch()
+    with pytest.raises(UserError, match="tokenizer.pt is there already: --resume goes on with it"):
+        check_folder("shapes", tmp_path, ["tokenizer", "var"], False)
+    check_folder("shapes", tmp_path, ["var"], False)
+
+
+def test_white_that_is_named_may_be_what_it_is_unless_named(tmp_path):
+    stage = tokenizer_stage(tmp_path)
+    stage.save(finished=True)
+    flags = ["--data", "folder", "--out", str(tmp_path), *TINY, "--stage", "tokenizer", "--resume", "--white-level"]
+    options = training_options([*flags, "65535"])
+    check_begun(options, chosen_preset(options))
+    options = training_options([*flags, "4095"])
+    with pytest.raises(UserError, match="--white-level 65535 and not 4095"):
+        check_begun(options, chosen_preset(options))
+
+
+def test_last_scales_of_a_transformer_that_has_all_are_not_changed():
+    """None is a value, too."""
+    with pytest.raises(UserError, match="--last-scales None and not 2"):
+        check_made_with(Path("a.pt"), {"made_with": {"last_scales": None}}, {"last_scales": 2})
+
+
+def test_channels_that_are_named_are_no_matter_to_a_transformer(tmp_path):
+    """Whose checkpoint does not have them: here of a grey run, whose tokenizer is elsewhere."""
+    options = training_options(["--data", "folder", "--out", str(tmp_path), *TINY, "--stage", "var", "--channels", "1"])
+    preset = chosen_preset(options)
+    save_checkpoint(tmp_path / "var.pt", "transformer", config={"depth": 1},
+                    made_with={**preset.of(VARPreset), "seed": 0})
+    check_begun(options, preset)

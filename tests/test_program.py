@@ -41,9 +41,9 @@ from support.data import (
     SHAPES, data_of, draw_shapes, fit_side, load_data, load_held_out, shuffled,
 )
 from support.devices import (
-    Machine, Speed, check_memory, choose_machine, forward_flops, fp32_convolutions, fp32_products,
-    gather_over_processes, has_fast, join_processes, own_cores, peak_flops, progress_bar, say,
-    wait_for_others,
+    PEAK_TFLOPS, Machine, Speed, check_memory, choose_machine, forward_flops, fp32_convolutions,
+    fp32_products, gather_over_processes, has_fast, join_processes, own_cores, peak_flops,
+    progress_bar, say, wait_for_others,
 )
 from support.evaluation import say_health, tokenizer_health
 from support.images import Row, batches, grid, save_picture, to_float
@@ -1294,3 +1294,47 @@ def test_the_first_process_alone_speaks(monkeypatch, capsys):
     say("once")
     assert progress_bar(range(2)).disable
     assert "once" not in capsys.readouterr().out
+
+
+def test_the_health_of_each_scale_is_a_row(capsys):
+    health = dict(psnr_per_scale=[10.0, 20.25], codes_per_scale=[1, 3], usage_per_scale=[1.0, 0.75],
+                  perplexity_per_scale=[1.0, 2.5], codes_used=0.5)
+    say_health(health, SimpleNamespace(scales=(1, 2), vocabulary=8))
+    _, heads, _, second = capsys.readouterr().out.splitlines()
+    assert heads.split()[:4] == ["scale", "codes", "usage", "perplexity"]
+    assert second.split() == ["2x2", "3", "75%", "2.5", "20.25", "dB"]
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--drop-path", 1), ("--adversarial-from", 1), ("--final-lr", 1.5), ("--tokenizer-steps", 0), ("--var-steps", 0)])
+def test_values_with_which_nothing_is_trained_are_refused(flag, value):
+    with pytest.raises(UserError, match=f"{flag}: {value} must be"):
+        training_flags().parse_args([flag, str(value)])
+
+
+def test_the_published_recipe_is_of_200_epochs_of_imagenet():
+    """The transformer's, in the authors' batches."""
+    preset = PRESETS["imagenet256"]
+    assert preset.var_steps * preset.var_batch / 1_281_167 == pytest.approx(200, rel=0.01)
+
+
+def test_a_machine_s_cores_and_no_more_than_eight_read_images(monkeypatch):
+    for cores, workers in ((2, 2), (64, 8)):
+        monkeypatch.setattr("support.presets.own_cores", lambda: cores)
+        assert training_flags().parse_args([]).workers == workers
+
+
+def test_a_thousand_steps_at_most_are_lost():
+    assert training_flags().parse_args([]).checkpoint_every == 1000
+
+
+def test_shares_of_the_peak_are_of_dense_products():
+    """Data sheets print the figures of sparse ones, twice as large."""
+    assert PEAK_TFLOPS["H200"] == PEAK_TFLOPS["H100"] == 989   # the same chip
+    assert PEAK_TFLOPS["H100 PCIe"] < PEAK_TFLOPS["H100 NVL"] < PEAK_TFLOPS["H100"] < PEAK_TFLOPS["B200"] == 2250
+
+
+def test_memory_is_told_in_billions_of_bytes(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**7}.get)
+    with pytest.raises(UserError, match="images take 50 GB of memory, of which there are 41$"):
+        check_memory(50 * 10**9, "images")

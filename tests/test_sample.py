@@ -33,8 +33,8 @@ from support.figures import (
 )
 from support.holes import known_pixels
 from support.images import (
-    Row, at_a_time, batches, cell_size, grid, label_font, legible, save_film, save_npz, to_bytes,
-    wrapped,
+    Row, at_a_time, batches, cell_size, grid, label_font, legible, read_images, save_film, save_npz,
+    to_bytes, wrapped,
 )
 from support.presets import PRESETS
 from tokenizer import Decoder, Encoder
@@ -1423,3 +1423,33 @@ def test_held_out_images_of_other_channels_are_refused(judged, tmp_path):
 def test_a_name_with_an_accent_is_not_taken_for_a_number():
     run = SimpleNamespace(classes=["cafe\u0301", "tea"])
     assert asked_classes(run, ["caf\u00e9", "1"], 1) == (["caf\u00e9", "1 tea"], [0, 1])
+
+
+def test_an_image_is_named_for_its_file_without_the_ending(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
+    assert [name for source in (tmp_path / "cat.png", tmp_path) for _, name in read_images(source, 8, 3)] == 2 * ["cat"]
+
+
+@pytest.mark.parametrize("mode, ground", [("L", 0), ("RGBA", (0, 0, 0, 0))])
+def test_a_mask_is_cropped_as_images_are(tmp_path, mode, ground):
+    mask = Image.new(mode, (80, 40), ground)
+    mask.paste("white", (20, 0, 40, 40))   # of the middle 40 columns the first 20
+    mask.save(tmp_path / "mask.png")
+    known_HW = known_pixels(tmp_path / "mask.png", 8)
+    assert not known_HW[:, :4].any() and known_HW[:, 4:].all()
+
+
+def test_a_caption_of_two_lines_has_room_for_both():
+    """And lies above the image, which is where it was."""
+    black = np.zeros((8, 8, 1), np.uint8)
+    one, two = (np.asarray(grid([Row("", [black], [text])], 64)) for text in ("a", "a\nb"))
+    line = len(two) - len(one)
+    assert line > 0 and np.array_equal(two[-68:], one[-68:])
+    assert (two[line:-68] < 128).any() and (two[:line] < 128).any()
+
+
+@pytest.mark.parametrize("flag, value, told", [("--smooth", "1.5", "from 0 to 1"), ("--cfg", "-1", "from 0 to 100"),
+                                               ("--growth", "0", "from 0.1 to 10")])
+def test_ways_to_draw_have_limits(flag, value, told):
+    with pytest.raises(UserError, match=f"argument {flag}: {value} must be {told}"):
+        parse({}, ["grid", f"{flag}={value}"])
