@@ -133,6 +133,10 @@ KINDS = {"tokenizer": "tokenizer", "var": "transformer"}    # of its checkpoint
 
 PRESETS = {
     "tiny": Preset(),
+    # MNIST and its kin at their own size, as long as the default takes.
+    "mnist": Preset(
+        image_size=28, scales=(1, 2, 3, 5, 7), perceptual_weight=1.0, tokenizer_steps=850,
+        var_steps=2800),
     "cifar": Preset(
         edge_weight=0.0, smaller_weight=0.0, scales=(1, 2, 3, 4, 6, 8), vocabulary=1024,
         code_channels=32, tokenizer_width=96, multipliers=(1, 2, 2), blocks=2, norm_groups=32,
@@ -161,7 +165,7 @@ PRESETS = {
 DESCRIPTION = """Train VAR: the tokenizer, then the transformer.
 
     python train.py                                     the built-in shapes, minutes on two cores
-    python train.py --data fashion-mnist
+    python train.py --data fashion-mnist --preset mnist
     python train.py --data FOLDER --image-size 64       a sub-folder of images for each class
     python train.py --data FOLDER --preset pixels64     with the losses that keep detail
     python train.py --resume                            after Ctrl-C
