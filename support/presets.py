@@ -134,7 +134,7 @@ KINDS = {"tokenizer": "tokenizer", "var": "transformer"}    # of its checkpoint
 PRESETS = {
     "tiny": Preset(),
     # MNIST and its kin at their own size, as long as the default takes.
-    "mnist": Preset(
+    "pixels28": Preset(
         image_size=28, scales=(1, 2, 3, 5, 7), perceptual_weight=1.0, tokenizer_steps=850,
         var_steps=2800),
     "cifar": Preset(
@@ -165,7 +165,7 @@ PRESETS = {
 DESCRIPTION = """Train VAR: the tokenizer, then the transformer.
 
     python train.py                                     the built-in shapes, minutes on two cores
-    python train.py --data fashion-mnist --preset mnist
+    python train.py --data fashion-mnist --preset pixels28
     python train.py --data FOLDER --image-size 64       a sub-folder of images for each class
     python train.py --data FOLDER --preset pixels64     with the losses that keep detail
     python train.py --resume                            after Ctrl-C
