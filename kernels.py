@@ -1009,6 +1009,9 @@ class BlockAttention(torch.autograd.Function):
 
 
 def block_attention_triton(q_BHLD, k_BHSD, v_BHSD, ranges, scale):
+    D = q_BHLD.shape[3]
+    if not 16 <= D <= 128:
+        raise ValueError(f"the Triton kernel takes a head width of 16 to 128: it is {D}")
     # Keys after those in sight may hold anything, as in a cache that is not yet full.
     seen = ranges.last[-1]
     k_BHSD = k_BHSD[:, :, :seen]

@@ -456,7 +456,8 @@ class TokenizerStage(Stage):
             losses["clamped"] = F.mse_loss(reconstructions.clamp(-1, 1), originals)
             share = len(originals) / count
             means.update({name: share * loss.item() for name, loss in losses.items()})
-        return {"psnr": psnr(means.pop("clamped")), **means}
+        means["psnr"] = psnr(means.pop("clamped"))
+        return means
 
     def example(self) -> tuple[Tensor, ...]:
         return (self.images[:1].to(self.settings.machine.device),)

@@ -273,7 +273,7 @@ class VAR(nn.Module):
     def through_layers(self, x_BLW: Tensor, positions_1LW: Tensor, modulations: list[Tensor],
                        ranges: KeyRanges, caches: list[LayerCache] | None) -> Stream:
         """Pass what is read through all layers. caches: one for each, or none."""
-        # The residual stream starts with the places. What is read is the first branch, added by the
+        # The residual stream starts with the positions. What is read is the first branch, added by the
         # first AdaLN with a gate of 1.
         gate_BW = torch.ones_like(x_BLW[:, 0])
         stream = positions_1LW.expand_as(x_BLW), x_BLW, gate_BW
@@ -332,7 +332,7 @@ class VAR(nn.Module):
         class_BW = self.class_embedding(labels_B)                               # [B or 2 B, W]
         modulations, head_B2W = self.modulations(class_BW)                      # as in `forward`
         caches = self.new_caches()
-        positions_1LW = self.positions()                                              # [1, L, W]
+        positions_1LW = self.positions()                                        # [1, L, W]
         x_BlW = self.start(class_BW)                                            # [B or 2 B, 1, W]
         tokens = []
         for k, span in enumerate(self.config.spans):

@@ -133,7 +133,7 @@ KINDS = {"tokenizer": "tokenizer", "var": "transformer"}    # of its checkpoint
 
 PRESETS = {
     "tiny": Preset(),
-    # MNIST and its kin at their own size, as long as the default takes.
+    # MNIST and its kin at their own size, in the minutes that the default takes.
     "pixels28": Preset(
         image_size=28, scales=(1, 2, 3, 5, 7), perceptual_weight=1.0, tokenizer_steps=850,
         var_steps=2800),

@@ -469,5 +469,5 @@ def test_free_coarse_maps_are_known_where_that_share_is():
                                (0.8, [False, False], [True, False, False, False])):
         known = known_left(made, 3, known_from=share)
         for k, columns in enumerate(([False], twos, fours, 3 * [True] + 5 * [False])):
-            places_Bl = known.mask(made.quantizer, k)
-            assert places_Bl[0].view(len(columns), -1)[0].tolist() == columns
+            known_Bl = known.mask(made.quantizer, k)
+            assert known_Bl[0].view(len(columns), -1)[0].tolist() == columns
