@@ -273,8 +273,8 @@ class VAR(nn.Module):
     def through_layers(self, x_BLW: Tensor, positions_1LW: Tensor, modulations: list[Tensor],
                        ranges: KeyRanges, caches: list[LayerCache] | None) -> Stream:
         """Pass what is read through all layers. caches: one for each, or none."""
-        # The residual stream starts with the positions. What is read is the first branch, added by the
-        # first AdaLN with a gate of 1.
+        # The residual stream starts with the positions. What is read is the first branch, added by
+        # the first AdaLN with a gate of 1.
         gate_BW = torch.ones_like(x_BLW[:, 0])
         stream = positions_1LW.expand_as(x_BLW), x_BLW, gate_BW
         for i, block in enumerate(self.blocks):
