@@ -83,8 +83,8 @@ def use_triton(tensor: Tensor) -> bool:
 
 
 def as_arrays(tensors: Sequence[Tensor]) -> list[Tensor | tuple]:
-    """Return tensors as kernels get them: a pair of a pointer to the first number and the strides,
-    one for each axis; of one axis the pointer alone. (Triton takes longer over a NamedTuple.)"""
+    """Return what kernels get of tensors: a pointer to the first number, and the strides where
+    there is more than one axis."""
     return [x if x.dim() == 1 else (x, x.stride()) for x in tensors]
 
 
@@ -1211,7 +1211,7 @@ def launch_compiled(kernel, programs, read, written, numbers, names, values):
 
 @torch.library.register_fake("var::launch", lib=LIBRARY)
 def launch_nothing(*arguments):
-    """What torch.compile calls to learn the outputs' shapes: there are none."""
+    """What torch.compile calls to learn the outputs: there are none."""
 
 
 def run_kernel(kernel: Callable, programs: Sequence[int], tensors: Sequence[Tensor],

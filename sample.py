@@ -10,7 +10,7 @@
     python sample.py export 50000 samples.npz        for the field's evaluation programs
     python sample.py --published d16 --classes 207 980
 
-train.py writes a run's folder, out/shapes for one; a published pair does as well.
+train.py writes a run's folder, out/shapes for one; a published pair will do.
 `python sample.py --help` names all commands.
 
 Read `main`, then `Run`, then `Known`: in-painting, out-painting, editing and upscaling are one

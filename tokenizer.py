@@ -131,7 +131,8 @@ class Quantizer(nn.Module):
 
     def accumulate(self, f_hat_BCSS: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
         """Return f_hat with scale k, given by its tokens, added to it."""
-        return self.add(f_hat_BCSS, F.embedding(tokens_Bl, self.codebook_VC), k)
+        codes_BlC = F.embedding(tokens_Bl, self.codebook_VC)
+        return self.add(f_hat_BCSS, codes_BlC, k)
 
     def add(self, f_hat_BCSS: Tensor, h_BlC: Tensor, k: int) -> Tensor:
         """Return f_hat with scale k, given by the vectors of its places, added to it.

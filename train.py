@@ -2,7 +2,7 @@
 
 Stage one (`TokenizerStage`) teaches the tokenizer to write images as tokens. Stage two (`VARStage`)
 writes every image as tokens, once, and teaches the transformer to predict them. Both go through one
-loop, `Stage.run`, which is a page from top to bottom. Read `main`, `Stage.run`, then the stages.
+loop: read `main`, `Stage.run`, then the stages.
 
 A run is a folder. It ends up holding
 
@@ -10,8 +10,7 @@ A run is a folder. It ends up holding
     held_out.pt              images that training does not see, for measuring and for sample.py
     train_images.pt          some that it sees: on them sample.py trains classifier.pt, which judges
     tokens.pt                all images as tokens, for the next training in this folder
-    train.npy  held_out.npy  a folder's images, decoded once
-    decoded.pt               of which files, so that they are not decoded again
+    train.npy  held_out.npy  a folder's images, decoded once; decoded.pt names their files
     log.jsonl                one line per ten steps, and what was measured on held-out images
     reconstructions.png      held-out images above their reconstructions
     samples.png              generated images, a row per class
@@ -66,7 +65,7 @@ from tokenizer import (
 from var import VAR, Block, VARConfig
 
 MEASURED = 256    # held-out images of each measurement: the mean loss is sure to about 1 %
-HELD_OUT = 500    # as many as the tokenizer's health is measured on, and kept in memory
+HELD_OUT = 500    # those of the tokenizer's health, kept in memory
 
 
 @dataclass(frozen=True)
@@ -212,9 +211,8 @@ class Stage:
         bar = progress_bar(initial=self.step, total=self.steps, desc=self.name, unit="step")
         with Interrupt() as interrupt, bar:
             for tensors in batches:
-                # Every random draw of a step follows from the seed and the step, so a resumed run
-                # repeats them exactly. What changes the codebook is the same in all processes, but
-                # each drops labels of its own. The factors keep seeds apart for 10^6 steps.
+                # A step's random draws follow from the seed and the step, so a resumed run repeats
+                # them. (The codebook changes alike in all processes; each drops its own labels.)
                 seed = settings.seed * 1_000_003 + self.step
                 torch.manual_seed(seed)
                 self.before_step()
@@ -225,8 +223,9 @@ class Stage:
                 self.helpers.zero_grad()
                 loss = torch.zeros((), device=machine.device)
                 count = settings.grad_accumulation
-                for i, micro_batch in enumerate(zip(*(x.chunk(count) for x in tensors))):
-                    to_log = None   # else the last one's logits would be kept
+                micro_batches = zip(*(x.chunk(count) for x in tensors))
+                for i, micro_batch in enumerate(micro_batches):
+                    to_log = None   # else the last logits would be kept
                     exchange = i + 1 == count or self.ddp is self.model
                     with nullcontext() if exchange else self.ddp.no_sync():
                         with machine.autocast():
@@ -266,7 +265,7 @@ class Stage:
                 saved = last or self.step % settings.checkpoint_every == 0
                 if logged is None and not measured and not saved:
                     continue
-                asked = torch.tensor(float(interrupt.asked), device=machine.device)
+                asked = torch.full_like(loss, interrupt.asked)
                 numbers = average_over_processes(torch.stack([loss, norm, asked]))
                 mean_loss, mean_norm, stop = numbers.tolist()
                 self.check(mean_loss, mean_norm)
@@ -604,7 +603,8 @@ def tokenise(tokenizer: Tokenizer, images: Dataset, settings: Settings, what: st
     tokens = [torch.empty(0, sum(s * s for s in config.scales), dtype=small)]
     labels = [torch.empty(0, dtype=torch.int64)]
     loaded = read_batches(images, batches, settings.workers, machine.device)
-    for pixels, labels_B in progress_bar(loaded, desc=what, total=len(batches), unit="batch"):
+    bar = progress_bar(loaded, desc=what, total=len(batches), unit="batch")
+    for pixels, labels_B in bar:
         with machine.autocast():
             tokens_BL = tokenizer.encode(to_float(pixels.to(machine.device)))
         tokens.append(tokens_BL.to(small).cpu())
