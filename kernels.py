@@ -229,7 +229,7 @@ class AdaLN(torch.autograd.Function):
                [sum_BLW, h_BLW, gate_B1W, scale_B1W, dsum_BLW, dy_BLW],
                [dx_BLW, dh_BLW, *sums_BP3W.unbind(2)],
                L, W, TOKENS=TOKENS, **adaln_tiles(W))
-        # dgate, dscale and dshift, which autograd brings to the dtypes of the inputs:
+        # dgate, dscale and dshift; autograd casts them:
         sums_B13W = sums_BP3W.sum(dim=1, keepdim=True)
         return dx_BLW, dh_BLW, *sums_B13W.unbind(2), None
 

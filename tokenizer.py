@@ -590,7 +590,7 @@ class Tokenizer(nn.Module):
         """Compare what latents averaged down to s x s decode to with images averaged down as much.
 
         A coarse map is made of such averages. If they are what a small image would be encoded to,
-        the map shows that image, and is easier to predict: README, Results, has what that gives.
+        the map shows that image, and is easier to predict: README, More results, has what it gives.
         (EQ-VAE, arXiv 2502.09509, asks the same of the latents of diffusion models.)
         """
         features = self.from_latent(averaged(f_BCSS, s))
