@@ -481,6 +481,7 @@ LIST = [
         points={
             KERNELS + "test_a_draw_is_the_best_of_the_tokens_kept[torch]": 2,
             KERNELS + "test_both_backends_draw_the_same_token": 1,
+            KERNELS + "test_guidance_goes_beyond_the_class": 1,
             KERNELS + "test_top_k_keeps_k_whatever_their_sign_and_their_ties": 2,
             KERNELS + "test_top_p_keeps_what_holds_p_of_what_top_k_left": 2,
             KERNELS + "test_frequencies_follow_the_distribution": 1,

@@ -697,6 +697,18 @@ def test_both_backends_draw_the_same_token(case):
     assert torch.equal(case["cond_BlV"], before)   # the caller's logits are left alone
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.5])
+def test_guidance_goes_beyond_the_class(backend, guidance):
+    """Noise that makes all guided scores alike, but for one token: any other logits draw another."""
+    cond, uncond = torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.0, 1.0, -0.5, 2.0]], device=DEVICE)
+    for token in range(4):
+        noise = ((1 + guidance) * cond - guidance * uncond).exp()
+        noise[token] *= 0.99
+        logits = cond[None, None], uncond[None, None]
+        assert operation("sample_tokens", backend)(*logits, guidance, 0, 1.0, noise[None, None]).item() == token
+
+
 def last_kept(backend: str, logits: list[float], top_k: int, top_p: float) -> int:
     """The rank of the last token kept: with this noise, the later a token ranks, the better is its score."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
