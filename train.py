@@ -1,8 +1,7 @@
 """Train VAR from images to samples:  python train.py
 
-Stage one (`TokenizerStage`) teaches the tokenizer to write images as tokens. Stage two (`VARStage`)
-writes every image as tokens, once, and teaches the transformer to predict them. Both go through one
-loop: read `main`, `Stage.run`, then the stages.
+Stage one (`TokenizerStage`) teaches the tokenizer to write images as tokens, and stage two
+(`VARStage`) the transformer to predict them. Read `main`; `Stage.run`, their loop; the stages.
 
 A run is a folder. It ends up holding
 
@@ -10,7 +9,8 @@ A run is a folder. It ends up holding
     held_out.pt              images that training does not see, for measuring and for sample.py
     train_images.pt          some that it sees: on them sample.py trains classifier.pt, which judges
     tokens.pt                all images as tokens, for the next training in this folder
-    train.npy  held_out.npy  a folder's images, decoded once; decoded.pt names their files
+    train.npy  held_out.npy  a folder's images, decoded once
+    decoded.pt               of which files, so that they are not decoded again
     log.jsonl                one line per ten steps, and what was measured on held-out images
     reconstructions.png      held-out images above their reconstructions
     samples.png              generated images, a row per class
