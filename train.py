@@ -65,7 +65,7 @@ from tokenizer import (
 from var import VAR, Block, VARConfig
 
 MEASURED = 256    # held-out images of each measurement: the mean loss is sure to about 1 %
-HELD_OUT = 500    # those of the tokenizer's health, kept in memory
+HELD_OUT = 500    # as many as the tokenizer's health is measured on, and kept in memory
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Stage:
             for tensors in batches:
                 # A step's random draws follow from the seed and the step, so a resumed run repeats
                 # them. (The codebook changes alike in all processes; each drops its own labels.)
-                seed = settings.seed * 1_000_003 + self.step
+                seed = settings.seed * 1_000_003 + self.step   # apart for 10^6 steps
                 torch.manual_seed(seed)
                 self.before_step()
                 torch.manual_seed(seed + 15_485_863 * rank)
