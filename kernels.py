@@ -7,9 +7,9 @@
     sample_tokens      guidance, top-k, top-p and the draw                (var.py, generation)
 
 They come in this order, the easiest first, each in the same steps: what PyTorch's version costs,
-the formula, the Triton kernel, what launches it, the PyTorch version. How any kernel is launched
-stands last and need not be read. `adaln`, say, picks one of two backends, which agree with each
-other and with NumPy in float64 (tests/reference.py):
+the formula, the Triton kernel, what launches it, the PyTorch version, and the function itself, with
+its shapes: read that first. `adaln`, say, picks one of two backends, which agree with each other
+and with NumPy in float64 (tests/reference.py):
 
     adaln_triton    launches the Triton kernel: on NVIDIA's GPUs from sm_80 on (RTX 30, A100)
     adaln_torch     the same in PyTorch: on a CPU, a Mac, any other GPU
@@ -27,10 +27,10 @@ Five words that Triton needs:
     stage        With num_stages = 3, while a loop computes one round it already fetches what the
                  next two need into shared memory, which the threads of a program have in common.
 
-Axes: B batch, H heads, L queries, S keys, D head width, W model width, V vocabulary, C channels
-of a code, N vectors, l tokens of one scale, P programs. Inside the kernels each letter is a tile of
-its axis, and T one of rows: of queries in q_TD, of keys in k_TD. Where the two meet, T is queries
-and S keys: scores_TS is [queries, keys], scores_ST [keys, queries].
+Axes: B batch, H heads, L queries, S keys, D head width, W model width, X 3 W, V vocabulary,
+C channels of a code, N vectors, l tokens of a scale, P programs. Inside the kernels each letter is
+a tile of its axis, and T one of rows: of queries in q_TD, of keys in k_TD. Where the two meet, T is
+queries and S keys: scores_TS is [queries, keys], scores_ST [keys, queries].
 
 Without a GPU the kernels run in Triton's interpreter, slowly, and print() and pdb work in them.
 With TRITON_INTERPRET=1 in the environment of `python`:
@@ -310,11 +310,11 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
     """
     first = tl.program_id(0).to(tl.int64) * TILE_N
     rows_T = first + tl.arange(0, TILE_N)
-    # For every vector and column of the tiles of codes: the least so far, and in which tile.
+    # For every vector and column of the tiles of codes: the least so far, and its tile's base.
     best_TV = tl.full([TILE_N, TILE_V], float("inf"), tl.float32)
-    tile_TV = tl.zeros([TILE_N, TILE_V], tl.int32)
-    for tile in range(0, V, TILE_V):
-        codes_V = tile + tl.arange(0, TILE_V)
+    base_TV = tl.zeros([TILE_N, TILE_V], tl.int32)
+    for base in range(0, V, TILE_V):
+        codes_V = base + tl.arange(0, TILE_V)
         dots_TV = tl.zeros([TILE_N, TILE_V], tl.float32)
         for channel in range(0, C, TILE_C):
             channels_C = channel + tl.arange(0, TILE_C)
@@ -325,8 +325,8 @@ def nearest_code_kernel(x_NC, e_VC, squares_V, index_N, N, V, C: tl.constexpr,
         distance_TV = own_V[None, :] - 2 * dots_TV
         closer_TV = distance_TV < best_TV   # not <=: of equal distances the lower index stays
         best_TV = tl.where(closer_TV, distance_TV, best_TV)
-        tile_TV = tl.where(closer_TV, tile, tile_TV)
-    index_TV = tile_TV + tl.arange(0, TILE_V)[None, :]
+        base_TV = tl.where(closer_TV, base, base_TV)
+    index_TV = base_TV + tl.arange(0, TILE_V)[None, :]
     least_T1 = tl.min(best_TV, 1, keep_dims=True)
     nearest_TV = tl.where(best_TV == least_T1, index_TV, V)
     index_T = tl.min(nearest_TV, 1)
@@ -805,12 +805,12 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
         for n in range(cut if CUT else whole):
             keys_T = tile_partners(n, start, before, whole, CUT, TILE_S)
             k_TD = load_head(k_BHSD, keys_T, S, D, CUT)
-            scores_TS = product(q_TD, k_TD.T)   # not scaled yet
+            dots_TS = product(q_TD, k_TD.T)
             if CUT:
                 seen_TS = seen_by(queries_T, L, first_L, last_L, keys_T)
-                scores_TS = tl.where(seen_TS, scores_TS, -float("inf"))
-            new_T1 = tl.maximum(highest_T1, tl.max(scores_TS, 1, keep_dims=True) * scale)
-            weights_TS = tl.exp2(scores_TS * scale - new_T1)
+                dots_TS = tl.where(seen_TS, dots_TS, -float("inf"))
+            new_T1 = tl.maximum(highest_T1, tl.max(dots_TS, 1, keep_dims=True) * scale)
+            weights_TS = tl.exp2(dots_TS * scale - new_T1)
             shrink_T1 = tl.exp2(highest_T1 - new_T1)
             total_T1 = total_T1 * shrink_T1 + tl.sum(weights_TS, 1, keep_dims=True)
             v_TD = load_head(v_BHSD, keys_T, S, D, CUT)
@@ -823,7 +823,7 @@ def attention_forward(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, log2sum_B
 # -------------------------------------------------------------------------------------------------
 # Attention: backward
 #
-# The weights are computed again, from log2sum. With d = dL/d of any name, s = scale q k^T, which is
+# The weights are computed again, from log2sum. With dz = dL/dz for any z, s = scale q k^T, which is
 # scores without the 1 / ln 2 in them, and delta = sum of o do, one number per query:
 #
 #     weights = 2^(scores - log2sum)
@@ -840,7 +840,7 @@ def transposed_table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, T
     """Return first_S, last_S: the queries first_S[j] <= i < last_S[j], if any, see key j.
 
     first_S[j] counts the ranges that end at or before j; last_S[j], those that begin at or before
-    j. As ranges are in order, these are the first queries.
+    j. As ranges are in order, each count is an index.
     """
     first_L, last_L = ranges.cached(table, device)
     keys_S = torch.arange(ranges.last[-1], dtype=torch.int32, device=device)
@@ -880,8 +880,8 @@ def attention_backward_q(q_BHLD, k_BHSD, v_BHSD, first_L, last_L, o_BHLD, do_BHL
                 seen_TS = seen_by(queries_T, L, first_L, last_L, keys_T)
                 weights_TS = tl.where(seen_TS, weights_TS, 0.0)
             dweights_TS = product(do_TD, v_TD.T)
-            dscores_TS = weights_TS * (dweights_TS - delta_T1)
-            dq_TD += product(dscores_TS.to(k_TD.dtype), k_TD)
+            ds_TS = weights_TS * (dweights_TS - delta_T1)
+            dq_TD += product(ds_TS.to(k_TD.dtype), k_TD)
     dq_TD *= scale * 0.6931471805599453   # ln 2
     store_head(dq_BHLD, queries_T, L, D, dq_TD)
 
@@ -915,8 +915,8 @@ def attention_backward_kv(q_BHLD, k_BHSD, v_BHSD, first_S, last_S, do_BHLD, log2
                 weights_ST = tl.where(seen_ST, weights_ST, 0.0)
             dv_TD += product(weights_ST.to(do_TD.dtype), do_TD)
             dweights_ST = product(v_TD, do_TD.T)
-            dscores_ST = weights_ST * (dweights_ST - delta_T1.T)
-            dk_TD += product(dscores_ST.to(q_TD.dtype), q_TD)
+            ds_ST = weights_ST * (dweights_ST - delta_T1.T)
+            dk_TD += product(ds_ST.to(q_TD.dtype), q_TD)
     dk_TD *= scale * 0.6931471805599453   # ln 2
     store_head(dk_BHSD, keys_T, S, D, dk_TD)
     store_head(dv_BHSD, keys_T, S, D, dv_TD)

@@ -188,7 +188,7 @@ class Run:
                          "null class, which guidance (--cfg) and completing without a class use")
             known = None if known_of is None else known_of(rows)
             latents = []
-            # A `generate` of one's own may take neither.
+            # A `generate` of papers/ may take neither.
             more = dict(smooth=smooth, latents=latents) if smooth or keep else {}
             with self.machine.autocast():
                 tokens_BL = self.model.generate(
@@ -373,19 +373,19 @@ def load_tokenizer(path: Path, scales: tuple[int, ...] | None = None) -> Tokeniz
 
 def draw_samples(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
     """Return a row of images for each class; names: None is all, at most 20."""
-    labels, wanted = asked_classes(run, names, per_class)
-    _, drawn = run.draw(wanted, seed)
-    return rows_of_classes(labels, run.decode_to_bytes(drawn))
+    names, labels = asked_classes(run, names, per_class)
+    _, drawn = run.draw(labels, seed)
+    return rows_of_classes(names, run.decode_to_bytes(drawn))
 
 
 def draw_progress(run: Run, names: list[str] | None, per_class: int, seed: int) -> list[Row]:
     """Return a row for each image: what it looks like after each scale."""
-    labels, wanted = asked_classes(run, names, per_class)
+    names, labels = asked_classes(run, names, per_class)
     kept = []
-    run.generate(wanted, seed, keep=kept.append)
+    run.generate(labels, seed, keep=kept.append)
     frames_KN = [run.decode_to_bytes(torch.cat(latents)) for latents in zip(*kept)]
     captions = scale_names(run.tokenizer.config.scales)
-    rows = zip(np.repeat(labels, per_class), zip(*frames_KN))
+    rows = zip(np.repeat(names, per_class), zip(*frames_KN))
     return [Row(label, frames_K, captions) for label, frames_K in rows]
 
 
@@ -399,7 +399,7 @@ def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
     classes = len(run.classes)
     wanted = [len(range(label, count, classes)) for label in range(classes)]
     counts = [math.ceil(n / rejection) for n in wanted]
-    latent_bytes = run.tokenizer.quantizer.empty(1).nbytes * bool(run.sampling.smooth)
+    latent_bytes = run.tokenizer.quantizer.zeros(1).nbytes * bool(run.sampling.smooth)
     check_memory(6 * count * side**2 + 2 * latent_bytes * sum(counts),
                  f"{count} samples, and a copy in another order,")
     labels = np.repeat(range(classes), counts).tolist()
@@ -509,8 +509,8 @@ def complete(
     where_11SS = F.interpolate(known_HW[None, None], size=latent_NCSS.shape[2:], mode="area")
     where_11SS = where_11SS.to(device)
 
-    image_N = torch.arange(len(images)).repeat_interleave(max(1, particles))
-    labels = [label] * len(image_N)
+    image_M = torch.arange(len(images)).repeat_interleave(max(1, particles))
+    labels = [label] * len(image_M)
     null_class = len(run.classes)
     if label == null_class and null_class <= particles:   # try the classes in turn
         labels = [i % null_class for i in range(particles)] * len(images)
@@ -518,17 +518,17 @@ def complete(
     known_from = share_of_known(known_HW, paste) if particles else 0.0
 
     def known_of(rows: slice) -> Known:
-        image_B = image_N[rows]
+        image_B = image_M[rows]
         own_tokens_BL = tokens_NL[image_B].to(device) if open_loop else None
         latent_BCSS = latent_NCSS[image_B].to(device)
         return Known(latent_BCSS, where_11SS, known_scales, own_tokens_BL, known_from)
 
     results = []
     for seed in seeds:
-        drawn_NL = run.generate(labels, seed, known_of)
+        drawn_ML = run.generate(labels, seed, known_of)
         if particles:
-            drawn_NL = most_likely(run, drawn_NL, labels, known_of(slice(0, 1)), particles)
-        results.append(run.decode(drawn_NL))
+            drawn_ML = most_likely(run, drawn_ML, labels, known_of(slice(0, 1)), particles)
+        results.append(run.decode(drawn_ML))
     if paste:
         results = [torch.where(known_HW > 0, images, result) for result in results]
     if not known_HW.all():
@@ -541,7 +541,7 @@ def complete(
 
 
 def most_likely(
-    run: Run, tokens_NL: Tensor, labels: list[int], known: Known, particles: int
+    run: Run, tokens_ML: Tensor, labels: list[int], known: Known, particles: int
 ) -> Tensor:
     """Return one of every `particles` rows of tokens: that which best explains what is known.
 
@@ -559,14 +559,14 @@ def most_likely(
     quantizer = run.tokenizer.quantizer
     masks = [known.mask(quantizer, k) for k in range(len(quantizer.scales))]
     known_1L = torch.cat(masks, dim=1).cpu()
-    log_weights_NL = run.log_likelihoods(tokens_NL, labels) * known_1L
-    log_weights_Nn = log_weights_NL.sum(dim=1).view(-1, particles)
-    best_N = log_weights_Nn.argmax(dim=1)
-    return tokens_NL.unflatten(0, (-1, particles))[torch.arange(len(best_N)), best_N]
+    log_weights_ML = run.log_likelihoods(tokens_ML, labels) * known_1L
+    log_weights_Nm = log_weights_ML.sum(dim=1).view(-1, particles)
+    best_N = log_weights_Nm.argmax(dim=1)
+    return tokens_ML.unflatten(0, (-1, particles))[torch.arange(len(best_N)), best_N]
 
 
 def fill_holes(images: Tensor, known_HW: Tensor) -> Tensor:
-    """Grow what is not known in from the border: the encoder must not see what was there."""
+    """Grow what is known into the holes: the encoder must not see what was there."""
     known = known_HW[None, None]
     filled = images * known
     while 0 < known.sum() < known.numel():

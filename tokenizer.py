@@ -124,7 +124,7 @@ class Quantizer(nn.Module):
         self.last_tokens_BL: Tensor | None = None
         self.last_residuals: list[Tensor] = []   # one [B, l, C] for each scale
 
-    def empty(self, batch: int) -> Tensor:
+    def zeros(self, batch: int) -> Tensor:
         """Return f_hat before any scale: zeros [B, C, S, S]."""
         S = self.scales[-1]
         return self.codebook_VC.new_zeros(batch, self.codebook_VC.shape[1], S, S)
@@ -180,7 +180,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def encode(self, f_BCSS: Tensor) -> Tensor:
         """Return tokens [B, L] of a latent: each scale codes what the coarser ones left over."""
-        f_hat_BCSS = self.empty(len(f_BCSS))
+        f_hat_BCSS = self.zeros(len(f_BCSS))
         tokens = []
         for k in range(len(self.scales)):
             residual_BlC = self.read(f_BCSS - f_hat_BCSS, k)
@@ -192,7 +192,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """Return the latent [B, C, S, S] that tokens stand for."""
-        f_hat_BCSS = self.empty(len(tokens_BL))
+        f_hat_BCSS = self.zeros(len(tokens_BL))
         for k, tokens_Bl in enumerate(self.split(tokens_BL)):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)
         return f_hat_BCSS
@@ -204,7 +204,7 @@ class Quantizer(nn.Module):
         That is f_hat after each scale, at the size of the next. Scale 0 reads nothing of the kind:
         it is predicted from the class.
         """
-        f_hat_BCSS = self.empty(len(tokens_BL))
+        f_hat_BCSS = self.zeros(len(tokens_BL))
         inputs = [self.read(f_hat_BCSS, 0)[:, :0]]   # [B, 0, C], all there is if K is 1
         for k, tokens_Bl in enumerate(self.split(tokens_BL)[:-1]):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)
@@ -212,7 +212,7 @@ class Quantizer(nn.Module):
         return torch.cat(inputs, dim=1)
 
     # Training. The nearest code is a choice, and a choice has no gradient. So the encoder learns
-    # from the image as if it had not been made (straight-through), and a loss of its own holds the
+    # as if its latent itself were decoded (straight-through), and a loss for that choice holds the
     # two sides together: every running sum, so its codes and phis, moves to the latent, and the
     # latent, a quarter as strongly, to the sums. That second term is the commitment. Without it
     # latents may run away from their codes for as long as the decoder can follow.
@@ -227,7 +227,7 @@ class Quantizer(nn.Module):
         Every scale's running sum is held to the latent, so coarse scales carry what they can. In
         training mode the pass keeps its tokens and residuals.
         """
-        f_hat_BCSS = self.empty(len(f_BCSS))
+        f_hat_BCSS = self.zeros(len(f_BCSS))
         loss = 0.0
         tokens = []
         residuals = []
@@ -263,7 +263,7 @@ class Quantizer(nn.Module):
         """
         V = len(self.codebook_VC)
         K = len(self.scales)
-        f_hat_BCSS = self.empty(len(f_BCSS))
+        f_hat_BCSS = self.zeros(len(f_BCSS))
         for k in range(K):
             begin = math.ceil(V * k / K)
             end = math.ceil(V * (k + 1) / K)
@@ -314,7 +314,7 @@ class Quantizer(nn.Module):
 def area_matrix(s: int, S: int) -> Tensor:
     """Return [s, S], which takes the means over s areas of S places in a row.
 
-    Where s does not divide S, neighbouring areas overlap.
+    Where s does not divide S, neighbours may overlap.
     """
     return F.adaptive_avg_pool1d(torch.eye(S), s).T
 
@@ -363,8 +363,8 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + h
 
 
-class PixelAttention(nn.Module):
-    """Every pixel attends to every pixel, with one head."""
+class PlaceAttention(nn.Module):
+    """Every place attends to every place, with one head."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -372,13 +372,13 @@ class PixelAttention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        qkv_BCHW = self.qkv(self.norm(x_BCHW))                            # [B, 3 C, H, W]
-        qkv_B1NC = qkv_BCHW.flatten(2).transpose(1, 2).unsqueeze(1)       # [B, 1, H W, 3 C]
-        q_B1NC, k_B1NC, v_B1NC = qkv_B1NC.chunk(3, dim=-1)                # [B, 1, H W, C]
-        o_B1NC = F.scaled_dot_product_attention(q_B1NC, k_B1NC, v_B1NC)   # [B, 1, H W, C]
-        o_BCHW = o_B1NC.squeeze(1).transpose(1, 2).view_as(x_BCHW)        # [B, C, H, W]
-        return x_BCHW + self.out(o_BCHW)                                  # [B, C, H, W]
+    def forward(self, x_BCSS: Tensor) -> Tensor:
+        qkv_BCSS = self.qkv(self.norm(x_BCSS))                            # [B, 3 C, S, S]
+        qkv_B1NC = qkv_BCSS.flatten(2).transpose(1, 2).unsqueeze(1)       # [B, 1, S S, 3 C]
+        q_B1NC, k_B1NC, v_B1NC = qkv_B1NC.chunk(3, dim=-1)                # [B, 1, S S, C]
+        o_B1NC = F.scaled_dot_product_attention(q_B1NC, k_B1NC, v_B1NC)   # [B, 1, S S, C]
+        o_BCSS = o_B1NC.squeeze(1).transpose(1, 2).view_as(x_BCSS)        # [B, C, S, S]
+        return x_BCSS + self.out(o_BCSS)                                  # [B, C, S, S]
 
 
 class Downsample(nn.Conv2d):
@@ -421,7 +421,7 @@ class Level(nn.Module):
         for i in range(blocks):
             self.blocks.append(ResidualBlock(channels if i else channels_in, channels, groups))
             if attends:
-                self.attentions.append(PixelAttention(channels, groups))
+                self.attentions.append(PlaceAttention(channels, groups))
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -435,7 +435,7 @@ class Level(nn.Module):
 def middle(channels: int, groups: int) -> nn.Sequential:
     return nn.Sequential(
         ResidualBlock(channels, channels, groups),
-        PixelAttention(channels, groups),
+        PlaceAttention(channels, groups),
         ResidualBlock(channels, channels, groups),
     )
 
@@ -616,7 +616,7 @@ class Tokenizer(nn.Module):
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 nn.init.zeros_(module.conv2.weight)
-            if isinstance(module, PixelAttention):
+            if isinstance(module, PlaceAttention):
                 nn.init.zeros_(module.out.weight)
             if isinstance(module, Phi):
                 nn.init.dirac_(module.weight)

@@ -60,12 +60,12 @@ from support.presets import (
 )
 from support.watching import WatchedLog, say_what_next
 from tokenizer import (
-    L1_WEIGHT, Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig,
+    L1_WEIGHT, Decoder, Encoder, PlaceAttention, ResidualBlock, Tokenizer, TokenizerConfig,
 )
 from var import VAR, Block, VARConfig
 
 MEASURED = 256    # held-out images of each measurement: the mean loss is sure to about 1 %
-HELD_OUT = 500    # as many as the tokenizer's health is measured on, and kept in memory
+HEALTH = 500      # held-out images of the tokenizer's health, which are kept in memory
 
 
 @dataclass(frozen=True)
@@ -253,9 +253,8 @@ class Stage:
                 self.after_step()
                 # The first step replaces the random start.
                 update_ema(self.ema, self.model, self.decay if self.step else 0.0)
-                logged = None
-                if self.step % 10 == 0:
-                    logged = {} if left_out else to_log()
+                tenth = self.step % 10 == 0
+                logged = to_log() if tenth and not left_out else {}
                 self.step += 1
                 bar.update()
 
@@ -263,7 +262,7 @@ class Stage:
                 last = self.step == self.steps
                 measured = last or self.step % math.ceil(self.steps / 8) == 0   # up to eight times
                 saved = last or self.step % settings.checkpoint_every == 0
-                if logged is None and not measured and not saved:
+                if not (tenth or measured or saved):
                     continue
                 asked = torch.full_like(loss, interrupt.asked)
                 numbers = average_over_processes(torch.stack([loss, norm, asked]))
@@ -349,7 +348,7 @@ def wrap_layers(model: nn.Module, settings: Settings) -> None:
     """Do to a model, but not its quantizer, what --checkpoint-activations and --compile ask."""
     for module in model.modules():
         if settings.checkpoint_activations:
-            if isinstance(module, (ResidualBlock, PixelAttention, Block)):
+            if isinstance(module, (ResidualBlock, PlaceAttention, Block)):
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False)
         if settings.machine.compile and isinstance(module, (Encoder, Decoder, VAR)):
             # `balance` (support/losses.py) goes back through the decoder before the step does.
@@ -374,7 +373,8 @@ class TokenizerStage(Stage):
         machine = settings.machine
         self.quantized_from = int(preset.unquantized * preset.tokenizer_steps)
         self.adversarial_from = int(preset.adversarial_from * preset.tokenizer_steps)
-        self.images = to_float(data.held_out.tensors[0][balanced_subset(data.held_out, HELD_OUT)])
+        rows = balanced_subset(data.held_out, HEALTH)
+        self.unseen = to_float(data.held_out.tensors[0][rows])
         torch.manual_seed(settings.seed)
         config = TokenizerConfig(**preset.tokenizer_shape(data.channels))
         model = Tokenizer(config).to(machine.device)
@@ -398,10 +398,10 @@ class TokenizerStage(Stage):
     def before_step(self) -> None:
         if self.step != self.quantized_from:
             return
-        # 512 images have 512 residuals at the coarsest scale. (`ema` is the model, not compiled.)
-        (rows,) = shuffled(len(self.rows), min(512, len(self.rows)), self.settings.seed, 0, 1)
+        # At 1x1 V / K codes are drawn from 512 residuals. (`ema` is the model, not compiled.)
+        (ids,) = shuffled(len(self.rows), min(512, len(self.rows)), self.settings.seed, 0, 1)
         latents = []
-        for some in torch.tensor(rows).split(at_a_time(self.settings.preset.image_size)):
+        for some in torch.tensor(ids).split(at_a_time(self.settings.preset.image_size)):
             images, _ = self.rows[some.tolist()]
             with self.settings.machine.autocast():
                 latents.append(self.ema.latent(to_float(images.to(self.settings.machine.device))))
@@ -441,12 +441,12 @@ class TokenizerStage(Stage):
 
     def held_out_batches(self, count: int) -> Iterator[Tensor]:
         """Yield `count` held-out images, or all, on the device: as many at once as a pass takes."""
-        for images in self.images[:count].split(at_a_time(self.settings.preset.image_size)):
+        for images in self.unseen[:count].split(at_a_time(self.settings.preset.image_size)):
             yield images.to(self.settings.machine.device)
 
     @torch.no_grad()
     def validate(self) -> dict:
-        count = len(self.images[:MEASURED])
+        count = len(self.unseen[:MEASURED])
         means = Counter()
         for originals in self.held_out_batches(count):
             with self.settings.machine.autocast():
@@ -459,17 +459,17 @@ class TokenizerStage(Stage):
         return means
 
     def example(self) -> tuple[Tensor, ...]:
-        return (self.images[:1].to(self.settings.machine.device),)
+        return (self.unseen[:1].to(self.settings.machine.device),)
 
     def finish(self, log: WatchedLog) -> None:
         with self.settings.machine.autocast():
-            health = tokenizer_health(self.ema, self.held_out_batches(HELD_OUT))
+            health = tokenizer_health(self.ema, self.held_out_batches(HEALTH))
         log.write(self.steps, "health", **health)
         say_health(health, self.ema.config)
 
     @torch.no_grad()
     def picture(self, few: bool) -> list[Row]:
-        images = self.images[:16 if few else 32]
+        images = self.unseen[:16 if few else 32]
         with self.settings.machine.autocast():
             results = [self.ema(some)[0].cpu() for some in self.held_out_batches(len(images))]
         return rows_of_pairs(images, torch.cat(results))
@@ -537,14 +537,14 @@ class VARStage(Stage):
 
     @torch.no_grad()
     def validate(self) -> dict:
-        rows = self.held_out_rows[balanced_subset(self.held_out_rows, MEASURED)]
+        some = self.held_out_rows[balanced_subset(self.held_out_rows, MEASURED)]
         means = Counter()
         _, world = rank_and_world()
         size = self.batch // world // self.settings.grad_accumulation   # as trained
-        for micro_batch in zip(*(x.split(size) for x in rows)):
+        for micro_batch in zip(*(x.split(size) for x in some)):
             with self.settings.machine.autocast():
                 loss, to_log = self.loss(self.ema, *micro_batch)
-            share = len(micro_batch[0]) / len(rows[0])
+            share = len(micro_batch[0]) / len(some[0])
             numbers = {"loss": loss, **to_log()}
             means.update({name: share * number for name, number in numbers.items()})
         return {name: value.tolist() for name, value in means.items()}

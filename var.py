@@ -242,7 +242,7 @@ class VAR(nn.Module):
         return self.logits(stream, head_B2W)                                # [B, L, V]
 
     def drop_labels(self, labels_B: Tensor) -> Tensor:
-        """Replace some labels by the null class in training: guidance needs a model without."""
+        """Replace some labels by the null class in training: guidance needs its logits."""
         if not self.training:
             return labels_B
         chance_B = torch.rand(labels_B.shape, device=labels_B.device)
@@ -325,7 +325,7 @@ class VAR(nn.Module):
         """
         assert known is None or not smooth, "what is known is codes"
         quantizer = tokenizer.quantizer
-        f_hat_BCSS = quantizer.empty(len(labels_B))                             # [B, C, S, S]
+        f_hat_BCSS = quantizer.zeros(len(labels_B))                             # [B, C, S, S]
         if cfg:   # each image is computed twice, for its class and for the null class
             null_B = torch.full_like(labels_B, self.config.classes)
             labels_B = torch.cat([labels_B, null_B])                            # [2 B]

@@ -42,6 +42,7 @@ def run_program(main: Callable[[], None]) -> None:
             setattr(sys, name, open(os.devnull, "w", errors="replace"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")   # a terminal may lack the letters of a class
+    sys.stderr = Unbroken(sys.stderr)
     try:
         main()
     except (UserError, OSError) as error:   # a folder where a file should be, say
@@ -59,6 +60,26 @@ def run_program(main: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):   # the terminal is gone
             print(str(stopped) or "stopped", flush=True)
         sys.exit(130)
+
+
+class Unbroken:
+    """A stream for progress and mistakes. What cannot be written, as to a full disk or where nobody
+    reads any more, is left out: no reason to end a training."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
 def lacks_memory(error: Exception) -> bool:

@@ -82,7 +82,9 @@ def choose_machine(device: str, precision: str = "auto", compile: bool = False) 
               f"--precision fp32 is faster here")
     if chosen.type == "cpu" and torch.get_num_threads() == 1 < own_cores():
         print(f"note: one thread of {own_cores()} is used; OMP_NUM_THREADS says how many")
-    if precision == "fp32":   # nor TF32, in which cuDNN convolves fp32 unless told otherwise
+    # TF32 is for products under autocast alone, see `fp32_products`; a container may turn it on.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if precision == "fp32":   # nor in convolutions, in which cuDNN takes it unless told otherwise
         torch.backends.cudnn.allow_tf32 = False
     if compile:
         check_compiler(chosen)
@@ -112,7 +114,10 @@ def has_fast(half: str, device: torch.device) -> bool:
     """
     if device.type == "cuda":
         since = {"bf16": (8, 0), "fp16": (7, 0)}   # tensor cores
-        return torch.cuda.get_device_capability(device) >= since[half]
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip and capability[0] == 10:   # AMD's RX 5000 and 6000 have no bf16
+            return half == "fp16"
+        return capability >= since[half]
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):   # torch 2.9 has none
         return False
     capable = torch.cpu.get_capabilities()
@@ -190,7 +195,8 @@ def rank_and_world() -> tuple[int, int]:
 def say(text: str) -> None:
     """Print once, not in every process, and above a progress bar."""
     if rank_and_world()[0] == 0:
-        tqdm.write(text)
+        with contextlib.suppress(OSError):   # nobody reads: no reason to end a training
+            tqdm.write(text)
 
 
 say_once = functools.cache(say)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from support.checkpoint import blaming, load_checkpoint, save_checkpoint
 from support.cli import UserError
-from support.devices import progress_bar
+from support.devices import progress_bar, say
 from support.images import at_a_time, to_float
 
 # -------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def tokenizer_health(tokenizer: nn.Module, batches: Iterable[Tensor]) -> dict:
     pixels = 0
     for images in batches:
         pixels += images.numel()
-        f_hat_BCSS = quantizer.empty(len(images))
+        f_hat_BCSS = quantizer.zeros(len(images))
         for k, tokens_Bl in enumerate(quantizer.split(tokenizer.encode(images))):
             f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)
             so_far = tokenizer.render(f_hat_BCSS).clamp(-1, 1)
@@ -71,13 +71,13 @@ def tokenizer_health(tokenizer: nn.Module, batches: Iterable[Tensor]) -> dict:
 
 
 def say_health(health: dict, config) -> None:
-    """Print it as a table. config: the tokenizer's."""
+    """Say it as a table. config: the tokenizer's."""
     used = f"{health['codes_used']:.0%} of {config.vocabulary} codes used"
-    print(f"held-out images: PSNR {health['psnr_per_scale'][-1]:.2f} dB; {used}")
-    print("  scale   codes  usage  perplexity  PSNR up to here")
+    say(f"held-out images: PSNR {health['psnr_per_scale'][-1]:.2f} dB; {used}")
+    say("  scale   codes  usage  perplexity  PSNR up to here")
     columns = [health[f"{name}_per_scale"] for name in ("codes", "usage", "perplexity", "psnr")]
     for s, codes, usage, perplexity, decibels in zip(config.scales, *columns):
-        print(f"  {s:>2}x{s:<3} {codes:>6} {usage:>6.0%} {perplexity:>11.1f} {decibels:>13.2f} dB")
+        say(f"  {s:>2}x{s:<3} {codes:>6} {usage:>6.0%} {perplexity:>11.1f} {decibels:>13.2f} dB")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from support.checkpoint import load_checkpoint, save_checkpoint, save_whole
 from support.cli import UserError, in_short
-from support.devices import progress_bar, say
+from support.devices import progress_bar, rank_and_world, say
 from support.images import Walk, composed, decode_image, read_file
 
 HELD_OUT_SHARE = 20             # one image of so many of a class is held out, ...
@@ -252,7 +253,7 @@ def read_folder(
     made_of = listing.made_of(form)
     save_checkpoint(
         out / DECODED, "decoded folder", made_of=made_of, digest=digest.hexdigest(),
-        train_labels=train_labels, held_out_labels=labels,
+        train_labels=train_labels, held_out_labels=labels, checksums=checksums(mapped(out)),
         unreadable=images.names_of_unreadable() + train.names_of_unreadable())
     folder = load_decoded(out, made_of)
     if folder is None:
@@ -272,7 +273,7 @@ def hold_out(
     places = [[range(row, end) for row in range(end - len(own), end, step)]
               for own, end in zip(files, ends)]
     rounds = filter(None, chain.from_iterable(zip_longest(*places)))
-    bound = min(HELD_OUT_IMAGES, HELD_OUT_BYTES // math.prod(images.form.shape))
+    bound = min(HELD_OUT_IMAGES, max(1, HELD_OUT_BYTES // math.prod(images.form.shape)))
     found = read_ahead(images.first_readable, islice(rounds, bound), workers)
     return {row: (image, content) for row, image, content in filter(None, found)}
 
@@ -324,17 +325,29 @@ def write_header(file: BinaryIO, count: int, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, about)
 
 
+def mapped(out: Path) -> list[np.ndarray]:
+    """The images to train on and those held out, mapped into memory."""
+    return [np.load(out / f"{name}.npy", mmap_mode="r") for name in ("train", "held_out")]
+
+
+def checksums(sets: list[np.ndarray]) -> list[int]:
+    return [zlib.crc32(images) for images in sets]
+
+
 def load_decoded(out: Path, made_of: str) -> Folder | None:
     """What an earlier run decoded, mapped into memory; None if it is of other files, or damaged."""
     try:
         content = load_checkpoint(out / DECODED, "decoded folder")
-        sets = [np.load(out / f"{name}.npy", mmap_mode="r") for name in ("train", "held_out")]
+        sets = mapped(out)
     except (UserError, OSError, EOFError, ValueError):
         return None
     labels = [content["train_labels"], content["held_out_labels"]]
     fitting = all(len(images) == len(own) and images.shape[1:] == sets[1].shape[1:]
                   for images, own in zip(sets, labels))   # else one is another run's
     if content["made_of"] != made_of or not fitting:
+        return None
+    # One process reads all; the others wait for it meanwhile.
+    if rank_and_world()[0] == 0 and content.get("checksums") != checksums(sets):
         return None
     with warnings.catch_warnings():   # the arrays cannot be written to, and nobody does
         warnings.simplefilter("ignore")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from support.checkpoint import save_whole
 from support.cli import UserError, in_short
-from support.devices import progress_bar, say
+from support.devices import check_memory, progress_bar, say
 
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}   # known to Pillow, but not read by it
 SYSTEM_NAMES = {   # of folders, which may hold images
@@ -90,10 +90,13 @@ class Walk:
 
     def images_below(self, folder: Path) -> list[Path]:
         """The images in a folder, then those in its sub-folders."""
-        folders, images = self.look(folder)
-        for below in folders:
-            images += self.images_below(below)
-        return images
+        found = []
+        left = [folder]
+        while left:
+            folders, images = self.look(left.pop())
+            found += images
+            left += reversed(folders)
+        return found
 
     def say_passed_over(self) -> None:
         counts = ", ".join(f"{what}: {count}" for what, count in self.passed_over.most_common())
@@ -186,8 +189,9 @@ def read_mask(path: Path, side: int) -> np.ndarray:
     Where some of it is transparent, what is opaque is painted, in whatever colour; else what is
     not dark is.
     """
-    painted_HW = read_image(path, side, 3).max(axis=0) >= 128
-    with Image.open(path) as image:
+    content = read_file(path)   # once: it may come through a pipe
+    painted_HW = decode_image(content, path, side, 3).max(axis=0) >= 128
+    with Image.open(io.BytesIO(content)) as image:
         alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
     alpha = ImageOps.fit(alpha, (side, side), Image.Resampling.LANCZOS)
     opaque_HW = np.asarray(alpha) >= 128
@@ -312,6 +316,7 @@ def grid(rows: list[Row], cell: int | None = None, note: str = "") -> Image.Imag
     largest = max(len(pixels) for row in rows for pixels in row.images)
     cell = cell or cell_size(largest, max(columns, len(rows)))
     step = cell + GAP
+    check_memory(12 * len(rows) * columns * step**2, "pictures of this --cell-size")
     height = max(step, LINE)
     font = ImageFont.truetype(label_font(), LETTERS)
     labels = [wrapped(row.label, font, 200, height // LINE) for row in rows]

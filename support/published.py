@@ -169,7 +169,10 @@ def unwrapped(content: dict, what: str, landmark: str) -> dict[str, Tensor]:
                 prefix = name.removesuffix(landmark)
                 own = [name for name in state if name.startswith(prefix)]
                 return {name.removeprefix(prefix): state[name] for name in own}
-        found += state.values()
+        found += [value for value in state.values()
+                  if isinstance(value, dict) and all(value is not other for other in found)]
+    if isinstance(content, dict) and "kind" in content:
+        raise ValueError(f"not a published VAR {what} but of train.py, whose names end in .pt")
     names = content if isinstance(content, dict) else [type(content).__name__]
     holds = in_short(", ".join(map(str, names)), 60)
     raise ValueError(f"not a published VAR {what}: it has no {landmark} but holds {holds or '{}'}")

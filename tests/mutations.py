@@ -34,7 +34,7 @@ PLANTED = {
         ("self.read(f_BCSS - f_hat_BCSS, k)", "self.read(f_BCSS, k)"),
         ("self.read(f_BCSS - f_hat_BCSS, k)", "self.read(f_hat_BCSS - f_BCSS, k)"),
         ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)",
-         "f_hat_BCSS = self.accumulate(self.empty(len(f_BCSS)), tokens_Bl, k)"),
+         "f_hat_BCSS = self.accumulate(self.zeros(len(f_BCSS)), tokens_Bl, k)"),
         ("self.accumulate(f_hat_BCSS, tokens_Bl, k)", "self.accumulate(f_hat_BCSS, tokens_Bl, 0)"
          " if self.scales[k] == 1 else f_hat_BCSS"),
         ("torch.cat(tokens, dim=1)", "torch.cat(tokens[::-1], dim=1)"),
@@ -43,7 +43,7 @@ PLANTED = {
     ],
     "tokenizer.Quantizer.decode": [
         ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)",
-         "f_hat_BCSS = self.accumulate(self.empty(len(tokens_BL)), tokens_Bl, k)"),
+         "f_hat_BCSS = self.accumulate(self.zeros(len(tokens_BL)), tokens_Bl, k)"),
         ("enumerate(self.split(tokens_BL))", "enumerate(self.split(tokens_BL)[:-1])"),
         ("return f_hat_BCSS", "return f_hat_BCSS / len(self.scales)"),
         ("enumerate(self.split(tokens_BL))",
@@ -121,7 +121,7 @@ PLANTED = {
     "tokenizer.Quantizer.teacher_inputs": [
         ("self.read(f_hat_BCSS, k + 1))", "self.read(f_hat_BCSS, k))"),
         ("inputs.append(self.read(f_hat_BCSS, k + 1))",
-         "so_far = self.accumulate(self.empty(len(tokens_BL)), tokens_Bl, k)\n"
+         "so_far = self.accumulate(self.zeros(len(tokens_BL)), tokens_Bl, k)\n"
          "            inputs.append(self.read(so_far, k + 1))"),
         ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)\n"
          "            inputs.append(self.read(f_hat_BCSS, k + 1))",
@@ -268,14 +268,14 @@ PLANTED = {
         ("x_BlW, positions_1LW[:, span],", "x_BlW, positions_1LW[:, :span.stop - span.start],"),
         ("quantizer.read(f_hat_BCSS, k + 1)", "quantizer.read(f_hat_BCSS, k + 1) + 0.1"),
         ("f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)",
-         "f_hat_BCSS = quantizer.accumulate(quantizer.empty(len(tokens_Bl)), tokens_Bl, k)"),
+         "f_hat_BCSS = quantizer.accumulate(quantizer.zeros(len(tokens_Bl)), tokens_Bl, k)"),
         ("x_BlW.repeat(2, 1, 1)", "x_BlW.repeat_interleave(2, dim=0)"),
         ("tokens.append(tokens_Bl)", "tokens.insert(0, tokens_Bl)"),
         ("quantizer.add(f_hat_BCSS, h_BlC, k)", "quantizer.add(f_hat_BCSS, h_BlC / 2, k)"),
         ("            if smooth:", "            if smooth and not cfg:"),
         ("latents.append(f_hat_BCSS)", "latents.insert(0, f_hat_BCSS)"),
         ("known.put(tokens_Bl, quantizer, f_hat_BCSS, k)",
-         "known.put(tokens_Bl, quantizer, quantizer.empty(len(tokens_Bl)), k)"),
+         "known.put(tokens_Bl, quantizer, quantizer.zeros(len(tokens_Bl)), k)"),
         ("        if cfg:   #", "        if True:   #"),
         ("if known is not None:", "if known is not None and k + 1 == len(self.config.scales):"),
         ("modulations, ranges, caches)", "modulations, ranges, self.new_caches())"),
@@ -366,8 +366,8 @@ PLANTED = {
         ("distance_TV < best_TV", "distance_TV > best_TV"),
         ("mask=codes_V < V, other=float(\"inf\")", "mask=codes_V < V, other=0.0"),
         ("dots_TV += product(x_TC, codes_VC.T)", "dots_TV = product(x_TC, codes_VC.T)"),
-        ("index_TV = tile_TV + tl.arange(0, TILE_V)[None, :]",
-         "index_TV = tl.zeros_like(tile_TV) + tl.arange(0, TILE_V)[None, :]"),
+        ("index_TV = base_TV + tl.arange(0, TILE_V)[None, :]",
+         "index_TV = tl.zeros_like(base_TV) + tl.arange(0, TILE_V)[None, :]"),
         ("tl.min(nearest_TV, 1)", "tl.max(tl.where(nearest_TV == V, 0, nearest_TV), 1)"),
         ("tl.min(nearest_TV, 1)", "tl.argmin(best_TV, 1)"),
         ("range(0, V, TILE_V)", "range(0, V - TILE_V + 1, TILE_V)"),
@@ -391,8 +391,8 @@ PLANTED = {
          "tl.maximum(all_end - start - before * TILE, 0) // TILE * 0"),
     ],
     "kernels.attention_forward": [
-        ("tl.max(scores_TS, 1, keep_dims=True) * scale", "tl.max(scores_TS, 1, keep_dims=True)"),
-        ("scores_TS * scale - new_T1", "scores_TS - new_T1"),
+        ("tl.max(dots_TS, 1, keep_dims=True) * scale", "tl.max(dots_TS, 1, keep_dims=True)"),
+        ("dots_TS * scale - new_T1", "dots_TS - new_T1"),
         ("tl.exp2(highest_T1 - new_T1)", "tl.exp2(new_T1 - highest_T1)"),
         ("total_T1 = total_T1 * shrink_T1 + tl.sum(", "total_T1 = total_T1 + tl.sum("),
         ("o_TD = o_TD * shrink_T1 + product", "o_TD = o_TD + product"),
@@ -401,7 +401,7 @@ PLANTED = {
         ("highest_T1 + tl.log2(total_T1)", "tl.log2(total_T1)"),
         ("            highest_T1 = new_T1\n", ""),
         ("-3.0e38, tl.float32", "float(\"-inf\"), tl.float32"),
-        ("tl.where(seen_TS, scores_TS, -float(\"inf\"))", "tl.where(seen_TS, scores_TS, 0.0)"),
+        ("tl.where(seen_TS, dots_TS, -float(\"inf\"))", "tl.where(seen_TS, dots_TS, 0.0)"),
         ("weights_TS = tl.exp2(", "weights_TS = tl.exp("),
         ("store_head(log2sum_BHL1, queries_T,", "store_head(log2sum_BHL1, 0 * queries_T,"),
         ("range(cut if CUT else whole)", "range(cut if CUT else 0)"),
@@ -425,8 +425,8 @@ PLANTED = {
         ("dk_TD *= scale * 0.6931471805599453", "dk_TD *= scale"),
         ("product(weights_ST.to(do_TD.dtype), do_TD)", "product(weights_ST.to(do_TD.dtype), q_TD)"),
         ("tl.where(seen_ST, weights_ST, 0.0)", "weights_ST"),
-        ("dscores_ST = weights_ST * (", "dscores_ST = ("),
-        ("product(dscores_ST.to(q_TD.dtype), q_TD)", "product(dscores_ST.to(q_TD.dtype), do_TD)"),
+        ("ds_ST = weights_ST * (", "ds_ST = ("),
+        ("product(ds_ST.to(q_TD.dtype), q_TD)", "product(ds_ST.to(q_TD.dtype), do_TD)"),
         ("seen_by(keys_T, S, first_S, last_S, queries_T)",
          "seen_by(keys_T, L, first_S, last_S, queries_T)"),
         ("plan_tiles(first_S, last_S, tile, S, TILE_S, TILE_L)",
@@ -443,7 +443,7 @@ PLANTED = {
         ("torch.where(self.mask(quantizer, k), own_Bl, drawn_Bl)", "own_Bl"),
         ("torch.where(self.mask(quantizer, k), own_Bl, drawn_Bl)", "drawn_Bl"),
         ("self.tokens(quantizer, f_hat_BCSS, k)",
-         "self.tokens(quantizer, quantizer.empty(len(drawn_Bl)), k)"),
+         "self.tokens(quantizer, quantizer.zeros(len(drawn_Bl)), k)"),
     ],
     "sample.Known.tokens": [
         ("self.latent_BCSS - f_hat_BCSS", "self.latent_BCSS"),
@@ -506,7 +506,7 @@ KINDS = {
         (GRAPH, "tokenizer.Quantizer.add",
          ("return f_hat_BCSS + phi(h_BCSS)", "return f_hat_BCSS.detach() + phi(h_BCSS)")),
         (WHERE, "tokenizer.Quantizer.decode",
-         ("self.empty(len(tokens_BL))",
+         ("self.zeros(len(tokens_BL))",
           "torch.zeros(len(tokens_BL), self.codebook_VC.shape[1], *2 * self.scales[-1:])")),
         (WHERE, "tokenizer.Quantizer.add",
          ("return f_hat_BCSS + phi(h_BCSS)", "return (f_hat_BCSS + phi(h_BCSS)).float()")),
@@ -521,7 +521,7 @@ KINDS = {
          ("area_sS @ f_BCSS @ area_sS.T", "F.avg_pool2d(f_BCSS, f_BCSS.shape[2] // len(area_sS))")),
         (EASY, "tokenizer.Quantizer.encode",
          ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)",
-          "f_hat_BCSS = self.empty(len(f_BCSS))\n"
+          "f_hat_BCSS = self.zeros(len(f_BCSS))\n"
           "            for j, each_Bl in enumerate([*tokens, tokens_Bl]):\n"
           "                f_hat_BCSS = self.accumulate(f_hat_BCSS, each_Bl, j)")),
     ],
@@ -534,7 +534,7 @@ KINDS = {
         (GRAPH, "tokenizer.Quantizer.forward",
          ("(f_hat_BCSS - f_BCSS).detach()", "f_hat_BCSS - f_BCSS.detach()")),
         (WHERE, "tokenizer.Quantizer.forward",
-         ("f_hat_BCSS = self.empty(len(f_BCSS))", "f_hat_BCSS = torch.zeros(f_BCSS.shape)")),
+         ("f_hat_BCSS = self.zeros(len(f_BCSS))", "f_hat_BCSS = torch.zeros(f_BCSS.shape)")),
         (WHERE, "tokenizer.Quantizer.forward",
          ("return straight_BCSS,", "return straight_BCSS.float(),")),
         (EDGE, "tokenizer.Quantizer.forward",
@@ -574,12 +574,12 @@ KINDS = {
         (WHERE, "tokenizer.Quantizer.teacher_inputs",
          ("torch.cat(inputs, dim=1)", "torch.cat(inputs, dim=1).float()")),
         (EDGE, "tokenizer.Quantizer.teacher_inputs",
-         ("f_hat_BCSS = self.empty(len(tokens_BL))",
-          "f_hat_BCSS = self.empty(len(tokens_BL))\n        if len(self.scales) == 1:\n"
+         ("f_hat_BCSS = self.zeros(len(tokens_BL))",
+          "f_hat_BCSS = self.zeros(len(tokens_BL))\n        if len(self.scales) == 1:\n"
           "            return tokens_BL[:, 1:]")),
         (EASY, "tokenizer.Quantizer.teacher_inputs",
          ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)",
-          "f_hat_BCSS = self.empty(len(tokens_BL))\n"
+          "f_hat_BCSS = self.zeros(len(tokens_BL))\n"
           "            for j, each_Bl in enumerate(self.split(tokens_BL)[:k + 1]):\n"
           "                f_hat_BCSS = self.accumulate(f_hat_BCSS, each_Bl, j)")),
     ],
@@ -689,8 +689,8 @@ KINDS = {
     ],
     10: [
         (IN_PLACE, "kernels.nearest_code_kernel",
-         ("    index_TV = tile_TV",
-          "    tl.store(squares_V, 0.0)\n    index_TV = tile_TV")),
+         ("    index_TV = base_TV",
+          "    tl.store(squares_V, 0.0)\n    index_TV = base_TV")),
         (WHERE, "kernels.nearest_code_kernel",
          ("product(x_TC, codes_VC.T)", "product(x_TC.to(tl.float16), codes_VC.T.to(tl.float16))")),
         (EDGE, "kernels.nearest_code_kernel",
@@ -707,7 +707,7 @@ KINDS = {
         (EDGE, "kernels.attention_forward",
          ("load_head(v_BHSD, keys_T, S, D, CUT)", "load_head(v_BHSD, keys_T, S, D, False)")),
         (EASY, "kernels.attention_forward",     # right while 2^score is a number
-         ("tl.maximum(highest_T1, tl.max(scores_TS, 1, keep_dims=True) * scale)",
+         ("tl.maximum(highest_T1, tl.max(dots_TS, 1, keep_dims=True) * scale)",
           "tl.zeros_like(highest_T1)")),
     ],
     12: [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import inspect
 import io
 import math
 import multiprocessing
 import os
 import shutil
 import struct
+import sys
 import tarfile
 import threading
 import unicodedata
@@ -27,6 +29,8 @@ from matplotlib.colors import rgb_to_hsv
 from PIL import Image
 from program import damaged, draws, read_or_refused
 
+from support import folders
+from support.checkpoint import save_checkpoint
 from support.cli import UserError
 from support.data import (
     PUBLISHED,
@@ -38,6 +42,7 @@ from support.data import (
     draw_shapes,
     fit_side,
     load_data,
+    load_held_out,
     read_batches,
     shuffled,
 )
@@ -298,12 +303,62 @@ def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
         again = load(root.rename(tmp_path / "moved"), out)
         assert again.digest == data.digest
     whole = [x.clone() for x in everything(data)]   # not in files that are written over
+    for name in ("train", "held_out"):   # a damaged one is decoded anew
+        content = bytearray((out / f"{name}.npy").read_bytes())
+        content[-50] ^= 1
+        (out / f"{name}.npy").write_bytes(content)
+        assert all(map(torch.equal, everything(load(tmp_path / "moved", out)), whole))
     for size in (1000, 0):   # cut by something else
         (out / "train.npy").write_bytes((out / "train.npy").read_bytes()[:size])
         assert torch.equal(load(tmp_path / "moved", out).train[[20]][0], pixels[[20]])
     for name, size, side in (("train", 20, 8), ("held_out", 4, 8), ("train", 21, 4)):   # another run's
         np.save(out / f"{name}.npy", np.zeros((size, 3, side, side), np.uint8))
         assert all(map(torch.equal, everything(load(tmp_path / "moved", out)), whole))
+
+
+def test_enough_images_are_held_out_whatever_their_size():
+    assert folders.HELD_OUT_BYTES // (3 * 256**2) >= 1000
+
+
+def test_images_of_any_size_are_held_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "HELD_OUT_BYTES", 100)   # of one there are 192
+    root = draw_folder(tmp_path / "data", {"a": 4, "b": 3})
+    assert len(load(root, tmp_path / "out").held_out) == 1
+
+
+def test_folders_may_be_nested_deeply(tmp_path):
+    before = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for depth in range(300):
+            os.mkdir("x")
+            os.chdir("x")
+    finally:
+        os.chdir(before)
+    limit = sys.getrecursionlimit()
+    deepest = Path(tmp_path, *300 * ["x"])
+    Image.new("L", (8, 8)).save(deepest / "a.png")
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        assert image_paths(tmp_path) == [deepest / "a.png"]
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def test_images_are_resized_by_lanczos(tmp_path):
+    """The digest of decoded data is of the files: another filter would go unnoticed."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
+    noise = Image.fromarray(pixels)
+    noise.save(tmp_path / "a.png")
+    expected = noise.resize((8, 8), Image.Resampling.LANCZOS)
+    assert np.array_equal(read_image(tmp_path / "a.png", 8, 1)[0], np.asarray(expected))
+
+
+def test_held_out_images_of_an_older_run_stay(tmp_path):
+    """Before they were kept with a digest of what they are of."""
+    save_checkpoint(tmp_path / "held_out.pt", "set of held-out images",
+                    images=torch.zeros(1, 3, 8, 8), labels=torch.zeros(1))
+    assert load_held_out(tmp_path, None, "a digest")[0] is not None
 
 
 def test_what_cannot_be_read_again_is_told(tmp_path, monkeypatch):

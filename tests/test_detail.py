@@ -174,6 +174,12 @@ def test_neither_loss_moves_the_other_s_weights():
     assert y.grad is None and all(p.grad is not None for p in discriminator.parameters())
 
 
+def test_where_a_map_is_nearly_0_its_noise_does_not_count():
+    x_1C11 = torch.zeros(1, 2, 1, 1)
+    y_1C11 = torch.tensor([1e-4, 0.0]).view(1, 2, 1, 1)
+    assert perceptual_distance([x_1C11], [y_1C11]).item() == pytest.approx(0.01)
+
+
 def test_the_balance_of_gradients():
     torch.manual_seed(0)
     layer = nn.Linear(4, 3)
@@ -443,13 +449,13 @@ def test_held_out_losses_are_means_over_images(tmp_path, monkeypatch):
     parts = stage.validate()
     assert sizes == [10, 4, 4, 2]   # of ten images
     sizes.clear()
-    few, stage.images = stage.images, stage.images.repeat(26, 1, 1, 1)
+    few, stage.unseen = stage.unseen, stage.unseen.repeat(26, 1, 1, 1)
     stage.validate()
     assert sum(sizes) == 256   # at most
-    stage.images = few
+    stage.unseen = few
     assert parts == pytest.approx(whole, rel=1e-4)
-    reconstructions, losses = stage.ema(stage.images)
-    right = loss(stage.images, reconstructions)[1].item()
+    reconstructions, losses = stage.ema(stage.unseen)
+    right = loss(stage.unseen, reconstructions)[1].item()
     assert whole["psnr"] == pytest.approx(10 * np.log10(4 / losses["mse"].item()), rel=1e-4)
     assert whole["discriminator_right"] == pytest.approx(right)
 

@@ -491,7 +491,7 @@ def test_tokens_are_made_once(finished, tmp_path, monkeypatch, capsys):
     tokenizer = stage.model.eval()
     made = train.tokens_of(tokenizer, stage.data, stage.settings)
     assert len(made[0]) == 20 and made[0].tensors[0].dtype == torch.int16
-    assert torch.equal(made[1].tensors[0].long(), tokenizer.encode(stage.images))
+    assert torch.equal(made[1].tensors[0].long(), tokenizer.encode(stage.unseen))
     monkeypatch.setattr(Tokenizer, "encode", None)
     again = train.tokens_of(tokenizer, stage.data, stage.settings)
     for one, other in zip(made, again):

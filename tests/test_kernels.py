@@ -1111,3 +1111,12 @@ def test_a_few_queries_get_a_small_tile(L, rows, warps):
     assert kernels.attention_tiles("forward", q_BHLD.half()) == tiles
     wide_BHLD = torch.zeros(1, 1, L, 128)
     assert kernels.attention_tiles("forward", wide_BHLD)["TILE_L"] == 32   # in fp32, where 16 spill
+
+
+@needs_triton
+def test_no_multiply_add_of_sampling_is_fused(monkeypatch):
+    """It would round once, where PyTorch rounds twice, so that ties break otherwise."""
+    asked = []
+    monkeypatch.setattr(kernels, "launch", lambda *_, **constants: asked.append(constants))
+    kernels.sample_tokens_triton(torch.zeros(1, 1, 4), None, 0.0, 0, 1.0, torch.ones(1, 1, 4))
+    assert asked[0]["enable_fp_fusion"] is False

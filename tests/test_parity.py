@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import sys
 import threading
 import types
@@ -82,7 +83,14 @@ def test_published_files_are_sampled_from_as_downloaded(case, tmp_path):
     ran("sample.py", "--var", paths["var"], *flags)
     with Image.open(tmp_path / "x.png") as image:
         assert image.height == 2 * 132 and len(np.unique(np.asarray(image))) > 20
+    other = shutil.copy(paths["var"], tmp_path / "var.bin")   # whatever its ending
+    ran("sample.py", "--var", other, *flags)
     assert "not a published VAR transformer" in refused("sample.py", "--var", paths["vae"], *flags)
+    inside = {}
+    inside["itself"] = inside
+    for content, told in ((inside, "holds itself"), ({"kind": "tokenizer"}, "names end in .pt")):
+        torch.save(content, tmp_path / "odd.pth")
+        assert told in refused("sample.py", "--var", tmp_path / "odd.pth", *flags)
     read, codes = "word_embed.weight", "quantize.embedding.weight"
     weight = case[0]["var"][read]
     for part, name, value, told in (

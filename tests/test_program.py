@@ -35,7 +35,7 @@ import kernels
 import sample
 import train
 from support import watching
-from support.checkpoint import blaming, load_checkpoint, read_log
+from support.checkpoint import blaming, load_checkpoint, read_log, save_checkpoint
 from support.cli import UserError, in_short, run_program
 from support.data import (
     SHAPES, data_of, draw_shapes, fit_side, load_data, load_held_out, shuffled,
@@ -50,9 +50,10 @@ from support.images import Row, batches, grid, save_picture, to_float
 from support.optim import learning_rate, update_ema
 from support.presets import (
     PRESETS, Preset, check_folder, check_sizes, chosen_preset, training_flags, training_options,
+    white_level,
 )
 from tokenizer import (
-    Decoder, Encoder, PixelAttention, ResidualBlock, Tokenizer, TokenizerConfig,
+    Decoder, Encoder, PlaceAttention, ResidualBlock, Tokenizer, TokenizerConfig,
 )
 from var import VAR, Block, VARConfig
 
@@ -414,7 +415,7 @@ def test_compiling_and_checkpointing_do_not_change_gradients(which, how, monkeyp
         assert functorch_config.donated_buffer == (how != "compile")
         after = gradients(model, *inputs)
     twice = {type(module) for module in model.modules() if isinstance(module.forward, partial)}
-    layers = {ResidualBlock, PixelAttention} if which == "tokenizer" else {Block}
+    layers = {ResidualBlock, PlaceAttention} if which == "tokenizer" else {Block}
     assert twice == (layers if how == "checkpoint_activations" else set())
     assert len(before) == len(after) and all(g.abs().max() > 0 for g in before)
     for a, b in zip(before, after):
@@ -527,7 +528,7 @@ def test_the_average_begins_with_the_weights_after_the_first_step(tmp_path):
 
 def test_pictures_are_smaller_while_a_training_goes_on(tmp_path, monkeypatch):
     stage = tokenizer_stage(tmp_path)
-    stage.images = stage.images.repeat(4, 1, 1, 1)
+    stage.unseen = stage.unseen.repeat(4, 1, 1, 1)
     for few, count in ((True, 16), (False, 32)):
         assert sum(len(row.images) for row in stage.picture(few)) == 2 * count
     asked = []
@@ -845,8 +846,10 @@ def test_cores_are_those_of_the_process():
 @pytest.mark.parametrize("precision, allowed", [("fp32", False), ("bf16", True)])
 def test_fp32_is_not_tf32(precision, allowed, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.backends.cuda.matmul.allow_tf32 = True   # as a container may
     choose_machine("cpu", precision)
     assert torch.backends.cudnn.allow_tf32 == allowed
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch, capsys):
@@ -859,6 +862,12 @@ def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch, capsys):
     for card, dtype in by_card.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
         assert choose_machine("cuda:1", "auto") == Machine(torch.device("cuda:1"), dtype)
+    with monkeypatch.context() as patch:   # AMD's numbers are those of its architectures
+        patch.setattr(torch.version, "hip", "7.0")
+        for card, fast in {(9, 4): True, (10, 3): False, (11, 0): True}.items():
+            patch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+            assert has_fast("bf16", torch.device("cuda")) == fast
+            assert has_fast("fp16", torch.device("cuda"))
     choose_machine("cuda", "fp32")   # is the current one, and PyTorch would refuse to make it that
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -1080,11 +1089,73 @@ def test_a_few_held_out_images_of_each_class_are_measured(tmp_path, monkeypatch)
 
 def test_a_tokenizer_is_measured_on_held_out_images_of_each_class(tmp_path, monkeypatch):
     """Those of a folder lie in the order of their classes."""
-    monkeypatch.setattr(train, "HELD_OUT", 4)
+    monkeypatch.setattr(train, "HEALTH", 4)
     images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).repeat(1, 3, 8, 8)
     sets = [TensorDataset(images, torch.arange(12) // 6) for _ in range(2)]
     stage = train.TokenizerStage(data_of(*sets, ["cat", "dog"]), tiny_settings(tmp_path))
-    assert ((stage.images[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [0, 6, 1, 7]
+    assert ((stage.unseen[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [0, 6, 1, 7]
+
+
+def test_a_tokenizers_health_is_of_more_images_than_each_measurement(tmp_path, monkeypatch):
+    stage = tokenizer_stage(tmp_path)
+    monkeypatch.setattr(train, "MEASURED", 3)
+    monkeypatch.setattr(train, "say_health", lambda *_: None)
+    monkeypatch.setattr(train, "tokenizer_health", lambda _, some: {"images": sum(map(len, some))})
+    written = []
+    stage.finish(SimpleNamespace(write=lambda *_, **values: written.append(values)))
+    assert written == [{"images": 10}]
+
+
+def test_passes_without_gradients_are_as_large_as_the_images_allow(tmp_path, monkeypatch):
+    """And not as the latents would: at 256 pixels that is 8 images, and not 128."""
+    stage = tokenizer_stage(tmp_path)
+    sides = []
+    monkeypatch.setattr(train, "at_a_time", lambda side: sides.append(side) or 3)
+    train.tokenise(stage.model.eval(), stage.rows, stage.settings, "")
+    assert sides == [8]
+
+
+def test_the_codebook_starts_from_512_images(tmp_path, monkeypatch):
+    stage = tokenizer_stage(tmp_path)
+    stage.rows = draw_shapes(600, 8, 0)
+    stage.step = stage.quantized_from
+    begun = []
+    monkeypatch.setattr(
+        stage.model.quantizer, "start_from", lambda f_BCSS: begun.append(len(f_BCSS)))
+    stage.before_step()
+    assert begun == [512]
+
+
+def test_large_presets_average_over_thousands_of_steps():
+    assert PRESETS["imagenet256"].ema == 0.9999 and PRESETS["cifar"].ema == 0.9995
+
+
+def test_white_is_first_that_of_the_training_that_goes_on(tmp_path):
+    for name, kind, white in (("var", "transformer", 4095), ("tokenizer", "tokenizer", 1023)):
+        save_checkpoint(tmp_path / f"{name}.pt", kind, white=white)
+    options = SimpleNamespace(stages=["var"], out=tmp_path, tokenizer=None, white_level=None)
+    assert white_level(options) == 4095
+    (tmp_path / "var.pt").unlink()
+    assert white_level(options) == 1023
+
+
+def test_a_stream_that_nobody_reads_does_not_end_a_training(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+
+    def main():
+        list(tqdm(range(3), mininterval=0))
+        sys.stdout = Gone()
+        say("a word")
+
+    run_program(main)
 
 
 def test_models_begin_as_the_seed_says(tmp_path):

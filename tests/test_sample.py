@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import errno
+import os
 import shutil
 import tempfile
+import threading
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
@@ -1453,3 +1455,30 @@ def test_a_caption_of_two_lines_has_room_for_both():
 def test_ways_to_draw_have_limits(flag, value, told):
     with pytest.raises(UserError, match=f"argument {flag}: {value} must be {told}"):
         parse({}, ["grid", f"{flag}={value}"])
+
+
+@pytest.mark.parametrize("mode, paint", [("L", 128), ("RGBA", (0, 0, 0, 128))])
+def test_what_is_half_painted_is_painted(mode, paint, tmp_path):
+    mask = Image.new(mode, (8, 8), 0 if mode == "L" else (0, 0, 0, 0))
+    mask.paste(paint, (0, 4, 8, 8))
+    mask.save(tmp_path / "mask.png")
+    known_HW = known_pixels(tmp_path / "mask.png", 8)
+    assert known_HW[:4].min() == 1 and known_HW[4:].max() == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_mask_may_come_through_a_pipe(tmp_path):
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (0, 4, 8, 8))
+    mask.save(tmp_path / "mask.png")
+    os.mkfifo(tmp_path / "pipe")
+    content = (tmp_path / "mask.png").read_bytes()
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[content], daemon=True)
+    writer.start()
+    assert known_pixels(tmp_path / "pipe", 8)[4:].max() == 0
+
+
+def test_a_picture_that_does_not_fit_in_memory_is_refused():
+    rows = [Row("star", 1000 * [np.zeros((8, 8, 3), np.uint8)])] * 1000
+    with pytest.raises(UserError, match="--cell-size take .* GB of memory"):
+        grid(rows, cell=2048)
