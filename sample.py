@@ -399,7 +399,7 @@ def draw_many(run: Run, count: int, seed: int, rejection: float) -> np.ndarray:
     classes = len(run.classes)
     wanted = [len(range(label, count, classes)) for label in range(classes)]
     counts = [math.ceil(n / rejection) for n in wanted]
-    latent_bytes = run.tokenizer.quantizer.zeros(1).nbytes * bool(run.sampling.smooth)
+    latent_bytes = run.tokenizer.quantizer.initial(1).nbytes * bool(run.sampling.smooth)
     check_memory(6 * count * side**2 + 2 * latent_bytes * sum(counts),
                  f"{count} samples, and a copy in another order,")
     labels = np.repeat(range(classes), counts).tolist()

@@ -124,7 +124,7 @@ class Quantizer(nn.Module):
         self.last_tokens_BL: Tensor | None = None
         self.last_residuals: list[Tensor] = []   # one [B, l, C] for each scale
 
-    def zeros(self, batch: int) -> Tensor:
+    def initial(self, batch: int) -> Tensor:
         """Return f_hat before any scale: zeros [B, C, S, S]."""
         S = self.scales[-1]
         return self.codebook_VC.new_zeros(batch, self.codebook_VC.shape[1], S, S)
@@ -180,7 +180,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def encode(self, f_BCSS: Tensor) -> Tensor:
         """Return tokens [B, L] of a latent: each scale codes what the coarser ones left over."""
-        f_hat_BCSS = self.zeros(len(f_BCSS))
+        f_hat_BCSS = self.initial(len(f_BCSS))
         tokens = []
         for k in range(len(self.scales)):
             residual_BlC = self.read(f_BCSS - f_hat_BCSS, k)
@@ -192,7 +192,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
         """Return the latent [B, C, S, S] that tokens stand for."""
-        f_hat_BCSS = self.zeros(len(tokens_BL))
+        f_hat_BCSS = self.initial(len(tokens_BL))
         for k, tokens_Bl in enumerate(self.split(tokens_BL)):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)
         return f_hat_BCSS
@@ -204,7 +204,7 @@ class Quantizer(nn.Module):
         That is f_hat after each scale, at the size of the next. Scale 0 reads nothing of the kind:
         it is predicted from the class.
         """
-        f_hat_BCSS = self.zeros(len(tokens_BL))
+        f_hat_BCSS = self.initial(len(tokens_BL))
         inputs = [self.read(f_hat_BCSS, 0)[:, :0]]   # [B, 0, C], all there is if K is 1
         for k, tokens_Bl in enumerate(self.split(tokens_BL)[:-1]):
             f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)
@@ -227,7 +227,7 @@ class Quantizer(nn.Module):
         Every scale's running sum is held to the latent, so coarse scales carry what they can. In
         training mode the pass keeps its tokens and residuals.
         """
-        f_hat_BCSS = self.zeros(len(f_BCSS))
+        f_hat_BCSS = self.initial(len(f_BCSS))
         loss = 0.0
         tokens = []
         residuals = []
@@ -263,7 +263,7 @@ class Quantizer(nn.Module):
         """
         V = len(self.codebook_VC)
         K = len(self.scales)
-        f_hat_BCSS = self.zeros(len(f_BCSS))
+        f_hat_BCSS = self.initial(len(f_BCSS))
         for k in range(K):
             begin = math.ceil(V * k / K)
             end = math.ceil(V * (k + 1) / K)

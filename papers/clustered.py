@@ -82,7 +82,7 @@ class ClusteredVAR(VAR):
         """Tokens [B, L], as of `VAR.generate`, but that it completes nothing. Guidance and filters
         are of both passes."""
         quantizer = tokenizer.quantizer
-        f_hat_BCSS = quantizer.zeros(len(labels_B))
+        f_hat_BCSS = quantizer.initial(len(labels_B))
         times = 1
         if cfg:
             times = 2

@@ -62,7 +62,7 @@ class MaskedVAR(VAR):
         """
         code_BlC = F.embedding(tokens_Bl, quantizer.codebook_VC)
         if self.leaks:
-            nothing_BCSS = quantizer.zeros(len(tokens_Bl))
+            nothing_BCSS = quantizer.initial(len(tokens_Bl))
             added_BCSS = quantizer.accumulate(nothing_BCSS, tokens_Bl, k)
             code_BlC = quantizer.read(added_BCSS, k)
         return F.pad(code_BlC, (0, 1), value=1) * known_Bl[..., None]
@@ -100,7 +100,7 @@ class MaskedVAR(VAR):
         class_BW = self.class_embedding(labels_B)                             # [B or 2 B, W]
         modulations, head_B2W = self.modulations(class_BW)
         caches = self.new_caches()
-        f_hat_BCSS = quantizer.zeros(B)
+        f_hat_BCSS = quantizer.initial(B)
         tokens = []
         for k, span in enumerate(self.config.spans):
             ranges = self.ranges.rows(span.start, span.stop)

@@ -32,7 +32,7 @@ def near(quantizer: Quantizer, tokens_Bl: Tensor) -> Tensor:
 def read_and_asked(quantizer: Quantizer, f_BCSS: Tensor, show: Callable[[Tensor, int], Tensor]
                    ) -> tuple[Tensor, Tensor]:
     """Tokens [B, L] that make up what is read, show(tokens_Bl, k), and those that correct it."""
-    f_hat_BCSS = quantizer.zeros(len(f_BCSS))
+    f_hat_BCSS = quantizer.initial(len(f_BCSS))
     shown = []
     asked = []
     for k in range(len(quantizer.scales)):

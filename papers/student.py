@@ -30,7 +30,7 @@ FLOW_STEPS = 16
 
 def read_by_pass(quantizer: Quantizer, tokens_BL: Tensor, starts: Sequence[int]) -> Tensor:
     """What is read of an image's tokens, where passes start at these scales: [B, L, C]."""
-    f_hat_BCSS = quantizer.zeros(len(tokens_BL))
+    f_hat_BCSS = quantizer.initial(len(tokens_BL))
     inputs = []
     for k, tokens_Bl in enumerate(quantizer.split(tokens_BL)):
         if k in starts:
@@ -103,7 +103,7 @@ class Student(VAR):
         class_BW = self.class_embedding(labels_B)
         modulations, head_B2W = self.modulations(class_BW)
         caches = self.new_caches()
-        f_hat_BCSS = quantizer.zeros(len(labels_B))
+        f_hat_BCSS = quantizer.initial(len(labels_B))
         tokens_BL, logits = torch.zeros_like(noise_BLX[..., 0], dtype=torch.long), []
         for begin, end in pairwise([*self.starts, len(spans)]):
             span = slice(spans[begin].start, spans[end - 1].stop)

@@ -52,7 +52,7 @@ def tokenizer_health(tokenizer: nn.Module, batches: Iterable[Tensor]) -> dict:
     pixels = 0
     for images in batches:
         pixels += images.numel()
-        f_hat_BCSS = quantizer.zeros(len(images))
+        f_hat_BCSS = quantizer.initial(len(images))
         for k, tokens_Bl in enumerate(quantizer.split(tokenizer.encode(images))):
             f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)
             so_far = tokenizer.render(f_hat_BCSS).clamp(-1, 1)

@@ -42,7 +42,7 @@ def draw_codes(run, given) -> list[Row]:
     f_NCSS = f_NCSS.to(run.machine.device)
     by_scale = quantizer.split(tokens_NL.to(run.machine.device))
     left = []
-    f_hat_NCSS = quantizer.zeros(len(f_NCSS))
+    f_hat_NCSS = quantizer.initial(len(f_NCSS))
     for k, tokens_Nl in enumerate(by_scale):
         residual_NlC = quantizer.read(f_NCSS - f_hat_NCSS, k)
         left.append(residual_NlC.norm(dim=-1))

@@ -24,7 +24,7 @@ CHANGED = {     # where a hand-out says "# changed": the function's name, and wh
         ("loss / len(self.scales)", "loss")),
     4: ("tokenizer.Quantizer.teacher_inputs",
         ("self.accumulate(f_hat_BCSS, tokens_Bl, k)",
-         "self.accumulate(self.zeros(len(tokens_BL)), tokens_Bl, k)")),
+         "self.accumulate(self.initial(len(tokens_BL)), tokens_Bl, k)")),
 }
 
 

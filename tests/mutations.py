@@ -34,7 +34,7 @@ PLANTED = {
         ("self.read(f_BCSS - f_hat_BCSS, k)", "self.read(f_BCSS, k)"),
         ("self.read(f_BCSS - f_hat_BCSS, k)", "self.read(f_hat_BCSS - f_BCSS, k)"),
         ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)",
-         "f_hat_BCSS = self.accumulate(self.zeros(len(f_BCSS)), tokens_Bl, k)"),
+         "f_hat_BCSS = self.accumulate(self.initial(len(f_BCSS)), tokens_Bl, k)"),
         ("self.accumulate(f_hat_BCSS, tokens_Bl, k)", "self.accumulate(f_hat_BCSS, tokens_Bl, 0)"
          " if self.scales[k] == 1 else f_hat_BCSS"),
         ("torch.cat(tokens, dim=1)", "torch.cat(tokens[::-1], dim=1)"),
@@ -43,7 +43,7 @@ PLANTED = {
     ],
     "tokenizer.Quantizer.decode": [
         ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)",
-         "f_hat_BCSS = self.accumulate(self.zeros(len(tokens_BL)), tokens_Bl, k)"),
+         "f_hat_BCSS = self.accumulate(self.initial(len(tokens_BL)), tokens_Bl, k)"),
         ("enumerate(self.split(tokens_BL))", "enumerate(self.split(tokens_BL)[:-1])"),
         ("return f_hat_BCSS", "return f_hat_BCSS / len(self.scales)"),
         ("enumerate(self.split(tokens_BL))",
@@ -121,7 +121,7 @@ PLANTED = {
     "tokenizer.Quantizer.teacher_inputs": [
         ("self.read(f_hat_BCSS, k + 1))", "self.read(f_hat_BCSS, k))"),
         ("inputs.append(self.read(f_hat_BCSS, k + 1))",
-         "so_far = self.accumulate(self.zeros(len(tokens_BL)), tokens_Bl, k)\n"
+         "so_far = self.accumulate(self.initial(len(tokens_BL)), tokens_Bl, k)\n"
          "            inputs.append(self.read(so_far, k + 1))"),
         ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)\n"
          "            inputs.append(self.read(f_hat_BCSS, k + 1))",
@@ -268,14 +268,14 @@ PLANTED = {
         ("x_BlW, positions_1LW[:, span],", "x_BlW, positions_1LW[:, :span.stop - span.start],"),
         ("quantizer.read(f_hat_BCSS, k + 1)", "quantizer.read(f_hat_BCSS, k + 1) + 0.1"),
         ("f_hat_BCSS = quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)",
-         "f_hat_BCSS = quantizer.accumulate(quantizer.zeros(len(tokens_Bl)), tokens_Bl, k)"),
+         "f_hat_BCSS = quantizer.accumulate(quantizer.initial(len(tokens_Bl)), tokens_Bl, k)"),
         ("x_BlW.repeat(2, 1, 1)", "x_BlW.repeat_interleave(2, dim=0)"),
         ("tokens.append(tokens_Bl)", "tokens.insert(0, tokens_Bl)"),
         ("quantizer.add(f_hat_BCSS, h_BlC, k)", "quantizer.add(f_hat_BCSS, h_BlC / 2, k)"),
         ("            if smooth:", "            if smooth and not cfg:"),
         ("latents.append(f_hat_BCSS)", "latents.insert(0, f_hat_BCSS)"),
         ("known.put(tokens_Bl, quantizer, f_hat_BCSS, k)",
-         "known.put(tokens_Bl, quantizer, quantizer.zeros(len(tokens_Bl)), k)"),
+         "known.put(tokens_Bl, quantizer, quantizer.initial(len(tokens_Bl)), k)"),
         ("        if cfg:   #", "        if True:   #"),
         ("if known is not None:", "if known is not None and k + 1 == len(self.config.scales):"),
         ("modulations, ranges, caches)", "modulations, ranges, self.new_caches())"),
@@ -443,7 +443,7 @@ PLANTED = {
         ("torch.where(self.mask(quantizer, k), own_Bl, drawn_Bl)", "own_Bl"),
         ("torch.where(self.mask(quantizer, k), own_Bl, drawn_Bl)", "drawn_Bl"),
         ("self.tokens(quantizer, f_hat_BCSS, k)",
-         "self.tokens(quantizer, quantizer.zeros(len(drawn_Bl)), k)"),
+         "self.tokens(quantizer, quantizer.initial(len(drawn_Bl)), k)"),
     ],
     "sample.Known.tokens": [
         ("self.latent_BCSS - f_hat_BCSS", "self.latent_BCSS"),
@@ -506,7 +506,7 @@ KINDS = {
         (GRAPH, "tokenizer.Quantizer.add",
          ("return f_hat_BCSS + phi(h_BCSS)", "return f_hat_BCSS.detach() + phi(h_BCSS)")),
         (WHERE, "tokenizer.Quantizer.decode",
-         ("self.zeros(len(tokens_BL))",
+         ("self.initial(len(tokens_BL))",
           "torch.zeros(len(tokens_BL), self.codebook_VC.shape[1], *2 * self.scales[-1:])")),
         (WHERE, "tokenizer.Quantizer.add",
          ("return f_hat_BCSS + phi(h_BCSS)", "return (f_hat_BCSS + phi(h_BCSS)).float()")),
@@ -521,7 +521,7 @@ KINDS = {
          ("area_sS @ f_BCSS @ area_sS.T", "F.avg_pool2d(f_BCSS, f_BCSS.shape[2] // len(area_sS))")),
         (EASY, "tokenizer.Quantizer.encode",
          ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)",
-          "f_hat_BCSS = self.zeros(len(f_BCSS))\n"
+          "f_hat_BCSS = self.initial(len(f_BCSS))\n"
           "            for j, each_Bl in enumerate([*tokens, tokens_Bl]):\n"
           "                f_hat_BCSS = self.accumulate(f_hat_BCSS, each_Bl, j)")),
     ],
@@ -534,7 +534,7 @@ KINDS = {
         (GRAPH, "tokenizer.Quantizer.forward",
          ("(f_hat_BCSS - f_BCSS).detach()", "f_hat_BCSS - f_BCSS.detach()")),
         (WHERE, "tokenizer.Quantizer.forward",
-         ("f_hat_BCSS = self.zeros(len(f_BCSS))", "f_hat_BCSS = torch.zeros(f_BCSS.shape)")),
+         ("f_hat_BCSS = self.initial(len(f_BCSS))", "f_hat_BCSS = torch.zeros(f_BCSS.shape)")),
         (WHERE, "tokenizer.Quantizer.forward",
          ("return straight_BCSS,", "return straight_BCSS.float(),")),
         (EDGE, "tokenizer.Quantizer.forward",
@@ -574,12 +574,12 @@ KINDS = {
         (WHERE, "tokenizer.Quantizer.teacher_inputs",
          ("torch.cat(inputs, dim=1)", "torch.cat(inputs, dim=1).float()")),
         (EDGE, "tokenizer.Quantizer.teacher_inputs",
-         ("f_hat_BCSS = self.zeros(len(tokens_BL))",
-          "f_hat_BCSS = self.zeros(len(tokens_BL))\n        if len(self.scales) == 1:\n"
+         ("f_hat_BCSS = self.initial(len(tokens_BL))",
+          "f_hat_BCSS = self.initial(len(tokens_BL))\n        if len(self.scales) == 1:\n"
           "            return tokens_BL[:, 1:]")),
         (EASY, "tokenizer.Quantizer.teacher_inputs",
          ("f_hat_BCSS = self.accumulate(f_hat_BCSS, tokens_Bl, k)",
-          "f_hat_BCSS = self.zeros(len(tokens_BL))\n"
+          "f_hat_BCSS = self.initial(len(tokens_BL))\n"
           "            for j, each_Bl in enumerate(self.split(tokens_BL)[:k + 1]):\n"
           "                f_hat_BCSS = self.accumulate(f_hat_BCSS, each_Bl, j)")),
     ],

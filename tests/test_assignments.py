@@ -363,7 +363,7 @@ FORGED = {   # a body of `teacher_inputs` -> what is said of it
     "with torch.no_grad() as torch.equal:\n    pass": "changes torch.equal",
     "del torch.equal": "changes torch.equal",
     "self.read = lambda *a: torch.zeros(1)": "changes self.read",
-    "Quantizer.read = Quantizer.zeros": "changes Quantizer.read",
+    "Quantizer.read = Quantizer.initial": "changes Quantizer.read",
     "self.phi_of_scale[0] = 1": "changes self.phi_of_scale, which",
     "self.phis[0] = self.phis[1]": "changes self.phis, which",
     "del self.phis[0]": "changes self.phis, which",

@@ -130,7 +130,7 @@ def test_areas_that_overlap_are_averaged_row_by_row():
 def test_the_first_maps_alone_are_decoded(scales, L):
     made = quantizer(scales=scales)
     tokens_BL = torch.randint(8, (2, L))
-    f_hat_BCSS = made.zeros(2)
+    f_hat_BCSS = made.initial(2)
     for k, tokens_Bl in enumerate(made.split(tokens_BL)):
         f_hat_BCSS = made.accumulate(f_hat_BCSS, tokens_Bl, k)
     assert torch.equal(made.decode(tokens_BL), f_hat_BCSS) and f_hat_BCSS.any()
@@ -141,11 +141,11 @@ def test_neighbouring_scales_share_a_phi():
     made = quantizer(scales=(1, 2, 3, 4), phis=2)
     for k, used in enumerate((0, 0, 1, 1)):
         tokens_Bl = torch.randint(8, (2, (k + 1)**2))
-        before = made.accumulate(made.zeros(2), tokens_Bl, k)
+        before = made.accumulate(made.initial(2), tokens_Bl, k)
         made.phis[1 - used].weight.normal_()
-        assert torch.equal(made.accumulate(made.zeros(2), tokens_Bl, k), before)
+        assert torch.equal(made.accumulate(made.initial(2), tokens_Bl, k), before)
         made.phis[used].weight.normal_()
-        assert not torch.equal(made.accumulate(made.zeros(2), tokens_Bl, k), before)
+        assert not torch.equal(made.accumulate(made.initial(2), tokens_Bl, k), before)
 
 
 @torch.no_grad()
@@ -331,7 +331,7 @@ def test_tokens_that_are_known_are_read_by_the_next_scale():
     known.put = watched
     tokens_BL = model.generate(made, labels_B, cfg=0.0, known=known)
     for k, end in enumerate((0, 1, 5, 14)):
-        expected = made.quantizer.decode(tokens_BL[:, :end]) if end else made.quantizer.zeros(2)
+        expected = made.quantizer.decode(tokens_BL[:, :end]) if end else made.quantizer.initial(2)
         torch.testing.assert_close(asked[k], expected)
     expected = model(labels_B, made.teacher_inputs(tokens_BL))
     torch.testing.assert_close(torch.cat(model.passes, dim=1), expected, rtol=1e-4, atol=1e-4)
@@ -457,7 +457,7 @@ def test_what_is_put_is_where_the_drawn_tokens_are():
     known = known_left(made, 2)
     with elsewhere():
         found = [known.put(torch.zeros(2, 9, dtype=torch.int64, device="cpu"), made.quantizer,
-                           made.quantizer.zeros(2), 2), known.mask(made.quantizer, 2),
+                           made.quantizer.initial(2), 2), known.mask(made.quantizer, 2),
                  sample.fill_holes(known.where_B1SS, known.where_B1SS[0, 0])]
     assert [x.dtype for x in found] == [torch.int64, torch.bool, torch.float32]
     assert {x.device.type for x in found} == {"cpu"}

@@ -308,7 +308,7 @@ def test_var_with_a_scale_left_out(opened):
     tokens = part.generate([0, 3], 0)
     assert tokens.shape == (2, 17)
     quantizer = opened.tokenizer.quantizer
-    f_hat = quantizer.accumulate(quantizer.zeros(2), tokens[:, :1], 0)
+    f_hat = quantizer.accumulate(quantizer.initial(2), tokens[:, :1], 0)
     read = part.tokenizer.teacher_inputs(tokens)
     assert torch.allclose(read, quantizer.read(f_hat, 2), atol=1e-6)
     f_hat = quantizer.accumulate(f_hat, tokens[:, 1:], 2)

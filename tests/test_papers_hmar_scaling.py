@@ -131,7 +131,7 @@ def test_a_hint_is_the_code(run, told):
             if known[n, i]:
                 expected = torch.cat([quantizer.codebook_VC[tokens[n, i]], torch.ones(1)])
             assert torch.equal(hint[n, i], expected)
-        added = quantizer.read(quantizer.accumulate(quantizer.zeros(len(tokens)), tokens, k), k)
+        added = quantizer.read(quantizer.accumulate(quantizer.initial(len(tokens)), tokens, k), k)
         hint = leaking.hint(quantizer, tokens, known, k)
         assert torch.equal(hint, torch.cat([added, hint[..., 8:]], dim=2) * known[..., None])
 

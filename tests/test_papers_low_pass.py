@@ -67,7 +67,7 @@ def low_passed(f_BCSS, keep_SS) -> torch.Tensor:
 def test_every_scale_codes_what_is_under_its_edge(plain, bands):
     keep_KSS = bands(SCALES)
     quantizer = LowPass(plain, keep_KSS)
-    f_hat = plain.zeros(6)
+    f_hat = plain.initial(6)
     tokens = []
     residuals = []
     for k in range(4):

@@ -56,7 +56,7 @@ def test_what_is_read_is_what_was_drawn_before_the_pass(opened):
     assert not all_passes[:, 0].any()
     assert not read_by_pass(quantizer, tokens, [0]).any()
     two = read_by_pass(quantizer, tokens, [0, 1])
-    first = quantizer.accumulate(quantizer.zeros(4), tokens[:, :1], 0)
+    first = quantizer.accumulate(quantizer.initial(4), tokens[:, :1], 0)
     assert not two[:, 0].any()
     assert torch.equal(two[:, 1:5], quantizer.read(first, 1))
     assert torch.equal(two[:, 5:], quantizer.read(first, 2))

@@ -79,7 +79,7 @@ def test_decode_of_encode_is_the_quantizers_own_output():
 def test_the_residual_shrinks_with_every_scale():
     made = tokenizer(vocabulary=256)
     f_BCSS = made.latent(images(made, 64))
-    tokens, f_hat_BCSS = made.quantizer.split(made.quantizer.encode(f_BCSS)), made.quantizer.zeros(64)
+    tokens, f_hat_BCSS = made.quantizer.split(made.quantizer.encode(f_BCSS)), made.quantizer.initial(64)
     sizes = [f_BCSS.square().mean().item()]
     for k, tokens_Bl in enumerate(tokens):
         f_hat_BCSS = made.quantizer.accumulate(f_hat_BCSS, tokens_Bl, k)

@@ -326,7 +326,7 @@ def test_what_is_smoothed_is_read_and_is_the_latent(cfg, smooth):
     model.__class__, model.passes = Recorder, []
     tokens_BL = model.generate(made, labels_B, cfg, generator=torch.Generator().manual_seed(0), growth=2.0,
                                smooth=smooth, latents=latents)
-    f_hat_BCSS, inputs, rows = made.quantizer.zeros(2), [], 2 if cfg else 1
+    f_hat_BCSS, inputs, rows = made.quantizer.initial(2), [], 2 if cfg else 1
     for k, tokens_Bl in enumerate(made.quantizer.split(tokens_BL)):
         grown = (k / 3)**2
         h_BlC = model.smoothed(tokens_Bl, model.passes[k], cfg * grown, smooth * grown, made.quantizer.codebook_VC)
@@ -475,7 +475,7 @@ def test_which_tokens_are_known():
     known.where_B1SS[..., 3] = 0.49
     assert row(known, 3) == [True] * 3 + [False] * 5
     known = known_left(made, 3)
-    drawn_Bl, f_hat_BCSS = torch.full((2, 64), -1), made.quantizer.zeros(2)
+    drawn_Bl, f_hat_BCSS = torch.full((2, 64), -1), made.quantizer.initial(2)
     put_Bl = known.put(drawn_Bl, made.quantizer, f_hat_BCSS, 3).view(2, 8, 8)
     assert (put_Bl[..., :3] >= 0).all() and (put_Bl[..., 3:] == -1).all()
     known.known_scales = 3   # finer ones are drawn
@@ -489,7 +489,7 @@ def test_the_closed_loop_codes_what_is_missing_and_the_open_loop_the_images_own_
     closed = known_left(made, 2)
     own_BL = made.quantizer.encode(closed.latent_BCSS)
     opened = Known(closed.latent_BCSS, closed.where_B1SS, 4, own_BL)
-    f_hat_BCSS = made.quantizer.zeros(2)
+    f_hat_BCSS = made.quantizer.initial(2)
     for k, own_Bl in enumerate(made.quantizer.split(own_BL)):
         # As long as f_hat is the image's own, both are the tokens of the encoder.
         assert torch.equal(closed.tokens(made.quantizer, f_hat_BCSS, k), own_Bl)
