@@ -325,7 +325,7 @@ class VAR(nn.Module):
         """
         assert known is None or not smooth, "what is known is codes"
         quantizer = tokenizer.quantizer
-        f_hat_BCSS = quantizer.initial(len(labels_B))                             # [B, C, S, S]
+        f_hat_BCSS = quantizer.initial(len(labels_B))                           # [B, C, S, S]
         if cfg:   # each image is computed twice, for its class and for the null class
             null_B = torch.full_like(labels_B, self.config.classes)
             labels_B = torch.cat([labels_B, null_B])                            # [2 B]

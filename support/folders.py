@@ -249,11 +249,12 @@ def read_folder(
         return Folder(train, held_out, digest.hexdigest(), images.names_of_unreadable())
     (out / DECODED).unlink(missing_ok=True)   # until what it is about has been written
     save_whole(out / "held_out.npy", lambda file: np.save(file, pixels))
-    train_labels = decode(train, listing.classes, digest, out / "train.npy", workers)
+    train_labels, checksum = decode(train, listing.classes, digest, out / "train.npy", workers)
     made_of = listing.made_of(form)
     save_checkpoint(
         out / DECODED, "decoded folder", made_of=made_of, digest=digest.hexdigest(),
-        train_labels=train_labels, held_out_labels=labels, checksums=checksums(mapped(out)),
+        train_labels=train_labels, held_out_labels=labels,
+        checksums=[checksum, zlib.crc32(pixels)],
         unreadable=images.names_of_unreadable() + train.names_of_unreadable())
     folder = load_decoded(out, made_of)
     if folder is None:
@@ -295,17 +296,21 @@ DECODED = "decoded.pt"   # their labels, and what they are made of
 
 def decode(
     images: FolderImages, classes: list[str], digest: hashlib._Hash, path: Path, workers: int,
-) -> Tensor:
-    """Write the images that can be read; returns their labels. The digest takes in the files."""
+) -> tuple[Tensor, int]:
+    """Write the images that can be read; returns their labels, and the checksum of their pixels.
+    The digest takes in the files."""
     shape = images.form.shape
     labels: list[int] = []
+    checksum = 0
 
     def write(file: BinaryIO) -> None:
+        nonlocal checksum
         write_header(file, len(images), shape)
         found = read_ahead(images.first_readable, ([row] for row in range(len(images))), workers)
         bar = progress_bar(found, desc="decode", total=len(images), unit="image")
         for row, image, content in filter(None, bar):
             file.write(image.tobytes())
+            checksum = zlib.crc32(image, checksum)
             digest.update(images.files[row].record(content))
             labels.append(images.files[row].label)
         check_classes(classes, labels)
@@ -317,7 +322,7 @@ def decode(
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}; --stream reads the images as training "
                         f"goes instead")
-    return torch.tensor(labels)
+    return torch.tensor(labels), checksum
 
 
 def write_header(file: BinaryIO, count: int, shape: tuple[int, ...]) -> None:
@@ -325,20 +330,11 @@ def write_header(file: BinaryIO, count: int, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, about)
 
 
-def mapped(out: Path) -> list[np.ndarray]:
-    """The images to train on and those held out, mapped into memory."""
-    return [np.load(out / f"{name}.npy", mmap_mode="r") for name in ("train", "held_out")]
-
-
-def checksums(sets: list[np.ndarray]) -> list[int]:
-    return [zlib.crc32(images) for images in sets]
-
-
 def load_decoded(out: Path, made_of: str) -> Folder | None:
     """What an earlier run decoded, mapped into memory; None if it is of other files, or damaged."""
     try:
         content = load_checkpoint(out / DECODED, "decoded folder")
-        sets = mapped(out)
+        sets = [np.load(out / f"{name}.npy", mmap_mode="r") for name in ("train", "held_out")]
     except (UserError, OSError, EOFError, ValueError):
         return None
     labels = [content["train_labels"], content["held_out_labels"]]
@@ -346,9 +342,9 @@ def load_decoded(out: Path, made_of: str) -> Folder | None:
                   for images, own in zip(sets, labels))   # else one is another run's
     if content["made_of"] != made_of or not fitting:
         return None
-    # One process reads all; the others wait for it meanwhile.
-    if rank_and_world()[0] == 0 and content.get("checksums") != checksums(sets):
-        return None
+    if rank_and_world()[0] == 0:   # for which the others wait meanwhile
+        if content.get("checksums") != [zlib.crc32(images) for images in sets]:
+            return None
     with warnings.catch_warnings():   # the arrays cannot be written to, and nobody does
         warnings.simplefilter("ignore")
         train, held_out = map(torch.from_numpy, sets)

@@ -1149,13 +1149,16 @@ def test_a_stream_that_nobody_reads_does_not_end_a_training(monkeypatch):
 
     monkeypatch.setattr(sys, "stderr", Gone())
     monkeypatch.setattr(sys, "stdout", sys.stdout)
+    seen = []
 
     def main():
-        list(tqdm(range(3), mininterval=0))
+        seen.extend(tqdm(range(3), mininterval=0))
         sys.stdout = Gone()
         say("a word")
+        seen.append("the end")
 
     run_program(main)
+    assert seen == [0, 1, 2, "the end"]
 
 
 def test_models_begin_as_the_seed_says(tmp_path):
