@@ -35,40 +35,40 @@ FILES = {
 
 PUBLISHED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)   # of the 256-pixel models
 
-TOKENIZER_NAMES = [   # (published name, ours), applied in this order
-    (r"\.(down|up)\.(\d+)\.(downsample|upsample)\.conv\.", r".levels.\2.resample."),
-    (r"\.(down|up)\.(\d+)\.block\.", r".levels.\2.blocks."),
-    (r"\.(down|up)\.(\d+)\.attn\.", r".levels.\2.attentions."),
-    (r"\.mid\.block_1\.", ".middle.0."),
-    (r"\.mid\.attn_1\.", ".middle.1."),
-    (r"\.mid\.block_2\.", ".middle.2."),
-    (r"\.nin_shortcut\.", ".shortcut."),
-    (r"\.proj_out\.", ".out."),
-    (r"^quant_conv\.", "to_latent."),
-    (r"^post_quant_conv\.", "from_latent."),
-    (r"^quantize\.embedding\.weight$", "quantizer.codebook_VC"),
-    (r"^quantize\.quant_resi\.qresi_ls\.", "quantizer.phis."),   # several, of neighbouring scales
-    (r"^quantize\.quant_resi\.qresi\.", "quantizer.phis.0."),    # one for all scales
-    (r"^quantize\.quant_resi\.(\d)", r"quantizer.phis.\1"),      # one for each scale
-]
+TOKENIZER_NAMES = {   # published name: ours, applied in this order
+    r"\.(down|up)\.(\d+)\.(downsample|upsample)\.conv\.": r".levels.\2.resample.",
+    r"\.(down|up)\.(\d+)\.block\.": r".levels.\2.blocks.",
+    r"\.(down|up)\.(\d+)\.attn\.": r".levels.\2.attentions.",
+    r"\.mid\.block_1\.": ".middle.0.",
+    r"\.mid\.attn_1\.": ".middle.1.",
+    r"\.mid\.block_2\.": ".middle.2.",
+    r"\.nin_shortcut\.": ".shortcut.",
+    r"\.proj_out\.": ".out.",
+    r"^quant_conv\.": "to_latent.",
+    r"^post_quant_conv\.": "from_latent.",
+    r"^quantize\.embedding\.weight$": "quantizer.codebook_VC",
+    r"^quantize\.quant_resi\.qresi_ls\.": "quantizer.phis.",   # several, of neighbouring scales
+    r"^quantize\.quant_resi\.qresi\.": "quantizer.phis.0.",    # one for all scales
+    r"^quantize\.quant_resi\.(\d)": r"quantizer.phis.\1",      # one for each scale
+}
 
-TRANSFORMER_NAMES = [
-    (r"^class_emb\.", "class_embedding."),
-    (r"^word_embed\.", "code_embedding."),
-    (r"^pos_start$", "start_position_11W"),
-    (r"^pos_1LC$", "position_1LW"),
-    (r"^lvl_embed\.", "level_embedding."),
-    (r"^shared_ada_lin\.1\.", "shared_modulation."),
-    (r"^head_nm\.ada_lin\.1\.", "head_modulation."),
-    (r"\.ada_lin\.1\.", ".modulation."),
-    (r"\.ada_gss$", ".modulation_offset_6W"),
-    (r"\.attn\.mat_qkv\.", ".attention.qkv."),
-    (r"\.attn\.proj\.", ".attention.out."),
-    (r"\.attn\.scale_mul_1H11$", ".attention.log_scale_H11"),
-    (r"\.attn\.", ".attention."),
-    (r"\.ffn\.fc1\.", ".mlp.0."),
-    (r"\.ffn\.fc2\.", ".mlp.2."),
-]
+TRANSFORMER_NAMES = {
+    r"^class_emb\.": "class_embedding.",
+    r"^word_embed\.": "code_embedding.",
+    r"^pos_start$": "start_position_11W",
+    r"^pos_1LC$": "position_1LW",
+    r"^lvl_embed\.": "level_embedding.",
+    r"^shared_ada_lin\.1\.": "shared_modulation.",
+    r"^head_nm\.ada_lin\.1\.": "head_modulation.",
+    r"\.ada_lin\.1\.": ".modulation.",
+    r"\.ada_gss$": ".modulation_offset_6W",
+    r"\.attn\.mat_qkv\.": ".attention.qkv.",
+    r"\.attn\.proj\.": ".attention.out.",
+    r"\.attn\.scale_mul_1H11$": ".attention.log_scale_H11",
+    r"\.attn\.": ".attention.",
+    r"\.ffn\.fc1\.": ".mlp.0.",
+    r"\.ffn\.fc2\.": ".mlp.2.",
+}
 
 
 def published_pair(model: str) -> list[Path]:
@@ -178,10 +178,10 @@ def unwrapped(content: dict, what: str, landmark: str) -> dict[str, Tensor]:
     raise ValueError(f"not a published VAR {what}: it has no {landmark} but holds {holds or '{}'}")
 
 
-def renamed(state: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[str, Tensor]:
+def renamed(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
     ours = {}
     for name, tensor in state.items():
-        for pattern, replacement in table:
+        for pattern, replacement in table.items():
             name = re.sub(pattern, replacement, name)
         ours[name] = tensor
     return ours
