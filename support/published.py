@@ -159,10 +159,10 @@ def unwrapped(content: dict, what: str, landmark: str) -> dict[str, Tensor]:
     front of every name, torch.compile "_orig_mod.". Whatever stands before the landmark is taken
     off, and names without it are of another model. Raises ValueError.
     """
+    if not isinstance(content, dict):
+        content = {type(content).__name__: content}   # to be told what it is
     found = [content]
     for inside in found:   # which grows: the outer dicts come first
-        if not isinstance(inside, dict):
-            continue
         state = {str(name).replace("_orig_mod.", ""): value for name, value in inside.items()}
         for name in state:
             if f".{name}".endswith(f".{landmark}"):
@@ -171,11 +171,10 @@ def unwrapped(content: dict, what: str, landmark: str) -> dict[str, Tensor]:
                 return {name.removeprefix(prefix): state[name] for name in own}
         found += [value for value in state.values()
                   if isinstance(value, dict) and all(value is not other for other in found)]
-    if isinstance(content, dict) and "kind" in content:
+    if "kind" in content:
         raise ValueError(f"not a published VAR {what} but of train.py, whose names end in .pt")
-    names = content if isinstance(content, dict) else [type(content).__name__]
-    holds = in_short(", ".join(map(str, names)), 60)
-    raise ValueError(f"not a published VAR {what}: it has no {landmark} but holds {holds or '{}'}")
+    holds = in_short(", ".join(map(str, content)), 60) or "{}"
+    raise ValueError(f"not a published VAR {what}: it has no {landmark} but holds {holds}")
 
 
 def renamed(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
