@@ -31,10 +31,10 @@ def load_images(run, sources: list[str]) -> Given:
                 Path(source), config.image_side, config.image_channels, run.white)
             found += [(*image, None) for image in own]
             continue
-        last = len(run.held_out_images()) - 1
-        if not row.isdecimal() or len(row) > 9 or int(row) > last:
+        count = len(run.held_out_images())
+        if row not in map(str, range(count)):
             raise UserError(f"{in_short(source, 40)}: the held-out images are data:0 to "
-                            f"data:{last}")
+                            f"data:{count - 1}")
         image, label = run.held_out[int(row)]
         found.append((image, f"{run.classes[label]} {int(row)}", int(label)))
     pixels, names, labels = zip(*found)
