@@ -104,19 +104,6 @@ class Walk:
             say(f"{self.root}: passed over what is no image of it ({in_short(counts)})")
 
 
-def image_paths(folder: Path) -> list[Path]:
-    """The images in a folder and below it; what else is there is counted and said.
-
-    Raises UserError if there are none.
-    """
-    walk = Walk(folder)
-    found = walk.images_below(folder)
-    walk.say_passed_over()
-    if not found:
-        raise UserError(f"{folder} holds no images")
-    return found
-
-
 def read_image(path: Path, side: int, channels: int, white: int | None = None) -> np.ndarray:
     """A file as `decode_image` returns it. Raises UserError."""
     return decode_image(read_file(path), path, side, channels, white)
@@ -201,15 +188,18 @@ def read_mask(path: Path, side: int) -> np.ndarray:
 def read_images(
     source: Path, side: int, channels: int, white: int | None = None
 ) -> list[tuple[Tensor, str]]:
-    """An image file, or a folder of them: bytes [channels, side, side] and the name of each.
-
-    Files of a folder that cannot be read are named and left out. Raises UserError if none is left.
+    """An image file, or all in a folder and below it: bytes [channels, side, side] and the name of
+    each. Files of a folder that cannot be read are named and left out, and what is no image is
+    counted and said. Raises UserError if none is left.
     """
     if not source.is_dir():
         pixels = read_image(source, side, channels, white)
         return [(torch.from_numpy(pixels), source.stem)]
+    walk = Walk(source)
+    paths = walk.images_below(source)
+    walk.say_passed_over()
     found = []
-    for path in image_paths(source):
+    for path in paths:
         try:
             pixels = read_image(path, side, channels, white)
             found.append((torch.from_numpy(pixels), path.stem))

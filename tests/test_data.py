@@ -47,7 +47,7 @@ from support.data import (
     shuffled,
 )
 from support.folders import read_ahead
-from support.images import image_paths, read_image
+from support.images import Walk, read_image
 from support.presets import chosen_preset, training_flags
 
 CPU = torch.device("cpu")
@@ -340,7 +340,7 @@ def test_folders_may_be_nested_deeply(tmp_path):
     Image.new("L", (8, 8)).save(deepest / "a.png")
     sys.setrecursionlimit(len(inspect.stack()) + 100)
     try:
-        assert image_paths(tmp_path) == [deepest / "a.png"]
+        assert Walk(tmp_path).images_below(tmp_path) == [deepest / "a.png"]
     finally:
         sys.setrecursionlimit(limit)
 
@@ -624,7 +624,7 @@ def test_hidden_and_system_names_are_no_data(tmp_path, capsys, below):
     data = load(root, tmp_path / "out")
     assert data.classes == ["a"] and len(data.train) + len(data.held_out) == 6
     assert f"hidden or the system's: {len(STRAY)}" in capsys.readouterr().out
-    names = [path.relative_to(root).as_posix() for path in image_paths(root)]
+    names = [path.relative_to(root).as_posix() for path in Walk(root).images_below(root)]
     assert names == ["a/000.png", "a/001.png", "a/002.png", "a/003.png", "a/deeper/000.png", "a/more/000.png"]
 
 

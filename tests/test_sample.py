@@ -1012,7 +1012,7 @@ def test_mistakes(judged, tmp_path):
         "upscale data:3 --paste": "unrecognized arguments: --paste",
         "codes data:1000": "the held-out images are data:0 to data:",
         f"codes {tmp_path}/missing.png": "cannot be read",
-        f"codes {tmp_path}/empty": "holds no images",
+        f"codes {tmp_path}/empty": "holds no image that can be read",
         "codes data:0 --cfg 3": "unrecognized arguments: --cfg 3",
         "attention data:3 --cell 4 0": "within the last map",
         "--classes star --class heart moon": "there is no class moon",
