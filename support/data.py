@@ -270,19 +270,12 @@ def heart() -> np.ndarray:
     return 0.063 * (x - 1j * y)
 
 
+TURNS = np.array([1, 1j, -1, -1j])   # by 0, 90, 180 and 270 degrees
 OUTLINES = {   # x + 1j y, from -1 to 1, y down
-    "square": [
-        -0.8 - 0.8j, 0.8 - 0.8j,
-        0.8 + 0.8j, -0.8 + 0.8j,
-    ],
+    "square": (-0.8 - 0.8j) * TURNS,
     "triangle": [-1j, 0.95 + 0.75j, -0.95 + 0.75j],
     "star": -1j * np.tile([1.0, 0.48], 5) * np.exp(1j * np.pi / 5 * np.arange(10)),
-    "cross": [
-        -0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j,
-        1 - 0.3j, 1 + 0.3j, 0.3 + 0.3j,
-        0.3 + 1j, -0.3 + 1j, -0.3 + 0.3j,
-        -1 + 0.3j, -1 - 0.3j, -0.3 - 0.3j,
-    ],
+    "cross": np.outer(TURNS, [-0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j]).ravel(),   # an arm, turned
     "heart": heart(),
     "arrow": [
         -1j, 0.85 - 0.05j, 0.32 - 0.05j, 0.32 + 1j,
