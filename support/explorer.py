@@ -279,11 +279,11 @@ def continued(run, label: int, tokens_1L: Tensor, seed: int) -> dict:
     return {"continued": as_picture(images, DRAWN), "spread": shares(spread_K)}
 
 
-def as_picture(tiles: np.ndarray, most: int | None = None) -> str:
+def as_picture(tiles: np.ndarray, most: int = 2**14) -> str:
     """Many tiles, [N, side, side, channels] of 0 to 255, in one picture, as an address that holds
-    it. most: the side to which larger tiles are averaged down."""
+    it. most: the side to which larger tiles are averaged down (WebP has no larger)."""
     tiles = torch.from_numpy(tiles).float().permute(0, 3, 1, 2)
-    side = min(tiles.shape[-1], most or tiles.shape[-1])
+    side = min(tiles.shape[-1], most)
     tiles = F.interpolate(tiles, size=(side, side), mode="area")
     tiles = tiles.round().clamp(0, 255).byte()
     lacking = -len(tiles) % COLUMNS
