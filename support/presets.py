@@ -270,8 +270,8 @@ def training_options(arguments: list[str] | None = None) -> Namespace:
 
 def given_values(options: Namespace) -> dict[str, Any]:
     """The values of the preset that were named on the command line."""
-    return {value.name: getattr(options, value.name) for value in fields(Preset)
-            if hasattr(options, value.name)}
+    return {name: value for name, value in vars(options).items()
+            if name in Preset.__dataclass_fields__}
 
 
 def chosen_preset(options: Namespace) -> Preset:
