@@ -22,7 +22,7 @@ from support.cli import UserError, in_short
 from support.devices import check_memory, progress_bar, say
 
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}   # known to Pillow, but not read by it
-SYSTEM_NAMES = {   # of folders, which may hold images
+SYSTEM_NAMES = {   # of folders that are no data, and may hold images
     "__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "#snapshot", "~snapshot", "lost+found",
     "$recycle.bin", "recycler", "system volume information", "network trash folder",
     "temporary items",
@@ -42,11 +42,6 @@ def image_endings() -> set[str]:
 def composed(name: str) -> str:
     """A name with accents in their letters, as keyboards write them; Macs keep them apart."""
     return unicodedata.normalize("NFC", name)
-
-
-def is_system_name(name: str) -> bool:
-    """Whether a file or folder is there for a system or a program, and not as data."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 class Walk:
@@ -76,7 +71,7 @@ class Walk:
     def kind(self, path: Path) -> str:
         """A folder, an image, or what else it is, for which it is passed over."""
         ending = path.suffix.lower()
-        if is_system_name(path.name):
+        if path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:
             return "hidden or the system's"
         if path.is_dir():
             real = path.resolve()
