@@ -103,9 +103,11 @@ class Listing:
 def list_folder(root: Path) -> Listing:
     """One sub-folder for each class; or as ImageNet has them, all in `train` and perhaps in `val`
     again. Raises UserError for anything else."""
-    folders, _ = Walk(root).look(root)
+    walk = Walk(root)
+    folders, _ = walk.look(root)
     by_name = {folder.name.lower(): folder for folder in folders}
-    with_images = {name for name, folder in by_name.items() if holds_images(folder)}
+    with_images = {name for name, folder in by_name.items()   # in itself, not below
+                   if any(walk.kind(path) == "image" for path in folder.iterdir())}
     beside = []
     if "train" in by_name and with_images <= {*OTHER_THAN_TRAIN}:
         root = by_name["train"]
@@ -125,12 +127,6 @@ def list_folder(root: Path) -> Listing:
             break
         say(f"{folder} does not have images of the same classes, and is passed over")
     return listing
-
-
-def holds_images(folder: Path) -> bool:
-    """Whether there is an image in the folder itself."""
-    walk = Walk(folder)
-    return any(walk.kind(path) == "image" for path in folder.iterdir())
 
 
 def files_of_classes(root: Path) -> dict[str, list[File]]:
