@@ -35,10 +35,7 @@ def adamw_and_muon(
         {"params": others, "weight_decay": 0.0},
     ]
     adamw = AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
-    optimizers: list[Optimizer] = [adamw]
-    if muon:
-        optimizers.append(Muon(for_muon, lr, weight_decay, dtype))
-    return optimizers
+    return [adamw, Muon(for_muon, lr, weight_decay, dtype)] if muon else [adamw]
 
 
 def multiplying_weights(model: nn.Module) -> list[nn.Parameter]:
