@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 # A closed terminal sends SIGHUP, which Windows does not have.
-ENDING = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+ENDING = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
 class UserError(Exception):
@@ -108,7 +108,7 @@ class Interrupt:
         self.asked_at = math.inf
         self.before = {}
         for number in (signal.SIGINT, *ENDING):
-            if number not in self.before and signal.getsignal(number) != signal.SIG_IGN:
+            if signal.getsignal(number) != signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self.ask)
         return self
 
