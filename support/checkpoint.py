@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from support.cli import UserError, in_short, lacks_memory
-from support.devices import rank_and_world, say
+from support.devices import say
 
 
 def save_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -229,35 +229,6 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         torch.hub.download_url_to_file(url, str(path), sha256)
     except (OSError, HTTPException, RuntimeError) as error:   # the last for another SHA-256
         raise UserError(f"cannot download {url} ({error}); fetch it by other means, as {path}")
-
-
-class Log:
-    """log.jsonl: one JSON object per line. Of several processes, the first one writes it."""
-
-    def __init__(self, path: Path, stage: str, done: int):
-        """Lines that an earlier try left are dropped: of this stage for steps after `done`, and on
-        its health, which is written at the end."""
-        self.path = path
-        self.stage = stage
-        if rank_and_world()[0] > 0:
-            return
-        text = ""
-        for line in read_log(path):
-            before = line["step"] <= done and line["split"] != "health"
-            if line["stage"] != stage or before:
-                text += json.dumps(line) + "\n"
-        save_whole(path, lambda file: file.write(text.encode()))
-
-    def write(self, step: int, split: str, **values) -> None:
-        if rank_and_world()[0] > 0:
-            return
-        line = {"stage": self.stage, "step": step, "split": split, **values}
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:   # of a full disk it does not know the name
-            error.filename = str(self.path)
-            raise
 
 
 def read_log(path: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 TensorBoard's files, if they are asked for."""
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.checkpoint import Log, read_log
+from support.checkpoint import read_log, save_whole
 from support.cli import UserError
 from support.devices import rank_and_world, say
 from support.figures import draw_curves, scale_names
@@ -20,25 +21,47 @@ SHARE = 0.03       # of a training's time, at most, goes into pictures before it
 FIRST_COST = 0.5   # seconds, until it is known what pictures cost
 
 
-class WatchedLog(Log):
-    """The log of a stage, and pictures of what the stage has come to."""
+class WatchedLog:
+    """log.jsonl, one JSON object per line, and pictures of what a stage has come to. Of several
+    processes, the first one writes them."""
 
     def __init__(self, stage: str, step: int, steps: int, settings):
-        """step, steps: where the training is, and where it ends. settings: a train.Settings."""
+        """step, steps: where the training is, and where it ends. settings: a train.Settings.
+
+        Lines that an earlier try left are dropped: of this stage for steps after `step`, and on its
+        health, which is written at the end.
+        """
         self.out = settings.out
-        super().__init__(self.out / "log.jsonl", stage, step)
+        self.path = self.out / "log.jsonl"
+        self.stage = stage
         self.steps = steps
         self.scales = settings.preset.scales
         self.begun = time.monotonic()
         self.spent = 0.0
         self.cost = FIRST_COST
         self.writer = None
-        if settings.tensorboard and rank_and_world()[0] == 0:
+        if rank_and_world()[0] > 0:
+            return
+        text = ""
+        for line in read_log(self.path):
+            before = line["step"] <= step and line["split"] != "health"
+            if line["stage"] != stage or before:
+                text += json.dumps(line) + "\n"
+        save_whole(self.path, lambda file: file.write(text.encode()))
+        if settings.tensorboard:
             folder = str(self.out / "tensorboard" / stage)
             self.writer = settings.tensorboard(folder, purge_step=step + 1)
 
     def write(self, step: int, split: str, **values) -> None:
-        super().write(step, split, **values)
+        if rank_and_world()[0] > 0:
+            return
+        line = {"stage": self.stage, "step": step, "split": split, **values}
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:   # of a full disk it does not know the name
+            error.filename = str(self.path)
+            raise
         if self.writer is None:
             return
         for name, value in values.items():

@@ -39,7 +39,7 @@ import train
 from papers.tuning import kept_images
 from support import cli
 from support.checkpoint import (
-    Log, check_made_with, download, fingerprint, load_checkpoint, read_log, read_tensors,
+    check_made_with, download, fingerprint, load_checkpoint, read_log, read_tensors,
     save_checkpoint, save_whole,
 )
 from support.cli import Interrupt, UserError
@@ -47,6 +47,7 @@ from support.data import load_held_out
 from support.devices import choose_machine
 from support.evaluation import kept_classifier
 from support.presets import VARPreset, check_begun, check_folder, chosen_preset, training_options
+from support.watching import WatchedLog
 from tokenizer import Tokenizer, TokenizerConfig
 
 
@@ -604,21 +605,26 @@ def test_a_training_does_not_go_on_with_another_class(tmp_path):
         stage.resume()
 
 
+def log_of(folder: Path, stage: str, step: int) -> WatchedLog:
+    settings = SimpleNamespace(out=folder, preset=SimpleNamespace(scales=(1, 2)), tensorboard=None)
+    return WatchedLog(stage, step, 1000, settings)
+
+
 def test_a_log_goes_on_where_a_training_does(tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
-    log = Log(path, "tokenizer", 0)
+    log = log_of(tmp_path, "tokenizer", 0)
     for step, split in ((1, "train"), (2, "train"), (2, "held_out"), (2, "health")):
         log.write(step, split)
-    Log(path, "var", 0).write(2, "train")
-    Log(path, "tokenizer", 1)
+    log_of(tmp_path, "var", 0).write(2, "train")
+    log_of(tmp_path, "tokenizer", 1)
     left = [(line["stage"], line["step"], line["split"]) for line in read_log(path)]
     assert left == [("tokenizer", 1, "train"), ("var", 2, "train")]
-    Log(path, "tokenizer", 5).write(5, "health")
-    Log(path, "tokenizer", 5)   # once more: its health is measured again
+    log_of(tmp_path, "tokenizer", 5).write(5, "health")
+    log_of(tmp_path, "tokenizer", 5)   # once more: its health is measured again
     assert all(line["split"] != "health" for line in read_log(path))
     before = path.read_bytes()
-    monkeypatch.setattr("support.checkpoint.rank_and_world", lambda: (1, 2))
-    Log(path, "tokenizer", 0).write(1, "train")
+    monkeypatch.setattr("support.watching.rank_and_world", lambda: (1, 2))
+    log_of(tmp_path, "tokenizer", 0).write(1, "train")
     assert path.read_bytes() == before   # which the first process writes
 
 
@@ -721,7 +727,7 @@ def test_a_second_signal_ends_any_wait(second, monkeypatch):
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
-    log = Log(tmp_path / "log.jsonl", "var", 0)
+    log = log_of(tmp_path, "var", 0)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
     try:
