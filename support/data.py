@@ -346,29 +346,25 @@ def known_file(name: str, file: str, data_dir: Path) -> bytes:
     return known_file(name, file, data_dir)
 
 
-def read_idx(name: str, data_dir: Path, side: int) -> list[TensorDataset]:
+def read_idx(name: str, data_dir: Path, side: int) -> Iterator[TensorDataset]:
     """MNIST's format: a header of 16 or 8 bytes, then a byte for each pixel or each label."""
-    sets = []
     for split in ("train", "t10k"):
         pixels = known_file(name, f"{split}-images-idx3-ubyte.gz", data_dir)
         labels = known_file(name, f"{split}-labels-idx1-ubyte.gz", data_dir)
         images = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 1, 28, 28)
         labels = np.frombuffer(labels, np.uint8, offset=8)
-        sets.append(fit_side(images, labels, side))
-    return sets
+        yield fit_side(images, labels, side)
 
 
-def read_cifar10(name: str, data_dir: Path, side: int) -> list[TensorDataset]:
+def read_cifar10(name: str, data_dir: Path, side: int) -> Iterator[TensorDataset]:
     """Records of one label byte and 3072 pixel bytes: planes of 32 x 32 red, green and blue."""
     content = known_file(name, "cifar-10-binary.tar.gz", data_dir)
-    sets = []
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         for files in ([f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]):
             parts = [archive.extractfile(f"cifar-10-batches-bin/{file}").read() for file in files]
             records = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, 3073)
             images = records[:, 1:].reshape(-1, 3, 32, 32)
-            sets.append(fit_side(images, records[:, 0], side))
-    return sets
+            yield fit_side(images, records[:, 0], side)
 
 
 def fit_side(images: np.ndarray, labels: np.ndarray, side: int) -> TensorDataset:
