@@ -329,12 +329,12 @@ def check_begun(options: Namespace, preset: Preset) -> None:
             continue
         with blaming(path):
             content = load_checkpoint(path, KINDS[name])
-            begun = {**content["made_with"], "white_level": content.get("white") or 65535,
-                     "channels": content["config"].get("image_channels", options.channels)}
-            now = {**preset.of(VALUES[name]), "seed": options.seed}
-            for told in ("white_level", "channels"):
-                if vars(options)[told]:
-                    now[told] = vars(options)[told]
+            white = content.get("white") or 65535
+            channels = content["config"].get("image_channels", options.channels)
+            begun = {**content["made_with"], "white_level": white, "channels": channels}
+            now = {**preset.of(VALUES[name]), "seed": options.seed,
+                   "white_level": options.white_level or white,
+                   "channels": options.channels or channels}
             check_made_with(path, {"made_with": begun}, now)
 
 
