@@ -116,10 +116,8 @@ def about(run, label: int, tokens_1L: Tensor, ways: Sequence, seed: int) -> dict
     labels_2 = torch.tensor([label, run.model.config.classes], device=device)
     inputs = run.tokenizer.teacher_inputs(tokens_1L.to(device))
     found = chances(run, labels_2, inputs, tokens_1L[0])
-    compared = []
-    for way in ways:
-        compared.append(replace(run, sampling=way).generate([label], seed))
-    compared = run.decode_to_bytes(torch.cat(compared))
+    drawn = [replace(run, sampling=way).generate([label], seed) for way in ways]
+    compared = run.decode_to_bytes(torch.cat(drawn))
     return found | continued(run, label, tokens_1L, seed) | {
         "tokens": tokens_1L[0].tolist(),
         "frames": as_picture(frames),
