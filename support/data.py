@@ -199,9 +199,8 @@ def draw_shapes(count: int, side: int, seed: int) -> TensorDataset:
     size_N = rng.uniform(0.28, 0.42, count)
     angle_N = rng.uniform(-0.35, 0.35, count)
     x_N, y_N = 0.5 + rng.uniform(-1, 1, (2, count)) * (0.48 - size_N)
-    covers = []
-    for label, size, angle, x, y in zip(labels_N, size_N, angle_N, x_N, y_N):
-        covers.append(draw_shape(SHAPES[label], size, angle, x, y, side))
+    places = zip(labels_N, size_N, angle_N, x_N, y_N)
+    covers = [draw_shape(SHAPES[label], *place, side) for label, *place in places]
     cover_N1HW = np.stack(covers)[:, None].astype(np.float32) / 255
 
     # One is light and the other dark, so that no shape is hidden; the background's two ends have
