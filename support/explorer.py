@@ -148,17 +148,16 @@ def chances(run, labels_2: Tensor, inputs: Tensor, tokens_L: Tensor) -> dict:
         logits_2LV = run.model(labels_2, inputs.expand(2, -1, -1))
     cond_LV, null_LV = logits_2LV.cpu().double()   # Apple's GPU has no fp64
     level_L1 = run.model.level_L.cpu()[:, None]
-    last_level = max(len(config.scales) - 1, 1)
-    progress_L1 = (level_L1 / last_level) ** sampling.growth   # as in VAR.draw
+    fineness_L1 = run.model.fineness(level_L1, sampling.growth)
     plain_LV = cond_LV.softmax(dim=1)
-    guidance_L1 = sampling.cfg * progress_L1
+    guidance_L1 = sampling.cfg * fineness_L1
     guided_LV = (cond_LV + guidance_L1 * (cond_LV - null_LV)).softmax(dim=1)
     own_L1 = plain_LV.gather(1, tokens_L[:, None])
     likely_LX = plain_LV.topk(min(LISTED, config.vocabulary))
     ranked_LV, codes_LV = guided_LV.sort(descending=True, stable=True)
     codes_LX = codes_LV[:, :LISTED]
     first, last = np.broadcast_to(sampling.top_p, 2)   # of the first and of the last scale
-    top_p_L1 = first + (last - first) * progress_L1
+    top_p_L1 = first + (last - first) * fineness_L1
     within_LV = ranked_LV[:, :sampling.top_k or None]
     before_LV = within_LV.cumsum(dim=1) - within_LV
     target_L1 = within_LV.sum(dim=1, keepdim=True) * top_p_L1

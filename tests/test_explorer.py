@@ -607,7 +607,8 @@ def test_without_a_filter_all_codes_are_kept_however_unlikely(run):
     """Whose probability is lost when it is added to 1."""
     class Model(SimpleNamespace):
         __call__ = lambda self, labels_2, inputs: torch.tensor([0.0, -60, -70]).expand(2, 1, 3)
-    model = Model(config=SimpleNamespace(scales=(1,), vocabulary=3), level_L=torch.zeros(1))
+    model = Model(config=SimpleNamespace(scales=(1,), vocabulary=3), level_L=torch.zeros(1),
+                  fineness=lambda level, growth: level)
     bare = replace(UNSMOOTHED, cfg=0.0, top_k=0, top_p=1.0)
     found = explorer.chances(SimpleNamespace(model=model, sampling=bare, machine=run.machine), None,
                              torch.zeros(1, 0, 4), torch.tensor([0]))
