@@ -135,7 +135,7 @@ def files_of_classes(root: Path) -> dict[str, list[File]]:
     folders, loose = walk.look(root)
     if loose:
         walk.passed_over["images beside the folders of classes"] = len(loose)
-    files: dict[str, list[File]] = {}
+    files = {}
     for folder in folders:   # by name, so those of one name are neighbours
         own = files.setdefault(composed(folder.name), [])
         for path in walk.images_below(folder):
@@ -159,7 +159,7 @@ class FolderImages(Dataset):
     def __init__(self, files: list[File], form: Form):
         self.files = files
         self.form = form
-        self.unreadable: set[int] = set()
+        self.unreadable = set()   # rows
 
     def __len__(self) -> int:
         return len(self.files)
@@ -296,7 +296,7 @@ def decode(
     """Write the images that can be read; returns their labels, and the checksum of their pixels.
     The digest takes in the files."""
     shape = images.form.shape
-    labels: list[int] = []
+    labels = []
     checksum = 0
 
     def write(file: BinaryIO) -> None:

@@ -54,7 +54,7 @@ class Walk:
     def __init__(self, root: Path):
         self.root = root.resolve()
         self.met = {self.root}
-        self.passed_over: Counter[str] = Counter()
+        self.passed_over = Counter()
 
     def look(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """The sub-folders of a folder and the images in it, both by name."""

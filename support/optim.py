@@ -71,7 +71,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            alike = {}   # by shape
             for matrix in group["params"]:
                 alike.setdefault(matrix.shape, []).append(matrix)
             for matrices in alike.values():
