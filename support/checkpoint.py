@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
 import pickle
 import socket
@@ -229,18 +228,3 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         torch.hub.download_url_to_file(url, str(path), sha256)
     except (OSError, HTTPException, RuntimeError) as error:   # the last for another SHA-256
         raise UserError(f"cannot download {url} ({error}); fetch it by other means, as {path}")
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log; one that a killed run did not finish is left out."""
-    if not path.exists():
-        return []
-    try:
-        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-        known = {"stage", "step", "split"}
-        if not all(isinstance(line, dict) and known <= line.keys()
-                   and isinstance(line["step"], int) for line in lines):
-            raise ValueError("a line is no record of ours")
-        return lines
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); move it away to go on without it")

@@ -1,5 +1,5 @@
-"""A training that one can watch: its pictures and curves are written anew as it goes on, and so are
-TensorBoard's files, if they are asked for."""
+"""A training that one can watch: its log, the pictures and curves that are written anew as it goes
+on, and TensorBoard's files, if they are asked for."""
 from __future__ import annotations
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.checkpoint import read_log, save_whole
+from support.checkpoint import save_whole
 from support.cli import UserError
 from support.devices import rank_and_world, say
 from support.figures import draw_curves, scale_names
@@ -103,6 +103,21 @@ class WatchedLog:
         if self.writer is not None:
             self.writer.add_image("picture", np.asarray(picture), step, dataformats="HWC")
             self.writer.flush()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log; one that a killed run did not finish is left out."""
+    if not path.exists():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        known = {"stage", "step", "split"}
+        if not all(isinstance(line, dict) and known <= line.keys()
+                   and isinstance(line["step"], int) for line in lines):
+            raise ValueError("a line is no record of ours")
+        return lines
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); move it away to go on without it")
 
 
 def summary_writer() -> type:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import train
-from support.checkpoint import read_log, save_checkpoint
+from support.checkpoint import save_checkpoint
 from support.cli import UserError
 from support.data import Data
 from support.devices import Machine
@@ -25,6 +25,7 @@ from support.losses import (
     DetailLosses, Discriminator, balance, edge_loss, load_lpips, perceptual_distance,
 )
 from support.presets import Preset
+from support.watching import read_log
 
 DETAILED = Preset(   # both losses, the discriminator's from step 6 of 12
     image_size=8, scales=(1, 2, 4), multipliers=(1, 2), tokenizer_width=8, vocabulary=32,

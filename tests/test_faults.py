@@ -39,15 +39,15 @@ import train
 from papers.tuning import kept_images
 from support import cli
 from support.checkpoint import (
-    check_made_with, download, fingerprint, load_checkpoint, read_log, read_tensors,
-    save_checkpoint, save_whole,
+    check_made_with, download, fingerprint, load_checkpoint, read_tensors, save_checkpoint,
+    save_whole,
 )
 from support.cli import Interrupt, UserError
 from support.data import load_held_out
 from support.devices import choose_machine
 from support.evaluation import kept_classifier
 from support.presets import VARPreset, check_begun, check_folder, chosen_preset, training_options
-from support.watching import WatchedLog
+from support.watching import WatchedLog, read_log
 from tokenizer import Tokenizer, TokenizerConfig
 
 

@@ -10,10 +10,10 @@ from program import ROOT, TINY, ran, start
 
 import sample
 import train
-from support.checkpoint import read_log
 from support.data import load_data
 from support.devices import Machine
 from support.presets import PRESETS
+from support.watching import read_log
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

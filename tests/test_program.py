@@ -35,7 +35,7 @@ import kernels
 import sample
 import train
 from support import watching
-from support.checkpoint import blaming, load_checkpoint, read_log, save_checkpoint
+from support.checkpoint import blaming, load_checkpoint, save_checkpoint
 from support.cli import UserError, in_short, run_program
 from support.data import (
     SHAPES, data_of, draw_shapes, fit_side, load_data, load_held_out, shuffled,
@@ -52,6 +52,7 @@ from support.presets import (
     PRESETS, Preset, check_folder, check_sizes, chosen_preset, training_flags, training_options,
     white_level,
 )
+from support.watching import read_log
 from tokenizer import (
     Decoder, Encoder, PlaceAttention, ResidualBlock, Tokenizer, TokenizerConfig,
 )
