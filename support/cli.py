@@ -185,27 +185,20 @@ def place(text: str) -> Path:
     return Path(text)
 
 
-def output(text: str) -> Path:
-    """The type of a flag that names a file to write: its place is tried before anything is done."""
-    path = place(text)
-    if path.suffix in (".pt", ".pth", ".safetensors"):
-        raise ArgumentTypeError(f"{text} is named as checkpoints are, and would take one's place")
-    if path.exists() and not path.is_file():
-        raise ArgumentTypeError(f"{text} is there and is no file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise ArgumentTypeError(f"{text} cannot be written: {error.strerror}")
-    return path
-
-
 def output_as(ending: str) -> Callable[[str], Path]:
-    """The type of a flag that names a file to write in the format of that ending."""
+    """The type of a flag that names a file to write in the format of that ending: its place is
+    tried before anything is done."""
     def checked(text: str) -> Path:
-        path = output(text)
+        path = place(text)
+        if path.exists() and not path.is_file():
+            raise ArgumentTypeError(f"{text} is there and is no file")
         if path.suffix.lower() != ending:
             raise ArgumentTypeError(f"{text} must be named {ending}, which it is written as")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise ArgumentTypeError(f"{text} cannot be written: {error.strerror}")
         return path
     return checked
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from support.cli import (
-    COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output, output_as, place,
+    COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output_as, place,
 )
 from support.published import FOLDER as PUBLISHED_FOLDER
 
@@ -242,7 +242,7 @@ def check_outputs(options: argparse.Namespace) -> None:
     own = folder / ("explorer.html" if options.command == "explore" else f"{options.command}.png")
     if "out" in options and not options.out and folder.is_dir():
         try:
-            output(str(own))
+            output_as(own.suffix)(str(own))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"{error}; --out names another place")
     given = vars(options)

@@ -987,8 +987,8 @@ def test_mistakes(judged, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for command, told in {
         "inpaint": "required: IMAGE",
-        f"--out {tmp_path}/var.pt": "named as checkpoints are",
-        f"--out {tmp_path}/a.safetensors": "named as checkpoints are",
+        f"--out {tmp_path}/var.pt": "must be named .png",
+        f"--out {tmp_path}/a.safetensors": "must be named .png",
         f"--out {tmp_path}/a.jpg": "must be named .png",
         f"progress --gif {tmp_path}/a.png": "must be named .gif",
         "--cell-size 0": "--cell-size: 0 must be",
