@@ -188,7 +188,9 @@ def kept_classifier(run) -> Classifier:
                         f"it at its end, to which --resume leads")
     with blaming(images_path):
         content = load_checkpoint(images_path, "set of training images")
-        images, labels, data_set = (content[name] for name in ("images", "labels", "data_set"))
+        images = content["images"]
+        labels = content["labels"]
+        data_set = content["data_set"]
         shape = {"channels": images.shape[1], "side": content["side"], "classes": classes}
         if run.data_set not in (None, data_set):
             raise UserError(f"{images_path} is of other images than the transformer was trained "
