@@ -66,10 +66,8 @@ def draw_teaching(run, given) -> list[Row]:
     scales = run.model.config.scales
     _, tokens_1L = run.encode(given.images[:1])
     inputs = run.tokenizer.teacher_inputs(tokens_1L.to(run.machine.device))
-    size_L = inputs[0].norm(dim=-1)
-    # The first scale reads the class; there may be no other.
-    brightest = size_L.max() if len(size_L) else 1
-    size_L = F.pad(size_L, (1, 0), value=brightest)
+    size_L = F.pad(inputs[0].norm(dim=-1), (1, 0))
+    size_L[0] = size_L.max() or 1   # the first scale reads the class; there may be no other
     codes_L3 = code_colours(run.tokenizer.quantizer.codebook_VC)[tokens_1L[0]]
     after = [f"after {name}" for name in scale_names(scales[:-1])]
     read = ["the class", *after]
