@@ -273,8 +273,14 @@ TURNS = np.array([1, 1j, -1, -1j])   # by 0, 90, 180 and 270 degrees
 OUTLINES = {   # x + 1j y, from -1 to 1, y down
     "square": (-0.8 - 0.8j) * TURNS,
     "triangle": [-1j, 0.95 + 0.75j, -0.95 + 0.75j],
-    "star": -1j * np.tile([1.0, 0.48], 5) * np.exp(1j * np.pi / 5 * np.arange(10)),
-    "cross": np.outer(TURNS, [-0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j]).ravel(),   # an arm, turned
+    "star": -1j * np.multiply(
+        np.tile([1.0, 0.48], 5),
+        np.exp(1j * np.pi / 5 * np.arange(10)),
+    ),
+    "cross": np.outer(
+        TURNS,
+        [-0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j],   # an arm
+    ).ravel(),
     "heart": heart(),
     "arrow": [
         -1j, 0.85 - 0.05j, 0.32 - 0.05j, 0.32 + 1j,
