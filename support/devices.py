@@ -30,7 +30,8 @@ class Machine:
 
     def autocast(self) -> torch.autocast:
         """The context to run a model in: `with machine.autocast():`."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
 
 
 @contextlib.contextmanager
