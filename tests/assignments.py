@@ -267,9 +267,9 @@ def filled(text: str) -> str:
 
 
 def allowed(assignment: Assignment) -> str:
-    said = ("What the file imports from Python's library, PyTorch and this project, and Python's "
-            "usual built-ins. A helper goes inside the function that needs it. Refused are "
-            "`import`, `class`, `global` and `match`; whatever reaches files, processes or the "
+    said = ("Functions of `torch`, `F` and `math`, methods of tensors, Python's usual built-ins, "
+            "and what is shown here; no layers (`nn.SiLU`: take `F.silu`). A helper goes inside "
+            "the function that needs it. Refused are `import`, `class`, `global` and `match`; whatever reaches files, processes or the "
             "inside of Python's objects, double underscores among it; and changing what is not "
             "yours, such as an attribute of another object than `self`; and giving another "
             "meaning to a name of the file or of a built-in: no variable called `max`, or as a "
@@ -442,9 +442,13 @@ def solution(assignment: Assignment, folder: Path,
     refused = []
     for file, names in by_file(assignment.bodies).items():
         try:
-            if not (folder / file).is_file() or (folder / file).stat().st_size > 2**20:
-                raise OSError("no file, or of more than a megabyte")
-            source = decode_source((folder / file).read_bytes())     # as Python reads it: BOM, too
+            path = folder / file
+            if path.is_symlink() or not path.is_file():
+                names = sorted(x.name for x in folder.glob("*"))[:9]
+                raise OSError(f"there is no such file, but {in_prose(names) if names else 'none'}")
+            if path.stat().st_size > 2**20:
+                raise OSError("it has more than a megabyte")
+            source = decode_source(path.read_bytes())     # as Python reads it: BOM, too
             tree_of(source)
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
             refused.append(f"{file} cannot be read: {' '.join(str(error).split())}")
@@ -459,7 +463,8 @@ def solution(assignment: Assignment, folder: Path,
             indent = find(ours, name).col_offset
             if "\t" in text or node.col_offset != indent:     # written anew, as the file is
                 text = textwrap.indent(ast.unparse(node), " " * indent)
-            reader = Reader(name, text, ours, names, forbidden(assignment))
+            reader = Reader(name, text, ours, names, forbidden(assignment),
+                            (*assignment.quoted, *assignment.bodies))
             refused += reader.sentences
             asked = sorted(reader.asked)
             for each, is_allowed in zip(asked, nursery.ask(names=asked)):

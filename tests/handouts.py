@@ -190,7 +190,8 @@ LIST = [
             residuals of all images. Whatever the optimizer remembers of a code is about the code
             that was there before. The stage in train.py counts, and sums over processes. The
             codebook and `hits_V` stay the tensors that they are: they are changed in place, the
-            codebook outside of any graph (but not by `.data`, which is refused).
+            codebook outside of any graph (but not by `.data`, which is refused). Where V < K some
+            scales get no code.
         """,
         question="""
             What happens without revival? Nothing is below 0 times the average:
@@ -295,8 +296,9 @@ LIST = [
             scales in sight. In the transposed table a key may be seen by nobody: then first and
             last are equal. `torch.searchsorted` on a sorted column answers "how many are at most
             x", and right=True or False is the whole exercise; nothing of the size L S is made for
-            it. A range of scales that is less than 1 is told in the ValueError. The keys and values
-            beyond the last one in sight may hold anything, NaN too, and must not be read.
+            it. A ValueError tells the number of scales in sight that is less than 1. Tables are
+            int32. The keys and values beyond the last one in sight may hold anything, NaN too, and
+            must not be read.
 
             ![Tiles of the mask](.github/images/tiles.png)
         """,
@@ -357,7 +359,7 @@ LIST = [
             still to be added to it; it returns the same, with its own last branch. Stochastic
             depth skips a branch for whole images, and on average changes nothing. `adaln` adds
             the branch it is given, and the 1 to the scale, itself. Rows are divided by their norm
-            in fp32, however short they are. Graded tests also run a whole `model`: `VAR.generate`
+            in fp32, however short they are; zeros stay zeros. Graded tests also run a whole `model`: `VAR.generate`
             with its cache against the same tokens read at once by way of `teacher_inputs`, and the
             image that they `decode` to.
         """,
@@ -424,8 +426,9 @@ LIST = [
             top_p goes from its first number to its second alike. Noise comes from the generator
             that was given. `known` may replace what was drawn (assignment 13): later scales read
             the replacement. Where `smooth` is not 0, what `smoothed` makes is added in place of
-            codes, and read; f_hat after each scale, the last too, goes to `latents`. A cache takes
-            its memory once. Each token passes each layer once, with guidance twice: that is counted
+            codes, and read; f_hat after each scale, the last too, goes to `latents`. A cache
+            (`LayerCache`) keeps its tensors as `self.k_BHLD` and `self.v_BHLD`, whose memory it takes
+            once. Each token passes each layer once, with guidance twice: that is counted
             where it comes out of each `mlp`.
 
             ![Images after each scale](.github/images/progress.png)
@@ -486,6 +489,7 @@ LIST = [
             KERNELS + "test_top_p_keeps_what_holds_p_of_what_top_k_left": 2,
             KERNELS + "test_frequencies_follow_the_distribution": 1,
             KERNELS + "test_rare_tokens_count_for_top_p": 1,
+            GRADED + "test_each_place_has_a_threshold_of_its_own": 1,
             GRADED + "test_drawing_changes_nothing_that_it_was_given": 1,
             GRADED + "test_a_draw_is_int64_and_where_the_logits_are": 1,
         },
@@ -501,11 +505,11 @@ LIST = [
             Hints. Of equal logits the lower index ranks first, for top-k and for top-p: you need
             how many tokens stay and the threshold, and then count among the equal ones. A token
             stays if those ranked *before* it hold less than p, so the first always stays, p 0
-            included. Probabilities are counted in whole units of 2^-40 of the largest (see the
+            included. Probabilities are cut to whole units of 2^-40 of the largest (see the
             section's comment): sums are exact, and the Triton kernel draws the same token. The
             target is the float32 product of the sum and p, cut to a whole number. All in float32;
-            the caller's tensors stay as they are. Logits are (1 + t) cond - t uncond, or cond alone
-            where uncond is None; top_k <= 0 or >= V keeps all, and so does top_p 1. The result is
+            the caller's tensors stay as they are. Logits are cond + t (cond - uncond), rounded in
+            this order, or cond alone where uncond is None; top_k <= 0 or >= V keeps all, and so does top_p 1. The result is
             int64 [B, l], on the device of the logits.
         """,
         question="""
@@ -674,6 +678,7 @@ LIST = [
             KERNELS + "test_attention_at_the_length_of_the_published_models[triton]": 2,
             KERNELS + "test_tiles_out_of_range_are_not_visited": 1,
             GRADED + "test_tiles_before_the_range_are_not_visited": 1,
+            GRADED + "test_tiles_that_all_see_are_not_masked": 1,
             KERNELS + "test_the_unused_end_of_a_cache_may_hold_anything[triton]": 1,
             KERNELS + "test_the_tiles_that_are_counted_and_drawn_are_those_that_are_visited": 2,
         },
@@ -720,14 +725,15 @@ LIST = [
         give_aways=("kernels.block_attention_torch", "benchmark.obvious_attention",
                     "reference.attention"),
         forbidden=ONLY_TRITON,
-        quoted=("kernels.block_attention", "kernels.KeyRanges", "kernels.attention_forward",
-                "kernels.plan_tiles", "kernels.tile_partners", "kernels.seen_by",
+        quoted=("kernels.block_attention", "kernels.block_attention_triton", "kernels.KeyRanges",
+                "kernels.attention_forward", "kernels.plan_tiles", "kernels.tile_partners", "kernels.seen_by",
                 "kernels.load_head", "kernels.store_head", "kernels.product",
                 "kernels.attention_tiles"),
         points={
             KERNELS + "test_attention_and_its_gradients[triton]": 6,
             KERNELS + "test_attention_at_the_length_of_the_published_models[triton]": 2,
             TRANSFORMER + "test_both_backends_give_the_same_loss_and_gradients": 2,
+            GRADED + "test_the_backward_kernels_visit_no_tile_out_of_range_either": 1,
         },
         hours="6-10",
         after=(11,),
@@ -788,6 +794,8 @@ LIST = [
             GRADED + "test_a_hole_is_filled_from_its_border": 2,
             GRADED + "test_filling_reads_nothing_in_the_hole_and_reaches_its_middle": 1,
             GRADED + "test_all_or_nothing_known_ends": 1,
+            GRADED + "test_each_channel_is_filled_by_itself_and_nothing_lies_beyond_the_edge": 1,
+            GRADED + "test_each_image_has_a_known_part_of_its_own": 1,
             GRADED + "test_what_is_put_is_where_the_drawn_tokens_are": 1,
             GRADED + "test_free_coarse_maps_are_known_where_that_share_is": 1,
         },
@@ -804,7 +812,8 @@ LIST = [
             the image's own tokens, computed beforehand, no longer fit; ask what the image has more
             than what was made so far. The open loop stays available for comparison. `fill_holes`
             grows known pixels inwards, ring by ring, each new pixel the mean of its 3 x 3
-            neighbours that are known by then; it ends where all or nothing is known. `known_HW` is
+            neighbours that are known by then; it ends where all is known, and with nothing known
+            all is 0. `known_HW` is
             1 where pixels are known and 0 elsewhere, on the device of the images. Graded tests draw
             with `VAR.generate`, hold your tokens to the nearest in `codebook_VC`, and `decode` the
             result.
@@ -816,8 +825,10 @@ LIST = [
 
                 for box in "0.25 0.25 0.75 0.75" "0 0 0.5 1" "0.6 0.6 0.9 0.9"; do
                     for loop in "" --open-loop; do
-                        python sample.py inpaint data:{0..49} --seeds 0 1 \\
-                            --particles 0 --box $box $loop --out x.png
+                        for seed in 0 1; do
+                            python sample.py inpaint data:{0..49} --seeds $seed \\
+                                --particles 0 --box $box $loop --out x.png
+                        done
                     done
                 done
 

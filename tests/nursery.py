@@ -57,6 +57,7 @@ TENSORS = set("""
     shape dtype device T mT H mH ndim requires_grad grad split unflatten unique norm
     append extend insert pop items keys values get index sort reverse add join type
     copy clear remove update setdefault start stop step is_cuda training real
+    weight bias in_features out_features num_embeddings
 """.split())
 OF_TORCH = set("""
     split einsum unique meshgrid broadcast_tensors norm no_grad enable_grad autocast finfo iinfo

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import builtins
 import symtable
+from collections.abc import Iterable
 from functools import cache
 
 from functions import Function, alone, find, is_kernel, nodes_of, parsed, text_of, tree_of
@@ -30,11 +31,13 @@ class Reader(ast.NodeVisitor):
     """Reads a body and says what in it is refused, a sentence each.
 
     Allowed are PLAIN, the names outside that the original bodies use, and attributes that those
-    use, that the file's classes have, or that nursery.py allows: `asked`, for it to answer. What a
-    body binds, in whatever scope, has none of the names that could be meant outside of it.
+    use, that the file's classes have, or that nursery.py allows: `asked`, for it to answer; and
+    what a student is shown, `quoted`. What a body binds, in whatever scope, has none of the names
+    that could be meant outside of it.
     """
 
-    def __init__(self, name: str, text: str, source: str, bodies: list[str], names: list[str]):
+    def __init__(self, name: str, text: str, source: str, bodies: list[str], names: list[str],
+                 quoted: Iterable[str]):
         self.name = name
         self.sentences: list[str] = []
         self.asked: set[str] = set()        # as torch.nn.functional.silu, or Tensor.sum
@@ -43,7 +46,10 @@ class Reader(ast.NodeVisitor):
         originals = [find(source, body) for body in bodies]
         inside = [x for original in originals for x in ast.walk(original)]
         symbols = [x for body in bodies for x in symbols_of(scope_of(text_of(source, body)))]
-        self.used = {x.get_name() for x in symbols if x.is_global()} - self.forbidden
+        of_file = {*self.imports} | {getattr(x, "name", None) for x in tree_of(source).body}
+        shown = {each.split(".")[1] for each in quoted} & of_file
+        self.used = {x.get_name() for x in symbols if x.is_global()} | shown
+        self.used -= self.forbidden
         bound = {x.get_name() for x in symbols if not x.is_global()}
         self.compiled = is_kernel(find(source, name))
         self.plain = PLAIN & COMPILED if self.compiled else PLAIN
@@ -56,9 +62,7 @@ class Reader(ast.NodeVisitor):
             x.attr for x in nodes_of(source) if stored_attribute(x)} | {
             x.name for owner in tree_of(source).body if isinstance(owner, ast.ClassDef)
             for x in owner.body if isinstance(x, Function)}
-        self.outside = {*dir(builtins), *self.imports, *self.forbidden} | {
-            getattr(x, "name", None) for x in tree_of(source).body}
-        self.outside = self.outside - bound | {"self"}
+        self.outside = {*dir(builtins), *of_file} - bound | {"self"}
         node = parsed(text)
         given = {x.arg for x in ast.walk(node.args) if isinstance(x, ast.arg)}
         self.read_scope(scope_of(text), given)

@@ -1,6 +1,8 @@
 """What the assignments promise and no other test holds a solution to: small cases, worked out."""
 import contextlib
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -349,6 +351,23 @@ def test_draws_follow_their_own_generator_and_the_distribution():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     shares = drawn[0].bincount(minlength=3) / 3000
     torch.testing.assert_close(shares, logits_BlV[0, 0].softmax(0), rtol=0, atol=0.04)
+    images_Bl = model.draw(logits_BlV[:, :40].expand(75, 40, 3), 0, 0.0, 0, 1.0, generator)
+    assert len(images_Bl.unique(dim=0)) == 75   # each has noise of its own
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.5), (5, 0.9), (9, 1.0)])
+def test_each_place_has_a_threshold_of_its_own(top_k, top_p):
+    """Beside places whose logits lie lower, or nearer to each other, it draws as it does alone."""
+    generator = torch.Generator().manual_seed(0)
+    cond_BlV = torch.randn(2, 24, 64, generator=generator)
+    cond_BlV *= torch.tensor([0.1, 3.0, 30.0]).repeat(8)[:, None]
+    cond_BlV[1] -= 80
+    noise_BlV = torch.empty(2, 24, 64).exponential_(generator=generator)
+    together_Bl = kernels.sample_tokens_torch(cond_BlV, None, 0.0, top_k, top_p, noise_BlV)
+    for b, i in np.ndindex(2, 24):
+        place = slice(b, b + 1), slice(i, i + 1)
+        alone = kernels.sample_tokens_torch(cond_BlV[place], None, 0.0, top_k, top_p, noise_BlV[place])
+        assert together_Bl[b, i] == alone.item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -414,6 +433,34 @@ def test_tiles_before_the_range_are_not_visited():
     assert o[:, :, :16].isnan().all() and o[:, :, 16:].isfinite().all()
 
 
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="what a compiled kernel calls cannot be counted")
+def test_tiles_that_all_see_are_not_masked(monkeypatch):
+    masked = []
+    seen_by = kernels.seen_by
+    monkeypatch.setattr(kernels, "seen_by", lambda *given: masked.append(given) or seen_by(*given))
+    for scales, count in (((4, 4, 4), 0), ((4, 1, 4), 3)):   # of the second, whose tiles are cut
+        ranges = KeyRanges.from_scales(scales)
+        q, k, v = torch.randn(3, 1, 1, len(ranges), 16)
+        masked.clear()
+        with attention_tiles((16, 16)):
+            kernels.block_attention_triton(q, k, v, ranges, 1.0)
+        assert len(masked) == count
+
+
+@needs_triton
+def test_the_backward_kernels_visit_no_tile_out_of_range_either():
+    ranges = KeyRanges.from_scales((4, 4, 4), last_scales=1)
+    q, k, v, do = torch.randn(4, 1, 2, 48, 16, device=DEVICE)
+    v[:, :, 16:32], do[:, :, 16:32] = torch.nan, torch.nan
+    for x in (q, k, v):
+        x.requires_grad_()
+    with attention_tiles((16, 16)):
+        kernels.block_attention_triton(q, k, v, ranges, 1.0).backward(do)
+    for x in (q, k, v):
+        assert x.grad[:, :, :16].isfinite().all() and x.grad[:, :, 32:].isfinite().all()
+
+
 # -------------------------------------------------------------------------------------------------
 # In-painting
 
@@ -433,10 +480,27 @@ def test_a_hole_is_filled_from_its_border():
     torch.testing.assert_close(filled[2, 2], ring.mean())
 
 
+def test_each_channel_is_filled_by_itself_and_nothing_lies_beyond_the_edge():
+    images = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    known_HW = torch.zeros(5, 7)
+    known_HW[1:4, 1:3] = known_HW[0, 5] = 1
+    expected = (images * known_HW).numpy()
+    known = known_HW.numpy() > 0
+    while not known.all():
+        before, seen = expected.copy(), known.copy()
+        for y, x in np.argwhere(~seen):
+            around = slice(max(y - 1, 0), y + 2), slice(max(x - 1, 0), x + 2)
+            if seen[around].any():
+                expected[..., y, x] = before[(..., *around)][..., seen[around]].mean(axis=-1)
+                known[y, x] = True
+    filled = sample.fill_holes(images, known_HW)
+    np.testing.assert_allclose(filled.numpy(), expected, rtol=1e-5)
+
+
 def test_filling_reads_nothing_in_the_hole_and_reaches_its_middle():
     torch.manual_seed(0)
-    images = torch.rand(2, 3, 16, 16) + 1
-    known_HW = torch.zeros(16, 16)
+    images = torch.rand(2, 3, 16, 80) + 1
+    known_HW = torch.zeros(16, 80)
     known_HW[:, :2] = 1
     filled = sample.fill_holes(images, known_HW)
     assert filled.min() >= 1 and filled.max() <= 2
@@ -471,3 +535,13 @@ def test_free_coarse_maps_are_known_where_that_share_is():
         for k, columns in enumerate(([False], twos, fours, 3 * [True] + 5 * [False])):
             known_Bl = known.mask(made.quantizer, k)
             assert known_Bl[0].view(len(columns), -1)[0].tolist() == columns
+
+
+def test_each_image_has_a_known_part_of_its_own():
+    made = tokenizer(scales=(1, 2, 4, 8))
+    left = known_left(made, 3)
+    right = replace(left, where_B1SS=left.where_B1SS.flip(-1))
+    both = replace(left, where_B1SS=torch.cat([left.where_B1SS[:1], right.where_B1SS[:1]]))
+    for k in range(4):
+        masks = [known.mask(made.quantizer, k)[:1] for known in (left, right)]
+        assert torch.equal(both.mask(made.quantizer, k), torch.cat(masks))
