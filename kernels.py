@@ -79,7 +79,7 @@ def use_triton(tensor: Tensor) -> bool:
         return BACKEND == "triton"
     if not HAS_TRITON or not tensor.is_cuda or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_properties(tensor.device).major >= 8   # kept by PyTorch
+    return torch.cuda.get_device_properties(tensor.device).major >= 8   # PyTorch caches them
 
 
 def as_arrays(tensors: Sequence[Tensor]) -> list[Tensor | tuple]:
@@ -1114,6 +1114,7 @@ def sample_tokens_kernel(cond_BlV, uncond_BlV, noise_BlV, token_Bl1, guidance, t
     noise_V = load_token(noise_BlV, place, codes_V, V)
     score_V = tl.where(kept_V, logits_V - tl.log(noise_V), -float("inf"))
     token_1 = tl.argmax(score_V, 0, keep_dims=True)
+    token_1 = tl.minimum(token_1, V - 1)   # where all are NaN
     store_token(token_Bl1, place, tl.arange(0, 1), 1, token_1)
 
 
@@ -1242,7 +1243,7 @@ LACKING = {   # by a word of Triton's error
     "FileNotFoundError": LAUNCHER,
     "active drivers": ON_A_CPU,
     "cpu tensor": ON_A_CPU,
-    "OutOfResources": "a kernel needs more shared memory than this GPU has: choose smaller tiles, "
+    "OutOfResources": "a kernel needs more than this GPU has: choose smaller tiles, "
                       + WITHOUT,
     "PTXASError": "Triton's assembler failed, as it does where it does not know this GPU yet: "
                   "install a newer Triton, " + WITHOUT,

@@ -196,7 +196,7 @@ class Run:
                     known, sampling.growth, **more)
             tokens.append(tokens_BL.cpu())
             if keep:
-                keep([f_hat_BCSS.cpu() for f_hat_BCSS in latents])
+                keep(latents)
         return torch.cat(tokens)
 
     def draw(self, labels: list[int], seed: int) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,7 @@ class Run:
             tokens_NL = self.generate(labels, seed)
             return tokens_NL, tokens_NL
         last = []
-        tokens_NL = self.generate(labels, seed, keep=lambda latents: last.append(latents[-1]))
+        tokens_NL = self.generate(labels, seed, keep=lambda latents: last.append(latents[-1].cpu()))
         return tokens_NL, torch.cat(last)
 
     @torch.no_grad()
@@ -215,8 +215,7 @@ class Run:
         latents = []
         tokens = []
         for some in images.split(at_a_time(images.shape[-1])):
-            with self.machine.autocast():
-                f_BCSS = self.tokenizer.latent(some.to(self.machine.device))
+            f_BCSS = self.tokenizer.latent(some.to(self.machine.device))
             latents.append(f_BCSS.cpu())
             tokens.append(self.tokenizer.quantizer.encode(f_BCSS).cpu())
         return torch.cat(latents), torch.cat(tokens)

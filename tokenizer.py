@@ -90,7 +90,7 @@ class TokenizerConfig:
 class Phi(nn.Conv2d):
     """It repairs an upsampled map: phi(h) = h / 2 + conv(h) / 2, as in the published code.
 
-    Half goes around the convolution, which has only a correction to learn.
+    Where the convolution leaves h as it is, so does phi.
     """
 
     def __init__(self, channels: int):

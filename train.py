@@ -605,8 +605,8 @@ def tokenise(tokenizer: Tokenizer, images: Dataset, settings: Settings, what: st
     loaded = read_batches(images, batches, settings.workers, machine.device)
     bar = progress_bar(loaded, desc=what, total=len(batches), unit="batch")
     for pixels, labels_B in bar:
-        with machine.autocast():
-            tokens_BL = tokenizer.encode(to_float(pixels.to(machine.device)))
+        images_B = to_float(pixels.to(machine.device))
+        tokens_BL = tokenizer.encode(images_B)
         tokens.append(tokens_BL.to(small).cpu())
         labels.append(labels_B)
     shares = [(torch.cat(tokens), torch.cat(labels))]

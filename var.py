@@ -391,8 +391,9 @@ class VAR(nn.Module):
         uncond_BlV = None
         if cfg:
             cond_BlV, uncond_BlV = logits_BlV.chunk(2)
-        noise_BlV = torch.empty(cond_BlV.shape, device=cond_BlV.device)
+        noise_BlV = torch.empty_like(cond_BlV, dtype=torch.float32)
         noise_BlV.exponential_(generator=generator)
+        noise_BlV.clamp_(min=2**-25)   # Apple's GPU draws zeros
         own_top_p = first + (last - first) * fineness
         return sample_tokens(cond_BlV, uncond_BlV, guidance, top_k, own_top_p, noise_BlV)
 
@@ -441,7 +442,7 @@ class VAR(nn.Module):
     def initialise(self) -> None:
         """Draw all weights at std sqrt(1 / 3W), and those that add to the residual stream smaller.
 
-        This is the published program's default; its d16 and d20 start gates at 1e-3.
+        This is the published program's default, and d30's.
 
         Gates start near zero, so every block starts near the identity (less near where layers share
         their AdaLN); the head starts near zero, so the first loss is ln V.
