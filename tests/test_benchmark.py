@@ -192,3 +192,51 @@ def test_the_table_of_registers(monkeypatch, capsys):
     assert first.endswith("TILE_L 64 warps 4  <- does not fit") and not second.endswith("fit")
     assert rest[0].startswith("2 kernels.")
     assert rest[-1] == "sm_86: at most 1,024 of 101,376 bytes of shared memory, and 72 bytes spilled"
+
+
+def test_times_are_told_beside_ours_and_a_limit(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "measure", lambda calls, cold: {
+        name: (seconds, "-") for name, seconds in zip(calls, (0.002, 0.004))})
+    cold = torch.zeros(4096)
+    assert benchmark.print_table("title", dict.fromkeys(["ours", "other"]), 0.001, cold) == {"ours": 0.002, "other": 0.004}
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["ours", "2.000", "1.00", "50%", "-"], ["other", "4.000", "2.00", "25%", "-"]]
+    assert benchmark.product_rate(torch.float32, cold) == 2 * 1024**3 / 0.002
+    assert benchmark.copy_rate(cold) == 2 * cold.nbytes / 0.002   # read and written
+    assert benchmark.read_rate(cold) == cold.nbytes / 0.002
+
+
+def test_times_are_medians_and_need_no_gradient(monkeypatch):
+    monkeypatch.setattr(benchmark, "SECONDS", 0)
+    times = iter([1.0, 2.0, 3.0, 4.0, 90.0])
+    monkeypatch.setattr(benchmark, "time_call", lambda call, cold: next(times))
+    assert benchmark.measure({"x": lambda: None}, torch.zeros(1))["x"][0] == 3
+    x = torch.ones(1, requires_grad=True)
+    assert not benchmark.forward_only(torch.exp, x)().requires_grad
+
+
+def test_limits_are_of_the_arithmetic(monkeypatch, capsys):
+    limits = {}
+
+    def noted(title, calls, limit, cold):
+        limits[title] = limit
+        return dict.fromkeys(calls, 0.5)
+
+    monkeypatch.setattr(benchmark, "print_table", noted)
+    monkeypatch.setattr(benchmark, "ATTENTION_CASES", {"cpu": [(2, 3, 130, 16)]})
+    cold = torch.zeros(4)
+    benchmark.benchmark_attention(torch.float32, 1e9, cold)
+    product = 2 * 2 * 3 * 16 * KeyRanges.from_scales((1, 2, 3, 4, 6, 8)).dense().sum().item() / 1e9
+    assert limits == {f"attention {what}, B 2 H 3 L 130 D 16 float32": pytest.approx(n * product)
+                      for what, n in (("forward", 2), ("forward + backward", 7))}
+    geometry = small_geometry()
+    inputs = benchmark.training_inputs(geometry[1], 1, torch.device("cpu"))
+    forward = forward_flops(VAR(geometry[1]), *inputs[:2])
+    monkeypatch.setattr(benchmark, "HAS_TRITON", False)   # nor by bytes
+    benchmark.benchmark_training(geometry, 4, 1e9, 1.0, cold)
+    assert limits["training step, B 4 bf16"] == pytest.approx(3 * 4 * forward / 1e9)
+    monkeypatch.setattr(benchmark, "sampling_flops", lambda _: (3e9, 1e9))
+    benchmark.benchmark_sampling(geometry, {"ours": Machine(torch.device("cpu"))}, [2], 1e9, 1.0, cold)
+    assert limits["sampling with guidance, B 2"] == 8
+    printed = capsys.readouterr().out
+    assert "transformer 6000.0 ms, decoder 2000.0 ms" in printed and "ours: 4.00 images/s" in printed

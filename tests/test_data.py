@@ -1010,3 +1010,12 @@ def test_folders_of_every_system_are_no_data(tmp_path, capsys):
 def test_an_image_in_which_nothing_was_measured_is_black(tmp_path):
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "real.tif")
     assert not read_image(tmp_path / "real.tif", 8, 1).any()
+
+
+def test_classes_after_one_that_is_there_twice_keep_their_numbers(tmp_path):
+    """café in one letter and in two, as after a copy from a Mac, is one class; dog the next."""
+    draw_folder(tmp_path / "data", {"caf\u00e9": 3, "cafe\u0301": 3, "dog": 3})
+    data = load(tmp_path / "data", tmp_path / "out")
+    assert data.classes == ["caf\u00e9", "dog"]
+    assert data.train.tensors[1].unique().tolist() == [0, 1]
+    assert data.held_out.tensors[1].tolist() == [0, 1]

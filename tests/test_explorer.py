@@ -760,3 +760,14 @@ def test_draws_are_numbered_from_one(opened):
     said = tab.locator("#beginnings canvas").evaluate_all("all => all.map(canvas => canvas.ariaLabel)")
     assert said == [f"Draw {i}, {given}" for given in ("nothing given", "given up to 1 × 1", "given up to 2 × 2")
                     for i in range(1, 9)]
+
+
+def test_codes_that_are_cut_off_have_no_bar(opened, page):
+    """Nor has the first of them."""
+    tab = opened()
+    n, i = next((n, i) for n, image in enumerate(page["images"]) for i in range(LENGTH) if image["kept"][i] < 10)
+    k = max(k for k in range(3) if STARTS[k] <= i)
+    choose(tab, n, k, *divmod(i - STARTS[k], SCALES[k]))
+    widths = tab.locator("#guided i").evaluate_all("bars => bars.map(bar => parseFloat(bar.style.width))")
+    kept = page["images"][n]["kept"][i]
+    assert all(widths[2:3 * kept:3]) and not any(widths[3 * kept + 2::3])

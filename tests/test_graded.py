@@ -541,7 +541,9 @@ def test_each_image_has_a_known_part_of_its_own():
     made = tokenizer(scales=(1, 2, 4, 8))
     left = known_left(made, 3)
     right = replace(left, where_B1SS=left.where_B1SS.flip(-1))
-    both = replace(left, where_B1SS=torch.cat([left.where_B1SS[:1], right.where_B1SS[:1]]))
+    nothing = replace(left, where_B1SS=torch.zeros_like(left.where_B1SS))
+    each = (nothing, left, right)
+    together = replace(left, where_B1SS=torch.cat([known.where_B1SS[:1] for known in each]))
     for k in range(4):
-        masks = [known.mask(made.quantizer, k)[:1] for known in (left, right)]
-        assert torch.equal(both.mask(made.quantizer, k), torch.cat(masks))
+        masks = [known.mask(made.quantizer, k)[:1] for known in each]
+        assert torch.equal(together.mask(made.quantizer, k), torch.cat(masks))

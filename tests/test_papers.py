@@ -10,6 +10,7 @@ import pytest
 import torch
 from program import ROOT, ran
 
+import papers
 from papers import (
     FILTERED, UNFILTERED, Claim, open_runs, parser_of, say_evaluations, say_figures,
 )
@@ -267,3 +268,9 @@ def test_what_was_tuned_goes_on_only_from_the_same_weights(copies, capsys):
     run.tokenizer.quantizer.codebook_VC.data += 1
     with pytest.raises(UserError, match="tokens.pt .*the tokens are of another tokenizer"):
         kept_tokens(run)
+
+
+def test_the_time_a_page_took_is_in_minutes(monkeypatch, capsys):
+    monkeypatch.setattr(papers.time, "monotonic", lambda: papers.STARTED + 150)
+    papers.say_verdicts([], [])
+    assert capsys.readouterr().out == "2.5 minutes\n"

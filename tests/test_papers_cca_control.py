@@ -448,3 +448,16 @@ def test_mistakes_about_drawings(judged, tmp_path):
     }
     for said, source in wrong.items():
         assert said in refused("papers.control", "--run", judged, *SHORT, "--image", source)
+
+
+def test_the_iou_is_of_the_edges_of_either(run, monkeypatch):
+    """Of what is drawn here; a training of two dozen steps reconstructs no edges."""
+    monkeypatch.setattr(Tuning, "run", lambda stage: stage.model)
+    monkeypatch.setattr(control, "Judge", lambda *_: lambda *_: SimpleNamespace(recognised=0.0, recall=0.0))
+    monkeypatch.setattr(control, "draw", lambda run, labels, edges_N1HW, seed: images.roll(1, dims=3))
+    images, _ = evaluated_images(run, COUNT)
+    rows, _ = control.study(run, 2, COUNT)
+    asked, drawn = (control.edges_of(x)[:, 0].numpy() > 0 for x in (images, images.roll(1, dims=3)))
+    expected = np.mean([(a & b).sum() / max((a | b).sum(), 1) for a, b in zip(asked, drawn)])
+    assert 0.1 < expected < 0.9
+    assert rows["all"][0] == rows["all"][3] == pytest.approx(expected, rel=1e-5)

@@ -565,3 +565,16 @@ def test_the_page_on_roles(folder3, judged, monkeypatch):
         measured = float(said.split(f"claim: {claim.text}\n")[1].split()[1].rstrip(":"))
         assert measured == pytest.approx(figure, abs=rounded)
     assert "one layer" in refused("papers.roles", "--run", judged, *SHORT)
+
+
+def test_the_small_model_s_share_of_flops_is_told(run, monkeypatch, capsys):
+    monkeypatch.setattr(Tuning, "run", lambda stage: stage.model)
+    monkeypatch.setattr(drafting, "forward_flops", lambda model, *_: 100 if model is run.model else 25)
+    drafting.small_model(run, 1)
+    assert "the small model takes 25% of the large one's FLOPs" in capsys.readouterr().out
+
+
+def test_halves_at_random_are_several(run, monkeypatch):
+    monkeypatch.setattr(roles, "CALIBRATION", 20)
+    halves = roles.study(run)[2]["at random"]
+    assert len({tuple(looks.flatten().tolist()) for looks in halves}) > 1

@@ -619,3 +619,19 @@ def test_tunings_start_from_the_runs_weights(run):
         for name, value in before.items():
             if not name.startswith("code_embedding"):
                 assert torch.allclose(model.state_dict()[name], value, atol=1e-6)
+
+
+def test_the_nats_of_b_are_those_of_b(run, told, monkeypatch):
+    """The third figure of each row: of every place that is not among A, on all scales."""
+    monkeypatch.setattr(hmar, "tuned", lambda run, kind, *_: replace(
+        run, model=run.model if kind == "plain" else heeding(run.model, kind == "leaking")))
+    rows = hmar.measure(run, 1, 0.1, COUNT)
+    images, labels = evaluated_images(run, COUNT)
+    tokens_NL = run.encode(images)[1]
+    in_b = torch.tensor([0, 0, 1, 1, 0] + [0, 1, 0, 1, 1, 0, 1, 0] * 2).bool()
+    for kind in ("masked", "leaking"):
+        one, two, _ = hmar.nats_of(run.tokenizer, heeding(run.model, kind == "leaking"), tokens_NL, labels)
+        for way, nats in (("one pass", one), ("two passes", two)):
+            expected = nats[:, in_b].sum(dim=1).mean().item()
+            assert rows[f"{kind}, {way}"][2] == pytest.approx(expected, abs=0.01)
+    assert rows["masked, one pass"][2] != pytest.approx(rows["masked, two passes"][2], abs=0.1)

@@ -1413,3 +1413,19 @@ def test_memory_is_told_in_billions_of_bytes(monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**7}.get)
     with pytest.raises(UserError, match="images take 50 GB of memory, of which there are 41$"):
         check_memory(50 * 10**9, "images")
+
+
+def test_gradients_are_clipped_after_they_are_unscaled(tmp_path):
+    """In fp16: what is 1 long is not one 65536th of it."""
+    stage = var_stage(tmp_path, "--precision", "fp16", var_steps=1, label_dropout=0.0)
+    loss = stage.loss
+    stage.loss_scale._init_scale = 1024.0
+
+    def steep(*given):
+        total, to_log = loss(*given)
+        return 20 * total, to_log
+
+    stage.loss = steep
+    stage.run()
+    squares = [p.grad.square().sum() for p in stage.model.parameters() if p.grad is not None]
+    assert sum(squares).sqrt().item() == pytest.approx(1, rel=1e-3)

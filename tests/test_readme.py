@@ -27,7 +27,7 @@ from support.devices import forward_flops
 from support.presets import PRESETS, chosen_preset, training_flags
 from tests import needs
 from tokenizer import Tokenizer, TokenizerConfig
-from var import VAR
+from var import VAR, VARConfig
 
 README = "".join((ROOT / name).read_text() for name in ("README.md", "tests/README.md"))
 PYTHON = r"^    (?:\S*python )((?:train|sample)\.py.*|-m tests\.benchmark .*)"
@@ -186,3 +186,42 @@ def test_what_a_preset_needs(monkeypatch, capsys):
     assert name == "transformer"
     assert float(hours) == pytest.approx(1_281_167 * float(gflop) / 3600, rel=0.02)
     assert float(on_8) == pytest.approx(float(hours) / 8, rel=0.01)
+
+
+def test_what_a_transformer_needs():
+    """Of few tokens what is kept of an image is little beside the weights; and it is of our kernels."""
+    preset = replace(PRESETS["tiny"], scales=(1, 2), depth=2)
+    found = needs.of_transformer(preset, 10)
+    model = VAR(VARConfig(**preset.var_shape(10)))
+    assert found.weights == sum(weight.numel() for weight in model.parameters())
+    image = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 4, preset.code_channels)
+    assert found.flops == 3 * forward_flops(model, *image)
+    row = 5 * preset.width * 2   # bytes of what a layer is given, in bf16
+    assert 2 * 10 * row < found.bytes_kept < 2 * 40 * row < found.weights
+    keep = needs.Keep()
+    x = torch.zeros(3)
+    assert keep(x) is keep(x) and keep.bytes() == x.nbytes
+
+
+def test_the_columns_of_needs(monkeypatch, capsys):
+    monkeypatch.setattr(needs, "of_tokenizer", lambda *_: needs.Needs(10**8, 2 * 10**12, 10**9))
+    monkeypatch.setattr(needs, "of_transformer", lambda *_: needs.Needs(2 * 10**8, 10**12, 2 * 10**9))
+    monkeypatch.setattr(sys, "argv", "needs.py tiny --rate 100 --memory 10".split())
+    needs.main()
+    _, _, tokenizer, transformer, disk = capsys.readouterr().out.splitlines()
+    # 22 bytes a weight; 1.25 times what is kept; and of 10 GB the rest holds so many images
+    assert tokenizer.split() == ["tokenizer", "100.0M", "2e+03", "7.12", "0.89", "2.2", "1.25", "6"]
+    assert transformer.split() == ["transformer", "200.0M", "1e+03", "3.56", "0.44", "4.4", "2.50", "2"]
+    assert disk == "disk: 3.9 GB of images, decoded, and 0.3 GB of tokens"   # 103 of two bytes
+    stages = needs.both_stages(PRESETS["tiny"], 10)
+    assert [stage[:2] for stage in stages] == [(1200, 8), (2700, 16)]
+    monkeypatch.setattr(sys, "argv", "needs.py tiny".split())
+    needs.main()
+    assert "400 TFLOP/s and 80 GB a card" in capsys.readouterr().out
+
+
+def test_micro_batches_divide_both_batches_and_leave_a_tenth_of_the_memory():
+    small, large = needs.Needs(0, 1, 10**8), needs.Needs(0, 1, 10**9)
+    # 1.25 GB an image: 10.8 of the 12 GB of a card hold eight, and of 9 images no half
+    assert needs.micro_batches_on("RTX 3060", [(1, 9, large), (1, 9, small)]) == 3
+    assert needs.micro_batches_on("RTX 3060", [(1, 8, large), (1, 8, small)]) == 1

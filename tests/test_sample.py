@@ -1482,3 +1482,34 @@ def test_a_picture_that_does_not_fit_in_memory_is_refused():
     rows = [Row("star", 1000 * [np.zeros((8, 8, 3), np.uint8)])] * 1000
     with pytest.raises(UserError, match="--cell-size take .* GB of memory"):
         grid(rows, cell=2048)
+
+
+def test_particles_are_weighed_however_unlikely_all_of_them_are(judged, monkeypatch):
+    """An image of the default run has some 270 nats: e to the minus that is 0 in fp32."""
+    run = load_run(judged, choose_machine("cpu"))
+    known = Known(torch.zeros(1, run.tokenizer.config.code_channels, 4, 4),
+                  torch.ones(1, 1, 4, 4), 3, known_from=0.5)
+    nats_NL = torch.tensor([-30.0, -20.0, -25.0])[:, None].expand(3, 21)
+    monkeypatch.setattr(type(run), "log_likelihoods", lambda self, tokens, labels: nats_NL)
+    tokens_NL = torch.arange(3)[:, None].expand(3, 21)
+    assert sample.most_likely(run, tokens_NL, [0] * 3, known, 3)[:, 0].tolist() == [1]
+
+
+def test_evaluate_draws_by_all_the_seeds_it_is_told(judged, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample, "evaluate", lambda run, count, seeds: asked.append((count, seeds)))
+    monkeypatch.setattr(sample, "say_evaluation", lambda found, count, seeds, sampling: asked.append((count, seeds)))
+    ran("sample.py", "evaluate", 40, "--seeds", 3, 5, "--run", judged)
+    assert asked == [(40, [3, 5])] * 2
+
+
+def test_a_name_of_which_one_letter_is_lacking_has_its_number():
+    assert legible("Star 星", 3) == "3 Star 星"
+
+
+def test_one_image_at_a_time_where_its_cache_is_over_4_gb(run):
+    shape = PRESETS["imagenet256"].var_shape(1000)
+    shape.update(depth=36, width=2304, scales=(1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64))
+    own = replace(run, model=SimpleNamespace(config=VARConfig(**shape)),
+                  machine=Machine(torch.device("cpu")), sampling=replace(run.sampling, cfg=4.0))
+    assert own.batch == 1
