@@ -158,9 +158,10 @@ ANSWERS = {number: textwrap.dedent(text).strip() for number, text in {
         8), together 28. In bf16 there are casts between them: 12, 12, 6, 6, 8, 8 and 6, together
         58, more than in fp32 and not less, as it computes in fp32. A kernel reads x and h and
         writes the sum and y: in fp32 16 bytes for each number, in bf16 8. So bytes alone promise
-        1.75 and 7.25 times the speed. The ratio bounds the speed-up from bytes alone. A GPU would not show it exactly: small
-        arrays stay in the L2 cache between two steps, and the launch of each step costs a time
-        that has nothing to do with bytes; and a row in one program leaves other limits.
+        1.75 and 7.25 times the speed. The ratio bounds the speed-up from bytes alone. A GPU would
+        not show it exactly: small arrays stay in the L2 cache between two steps, and the launch of
+        each step costs a time that has nothing to do with bytes; and a row in one program leaves
+        other limits.
     """,
     10: """
         bf16 keeps 8 binary places, and the best two codes are often nearer to each other than a

@@ -269,11 +269,11 @@ def filled(text: str) -> str:
 def allowed(assignment: Assignment) -> str:
     said = ("Functions of `torch`, `F` and `math`, methods of tensors, Python's usual built-ins, "
             "and what is shown here; no layers (`nn.SiLU`: take `F.silu`). A helper goes inside "
-            "the function that needs it. Refused are `import`, `class`, `global` and `match`; whatever reaches files, processes or the "
-            "inside of Python's objects, double underscores among it; and changing what is not "
-            "yours, such as an attribute of another object than `self`; and giving another "
-            "meaning to a name of the file or of a built-in: no variable called `max`, or as a "
-            "function there is.")
+            "the function that needs it. Refused are `import`, `class`, `global` and `match`; "
+            "whatever reaches files, processes or the inside of Python's objects, double "
+            "underscores among it; and changing what is not yours, such as an attribute of "
+            "another object than `self`; and giving another meaning to a name of the file or of a "
+            "built-in: no variable called `max`, or as a function there is.")
     if any(is_kernel(find((ROOT / path_of(x)).read_text("utf-8"), x)) for x in assignment.bodies):
         said += (" In a kernel also what Triton does not compile: comprehensions, inner "
                  "functions, `try`, `with`, f-strings.")

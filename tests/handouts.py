@@ -186,10 +186,10 @@ LIST = [
 
             Hints. In `start_from` codes that do not exist yet must not be chosen: search only the
             part that is filled. The codes of scale k are those from ceil(V k / K) to just before
-            ceil(V (k + 1) / K). In `revive` the scale is drawn first and the place second; draw from the
-            residuals of all images. Whatever the optimizer remembers of a code is about the code
-            that was there before. The stage in train.py counts, and sums over processes. The
-            codebook and `hits_V` stay the tensors that they are: they are changed in place, the
+            ceil(V (k + 1) / K). In `revive` the scale is drawn first and the place second; draw
+            from the residuals of all images. Whatever the optimizer remembers of a code is about
+            the code that was there before. The stage in train.py counts, and sums over processes.
+            The codebook and `hits_V` stay the tensors that they are: they are changed in place, the
             codebook outside of any graph (but not by `.data`, which is refused). Where V < K some
             scales get no code.
         """,
@@ -355,11 +355,11 @@ LIST = [
             Hints. The six vectors of a modulation are unbound in one order, which published
             checkpoints fix: gates, scales, shifts. One product makes queries, keys and values:
             first which, then which head. Keys have no bias. The learned scale is kept as a
-            logarithm and must not pass 100. A layer is given the stream and a branch that is
-            still to be added to it; it returns the same, with its own last branch. Stochastic
-            depth skips a branch for whole images, and on average changes nothing. `adaln` adds
-            the branch it is given, and the 1 to the scale, itself. Rows are divided by their norm
-            in fp32, however short they are; zeros stay zeros. Graded tests also run a whole `model`: `VAR.generate`
+            logarithm and must not pass 100. A layer is given the stream and a branch that is still
+            to be added to it; it returns the same, with its own last branch. Stochastic depth skips
+            a branch for whole images, and on average changes nothing. `adaln` adds the branch it is
+            given, and the 1 to the scale, itself. Rows are divided by their norm in fp32, however
+            short they are; zeros stay zeros. Graded tests also run a whole `model`: `VAR.generate`
             with its cache against the same tokens read at once by way of `teacher_inputs`, and the
             image that they `decode` to.
         """,
@@ -427,8 +427,8 @@ LIST = [
             that was given. `known` may replace what was drawn (assignment 13): later scales read
             the replacement. Where `smooth` is not 0, what `smoothed` makes is added in place of
             codes, and read; f_hat after each scale, the last too, goes to `latents`. A cache
-            (`LayerCache`) keeps its tensors as `self.k_BHLD` and `self.v_BHLD`, whose memory it takes
-            once. Each token passes each layer once, with guidance twice: that is counted
+            (`LayerCache`) keeps its tensors as `self.k_BHLD` and `self.v_BHLD`, whose memory it
+            takes once. Each token passes each layer once, with guidance twice: that is counted
             where it comes out of each `mlp`.
 
             ![Images after each scale](.github/images/progress.png)
@@ -509,8 +509,8 @@ LIST = [
             section's comment): sums are exact, and the Triton kernel draws the same token. The
             target is the float32 product of the sum and p, cut to a whole number. All in float32;
             the caller's tensors stay as they are. Logits are cond + t (cond - uncond), rounded in
-            this order, or cond alone where uncond is None; top_k <= 0 or >= V keeps all, and so does top_p 1. The result is
-            int64 [B, l], on the device of the logits.
+            this order, or cond alone where uncond is None; top_k <= 0 or >= V keeps all, and so
+            does top_p 1. The result is int64 [B, l], on the device of the logits.
         """,
         question="""
             What does top-p trade? Draw with five values and measure how likely the samples are to
@@ -807,16 +807,15 @@ LIST = [
             those are, where they are put, and how the hole is filled before the image is encoded,
             for the encoder must not see what was there.
 
-            Hints. The docstring of `Known.mask` states the rule; sizes are compared with a
-            quarter of the finest side. The loop is closed: once some coarser tokens were generated,
-            the image's own tokens, computed beforehand, no longer fit; ask what the image has more
-            than what was made so far. The open loop stays available for comparison. `fill_holes`
-            grows known pixels inwards, ring by ring, each new pixel the mean of its 3 x 3
-            neighbours that are known by then; it ends where all is known, and with nothing known
-            all is 0. `known_HW` is
-            1 where pixels are known and 0 elsewhere, on the device of the images. Graded tests draw
-            with `VAR.generate`, hold your tokens to the nearest in `codebook_VC`, and `decode` the
-            result.
+            Hints. The docstring of `Known.mask` states the rule; sizes are compared with a quarter
+            of the finest side. The loop is closed: once some coarser tokens were generated, the
+            image's own tokens, computed beforehand, no longer fit; ask what the image has more than
+            what was made so far. The open loop stays available for comparison. `fill_holes` grows
+            known pixels inwards, ring by ring, each new pixel the mean of its 3 x 3 neighbours that
+            are known by then; it ends where all is known, and with nothing known all is 0.
+            `known_HW` is 1 where pixels are known and 0 elsewhere, on the device of the images.
+            Graded tests draw with `VAR.generate`, hold your tokens to the nearest in `codebook_VC`,
+            and `decode` the result.
 
             ![Completed images](.github/images/inpaint.png)
         """,

@@ -366,7 +366,8 @@ def test_each_place_has_a_threshold_of_its_own(top_k, top_p):
     together_Bl = kernels.sample_tokens_torch(cond_BlV, None, 0.0, top_k, top_p, noise_BlV)
     for b, i in np.ndindex(2, 24):
         place = slice(b, b + 1), slice(i, i + 1)
-        alone = kernels.sample_tokens_torch(cond_BlV[place], None, 0.0, top_k, top_p, noise_BlV[place])
+        alone = kernels.sample_tokens_torch(
+            cond_BlV[place], None, 0.0, top_k, top_p, noise_BlV[place])
         assert together_Bl[b, i] == alone.item()
 
 
