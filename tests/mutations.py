@@ -639,7 +639,7 @@ KINDS = {
          ("        class_BW = ", "        if not cfg:\n            labels_B.clamp_(max=0)\n"
           "        class_BW = ")),
         (WHERE, "var.VAR.draw",
-         ("torch.empty(cond_BlV.shape, device=cond_BlV.device)", "torch.empty(cond_BlV.shape)")),
+         ("torch.empty_like(cond_BlV, dtype=torch.float32)", "torch.empty(cond_BlV.shape)")),
         (WHERE, "var.VAR.generate",
          ("torch.full_like(labels_B, self.config.classes)",
           "torch.full(labels_B.shape, self.config.classes)")),
