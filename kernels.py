@@ -711,8 +711,8 @@ def table(ranges: KeyRanges, device: torch.device) -> tuple[Tensor, Tensor]:
 # Attention: forward
 #
 # The obvious version writes the scores, the masked scores and the weights, each B H L S numbers,
-# and reads them again: at B 64, H 16, L 680 in bf16 6 x 0.95 GB, where q, k, v and o together are
-# 0.36 GB. And it computes all L S scores, of which the mask keeps 62 %.
+# and reads them again: at B 64, H 16, L 680, D 64 in bf16 6 x 0.95 GB, where q, k, v and o together
+# are 0.36 GB. And it computes all L S scores, of which the mask keeps 62 %.
 #
 # Here a program holds a tile of queries and walks over the tiles of keys in its range, and over
 # no others. It keeps the softmax right as it goes (Milakov and Gimelshein, arXiv 1805.02867;

@@ -135,8 +135,8 @@ PRESETS = {
     "tiny": Preset(),
     # MNIST and its kin at their own size, in the minutes that the default takes.
     "pixels28": Preset(
-        image_size=28, scales=(1, 2, 3, 5, 7), perceptual_weight=1.0, tokenizer_steps=850,
-        var_steps=2800),
+        image_size=28, scales=(1, 2, 3, 5, 7), perceptual_weight=1.0, adversarial_weight=0.5,
+        adversarial_from=0.2, discriminator_width=16, tokenizer_steps=900, var_steps=2650),
     "cifar": Preset(
         edge_weight=0.0, smaller_weight=0.0, scales=(1, 2, 3, 4, 6, 8), vocabulary=1024,
         code_channels=32, tokenizer_width=96, multipliers=(1, 2, 2), blocks=2, norm_groups=32,
