@@ -31,7 +31,7 @@ from functions import (
 from handouts import ASSIGNMENTS, Assignment
 from mutations import EASY, EDGE, IN_PLACE, KINDS, PLANTED
 from nursery import CARING, TO_FILL, watched
-from rules import imports_of, stored_attribute
+from rules import Reader, imports_of, stored_attribute
 
 import kernels
 from support.presets import PRESETS
@@ -746,6 +746,27 @@ def test_what_is_changed_and_not_given_for_it_costs_points(nursery, tmp_path):
     assert assignments.solution(FEW, tmp_path, nursery)[1] == []
     result = nursery.run(tmp_path, [next(iter(FEW.points))], SECONDS, [name])
     assert "teacher_inputs changes what it is given" in str(result["failed"]), result
+
+
+def test_a_file_that_is_not_there_is_told_beside_those_that_are(nursery, tmp_path):
+    (tmp_path / "Tokenizer.ipynb").write_text("{}")
+    (tmp_path / "tokenizer.py").symlink_to(ROOT / "tokenizer.py")   # the lecturer's own
+    for left in ("`Tokenizer.ipynb` and `tokenizer.py`", "`Tokenizer.ipynb`"):
+        _, refused = assignments.solution(FEW, tmp_path, nursery)
+        assert refused == [f"tokenizer.py cannot be read: there is no such file, but {left}"]
+        (tmp_path / "tokenizer.py").unlink(missing_ok=True)
+    (tmp_path / "tokenizer.py").write_text("#" * 2**20 + "\n")
+    _, refused = assignments.solution(FEW, tmp_path, nursery)
+    assert refused == ["tokenizer.py cannot be read: it has more than a megabyte"]
+
+
+def test_what_a_hand_out_quotes_may_be_used_and_a_method_s_name_is_no_variable_s():
+    name = "tokenizer.Quantizer.forward"
+    body = with_lines(name, "tokens = nearest_code(1, 2)\nreturn tokens")
+    reader = Reader(name, body, source_of(name), [name], ["tokens"], ["kernels.nearest_code"])
+    assert reader.sentences == []
+    reader = Reader(name, body, source_of(name), [name], ["tokens"], [])
+    assert reader.sentences == [f"{name} uses nearest_code, which no solution needs"]
 
 
 # -------------------------------------------------------------------------------------------------
