@@ -63,8 +63,8 @@ def main() -> None:
     var = options.var
     if options.published:
         tokenizer, var = published_pair(options.published)
-    alone = options.command in TOKENIZER_ALONE
-    run = load_run(options.run, machine, sampling, tokenizer, var, alone)
+    run = load_run(options.run, machine, sampling, tokenizer, var,
+                   options.command in TOKENIZER_ALONE)
     if run.model and machine.dtype != torch.float32:
         run.model.cast_layers(machine.dtype)
     elif run.model and machine.device.type == "cpu" and not machine.compile:
@@ -133,7 +133,8 @@ class Sampling:
 
 # These trade variety for clean shapes, and do so at the fine scales, which only have to fit: the
 # coarse ones decide what is drawn. Completing images and the explorer need codes, and have filters
-# chosen without smoothing. Published models are drawn from as their FID is measured.
+# chosen without smoothing. Presets may have their own. Published models are drawn from as their
+# FID is measured.
 DEFAULTS = Sampling(cfg=0.6, top_k=900, top_p=(1.0, 0.4), growth=3.5, smooth=1.0)
 UNSMOOTHED = Sampling(cfg=1.0, top_k=900, top_p=(1.0, 0.1), growth=2.0)
 PUBLISHED = Sampling(cfg=1.5, top_k=900, top_p=0.96)
@@ -226,15 +227,15 @@ class Run:
         return torch.cat([images.cpu() for images in self.rendered(drawn)])
 
     def decode_to_bytes(self, drawn: Tensor) -> np.ndarray:
-        """Return the images of `decode` as bytes [N, side, side, channels], which are a quarter as
-        much to copy from a GPU."""
+        """Return the same as bytes [N, side, side, channels], a quarter as much to copy from a
+        GPU."""
         return np.concatenate([to_bytes(images) for images in self.rendered(drawn)])
 
     def rendered(self, drawn: Tensor) -> Iterator[Tensor]:
         """Yield images on the device, some at a time.
 
-        Where convolutions are chosen or compiled for a shape, every pass has the same: some images
-        of no use make the last one full.
+        Where convolutions are chosen or compiled for a shape, every pass has the same: padding
+        makes the last one full.
         """
         machine = self.machine
         size = min(len(drawn), at_a_time(self.tokenizer.config.image_side))
@@ -490,7 +491,7 @@ def complete(
         coarse scales alone, of images averaged down to `small_side`.
     open_loop: see `Known`. paste: put the known pixels over the results.
     particles: how many results to choose each from, see `most_likely`; 0 is a single one, whose
-        coarse maps are those of the filled image. (The authors take only its 1x1 map.)
+        coarse maps are those of the filled image.
     judge: print how good they are, too, as `evaluate` does.
     """
     images = given.images

@@ -24,7 +24,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -557,7 +557,7 @@ class VARStage(Stage):
     def picture(self, few: bool) -> list[Row]:
         settings = self.settings
         run = Run(settings.out, self.tokenizer, self.ema, self.data.classes, self.data.held_out,
-                  settings.machine, DEFAULTS)
+                  settings.machine, replace(DEFAULTS, **settings.preset.drawing()))
         return draw_samples(run, None, 4 if few else 10, settings.seed)
 
 
@@ -569,8 +569,8 @@ def var_optimizers(model: VAR, preset: Preset, dtype: torch.dtype) -> list[torch
 
 def tokens_of(tokenizer: Tokenizer, data: Data, settings: Settings
               ) -> tuple[TensorDataset, TensorDataset]:
-    """Return tokens [N, L] and labels [N] of the training and the held-out images. The tokenizer
-    does not change any more, so they are computed once, and kept in the run's folder."""
+    """Return tokens [N, L] and labels [N] of the training and the held-out images, computed once
+    and kept in the run's folder."""
     path = settings.out / "tokens.pt"
     begun = settings.out / "var.pt"
     made_with = {"tokenizer": fingerprint(tokenizer), "data set": data.digest}

@@ -215,3 +215,6 @@ def several(read: Callable) -> Callable:
 COUNT = number(int, 1)
 SEED = number(int, 0, 2**31 - 1)
 SHARE = number(float, 1e-6, 1)   # over 0, at most 1
+PART = number(float, 0, 1)
+GUIDANCE = number(float, 0, 100)
+GROWTH = number(float, 0.1, 10)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from support.cli import (
-    COUNT, SEED, SHARE, Parser, UserError, add_device_flags, number, output_as, place,
+    COUNT, GROWTH, GUIDANCE, PART, SEED, SHARE, Parser, UserError, add_device_flags, number,
+    output_as, place,
 )
+from support.presets import drawing_of
 from support.published import FOLDER as PUBLISHED_FOLDER
 
 COMMANDS = {
@@ -87,7 +89,7 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
         dest="class_name", metavar="NAME", help="what the images are to show; no class if not "
         "given, and for attention the image's own")),
     (HOLES, "--box", dict(
-        nargs=4, type=number(float, 0, 1), default=(0.25, 0.25, 0.75, 0.75),
+        nargs=4, type=PART, default=(0.25, 0.25, 0.75, 0.75),
         metavar=("Y0", "X0", "Y1", "X1"), help="what is generated, and for outpaint what is "
         "known; in fractions of the side")),
     (HOLES, "--mask", dict(
@@ -112,18 +114,18 @@ FLAGS = [   # the commands that have it, its name, and what argparse has to know
     (f"{CLASSES} explore export", "--seed", dict(
         type=SEED, default=0, help="the same seed and --batch give the same images")),
     (GENERATING, "--cfg", dict(
-        type=number(float, 0, 100), help="classifier-free guidance at the last scale; 0 is none")),
+        type=GUIDANCE, help="classifier-free guidance at the last scale; 0 is none")),
     (GENERATING, "--top-k", dict(
         type=number(int, 0), help="draw from the k most likely tokens; 0 is no limit")),
     (f"{CLASSES} explore {HOLES} evaluate export", "--top-p", TOP_P),
     # Where only the fine scales are drawn, results are to differ in them.
     ("upscale", "--top-p", {**TOP_P, "default": (1.0, 0.6)}),
     (GENERATING, "--growth", dict(
-        type=number(float, 0.1, 10), help="guidance and smoothing grow, and top-p falls, over the "
+        type=GROWTH, help="guidance and smoothing grow, and top-p falls, over the "
         "scales with this power of k / (K - 1): 1 is evenly, as published; above, the coarser "
         "scales are left more to themselves")),
     (SMOOTHED, "--smooth", dict(
-        type=number(float, 0, 1), help="how far the finer scales go from the code that was drawn "
+        type=PART, help="how far the finer scales go from the code that was drawn "
         "for a place to the mean of all codes by their probability: smoother edges, and less "
         "variety; at 1 the last map is such means alone, so no filter acts there; 0 is not at all, "
         "as for published figures")),
@@ -169,8 +171,12 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None,
                         judge=False, gif=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command, text in COMMANDS.items():
-        ours = defaults if command in SMOOTHED.split() else unsmoothed
-        own = commands.add_parser(command, help=text, description=text.capitalize() + ".")
+        ours = unsmoothed
+        about = text.capitalize() + "."
+        if command in SMOOTHED.split():
+            ours = defaults
+            about += " A run's preset may have other defaults of --cfg, --growth and --smooth."
+        own = commands.add_parser(command, help=text, description=about)
         either = own.add_mutually_exclusive_group() if command in HOLES.split() else own
         for whose, name, how in FLAGS:
             if command in whose.split():
@@ -205,8 +211,12 @@ def parse(defaults: dict[str, Any], arguments: list[str] | None = None,
     theirs = options.published or options.var and options.var.suffix != ".pt"
     if options.particles is None:
         options.particles = 0 if theirs else 32
-    ours = defaults if options.command in SMOOTHED.split() else unsmoothed
-    for name, value in (of_published if theirs else ours).items():
+    ways = unsmoothed
+    if theirs:
+        ways = of_published
+    elif options.command in SMOOTHED.split():
+        ways = defaults | drawing_of(options.var or options.run / "var.pt")
+    for name, value in ways.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if options.command == "export" and options.rejection < 1 and options.smooth:

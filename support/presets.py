@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from support.checkpoint import blaming, check_made_with, load_checkpoint
 from support.cli import (
-    COUNT, SEED, Parser, UserError, add_device_flags, number, place, several,
+    COUNT, GROWTH, GUIDANCE, PART, SEED, Parser, UserError, add_device_flags, number, place,
+    several,
 )
 from support.data import PUBLISHED
 from support.devices import own_cores, say
@@ -18,7 +21,6 @@ from support.watching import summary_writer
 SIZE = number(int, 1, 2**16)
 STEPS = number(int, 0)
 RATE = number(float, 1e-12, 1e30)
-PART = number(float, 0, 1)
 WEIGHT = number(float, 0)
 BELOW_1 = number(float, 0, 0.999999)
 YES_OR_NO = None   # --flag and --no-flag
@@ -95,7 +97,16 @@ class VARPreset(BothPreset):
 
 @dataclass(frozen=True)
 class Preset(VARPreset, TokenizerPreset):
-    """All the values of a training."""
+    """All the values of a training, and what its samples are drawn with instead of sample.py's
+    defaults, which were chosen on shapes."""
+    cfg: float | None = option(None, GUIDANCE, "guidance of samples (default: sample.py's)")
+    growth: float | None = option(None, GROWTH, "its growth over the scales (default: likewise)")
+    smooth: float | None = option(None, PART, "smoothness of samples (default: likewise)")
+
+    def drawing(self) -> dict[str, float]:
+        """Those of the last three that are not sample.py's."""
+        values = dict(cfg=self.cfg, growth=self.growth, smooth=self.smooth)
+        return {name: value for name, value in values.items() if value is not None}
 
     def of(self, stage: type[BothPreset]) -> dict[str, Any]:
         """Those that a stage is made with."""
@@ -136,7 +147,8 @@ PRESETS = {
     # MNIST and its kin at their own size, in the minutes that the default takes.
     "pixels28": Preset(
         image_size=28, scales=(1, 2, 3, 5, 7), perceptual_weight=1.0, adversarial_weight=0.5,
-        adversarial_from=0.2, discriminator_width=16, tokenizer_steps=900, var_steps=2650),
+        adversarial_from=0.2, discriminator_width=16, tokenizer_steps=900, var_steps=2650,
+        cfg=2.0, growth=8.0, smooth=0.0),
     "cifar": Preset(
         edge_weight=0.0, smaller_weight=0.0, scales=(1, 2, 3, 4, 6, 8), vocabulary=1024,
         code_channels=32, tokenizer_width=96, multipliers=(1, 2, 2), blocks=2, norm_groups=32,
@@ -160,6 +172,16 @@ PRESETS = {
         drop_path=0.1 * 16 / 24, var_steps=333_000, var_batch=768, var_lr=3e-4, muon=False,
         final_lr=0.1, warmup=6000, ema=0.9999),
 }
+
+
+def drawing_of(path: Path) -> dict[str, float]:
+    """What the samples of a training of ours are drawn with instead of sample.py's defaults. Reads
+    no weights, and of a file that cannot be read nothing: who loads it says what is wrong."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return Preset(**content["preset"]).drawing()
+    except Exception:
+        return {}
 
 
 DESCRIPTION = """Train VAR: the tokenizer, then the transformer.

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import weakref
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -37,6 +37,7 @@ import train
 from support import watching
 from support.checkpoint import blaming, load_checkpoint, save_checkpoint
 from support.cli import UserError, in_short, run_program
+from support.commands import parse
 from support.data import (
     SHAPES, data_of, draw_shapes, fit_side, load_data, load_held_out, shuffled,
 )
@@ -1068,12 +1069,36 @@ def test_a_resumed_training_knows_what_is_saved(tmp_path):
 
 def test_samples_of_a_training_are_drawn_as_sample_draws_them(
         folder, finished, tmp_path, monkeypatch):
+    """And `parse` finds what a run is drawn with where neither flags nor the command say otherwise."""
     ways = []
     monkeypatch.setattr(train, "draw_samples", lambda run, *how: ways.append(run.sampling) or [
         Row("", [np.zeros((8, 8, 3), np.uint8)])])
-    ran("train.py", "--stage", "var", "--tokenizer", finished / "tokenizer.pt", "--data", folder,
-        "--out", tmp_path, *TINY)
+    train_it = ["train.py", "--stage", "var", "--tokenizer", finished / "tokenizer.pt", "--data", folder, *TINY]
+    ran(*train_it, "--out", tmp_path / "a")
     assert {*ways} == {sample.DEFAULTS}
+    ways.clear()
+    ran(*train_it, "--out", tmp_path / "b", "--cfg", 2, "--growth", 8, "--smooth", 0)
+    own = replace(sample.DEFAULTS, cfg=2.0, growth=8.0, smooth=0.0)
+    assert {*ways} == {own}
+    defaults, published, unsmoothed = map(asdict, (sample.DEFAULTS, sample.PUBLISHED, sample.UNSMOOTHED))
+    run = ["--run", str(tmp_path / "b")]
+    var = ["--var", str(tmp_path / "b" / "var.pt")]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "var.pt").write_bytes(b"no checkpoint")
+    for words, way in ((["grid", *run], own), (["progress", *var], own), (["evaluate", "8", *run], own),
+                       (["export", "8", str(tmp_path / "a.npz"), "--rejection", "0.5", *run], own),
+                       (["grid", *run, "--cfg", "3"], replace(own, cfg=3.0)),
+                       (["grid", "--run", str(tmp_path / "a")], sample.DEFAULTS),
+                       (["grid", "--run", str(tmp_path / "c")], sample.DEFAULTS),
+                       (["grid", "--run", str(tmp_path / "b"), "--var", "var.pth"], sample.PUBLISHED),
+                       (["explore", *run], sample.UNSMOOTHED), (["inpaint", "a.png", *run], sample.UNSMOOTHED)):
+        options = vars(parse(defaults, words, published, unsmoothed))
+        assert {name: options[name] for name in asdict(way)} == asdict(way), words
+
+
+def test_fashion_mnist_is_drawn_by_codes_alone():
+    assert PRESETS["pixels28"].drawing() == dict(cfg=2.0, growth=8.0, smooth=0.0)
+    assert not any(preset.drawing() for name, preset in PRESETS.items() if name != "pixels28")
 
 
 def test_a_few_held_out_images_of_each_class_are_measured(tmp_path, monkeypatch):
