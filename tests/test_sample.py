@@ -899,6 +899,13 @@ def test_packed_products_are_the_same(run):
     assert torch.allclose(likelihood_N, likelihoods, atol=1e-3)
 
 
+def test_images_of_a_class_are_guided_beside_one_of_none(run):
+    strong = replace(run, sampling=replace(run.sampling, cfg=9.0, smooth=0.0))
+    alone, other = strong.generate([3, 3], 0)[0], strong.generate([3, 10], 0)[0]
+    assert torch.equal(alone, other)
+    assert not torch.equal(alone, replace(strong, sampling=replace(strong.sampling, cfg=0.0)).generate([3, 3], 0)[0])
+
+
 def test_a_model_without_a_null_class_says_so_once(run, capsys):
     """Where the null class is used: by guidance, or where no class is named."""
     sample.say_once.cache_clear()
