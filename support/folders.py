@@ -31,7 +31,7 @@ HELD_OUT_SHARE = 20             # one image of so many of a class is held out, .
 HELD_OUT_IMAGES = 10_000        # ... at most so many in all, ...
 HELD_OUT_BYTES = 2**28          # ... and at most so many bytes of them
 OTHER_THAN_TRAIN = ("val", "valid", "validation", "test")   # folders that may lie beside `train`
-DARK = 64                       # of 255: less than this is what files of 10, 12 or 14 bits come to
+DARK = 65                       # of 255: less than this is what files of 10, 12 or 14 bits come to
 
 
 class File(NamedTuple):

@@ -773,6 +773,12 @@ def test_sixteen_bits_that_are_not_all_used(tmp_path, capsys):
     assert "--white-level" not in capsys.readouterr().out
     assert data.held_out.tensors[0].unique().tolist() == [255]
     assert data.train.tensors[0].unique().tolist() == [130, 193]
+    brightest = tmp_path / "data14" / "a"   # of 14 bits, which is 64 of 255
+    brightest.mkdir(parents=True)
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 16383, np.uint16)).save(brightest / f"{i}.tif")
+    load(brightest.parent, tmp_path / "out14")
+    assert "--white-level" in capsys.readouterr().out
     real = Image.fromarray(np.full((8, 8), 0.5, np.float32))
     Image.fromarray(np.full((8, 8), 100, np.float32)).save(tmp_path / "real.tif")
     assert read_image(tmp_path / "real.tif", 8, 1).max() == 100   # of 255, unless it is told

@@ -179,6 +179,7 @@ def test_where_a_map_is_nearly_0_its_noise_does_not_count():
     x_1C11 = torch.zeros(1, 2, 1, 1)
     y_1C11 = torch.tensor([1e-4, 0.0]).view(1, 2, 1, 1)
     assert perceptual_distance([x_1C11], [y_1C11]).item() == pytest.approx(0.01)
+    assert perceptual_distance([y_1C11], [x_1C11]).item() == pytest.approx(0.01)
 
 
 def test_the_balance_of_gradients():

@@ -136,6 +136,13 @@ def test_fine_detail_is_what_changes_faster_than_every_four_pixels():
     assert fine_power(ramp) < 1e-3 * fast
 
 
+def test_fine_detail_is_the_same_in_a_mirror():
+    images = noise(2)
+    images[..., :4] *= 9   # on the left more than on the right
+    assert fine_power(images.flip(3)) == pytest.approx(fine_power(images), rel=1e-5)
+    assert fine_power(images.transpose(2, 3).flip(2)) == pytest.approx(fine_power(images), rel=1e-5)
+
+
 # The classifier and the judge
 
 

@@ -42,9 +42,9 @@ from support.data import (
     SHAPES, data_of, draw_shapes, fit_side, load_data, load_held_out, shuffled,
 )
 from support.devices import (
-    PEAK_TFLOPS, Machine, Speed, check_memory, choose_machine, forward_flops, fp32_convolutions,
-    fp32_products, gather_over_processes, has_fast, join_processes, own_cores, peak_flops,
-    progress_bar, say, wait_for_others,
+    PEAK_TFLOPS, LossScale, Machine, Speed, check_memory, choose_machine, copy_from_first,
+    forward_flops, fp32_convolutions, fp32_products, gather_over_processes, has_fast,
+    join_processes, own_cores, peak_flops, progress_bar, say, wait_for_others,
 )
 from support.evaluation import say_health, tokenizer_health
 from support.images import Row, batches, grid, save_picture, to_float
@@ -839,6 +839,13 @@ def test_notes_on_what_would_be_faster(monkeypatch, capsys):
     assert has_fast("fp16", cpu) and not has_fast("bf16", cpu)
 
 
+def test_two_threads_of_eight_are_somebody_s_choice(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("support.devices.own_cores", lambda: 8)
+    choose_machine("cpu", "fp32")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")
 def test_cores_are_those_of_the_process():
     before = os.sched_getaffinity(0)
@@ -884,6 +891,19 @@ def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_nvidia_s_generation_10_has_bf16(monkeypatch):
+    """AMD's 10 has not."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert has_fast("bf16", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_is_scaled_in_fp16_alone(dtype):
+    scale = LossScale(Machine(torch.device("cpu"), dtype))
+    assert scale.factor() == 1 and not scale.is_enabled() and scale.state_dict() == {}
+
+
 def test_processes_wait_for_each_other_for_days(monkeypatch):
     """PyTorch's own limit, of half an hour, ends before a large data set is decoded."""
     done = []
@@ -908,6 +928,15 @@ def test_the_rows_of_all_processes_come_in_order(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
     x_B = torch.arange(4)[::2]
     assert gather_over_processes(x_B).tolist() == [0, 2, 10, 12, 20, 22]
+
+
+def test_all_processes_take_what_the_first_one_has(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, src: x.fill_(10 + src))
+    x = torch.zeros(2)
+    copy_from_first(x)
+    assert x.tolist() == [10, 10]
 
 
 # Mistakes

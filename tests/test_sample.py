@@ -1366,6 +1366,10 @@ def test_attention_is_drawn_in_the_model_s_precision(run, given):
     assert seen == [True]
 
 
+def test_where_there_is_no_border_none_shows():
+    assert holes.seam(torch.rand(1, 3, 8, 8), torch.ones(8, 8)) == 0
+
+
 def test_small_images_are_means(run):
     """Of all pixels: here each four by four are 0 together, though not in their middle."""
     block = torch.full((4, 4), -0.25)
