@@ -224,6 +224,8 @@ def test_a_judge_compares_half_by_half():
     assert quality.per_class["dark"] == pytest.approx(
         (labels[0::2] == 0).sum().item() / (labels == 0).sum().item())
     assert quality.per_class["bright"] == 1
+    few = judge(originals[torch.arange(len(originals)) % 4], labels)   # real ones, and few kinds
+    assert few.precision == 1 and few.recall < 0.5
     moved[3, 0, 5, 5] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         judge(moved, labels)

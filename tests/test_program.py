@@ -1189,6 +1189,10 @@ def test_large_presets_average_over_thousands_of_steps():
     assert PRESETS["imagenet256"].ema == 0.9999 and PRESETS["cifar"].ema == 0.9995
 
 
+def test_the_authors_stochastic_depth_is_a_tenth_at_24_layers():
+    assert PRESETS["imagenet256"].drop_path == pytest.approx(16 / 24 * 0.1)
+
+
 def test_white_is_first_that_of_the_training_that_goes_on(tmp_path):
     for name, kind, white in (("var", "transformer", 4095), ("tokenizer", "tokenizer", 1023)):
         save_checkpoint(tmp_path / f"{name}.pt", kind, white=white)

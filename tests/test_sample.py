@@ -452,6 +452,8 @@ def test_a_grid_says_what_it_shows():
     assert (seen[-2, 1:-1] == 192).all() and (seen[1:-1, [1, -2]] == 192).all()
     assert (seen[0] == 255).all() and (seen[-1] == 255).all()
     assert np.array_equal(grid([rows[0], rows[1]._replace(captions=rows[0].captions)], CELL), picture)
+    wide = Row("", [black], ["word " * 9])   # on two lines, and once
+    assert grid([wide, wide], CELL).height == grid([wide], CELL).height + CELL + GAP
     long = np.asarray(grid([Row("word " * 40, [black])], CELL))
     assert len(long) == CELL + GAP and 150 < long.shape[1] - CELL - GAP < 250
     assert grid([Row("", [black])], 4).size == (8 + 4 + GAP, 17)   # made smaller, a label has room
