@@ -118,7 +118,7 @@ def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
     """Linear warm-up, then linearly down to the final share; as a share of the peak."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / (steps - warmup)
     return final + (1 - final) * (1 - progress)
 
 

@@ -570,6 +570,11 @@ def test_imagenets_own_folder(tmp_path, capsys):
     assert "2 classes: n01, n02" in said and data.classes == ["n01", "n02"]
     assert len(data.train) == 6 and data.held_out.tensors[1].tolist() == [0, 1, 0]
 
+    draw_folder(tmp_path / "few" / "train", {"n01": 3, "n02": 3})
+    draw_folder(tmp_path / "few" / "val", {"n02": 2})   # would be taken for the first class
+    load(tmp_path / "few", tmp_path / "out")
+    assert "val does not have images of the same classes" in capsys.readouterr().out
+
     for path in (root / "val").rglob("*.png"):   # as they come, without folders
         path.rename(root / "val" / f"{path.parent.name}{path.name}")
     draw_folder(root / "test", {"n01": 1, "n02": 1})

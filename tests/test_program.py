@@ -1123,6 +1123,17 @@ def test_samples_of_a_training_are_drawn_as_sample_draws_them(
                        (["explore", *run], sample.UNSMOOTHED), (["inpaint", "a.png", *run], sample.UNSMOOTHED)):
         options = vars(parse(defaults, words, published, unsmoothed))
         assert {name: options[name] for name in asdict(way)} == asdict(way), words
+    torch.save({"preset": Touching(tmp_path / "touched")}, tmp_path / "c" / "var.pt")
+    parse(defaults, ["grid", "--run", str(tmp_path / "c")])
+    assert not (tmp_path / "touched").exists()   # what a file holds is not run
+
+
+class Touching:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def test_fashion_mnist_is_drawn_by_codes_alone():
