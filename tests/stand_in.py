@@ -121,14 +121,16 @@ def install() -> None:
     Elsewheres().__enter__()
 
 
+def run(line: str) -> None:
+    """Run a program on the stand-in, which is installed. line: as after `python`."""
+    program, *flags = shlex.split(line)
+    sys.argv = [program, *flags, "--device", NAME]
+    importlib.import_module(program.removesuffix(".py")).main()
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from support import evaluation
-    modules = {line.split()[0]: importlib.import_module(line.split()[0].removesuffix(".py"))
-               for line in sys.argv[1:]}
-    evaluation.CLASSIFIER_STEPS = 20   # more would take long here
+    lines = sys.argv[1:]
     install()
-    for line in sys.argv[1:]:
-        program, *flags = shlex.split(line)
-        sys.argv = [program, *flags, "--device", NAME]
-        modules[program].main()
+    for line in lines:
+        run(line)
